@@ -1,0 +1,46 @@
+"""The adapter to the framework that Keras runs on: the only code that imports one.
+
+A backend module offers the kernels below and nothing else. They see flat lists of differentiable
+tensors and Keras variables; nesting, defaults and error messages are the business of `tape.py`,
+which exists once for all backends.
+
+| kernel                                              | does                                              |
+| --------------------------------------------------- | ------------------------------------------------- |
+| `Tape(watch_accessed_variables)`                    | a recording, see `recording.Recording`            |
+| `pullback(tape, targets, sources, cotangents)`      | reverse mode: `sum_k J_k' u_k` for every source   |
+| `pullback_batch(tape, targets, sources, cotangents)`| the same for a stack of cotangents on axis 0      |
+| `pushforward(tape, targets, sources, tangents)`     | forward mode: `sum_i J_i v_i` for every target    |
+| `pushforward_batch(tape, targets, sources, tangents)`| the same for a stack of tangents on axis 0       |
+| `jit(fun)`                                          | the framework's compiler, Keras variables as state|
+| `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
+| `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
+
+`pullback` and `pushforward` return `None` where nothing that the tape recorded connects a source
+with a target. Every cotangent has the shape and dtype of its target, every tangent those of its
+source; a variable's gradient has the shape and dtype of the variable. The results are themselves
+recorded by whichever other tapes are recording.
+"""
+
+import importlib
+
+import keras
+
+_MODULES = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch"}
+
+
+def _load():
+    name = keras.backend.backend()
+    if name not in _MODULES:
+        raise RuntimeError(
+            "keras_gradtools needs a Keras backend that can differentiate: 'tensorflow', 'jax' or 'torch'. "
+            f"Received: the backend {name!r}, which has no gradients. Set the environment variable "
+            "KERAS_BACKEND to one of the three before Keras is imported."
+        )
+    return importlib.import_module(f"keras_gradtools.backend.{_MODULES[name]}")
+
+
+def __getattr__(kernel):
+    # Loaded at the first use of a kernel, so that the package itself imports under every Keras backend.
+    if kernel.startswith("__"):
+        raise AttributeError(kernel)
+    return getattr(_load(), kernel)

@@ -1,0 +1,134 @@
+"""The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_replay` for the rest."""
+
+import jax
+
+from keras_gradtools.backend import jax_replay, jax_trace, recording
+from keras_gradtools.backend.jax_jit import jit
+
+__all__ = [
+    "COMPILES_SECOND_ORDER",
+    "Tape",
+    "custom_gradient",
+    "jit",
+    "pullback",
+    "pullback_batch",
+    "pushforward",
+    "pushforward_batch",
+]
+
+COMPILES_SECOND_ORDER = True
+
+
+class Tape(recording.Recording):
+    """A list of operations, and by identity the values that it follows."""
+
+    def __init__(self, watch_accessed_variables):
+        super().__init__(watch_accessed_variables)
+        self.trace = None
+        self._forget()
+
+    def _forget(self):
+        self.operations = []
+        self.followed = {}
+        self.aliases = {}
+
+    def enter(self):
+        super().enter()
+        self.trace = jax_trace.enter()
+        self.trace.tapes.append(self)
+
+    def exit(self):
+        super().exit()
+        if self in self.trace.tapes:
+            self.trace.tapes.remove(self)
+        trace, self.trace = self.trace, None
+        jax_trace.leave(trace)
+
+    def pause(self):
+        super().pause()
+        self.trace.tapes.remove(self)
+
+    def resume(self):
+        super().resume()
+        self.trace.tapes.append(self)
+
+    def reset(self):
+        super().reset()
+        self._forget()
+
+    def release(self):
+        self._forget()
+
+    def watch(self, tensor):
+        self.followed[id(tensor)] = tensor
+
+
+def _watch_read(variable, value, tapes):
+    """Gives the reader an alias, so that two variables with the same array stay two.
+
+    The alias is kept for the next read of the same value, as long as all the tapes know the same one.
+    """
+    tapes = [tape for tape in tapes if jax_trace.is_visible(value, tape.trace)]
+    if not tapes or not jax_trace.is_followable(value):
+        return value
+    known = [tape.aliases.get(id(variable), (None, None)) for tape in tapes]
+    given = known[0][1]
+    if given is None or any(of is not value or alias is not given for of, alias in known):
+        given = jax_trace.alias(value)
+    for tape in tapes:
+        tape.aliases[id(variable)] = (value, given)
+        tape.followed[id(given)] = given
+        tape.note_read(variable, given)
+    return given
+
+
+recording.install_read_hook(_watch_read)
+
+
+def pullback(tape, targets, sources, cotangents):
+    return _pull(jax_replay.pull, tape, targets, sources, cotangents)
+
+
+def pullback_batch(tape, targets, sources, cotangents):
+    return _pull(jax_replay.pull_batch, tape, targets, sources, cotangents)
+
+
+def pushforward(tape, targets, sources, tangents):
+    return _push(jax_replay.push, tape, targets, sources, tangents)
+
+
+def pushforward_batch(tape, targets, sources, tangents):
+    return _push(jax_replay.push_batch, tape, targets, sources, tangents)
+
+
+def _pull(mode, tape, targets, sources, cotangents):
+    def gradient_of(values):
+        part = jax_replay.Slice(tape, targets, values)
+        if not part.inputs:
+            return [None] * len(values)
+        connected = [u for u, slot in zip(cotangents, part.target_slots, strict=True) if slot is not None]
+        gradients = jax_replay.differentiate(mode, part, connected)
+        return [None if slot is None else gradients[slot] for slot in part.source_slots]
+
+    return tape.gather(sources, gradient_of)
+
+
+def _push(mode, tape, targets, sources, tangents):
+    _, values, tangents = tape.spread(sources, tangents)
+    part = jax_replay.Slice(tape, targets, values)
+    if not part.inputs:
+        return [None] * len(targets)
+    summed = [None] * len(part.inputs)
+    for slot, v in zip(part.source_slots, tangents, strict=True):
+        if slot is not None:
+            summed[slot] = v if summed[slot] is None else summed[slot] + v
+    pushed = iter(jax_replay.differentiate(mode, part, summed))
+    return [None if slot is None else next(pushed) for slot in part.target_slots]
+
+
+def custom_gradient(fun):
+    def with_native_signature(*args):
+        values, grad_fn = fun(*args)
+        return values, lambda upstream: tuple(grad_fn(*upstream))
+
+    return jax.custom_gradient(with_native_signature)

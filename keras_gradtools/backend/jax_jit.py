@@ -1,0 +1,100 @@
+"""`jax.jit` for functions that read and assign Keras variables.
+
+Plain `jax.jit` bakes the variables in as constants, and leaves its tracers in those that are assigned. Here
+what is read becomes an input and what is assigned an output, which is then written back.
+"""
+
+import functools
+
+import jax
+import keras
+import numpy as np
+from keras.src.backend.common.stateless_scope import StatelessScope
+from keras.src.backend.common.variables import AutocastScope
+
+from keras_gradtools.backend import recording
+
+
+class _Scope(StatelessScope):
+    """A stateless scope that remembers which variables were assigned in it."""
+
+    def __init__(self, state_mapping):
+        super().__init__(state_mapping)
+        self.assigned = {}
+
+    def add_update(self, update):
+        variable, _ = update
+        self.assigned[id(variable)] = variable
+        super().add_update(update)
+
+
+class _Program:
+    """One compiled form of a function: for one structure of its arguments, and one choice of the static ones."""
+
+    def __init__(self, fun, structure, static):
+        self._fun = fun
+        self._structure = structure
+        self._static = static
+        self._read = None
+        self._assigned = []
+        self._compiled = jax.jit(self._run)
+
+    def __call__(self, arrays):
+        if self._read is None:
+            self._find_state(arrays)
+        with AutocastScope(None):
+            values = [v.value for v in self._read]
+        result, assigned = self._compiled(values, arrays)
+        for variable, value in zip(self._assigned, assigned, strict=True):
+            variable.assign(value)
+        return result
+
+    def _find_state(self, arrays):
+        """Traces once, without compiling, to learn which variables are read and assigned."""
+        self._read = []
+        try:
+            with recording.ReadLog() as log:
+                jax.eval_shape(self._run, [], arrays)
+        except BaseException:
+            self._read = None
+            raise
+        self._read = log.variables
+
+    def _run(self, values, arrays):
+        given = iter(arrays)
+        leaves = [next(given) if leaf is _ARRAY else leaf for leaf in self._static]
+        args, kwargs = jax.tree.unflatten(self._structure, leaves)
+        with _Scope(list(zip(self._read, values, strict=True))) as scope:
+            result = self._fun(*args, **kwargs)
+        self._assigned = list(scope.assigned.values())
+        result = keras.tree.map_structure(lambda x: x.value if isinstance(x, keras.Variable) else x, result)
+        return result, [scope.get_current_value(v) for v in self._assigned]
+
+
+class _Array:
+    def __repr__(self):
+        return "array"
+
+
+_ARRAY = _Array()
+
+
+def jit(fun):
+    programs = {}
+
+    @functools.wraps(fun)
+    def call(*args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
+        arrays = [x for x in leaves if _is_dynamic(x)]
+        static = tuple(_ARRAY if _is_dynamic(x) else x for x in leaves)
+        # True == 1 == 1.0 in Python, but not to a function that branches on them.
+        key = (structure, static, tuple(map(type, static)))
+        if key not in programs:
+            programs[key] = _Program(fun, structure, static)
+        return programs[key](arrays)
+
+    return call
+
+
+def _is_dynamic(x):
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, float))

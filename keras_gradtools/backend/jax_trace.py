@@ -1,0 +1,183 @@
+"""The JAX trace that a tape records with: the one file that touches JAX's internals.
+
+JAX has no tape, but every operation asks the *current trace* to carry it out. `TapeTrace` stands in that
+place while a tape is open: it has its parent carry the operation out, so that the values in the user's
+hands stay what they would have been (arrays, or the tracers of an enclosing `jax.jit`), and notes the
+operation on each tape that follows one of its inputs. Values are followed by identity, which holds only if
+no operation hands an input back as its output; where JAX does that, the output becomes an alias.
+
+Tested with the oldest and the newest JAX that the package supports (`make test-versions`). What it relies
+on: `jax._src.core.Trace` with `process_primitive`, `process_custom_jvp_call`, `process_custom_vjp_call` and
+`stage_value`; `trace_ctx`; `parent_trace` of the other traces; the constructor of `ArrayImpl`.
+"""
+
+import threading
+
+import jax
+from jax._src import ad_util, core
+from jax._src.array import ArrayImpl
+from jax._src.linear_util import WrappedFun
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+alias_p = Primitive("tape_alias")
+alias_p.def_impl(lambda x: x)
+alias_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(alias_p, lambda cotangent, _: [cotangent])
+batching.defvectorized(alias_p)
+mlir.register_lowering(alias_p, lambda _, x: [x])
+
+
+def alias(x):
+    """Returns another object for the same value, without a copy."""
+    if isinstance(x, core.Tracer):
+        return x._trace.process_primitive(alias_p, [x], {})
+    return ArrayImpl(x.aval, x.sharding, x._arrays, committed=x._committed, _skip_checks=True)
+
+
+def is_followable(x):
+    """Whether a tape can follow `x`: an array or tracer with a derivative."""
+    return isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+
+
+class Operation:
+    """One recorded operation: what to bind again, on which inputs, and what came out."""
+
+    __slots__ = ("inputs", "outputs", "params", "primitive")
+
+    def __init__(self, primitive, params, inputs, outputs):
+        self.primitive = primitive
+        self.params = params
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def bind(self, inputs):
+        """Carries the operation out again, under the current trace."""
+        for subfun in self.params.get("subfuns", ()):
+            # A wrapped function notes the structure of its output once; here it runs a second time.
+            for store in subfun.stores:
+                if store is not None:
+                    store.reset()
+        outputs = self.primitive.bind(*inputs, **self.params)
+        return outputs if self.primitive.multiple_results else [outputs]
+
+
+class TapeTrace(core.Trace):
+    """Has `parent` carry out every operation, and notes it on the tapes that are recording."""
+
+    __slots__ = ("open_tapes", "parent", "tapes")
+
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = parent
+        self.open_tapes = 0
+        self.tapes = []
+
+    def stage_value(self, val):
+        return self.parent.stage_value(val)
+
+    def cur_qdd(self, x):
+        return self.parent.cur_qdd(x)
+
+    def process_primitive(self, primitive, tracers, params, /):
+        outputs = self.parent.process_primitive(primitive, tracers, params)
+        if primitive.multiple_results:
+            return self._record(primitive, params, tracers, outputs)
+        return self._record(primitive, params, tracers, [outputs])[0]
+
+    def process_call(self, primitive, fun, tracers, params, /):
+        with core.set_current_trace(self):
+            return fun.call_wrapped(*tracers)
+
+    def process_custom_jvp_call(self, primitive, fun, jvp, tracers, /, *, symbolic_zeros):
+        params = {"symbolic_zeros": symbolic_zeros}
+        outputs = self.parent.process_custom_jvp_call(primitive, fun, jvp, tracers, **params)
+        return self._record(primitive, {"subfuns": (fun, jvp), **params}, tracers, outputs)
+
+    def process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, *, out_trees, symbolic_zeros):
+        params = {"out_trees": out_trees, "symbolic_zeros": symbolic_zeros}
+        outputs = self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, tracers, **params)
+        return self._record(primitive, {"subfuns": (fun, fwd, bwd), **params}, tracers, outputs)
+
+    def _record(self, primitive, params, inputs, outputs):
+        outputs = list(outputs)
+        taken = {id(x) for x in inputs}
+        for i, x in enumerate(outputs):
+            if id(x) in taken and is_followable(x):
+                outputs[i] = x = alias(x)
+            taken.add(id(x))
+        if self.tapes and primitive is not ad_util.stop_gradient_p:
+            operation = None
+            for tape in self.tapes:
+                if any(id(x) in tape.followed for x in inputs):
+                    operation = operation or Operation(primitive, params, inputs, outputs)
+                    tape.operations.append(operation)
+                    tape.followed.update((id(x), x) for x in outputs if is_followable(x))
+        return outputs
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        # One for all eager tapes of the thread: JAX keys caches by the current trace.
+        self.eager = TapeTrace(core.eval_trace)
+
+
+_thread = _Thread()
+
+
+def enter():
+    """Makes a tape's trace the current one, and returns it."""
+    current = core.trace_ctx.trace
+    if isinstance(current, TapeTrace):
+        trace = current
+    else:
+        trace = _thread.eager if current is core.eval_trace else TapeTrace(current)
+        core.trace_ctx.set_trace(trace)
+    trace.open_tapes += 1
+    return trace
+
+
+def leave(trace):
+    """Gives the place back to the parent once the last tape has left, in whatever order they leave."""
+    trace.open_tapes -= 1
+    if not trace.open_tapes and core.trace_ctx.trace is trace:
+        core.trace_ctx.set_trace(trace.parent)
+
+
+def is_visible(x, trace):
+    """Whether `x` is a value of the level that `trace` records, or of one around it."""
+    if not isinstance(x, core.Tracer):
+        return True
+    level = trace.parent
+    while level is not None:
+        if level is x._trace:
+            return True
+        level = getattr(level, "parent_trace", None) or getattr(level, "parent", None)
+    return False
+
+
+def is_traced(values):
+    return any(isinstance(x, core.Tracer) for x in values)
+
+
+def has_primitive(operation, name):
+    """Whether a recorded operation is the primitive `name`, or a program that contains it."""
+    return operation.primitive.name == name or any(
+        _contains(jaxpr, {name}) for jaxpr in core.jaxprs_in_params(operation.params)
+    )
+
+
+def _contains(jaxpr, names):
+    return any(
+        equation.primitive.name in names or any(_contains(j, names) for j in core.jaxprs_in_params(equation.params))
+        for equation in jaxpr.eqns
+    )
+
+
+def text_of(closed_jaxpr):
+    """A text that two programs share only if they compute the same; empty where the text does not tell."""
+    # Constants are not printed, and of a custom derivative or a callback only the name is.
+    hidden = {"custom_jvp_call", "custom_vjp_call", "pure_callback", "io_callback", "debug_callback"}
+    if closed_jaxpr.consts or _contains(closed_jaxpr.jaxpr, hidden):
+        return ""
+    return str(closed_jaxpr)

@@ -1,0 +1,145 @@
+"""Which tapes are recording on this thread, and the Keras variables that they see being read.
+
+This is the one file that reaches into Keras: `Variable.value` passes every value it hands out through
+`Variable._maybe_autocast`, on all backends, inside stateless scopes too, so wrapping that one method
+shows every read of every variable. `tests/backend/test_recording.py` pins it.
+"""
+
+import threading
+
+from keras.src.backend.common.variables import Variable
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.tapes = []
+        self.logs = []
+
+
+_thread = _Thread()
+
+
+def active_tapes():
+    """The tapes that are recording on this thread, outermost first."""
+    return list(_thread.tapes)
+
+
+class Recording:
+    """What the tapes of all backends share: their place among the active tapes, and what they watch.
+
+    A backend's `Tape` derives from it, adds `watch(tensor)` and, where the framework needs to be told,
+    its own part of the life cycle:
+
+    - `enter`/`exit` bracket the block, and may bracket another one later;
+    - `pause`/`resume` bracket a part of it that is not to be recorded;
+    - `reset` throws away what was recorded, and everything watched;
+    - `release` says that no derivative will be asked for until the next `reset`.
+
+    A variable stands for the values that its readers were given: one on TensorFlow and torch, one alias
+    for each assigned value on JAX, more where a stateless scope lends it others.
+    """
+
+    def __init__(self, watch_accessed_variables):
+        self._watch_accessed_variables = watch_accessed_variables
+        self._asked_for = {}
+        self._read = {}
+
+    def enter(self):
+        _thread.tapes.append(self)
+
+    def exit(self):
+        if self in _thread.tapes:
+            _thread.tapes.remove(self)
+
+    def pause(self):
+        Recording.exit(self)
+
+    def resume(self):
+        Recording.enter(self)
+
+    def reset(self):
+        self._asked_for = {}
+        self._read = {}
+
+    def release(self):
+        """Lets go of the memory that only derivatives need; the watched variables stay known."""
+
+    def watch_variable(self, variable):
+        """Asks for `variable`: it counts as watched now, and its reads are seen even if it is frozen."""
+        self._asked_for[id(variable)] = variable
+
+    def wants(self, variable):
+        # Keras' flag decides, at the time of the read: a framework's own flag goes stale when a layer is frozen.
+        return id(variable) in self._asked_for or (self._watch_accessed_variables and variable.trainable)
+
+    def note_read(self, variable, value):
+        """Remembers that a reader of `variable` was given `value`."""
+        self._read.setdefault(id(variable), (variable, {}))[1][id(value)] = value
+
+    def values_read(self, variable):
+        """The values that readers of `variable` were given, each once."""
+        _, values = self._read.get(id(variable), (None, {}))
+        return list(values.values())
+
+    def watched_variables(self):
+        watched = {**self._asked_for, **{key: variable for key, (variable, _) in self._read.items()}}
+        return list(watched.values())
+
+    def spread(self, sources, per_source):
+        """Replaces each variable among `sources` by its values, and repeats its entry of `per_source` for each."""
+        owners, values, entries = [], [], []
+        for owner, (source, entry) in enumerate(zip(sources, per_source, strict=True)):
+            for value in self.values_read(source) if isinstance(source, Variable) else [source]:
+                owners.append(owner)
+                values.append(value)
+                entries.append(entry)
+        return owners, values, entries
+
+    def gather(self, sources, gradient_of):
+        """Maps `gradient_of(values) -> gradients` over `sources`, summed over the values of each variable."""
+        owners, values, _ = self.spread(sources, sources)
+        gathered = [None] * len(sources)
+        for owner, gradient in zip(owners, gradient_of(values), strict=True):
+            if gradient is not None:
+                gathered[owner] = gradient if gathered[owner] is None else gathered[owner] + gradient
+        return gathered
+
+
+class ReadLog:
+    """Lists the variables that are read inside its block, on this thread, in the order of their first read."""
+
+    def __init__(self):
+        self._seen = {}
+
+    @property
+    def variables(self):
+        return list(self._seen.values())
+
+    def note(self, variable):
+        self._seen.setdefault(id(variable), variable)
+
+    def __enter__(self):
+        _thread.logs.append(self)
+        return self
+
+    def __exit__(self, *exception):
+        _thread.logs.remove(self)
+
+
+def install_read_hook(watch_read):
+    """Lets `watch_read(variable, value, tapes) -> value` see every read that some active tapes want.
+
+    It returns what the reader is to be given, and notes that on each of the tapes.
+    """
+    autocast = Variable._maybe_autocast
+
+    def _maybe_autocast(self, value):
+        for log in _thread.logs:
+            log.note(self)
+        if _thread.tapes:
+            tapes = [tape for tape in _thread.tapes if tape.wants(self)]
+            if tapes:
+                value = watch_read(self, value, tapes)
+        return autocast(self, value)
+
+    Variable._maybe_autocast = _maybe_autocast

@@ -1,0 +1,188 @@
+"""The kernels on TensorFlow, over its own tape."""
+
+import functools
+import warnings
+
+import keras
+import tensorflow as tf
+
+from keras_gradtools.backend import recording
+
+COMPILES_SECOND_ORDER = True
+
+
+class Tape(recording.Recording):
+    """`tf.GradientTape`, told by Keras which variables are trainable.
+
+    The native tape is always persistent (whether a second call is allowed is decided above) and watches
+    accessed variables by itself, because a `tf.function` that was traced earlier reads them without Keras.
+    """
+
+    def __init__(self, watch_accessed_variables):
+        super().__init__(watch_accessed_variables)
+        self.native = self._new_native()
+
+    def _new_native(self):
+        return tf.GradientTape(persistent=True, watch_accessed_variables=self._watch_accessed_variables)
+
+    def enter(self):
+        super().enter()
+        self.native.__enter__()
+
+    def exit(self):
+        super().exit()
+        self.native.__exit__(None, None, None)  # does nothing on a tape that is paused
+
+    def pause(self):
+        self.exit()
+
+    def resume(self):
+        self.enter()
+
+    def reset(self):
+        super().reset()
+        recording_now = self in recording.active_tapes()
+        self.native.__exit__(None, None, None)
+        self.native = self._new_native()
+        if recording_now:
+            self.native.__enter__()
+
+    def release(self):
+        self.native = self._new_native()
+
+    def watch(self, tensor):
+        self.native.watch(tensor)
+
+    def watch_variable(self, variable):
+        super().watch_variable(variable)
+        self.native.watch(variable._value)
+
+    def values_read(self, variable):
+        values = super().values_read(variable)
+        if not values and self.wants(variable) and variable._value is not None:
+            # Read by a `tf.function` that was traced earlier: only the native tape has seen it.
+            return [variable._value]
+        return values
+
+
+def _watch_read(variable, value, tapes):
+    for tape in tapes:
+        # The native tape goes by TensorFlow's `trainable` flag, which is the one of the day the variable was
+        # made: without this it would not see a layer that was unfrozen since.
+        tape.native.watch(value)
+        tape.note_read(variable, value)
+    return value
+
+
+recording.install_read_hook(_watch_read)
+
+
+def _dense(gradients):
+    return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+
+
+def pullback(tape, targets, sources, cotangents):
+    return tape.gather(
+        sources,
+        lambda values: _dense(tape.native.gradient(targets, values, output_gradients=cotangents)),
+    )
+
+
+def pushforward(tape, targets, sources, tangents):
+    # A pullback is linear in its cotangents, so that its own pullback is the pushforward. A nested
+    # `ForwardAccumulator` would be silently wrong, and none can be laid over a block that has already run.
+    _, values, tangents = tape.spread(sources, tangents)
+    if not values:
+        return [None] * len(targets)
+    cotangents = [tf.zeros_like(t) for t in targets]
+    with tf.GradientTape() as outer:
+        outer.watch(cotangents)
+        gradients = _dense(tape.native.gradient(targets, values, output_gradients=cotangents))
+        pairs = [(g, v) for g, v in zip(gradients, tangents, strict=True) if g is not None]
+    if not pairs:
+        return [None] * len(targets)
+    gradients, tangents = zip(*pairs, strict=True)
+    return _dense(outer.gradient(gradients, cotangents, output_gradients=tangents))
+
+
+def pullback_batch(tape, targets, sources, cotangents):
+    return _map_connected(lambda rows: pullback(tape, targets, sources, rows), cotangents)
+
+
+def pushforward_batch(tape, targets, sources, tangents):
+    return _map_connected(lambda rows: pushforward(tape, targets, sources, rows), tangents)
+
+
+def _map_connected(fun, stacks):
+    """Maps `fun` over axis 0 of `stacks`, vectorized; a result that is None stays None."""
+    connected = []
+
+    def present(rows):
+        results = fun(rows)
+        connected[:] = [r is not None for r in results]
+        # Something has to come out of the map, also where nothing is connected.
+        return [r for r in results if r is not None] or [rows[0]]
+
+    try:
+        mapped = iter(tf.vectorized_map(present, stacks, warn=False))
+    except (ValueError, NotImplementedError, tf.errors.OpError) as error:
+        if stacks[0].shape[0] is None:
+            raise
+        _warn_unvectorized(str(error).splitlines()[0])
+        rows = [present([s[i] for s in stacks]) for i in range(stacks[0].shape[0])]
+        mapped = iter([tf.stack(column) for column in zip(*rows, strict=True)])
+    return [next(mapped) if c else None for c in connected]
+
+
+@functools.cache
+def _warn_unvectorized(reason):
+    warnings.warn(
+        "TensorFlow cannot vectorize this model's backward pass, so its Jacobian is computed one row at a "
+        f"time, which is slower. TensorFlow said: {reason}",
+        stacklevel=2,
+    )
+
+
+def jit(fun):
+    reads = {}
+
+    def traced(*args, **kwargs):
+        with recording.ReadLog() as log:
+            result = fun(*args, **kwargs)
+        reads.update((id(v), v) for v in log.variables)
+        return result
+
+    # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
+    compiled = tf.function(traced, autograph=False)
+
+    @functools.wraps(fun)
+    def call(*args, **kwargs):
+        if recording.active_tapes():
+            # A graph reads its variables without Keras: tell the tapes what it is about to read.
+            for variable in reads.values():
+                _ = variable.value
+        return compiled(*_floats_to_tensors(args), **_floats_to_tensors(kwargs))
+
+    return call
+
+
+def _floats_to_tensors(structure):
+    # A Python float would be a constant of the graph, and every new value a new trace.
+    return keras.tree.map_structure(
+        lambda x: tf.constant(x, keras.config.floatx()) if isinstance(x, float) else x, structure
+    )
+
+
+def custom_gradient(fun):
+    @tf.custom_gradient
+    def with_native_signature(*args):
+        values, grad_fn = fun(*args)
+
+        def grad(*upstream, variables=()):
+            gradients = grad_fn(*upstream)
+            # Variables that `fun` reads are constants of its gradient, on every backend.
+            return (gradients, [None] * len(variables)) if variables else gradients
+
+        return values, grad
+
+    return with_native_signature

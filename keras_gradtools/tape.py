@@ -1,0 +1,395 @@
+"""The gradient tape: TensorFlow's contract, on every backend."""
+
+import contextlib
+import math
+
+import keras
+from keras import ops
+
+from keras_gradtools import backend, validation
+
+
+class GradientTape:
+    r"""Records what a block of Keras code computes, so that it can be differentiated.
+
+    Inside its block the tape follows every operation on what it watches: trainable Keras variables by
+    themselves, anything else after `watch`. Afterwards
+
+    - `gradient` pulls cotangents $u$ back, $J^\top u$ (reverse mode; the gradient when $u = 1$),
+    - `jvp` pushes tangents $v$ forward, $J v$ (forward mode),
+    - `jacobian` and `batch_jacobian` give $J$ itself.
+
+    What was computed before the block, inside `stop_recording`, before `reset`, or after the block is a
+    constant. A gradient by a variable refers to the value that was read, whatever was assigned to it since.
+    Tapes nest, to any order of derivative: a `gradient` taken inside another tape's block is recorded by it.
+
+    The tape works eagerly and inside compiled functions (`tf.function`, `jax.jit`, `fit`). On JAX the
+    block is recorded as it runs and replayed, compiled, when it is differentiated; a function that was
+    compiled with `jax.jit` and *closes over* a watched array hides it: pass it as an argument.
+
+    Args:
+        persistent: whether derivatives may be asked for more than once. A persistent tape also records
+            the calls made inside its own block.
+        watch_accessed_variables: whether trainable variables are watched as soon as they are read.
+
+    Cost:
+        `gradient` costs about two evaluations of the block and `jvp` one to three; a Jacobian costs one
+        pullback for each element of the target (of one example, for `batch_jacobian`), vectorized.
+
+    Example:
+
+    >>> import keras_gradtools as kg
+    >>> from keras import ops
+    >>> x = ops.convert_to_tensor(3.0)
+    >>> with kg.GradientTape() as outer:
+    ...     outer.watch(x)
+    ...     with kg.GradientTape() as inner:
+    ...         inner.watch(x)
+    ...         y = x * x * x
+    ...     dy_dx = inner.gradient(y, x)
+    >>> float(dy_dx), float(outer.gradient(dy_dx, x))
+    (27.0, 18.0)
+
+    Source: TensorFlow's guide "Advanced automatic differentiation"; Griewank & Walther, "Evaluating
+    Derivatives" (2008), chapter 3.
+    """
+
+    def __init__(self, persistent=False, watch_accessed_variables=True):
+        self._persistent = persistent
+        self._tape = backend.Tape(watch_accessed_variables)
+        self._inside = False
+        self._recording = False
+        self._used = False
+
+    def __enter__(self):
+        if self._inside:
+            raise ValueError(
+                "This GradientTape is already recording: a tape cannot be entered inside its own block. "
+                "Use a second tape for a second derivative, or leave the block before entering it again."
+            )
+        if self._used and not self._persistent:
+            self._tape.reset()
+            self._used = False
+        self._tape.enter()
+        self._inside = self._recording = True
+        return self
+
+    def __exit__(self, *exception):
+        if self._inside:
+            self._tape.exit()
+        self._inside = self._recording = False
+
+    def watch(self, tensor):
+        """Follows `tensor`: a tensor, a `keras.Variable`, or any nesting of them.
+
+        Args:
+            tensor: real floating-point tensors or variables, of any shape. A variable that is not
+                trainable is followed from its next read on.
+
+        Raises:
+            ValueError: for anything else, naming what was received.
+            RuntimeError: outside the tape's block.
+        """
+        if not self._inside:
+            raise RuntimeError(
+                "GradientTape.watch was called outside the tape's block. Call it inside `with tape:`, before "
+                "the computation that is to be differentiated."
+            )
+        flat = keras.tree.flatten(tensor)
+        for x in flat:
+            validation.require_differentiable(x, "What a GradientTape watches")
+        for x in flat:
+            if validation.is_variable(x):
+                self._tape.watch_variable(x)
+            else:
+                self._tape.watch(x)
+
+    def watched_variables(self):
+        """Returns the `keras.Variable`s watched so far, in the order in which they were met."""
+        return self._tape.watched_variables()
+
+    @contextlib.contextmanager
+    def stop_recording(self):
+        """Pauses this tape, and no other, for a `with` block: what is computed there is a constant to it.
+
+        Raises:
+            RuntimeError: if the tape is not recording.
+        """
+        if not self._recording:
+            raise RuntimeError(
+                "GradientTape.stop_recording was called on a tape that is not recording. Call it inside the "
+                "tape's block."
+            )
+        self._pause()
+        try:
+            yield
+        finally:
+            if self._inside and not self._used_up():
+                self._resume()
+
+    def reset(self):
+        """Throws the record away, and everything watched; the tape goes on recording from here.
+
+        Raises:
+            RuntimeError: outside the tape's block.
+        """
+        if not self._inside:
+            raise RuntimeError(
+                "GradientTape.reset was called outside the tape's block. Call it inside `with tape:`, or make "
+                "a new tape."
+            )
+        used_up = self._used_up()
+        self._tape.reset()
+        self._used = False
+        if used_up and not self._recording:
+            self._resume()
+
+    def gradient(self, target, sources, output_gradients=None, unconnected_gradients="none"):
+        r"""Returns the gradient of `target` by `sources`, $\sum_k (\partial y_k / \partial x)^\top u_k$.
+
+        Args:
+            target: a tensor or any nesting of tensors $y_k$, which are summed, as are their elements.
+            sources: what to differentiate by: tensors and variables in any nesting.
+            output_gradients: the cotangents $u_k$, in the structure and shapes of `target`; None stands
+                for ones.
+            unconnected_gradients: what to return for a source that `target` does not depend on: None
+                (`"none"`) or zeros (`"zero"`).
+
+        Returns:
+            The structure of `sources`, each entry with its source's shape and dtype.
+
+        Raises:
+            ValueError: for a target or source that is not a real floating-point tensor or variable, or an
+                unknown option.
+            RuntimeError: at the second call on a tape that is not persistent.
+        """
+        targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "gradient")
+        cotangents = _like(output_gradients, target, "output_gradients", "`target`", _ones)
+        with self._pulling(targets) as targets:
+            gradients = backend.pullback(self._tape, targets, flat_sources, cotangents)
+        if zero:
+            gradients = [_zeros(s) if g is None else g for g, s in zip(gradients, flat_sources, strict=True)]
+        return keras.tree.pack_sequence_as(sources, gradients)
+
+    def jvp(self, target, sources, tangents, unconnected_gradients="none"):
+        r"""Returns the derivative of `target` along `tangents`, $\sum_i (\partial y / \partial x_i) v_i$.
+
+        Args:
+            target: a tensor or any nesting of tensors.
+            sources: tensors and variables in any nesting.
+            tangents: the directions $v_i$, in the structure and shapes of `sources`; None stands for zeros.
+            unconnected_gradients: what to return for a target that depends on no source: None (`"none"`)
+                or zeros (`"zero"`).
+
+        Returns:
+            The structure of `target`, each entry with its target's shape and dtype.
+
+        Raises:
+            ValueError, RuntimeError: as `gradient`.
+        """
+        targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "jvp")
+        tangents = _like(tangents, sources, "tangents", "`sources`", _zeros)
+        with self._pulling(targets) as targets:
+            pushed = backend.pushforward(self._tape, targets, flat_sources, tangents)
+        if zero:
+            pushed = [_zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
+        return keras.tree.pack_sequence_as(target, pushed)
+
+    def jacobian(self, target, sources, unconnected_gradients="none", chunk_size=None):
+        r"""Returns the Jacobian of `target` by `sources`, $J_{k i} = \partial y_k / \partial x_i$.
+
+        Args:
+            target: one tensor, of any shape.
+            sources: tensors and variables in any nesting.
+            unconnected_gradients: as for `gradient`.
+            chunk_size: how many rows (elements of `target`) to compute at once; all by default. It
+                bounds the memory and changes no value.
+
+        Returns:
+            The structure of `sources`, each entry of shape `target.shape + source.shape`.
+
+        Raises:
+            ValueError, RuntimeError: as `gradient`.
+        """
+        target = self._checked_tensor(target, "jacobian")
+        _, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "jacobian")
+        chunk_size = _checked_chunk_size(chunk_size)
+        with self._pulling([target]) as (target,):
+            rows = self._rows(target, flat_sources, _basis(target, 0), chunk_size)
+        shape = _shape(target)
+        jacobians = [
+            ops.zeros((*shape, *_shape(s)), dtype=s.dtype)
+            if r is None and (zero or 0 in tuple(target.shape))
+            else r if r is None else ops.reshape(r, (*shape, *_shape(s)))
+            for r, s in zip(rows, flat_sources, strict=True)
+        ]
+        return keras.tree.pack_sequence_as(sources, jacobians)
+
+    def batch_jacobian(self, target, source, unconnected_gradients="none", chunk_size=None):
+        r"""Returns the Jacobian of each example, $J_{b k i} = \partial y_{b k} / \partial x_{b i}$.
+
+        It is right where the examples are independent of one another; it costs one pullback of the whole
+        batch for each element of one example's target.
+
+        Args:
+            target: one tensor of shape `(batch, ...)`.
+            source: one tensor or variable of shape `(batch, ...)`.
+            unconnected_gradients: as for `gradient`.
+            chunk_size: how many elements of the target to compute at once; all by default. It bounds the
+                memory and changes no value.
+
+        Returns:
+            A tensor of shape `(batch, *target.shape[1:], *source.shape[1:])`.
+
+        Raises:
+            ValueError: if the batch sizes differ or a rank is below 2; and as `gradient`.
+            RuntimeError: as `gradient`.
+        """
+        target = self._checked_tensor(target, "batch_jacobian")
+        if keras.tree.is_nested(source):
+            raise ValueError(
+                "GradientTape.batch_jacobian takes one source. Received: a "
+                f"{type(source).__name__}. Make the tape persistent and call it once for each source."
+            )
+        _, flat_sources, zero = self._checked(target, source, unconnected_gradients, "batch_jacobian")
+        chunk_size = _checked_chunk_size(chunk_size)
+        _check_batch(target, source)
+        with self._pulling([target]) as (target,):
+            (rows,) = self._rows(target, flat_sources, _basis(target, 1), chunk_size)
+        shape = (*_shape(target), *_shape(source)[1:])
+        if rows is None:
+            return ops.zeros(shape, dtype=source.dtype) if zero or 0 in tuple(target.shape) else None
+        return ops.reshape(ops.swapaxes(rows, 0, 1), shape)
+
+    def _rows(self, target, sources, basis, chunk_size):
+        """Pulls every cotangent of `basis` back; stacks on axis 0, or None where nothing is connected."""
+        count = basis.shape[0]
+        if 0 in tuple(target.shape):
+            return [None] * len(sources)
+        if count is None or chunk_size is None or chunk_size >= count:
+            return backend.pullback_batch(self._tape, [target], sources, [basis])
+        chunks = [
+            backend.pullback_batch(self._tape, [target], sources, [basis[start : start + chunk_size]])
+            for start in range(0, count, chunk_size)
+        ]
+        return [None if c[0] is None else ops.concatenate(c, axis=0) for c in zip(*chunks, strict=True)]
+
+    def _used_up(self):
+        return self._used and not self._persistent
+
+    def _pause(self):
+        self._tape.pause()
+        self._recording = False
+
+    def _resume(self):
+        self._tape.resume()
+        self._recording = True
+
+    @contextlib.contextmanager
+    def _pulling(self, targets):
+        """The time in which derivatives are computed; gives the targets as tensors."""
+        if any(validation.is_variable(t) for t in targets):
+            # Reading a variable is what makes it the target of a tape that watches it.
+            with contextlib.nullcontext() if self._inside else self:
+                targets = [ops.convert_to_tensor(t) for t in targets]
+        if self._recording and not self._persistent:
+            self._pause()
+        self._used = True
+        yield targets
+        if not self._persistent:
+            self._tape.release()
+
+    def _checked(self, target, sources, unconnected_gradients, method):
+        if self._used_up():
+            raise RuntimeError(
+                "This GradientTape has already been used: a tape gives derivatives once, unless it was made "
+                "with `kg.GradientTape(persistent=True)`."
+            )
+        if unconnected_gradients not in ("none", "zero"):
+            raise ValueError(
+                "unconnected_gradients must be 'none' or 'zero'. "
+                f"Received: unconnected_gradients={unconnected_gradients!r}."
+            )
+        targets, flat_sources = keras.tree.flatten(target), keras.tree.flatten(sources)
+        for t in targets:
+            validation.require_differentiable(t, f"The target of GradientTape.{method}")
+        for s in flat_sources:
+            validation.require_differentiable(s, f"A source of GradientTape.{method}")
+        return targets, flat_sources, unconnected_gradients == "zero"
+
+    def _checked_tensor(self, target, method):
+        if keras.tree.is_nested(target):
+            raise ValueError(
+                f"GradientTape.{method} takes one target tensor. Received: a {type(target).__name__}. Make the "
+                "tape persistent and call it once for each target, or concatenate them."
+            )
+        return target
+
+
+def _like(given, reference, role, of, default):
+    """Flattens `given` as tensors that match those of `reference` one by one, `default` where it is None."""
+    flat_reference = keras.tree.flatten(reference)
+    if given is None:
+        return [default(r) for r in flat_reference]
+    validation.require_same_structure(given, reference, role, of)
+    flat = []
+    for g, r in zip(keras.tree.flatten(given), flat_reference, strict=True):
+        if g is None:
+            flat.append(default(r))
+            continue
+        g = ops.convert_to_tensor(g, dtype=r.dtype)
+        validation.require_shape(g, r.shape, f"Each entry of {role}", f"its counterpart in {of}")
+        flat.append(g)
+    return flat
+
+
+def _basis(target, batch_axes):
+    """The unit cotangents of `target`, each the same for all examples, stacked on a new axis 0."""
+    shape = _shape(target)
+    element = shape[batch_axes:]
+    if all(isinstance(n, int) for n in element):
+        count = math.prod(element)
+    else:
+        count = ops.prod(ops.stack([ops.cast(n, "int32") for n in element]))
+    index = ops.arange(count, dtype="int32")
+    unit = ops.cast(ops.equal(index[:, None], index[None, :]), target.dtype)
+    unit = ops.reshape(unit, (count, *[1] * batch_axes, *element))
+    return ops.broadcast_to(unit, (count, *shape)) if batch_axes else unit
+
+
+def _shape(x):
+    """The shape, with tensors in the place of the dimensions that only the run will know."""
+    return tuple(ops.shape(x))
+
+
+def _zeros(x):
+    # A variable is not read for this: a tape around would watch it.
+    return ops.zeros(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.zeros_like(x)
+
+
+def _ones(x):
+    return ops.ones(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.ones_like(x)
+
+
+def _checked_chunk_size(chunk_size):
+    if chunk_size is None:
+        return None
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer or None. Received: chunk_size={chunk_size!r}.")
+    return chunk_size
+
+
+def _check_batch(target, source):
+    for name, x in (("target", target), ("source", source)):
+        if len(x.shape) < 2:
+            raise ValueError(
+                f"GradientTape.batch_jacobian needs a {name} of shape (batch, ...) and of rank 2 or more. "
+                f"Received: {validation.describe(x)}. Add an axis with `keras.ops.expand_dims(x, -1)` inside "
+                "the tape's block, or use `jacobian`."
+            )
+    a, b = target.shape[0], source.shape[0]
+    if a is not None and b is not None and a != b:
+        raise ValueError(
+            "GradientTape.batch_jacobian needs the same batch size in target and source. Received: a target "
+            f"of shape {tuple(target.shape)} and a source of shape {tuple(source.shape)}."
+        )
