@@ -218,9 +218,7 @@ class GradientTape:
             rows = self._rows(target, flat_sources, _basis(target, 0), chunk_size)
         shape = _shape(target)
         jacobians = [
-            ops.zeros((*shape, *_shape(s)), dtype=s.dtype)
-            if r is None and (zero or 0 in tuple(target.shape))
-            else r if r is None else ops.reshape(r, (*shape, *_shape(s)))
+            _shaped(r, (*shape, *_shape(s)), s, zero or 0 in tuple(target.shape))
             for r, s in zip(rows, flat_sources, strict=True)
         ]
         return keras.tree.pack_sequence_as(sources, jacobians)
@@ -256,10 +254,8 @@ class GradientTape:
         _check_batch(target, source)
         with self._pulling([target]) as (target,):
             (rows,) = self._rows(target, flat_sources, _basis(target, 1), chunk_size)
-        shape = (*_shape(target), *_shape(source)[1:])
-        if rows is None:
-            return ops.zeros(shape, dtype=source.dtype) if zero or 0 in tuple(target.shape) else None
-        return ops.reshape(ops.swapaxes(rows, 0, 1), shape)
+        rows = rows if rows is None else ops.swapaxes(rows, 0, 1)
+        return _shaped(rows, (*_shape(target), *_shape(source)[1:]), source, zero or 0 in tuple(target.shape))
 
     def _rows(self, target, sources, basis, chunk_size):
         """Pulls every cotangent of `basis` back; stacks on axis 0, or None where nothing is connected."""
@@ -369,6 +365,13 @@ def _zeros(x):
 
 def _ones(x):
     return ops.ones(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.ones_like(x)
+
+
+def _shaped(rows, shape, source, zero):
+    """The stacked rows as a Jacobian of `shape`; zeros or None where nothing is connected."""
+    if rows is not None:
+        return ops.reshape(rows, shape)
+    return ops.zeros(shape, dtype=source.dtype) if zero else None
 
 
 def _checked_chunk_size(chunk_size):

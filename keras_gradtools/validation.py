@@ -23,6 +23,7 @@ def dtype_of(x):
 
 
 def is_variable(x):
+    """Whether `x` is a Keras variable of the current backend."""
     return isinstance(x, keras.Variable)
 
 
@@ -46,16 +47,14 @@ def require_differentiable(x, role, hint=""):
 
 def _conversion_hint(x):
     if isinstance(x, keras.KerasTensor):
-        return (
-            " A symbolic tensor has no values: use the tape inside a layer's `call`, or on a model called "
-            "with data."
-        )
+        return " A symbolic tensor has no values: use the tape inside a layer's `call`, or on a model called with data."
     if x is None or isinstance(x, str):
         return ""
     return " Convert it with `keras.ops.convert_to_tensor` and use the result inside the tape's block."
 
 
 def require_same_structure(given, expected, role, of):
+    """Raises `ValueError` unless `given` is nested as `expected` is."""
     try:
         keras.tree.assert_same_structure(given, expected)
     except (ValueError, TypeError):

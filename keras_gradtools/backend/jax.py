@@ -22,9 +22,11 @@ COMPILES_SECOND_ORDER = True
 class Tape(recording.Recording):
     """A list of operations, and by identity the values that it follows."""
 
+    # Only between `enter` and `exit`: a trace that was kept would keep a whole compilation alive.
+    trace: jax_trace.TapeTrace
+
     def __init__(self, watch_accessed_variables):
         super().__init__(watch_accessed_variables)
-        self.trace = None
         self._forget()
 
     def _forget(self):
@@ -41,8 +43,8 @@ class Tape(recording.Recording):
         super().exit()
         if self in self.trace.tapes:
             self.trace.tapes.remove(self)
-        trace, self.trace = self.trace, None
-        jax_trace.leave(trace)
+        jax_trace.leave(self.trace)
+        del self.trace
 
     def pause(self):
         super().pause()

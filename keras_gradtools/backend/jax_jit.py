@@ -35,13 +35,13 @@ class _Program:
         self._fun = fun
         self._structure = structure
         self._static = static
-        self._read = None
-        self._assigned = []
+        self._read: list | None = None
+        self._assigned: list = []
         self._compiled = jax.jit(self._run)
 
     def __call__(self, arrays):
         if self._read is None:
-            self._find_state(arrays)
+            self._read = self._find_state(arrays)
         with AutocastScope(None):
             values = [v.value for v in self._read]
         result, assigned = self._compiled(values, arrays)
@@ -50,21 +50,16 @@ class _Program:
         return result
 
     def _find_state(self, arrays):
-        """Traces once, without compiling, to learn which variables are read and assigned."""
-        self._read = []
-        try:
-            with recording.ReadLog() as log:
-                jax.eval_shape(self._run, [], arrays)
-        except BaseException:
-            self._read = None
-            raise
-        self._read = log.variables
+        """Traces once, without compiling, to learn which variables are read."""
+        with recording.ReadLog() as log:
+            jax.eval_shape(self._run, [], arrays)
+        return log.variables
 
     def _run(self, values, arrays):
         given = iter(arrays)
         leaves = [next(given) if leaf is _ARRAY else leaf for leaf in self._static]
         args, kwargs = jax.tree.unflatten(self._structure, leaves)
-        with _Scope(list(zip(self._read, values, strict=True))) as scope:
+        with _Scope(list(zip(self._read or [], values, strict=True))) as scope:
             result = self._fun(*args, **kwargs)
         self._assigned = list(scope.assigned.values())
         result = keras.tree.map_structure(lambda x: x.value if isinstance(x, keras.Variable) else x, result)

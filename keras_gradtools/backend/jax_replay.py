@@ -10,6 +10,7 @@ import threading
 import weakref
 
 import jax
+from jax._src.linear_util import WrappedFun
 from jax.extend.core import ClosedJaxpr
 
 from keras_gradtools.backend import jax_trace
@@ -71,7 +72,7 @@ class Slice:
     def structure(self):
         """A hashable key of everything but the arrays; TypeError if some parameter cannot be hashed."""
         steps = tuple(
-            (operation.primitive, _weak_parameters(operation.params), ins, outs, added)
+            (operation.primitive, _weak(operation.subfuns), _weak_parameters(operation.params), ins, outs, added)
             for operation, ins, outs, added in self.steps
         )
         key = (steps, self.perturbed, len(self.constants), tuple(self.target_slots))
@@ -185,7 +186,7 @@ def _weak(value):
     """Stands for a parameter in a key, without keeping the functions alive that it is made of."""
     if isinstance(value, tuple):
         return tuple(_weak(v) for v in value)
-    if isinstance(value, jax_trace.WrappedFun):
+    if isinstance(value, WrappedFun):
         return weakref.ref(value.f), value.transforms, value.in_type
     if isinstance(value, ClosedJaxpr):
         text = _texts.get(value)

@@ -16,7 +16,6 @@ import threading
 import jax
 from jax._src import ad_util, core
 from jax._src.array import ArrayImpl
-from jax._src.linear_util import WrappedFun
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -41,25 +40,35 @@ def is_followable(x):
 
 
 class Operation:
-    """One recorded operation: what to bind again, on which inputs, and what came out."""
+    """One recorded operation: what to bind again, on which inputs, and what came out.
 
-    __slots__ = ("inputs", "outputs", "params", "primitive")
+    `subfuns` are the functions of a custom derivative: `(fun, jvp)`, `(fun, fwd, bwd)`, else nothing.
+    """
 
-    def __init__(self, primitive, params, inputs, outputs):
+    __slots__ = ("inputs", "outputs", "params", "primitive", "subfuns")
+
+    def __init__(self, primitive, subfuns, params, inputs, outputs):
         self.primitive = primitive
+        self.subfuns = subfuns
         self.params = params
         self.inputs = inputs
         self.outputs = outputs
 
     def bind(self, inputs):
         """Carries the operation out again, under the current trace."""
-        for subfun in self.params.get("subfuns", ()):
+        outputs = self._bind_custom(inputs) if self.subfuns else self.primitive.bind(*inputs, **self.params)
+        return outputs if self.primitive.multiple_results else [outputs]
+
+    def _bind_custom(self, inputs):
+        for subfun in self.subfuns:
             # A wrapped function notes the structure of its output once; here it runs a second time.
             for store in subfun.stores:
                 if store is not None:
                     store.reset()
-        outputs = self.primitive.bind(*inputs, **self.params)
-        return outputs if self.primitive.multiple_results else [outputs]
+        # How `bind` takes functions differs from one JAX to the next; what it comes to does not.
+        with core.take_current_trace() as trace:
+            process = trace.process_custom_jvp_call if len(self.subfuns) == 2 else trace.process_custom_vjp_call
+            return process(self.primitive, *self.subfuns, inputs, **self.params)
 
 
 class TapeTrace(core.Trace):
@@ -82,8 +91,8 @@ class TapeTrace(core.Trace):
     def process_primitive(self, primitive, tracers, params, /):
         outputs = self.parent.process_primitive(primitive, tracers, params)
         if primitive.multiple_results:
-            return self._record(primitive, params, tracers, outputs)
-        return self._record(primitive, params, tracers, [outputs])[0]
+            return self._record(primitive, (), params, tracers, outputs)
+        return self._record(primitive, (), params, tracers, [outputs])[0]
 
     def process_call(self, primitive, fun, tracers, params, /):
         with core.set_current_trace(self):
@@ -92,14 +101,14 @@ class TapeTrace(core.Trace):
     def process_custom_jvp_call(self, primitive, fun, jvp, tracers, /, *, symbolic_zeros):
         params = {"symbolic_zeros": symbolic_zeros}
         outputs = self.parent.process_custom_jvp_call(primitive, fun, jvp, tracers, **params)
-        return self._record(primitive, {"subfuns": (fun, jvp), **params}, tracers, outputs)
+        return self._record(primitive, (fun, jvp), params, tracers, outputs)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, *, out_trees, symbolic_zeros):
         params = {"out_trees": out_trees, "symbolic_zeros": symbolic_zeros}
         outputs = self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, tracers, **params)
-        return self._record(primitive, {"subfuns": (fun, fwd, bwd), **params}, tracers, outputs)
+        return self._record(primitive, (fun, fwd, bwd), params, tracers, outputs)
 
-    def _record(self, primitive, params, inputs, outputs):
+    def _record(self, primitive, subfuns, params, inputs, outputs):
         outputs = list(outputs)
         taken = {id(x) for x in inputs}
         for i, x in enumerate(outputs):
@@ -110,7 +119,7 @@ class TapeTrace(core.Trace):
             operation = None
             for tape in self.tapes:
                 if any(id(x) in tape.followed for x in inputs):
-                    operation = operation or Operation(primitive, params, inputs, outputs)
+                    operation = operation or Operation(primitive, subfuns, params, inputs, outputs)
                     tape.operations.append(operation)
                     tape.followed.update((id(x), x) for x in outputs if is_followable(x))
         return outputs

@@ -1,0 +1,47 @@
+"""What every test stands on: one backend, one seed, and no tape left recording."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras  # noqa: E402
+import pytest  # noqa: E402
+
+from keras_gradtools.backend.recording import active_tapes  # noqa: E402
+
+
+def pytest_report_header():
+    return f"keras {keras.__version__}, backend {keras.config.backend()}"
+
+
+def pytest_collection_modifyitems(items):
+    if keras.config.backend() != "jax":
+        return
+    import jax
+
+    # JAX would silently compute these in single precision.
+    if not jax.config.jax_enable_x64:
+        for item in items:
+            if item.get_closest_marker("float64"):
+                item.add_marker(pytest.mark.skip(reason="double precision on JAX needs JAX_ENABLE_X64=1"))
+
+
+@pytest.fixture(scope="session")
+def backend():
+    """The name of the backend that this process runs on."""
+    return keras.config.backend()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_tape_left_recording():
+    yield
+    left = active_tapes()
+    # Ended here, or every later test would be recorded and fail as well.
+    for tape in reversed(left):
+        tape.exit()
+    assert not left, f"the test left {len(left)} tape(s) recording: {left}"

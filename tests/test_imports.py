@@ -1,0 +1,100 @@
+"""The rules of the package's architecture, read off its source."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "keras_gradtools"
+
+# Bottom first. A module imports from levels below its own, and from its own folder.
+LEVELS = [
+    {"validation"},
+    {"backend"},
+    {"tape", "gradient_ops"},
+    {"transforms"},
+    {"curvature", "regularization", "attacks", "diagnostics", "plots", "testing"},
+    {"layers", "models", "callbacks", "optimizers"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+# These belong to the adapters alone: the frameworks, Keras' internals, and the question which backend it is.
+INTERNALS = ("tensorflow", "jax", "jaxlib", "torch", "keras.src")
+WHICH_BACKEND = ("backend.backend", "config.backend")
+SAY_NOTHING = {"util", "utils", "helper", "helpers", "misc", "common"}
+
+
+def references(tree, folder):
+    """The dotted names that a module imports or spells out as an attribute, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ["keras_gradtools", *folder][: len(folder) + 2 - node.level] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from ((".".join([*base, alias.name]), node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node), node.lineno
+
+
+def violations(path, source):
+    """What the module at `path`, relative to the package, does against the rules."""
+    folder, parts = path.parts[:-1], path.with_suffix("").parts
+    if SAY_NOTHING & {part.strip("_") for part in parts}:
+        yield f"{path}: the name says nothing"
+    here = parts[0]
+    if here == "__init__":
+        return
+    if here not in LEVEL:
+        yield f"{path}: {here!r} has no level; give it one in the table"
+        return
+    for name, line in references(ast.parse(source), folder):
+        internal = any(f"{name}.".startswith(f"{prefix}.") for prefix in INTERNALS)
+        if here != "backend" and (internal or f".{name}".endswith(tuple(f".{question}" for question in WHICH_BACKEND))):
+            yield f"{path}:{line}: {name} outside backend/"
+        package, _, rest = name.partition(".")
+        there = rest.split(".")[0]
+        if package == "keras_gradtools" and there != here and LEVEL.get(there, len(LEVELS)) >= LEVEL[here]:
+            yield f"{path}:{line}: {name} is not below {here}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_keeps_the_rules(path):
+    assert list(violations(path.relative_to(PACKAGE), path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        ("tape.py", "def f():\n    import jax.numpy as jnp", "tape.py:2: jax.numpy outside backend/"),
+        ("plots.py", "from torch import nn", "torch.nn outside backend/"),
+        ("tape.py", "from keras.src import tree", "keras.src.tree outside backend/"),
+        ("tape.py", "from keras import backend\nbackend.backend()", "tape.py:2: backend.backend outside backend/"),
+        ("tape.py", "import keras\nkeras.backend.backend()", "keras.backend.backend outside backend/"),
+        ("layers/noise.py", "keras.config.backend() == 'jax'", "keras.config.backend outside backend/"),
+        ("layers/noise.py", "from keras.config import backend", "keras.config.backend outside backend/"),
+        ("backend/jax.py", "from keras_gradtools import tape", "keras_gradtools.tape is not below backend"),
+        ("tape.py", "from keras_gradtools.transforms.jacobians import f", "is not below tape"),
+        ("tape.py", "from .gradient_ops import f", "keras_gradtools.gradient_ops.f is not below tape"),
+        ("transforms/jacobians.py", "from ..layers import f", "keras_gradtools.layers.f is not below transforms"),
+        ("models/a.py", "from keras_gradtools import GradientTape", "keras_gradtools.GradientTape is not below models"),
+        ("models/a.py", "import keras_gradtools as kg", "keras_gradtools is not below models"),
+        ("novelty.py", "", "'novelty' has no level"),
+        ("backend/_utils.py", "", "the name says nothing"),
+        ("misc/a.py", "", "the name says nothing"),
+    ],
+)
+def test_a_breach_is_found(path, source, message):
+    assert any(message in found for found in violations(pathlib.Path(path), source))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("backend/jax.py", "import jax\nfrom keras.src import tree\nfrom . import recording"),
+        ("models/a.py", "from keras_gradtools.models import b\nfrom ..tape import GradientTape"),
+        ("tape.py", "import keras\nfrom keras_gradtools import backend\nkeras.backend.standardize_dtype\nbackend.jit"),
+        ("__init__.py", "from keras_gradtools.tape import GradientTape"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(path, source):
+    assert list(violations(pathlib.Path(path), source)) == []

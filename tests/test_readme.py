@@ -1,0 +1,57 @@
+"""Everything that README.md and the docstrings show runs, on the backend of this process."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+import sys
+
+import keras
+import pytest
+
+import keras_gradtools
+
+README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+
+
+def python_blocks(text):
+    """The ```python blocks of a page, each behind as many empty lines as keep its line numbers right."""
+    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield "\n" * text.count("\n", 0, block.start(1)) + block[1]
+
+
+def modules():
+    """The names of the package's modules, without the adapters of the backends that are not running."""
+    adapters = "keras_gradtools.backend."
+    importlib.import_module(adapters + keras.config.backend())
+    for module in pkgutil.walk_packages(keras_gradtools.__path__, "keras_gradtools."):
+        if not module.name.startswith(adapters) or module.name in sys.modules:
+            yield module.name
+
+
+# Without a README there are no blocks to run, and the count below fails.
+BLOCKS = list(python_blocks(README.read_text(encoding="utf-8"))) if README.exists() else []
+
+
+def test_readme_shows_the_tape_and_a_penalty():
+    assert len(BLOCKS) >= 2
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line-{len(block) - len(block.lstrip(chr(10))) + 1}")
+def test_readme_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_docstring_examples_hold(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(module, optionflags=flags).failed == 0
+
+
+def test_blocks_are_found_and_keep_their_lines():
+    page = "a\n```python\nx = 1\n```\n```bash\nmake\n```\n```python\ny = 2\n```\n"
+    assert list(python_blocks(page)) == ["\n\nx = 1\n", "\n\n\n\n\n\n\n\ny = 2\n"]
