@@ -9,23 +9,9 @@ import functools
 import jax
 import keras
 import numpy as np
-from keras.src.backend.common.stateless_scope import StatelessScope
-from keras.src.backend.common.variables import AutocastScope
+from keras.src.backend.common.variables import AutocastScope, initialize_all_variables
 
-from keras_gradtools.backend import recording
-
-
-class _Scope(StatelessScope):
-    """A stateless scope that remembers which variables were assigned in it."""
-
-    def __init__(self, state_mapping):
-        super().__init__(state_mapping)
-        self.assigned = {}
-
-    def add_update(self, update):
-        variable, _ = update
-        self.assigned[id(variable)] = variable
-        super().add_update(update)
+from keras_gradtools.backend.state import StateScope
 
 
 class _Program:
@@ -50,18 +36,21 @@ class _Program:
         return result
 
     def _find_state(self, arrays):
-        """Traces once, without compiling, to learn which variables are read."""
-        with recording.ReadLog() as log:
-            jax.eval_shape(self._run, [], arrays)
-        return log.variables
+        """Traces once, without compiling, to learn which variables are read, and to have all of them made."""
+        read = []
+        jax.eval_shape(lambda arrays: self._run([], arrays, read)[0], arrays)
+        initialize_all_variables()
+        return read
 
-    def _run(self, values, arrays):
+    def _run(self, values, arrays, read=None):
         given = iter(arrays)
         leaves = [next(given) if leaf is _ARRAY else leaf for leaf in self._static]
         args, kwargs = jax.tree.unflatten(self._structure, leaves)
-        with _Scope(list(zip(self._read or [], values, strict=True))) as scope:
+        with StateScope(zip(self._read or [], values, strict=True)) as scope:
             result = self._fun(*args, **kwargs)
-        self._assigned = list(scope.assigned.values())
+        self._assigned = scope.variables_assigned
+        if read is not None:
+            read.extend(scope.variables_read)
         result = keras.tree.map_structure(lambda x: x.value if isinstance(x, keras.Variable) else x, result)
         return result, [scope.get_current_value(v) for v in self._assigned]
 

@@ -21,6 +21,7 @@ class Tape(recording.Recording):
     def __init__(self, watch_accessed_variables):
         super().__init__(watch_accessed_variables)
         self.native = self._new_native()
+        self._watch_later = []
 
     def _new_native(self):
         return tf.GradientTape(persistent=True, watch_accessed_variables=self._watch_accessed_variables)
@@ -28,6 +29,9 @@ class Tape(recording.Recording):
     def enter(self):
         super().enter()
         self.native.__enter__()
+        for tensor in self._watch_later:
+            self.native.watch(tensor)
+        self._watch_later = []
 
     def exit(self):
         super().exit()
@@ -41,6 +45,7 @@ class Tape(recording.Recording):
 
     def reset(self):
         super().reset()
+        self._watch_later = []
         recording_now = self in recording.active_tapes()
         self.native.__exit__(None, None, None)
         self.native = self._new_native()
@@ -51,11 +56,15 @@ class Tape(recording.Recording):
         self.native = self._new_native()
 
     def watch(self, tensor):
-        self.native.watch(tensor)
+        if self in recording.active_tapes():
+            self.native.watch(tensor)
+        else:
+            # The native tape ignores what it is told while it is paused.
+            self._watch_later.append(tensor)
 
     def watch_variable(self, variable):
         super().watch_variable(variable)
-        self.native.watch(variable._value)
+        self.watch(variable._value)
 
     def values_read(self, variable):
         values = super().values_read(variable)

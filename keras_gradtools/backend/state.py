@@ -1,0 +1,44 @@
+"""Keras variables as the state of a computation: what it reads, and what it assigns."""
+
+from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
+
+
+class StateScope(StatelessScope):
+    """A block in which assignments to variables are seen, and after which they are gone.
+
+    Inside, a variable has the value that was assigned to it in the block, else the one that `state_mapping`
+    gives it, else the one that it has outside. Keras' own scope knows no outside: it has no value for a
+    variable that it was not given, which breaks regularizers, and it hides an enclosing scope.
+    """
+
+    def __init__(self, state_mapping=()):
+        # Variables are not initialized at the end: that would happen inside whatever trace surrounds the block.
+        super().__init__(list(state_mapping), collect_losses=True, initialize_variables=False)
+        self._outside = get_stateless_scope()
+        self._read = {}
+        self._assigned = {}
+
+    @property
+    def variables_read(self):
+        return list(self._read.values())
+
+    @property
+    def variables_assigned(self):
+        return list(self._assigned.values())
+
+    def add_update(self, update):
+        variable, _ = update
+        self._assigned[id(variable)] = variable
+        super().add_update(update)
+
+    def get_current_value(self, variable):
+        self._read.setdefault(id(variable), variable)
+        value = super().get_current_value(variable)
+        if value is None and self._outside is not None:
+            value = self._outside.get_current_value(variable)
+        if value is None:
+            value = variable._value
+        if value is None:
+            # Made inside the block, and initialized after it; until then Keras, too, uses a placeholder.
+            value = variable._initializer(variable.shape, dtype=variable.dtype)
+        return value
