@@ -1,8 +1,31 @@
 """Advanced gradient utilities for Keras 3, the same on TensorFlow, JAX and PyTorch."""
 
+from keras_gradtools import layers, models, plots
+from keras_gradtools.custom_gradients import custom_gradient
+from keras_gradtools.gradient_ops import (
+    clip_gradient_norm,
+    clip_gradient_value,
+    reverse_gradient,
+    scale_gradient,
+    stop_gradient,
+    straight_through,
+)
 from keras_gradtools.tape import GradientTape
 from keras_gradtools.transforms import jit
 
 __version__ = "0.1.0"
 
-__all__ = ["GradientTape", "jit"]
+__all__ = [
+    "GradientTape",
+    "clip_gradient_norm",
+    "clip_gradient_value",
+    "custom_gradient",
+    "jit",
+    "layers",
+    "models",
+    "plots",
+    "reverse_gradient",
+    "scale_gradient",
+    "stop_gradient",
+    "straight_through",
+]

@@ -1,5 +1,7 @@
 """What the public functions accept, and the words in which they refuse the rest."""
 
+import numbers
+
 import keras
 
 
@@ -20,6 +22,16 @@ def dtype_of(x):
         return keras.backend.standardize_dtype(x.dtype)
     except (ValueError, TypeError):
         return str(x.dtype)
+
+
+def name_of(fun):
+    """The name of a function for an error message."""
+    return getattr(fun, "__name__", type(fun).__name__)
+
+
+def is_number(x):
+    """Whether `x` is a real Python number; a bool is none."""
+    return isinstance(x, numbers.Real) and type(x) is not bool
 
 
 def is_variable(x):

@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "keras_gradtools"
 LEVELS = [
     {"validation"},
     {"backend"},
-    {"tape", "gradient_ops"},
+    {"tape", "custom_gradients"},
+    {"gradient_ops"},
     {"transforms"},
     {"curvature", "regularization", "attacks", "diagnostics", "plots", "testing"},
     {"layers", "models", "callbacks", "optimizers"},

@@ -43,4 +43,5 @@ def __getattr__(kernel):
     # Loaded at the first use of a kernel, so that the package itself imports under every Keras backend.
     if kernel.startswith("__"):
         raise AttributeError(kernel)
-    return getattr(_load(), kernel)
+    found = globals()[kernel] = getattr(_load(), kernel)
+    return found

@@ -1,8 +1,7 @@
 """The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_replay` for the rest."""
 
-import jax
-
 from keras_gradtools.backend import jax_replay, jax_trace, recording
+from keras_gradtools.backend.jax_custom_gradient import custom_gradient
 from keras_gradtools.backend.jax_jit import jit
 
 __all__ = [
@@ -126,11 +125,3 @@ def _push(mode, tape, targets, sources, tangents):
             summed[slot] = v if summed[slot] is None else summed[slot] + v
     pushed = iter(jax_replay.differentiate(mode, part, summed))
     return [None if slot is None else next(pushed) for slot in part.target_slots]
-
-
-def custom_gradient(fun):
-    def with_native_signature(*args):
-        values, grad_fn = fun(*args)
-        return values, lambda upstream: tuple(grad_fn(*upstream))
-
-    return jax.custom_gradient(with_native_signature)

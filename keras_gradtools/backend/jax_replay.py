@@ -1,12 +1,15 @@
-"""Differentiating what a JAX tape has recorded: cut the part out that matters, replay it, compile it.
+"""Differentiating what a JAX tape has recorded: cut the part out that matters, sweep over it, compile that.
 
-A record is replayed under JAX's own `vjp` or `jvp`. Op by op that is slower than the block was, so from
-the second time on that the same structure is met it is compiled, with every array as an argument; inside
-an enclosing `jax.jit` there is nothing to do, because the compiler removes the replay.
+Each recorded operation is differentiated by JAX, at its recorded inputs, and the results are chained here,
+backwards or forwards. Nothing is computed again that the block has computed: within a larger computation,
+a second copy of the block would have a backward pass of its own. Op by op that is slower than the block
+was, so from the second time on that the same structure is met the sweep is compiled, with every array as an
+argument; inside an enclosing `jax.jit` there is nothing to do, because the compiler sees it anyway.
 """
 
 import collections
 import threading
+import typing
 import weakref
 
 import jax
@@ -16,66 +19,64 @@ from jax.extend.core import ClosedJaxpr
 from keras_gradtools.backend import jax_trace
 
 
-class Slice:
-    """The recorded operations through which `targets` depend on `sources`, as a function of the sources.
+class Step(typing.NamedTuple):
+    """One operation of a slice, between slots; `active` are the positions that a derivative passes through."""
 
-    Values become numbered slots: first the sources, then the constants, then what the operations make.
-    A source that is itself made by an operation of the slice, from other sources, is met twice: its slot
-    as a source is a perturbation added to what the operation makes.
+    operation: jax_trace.Operation
+    inputs: tuple
+    outputs: tuple
+    active_inputs: tuple
+    active_outputs: tuple
+
+    def split(self, arrays):
+        """The operation as a function of its active inputs, which gives its active outputs; and those inputs."""
+        values = [arrays[slot] for slot in self.inputs]
+
+        def fun(*active):
+            for position, x in zip(self.active_inputs, active, strict=True):
+                values[position] = x
+            outputs = self.operation.bind(values)
+            return [outputs[position] for position in self.active_outputs]
+
+        return fun, [values[position] for position in self.active_inputs]
+
+
+class Slice:
+    """The recorded operations through which `targets` depend on `sources`.
+
+    Every value has a slot, a number: first the sources, each once, then whatever else the operations read
+    and make. `arrays` has the recorded values of the slots that are read.
     """
 
     def __init__(self, tape, targets, sources):
         source_ids = {id(s) for s in sources if id(s) in tape.followed}
         operations = _between(tape.operations, source_ids, targets)
-        made = {id(x) for operation in operations for x in operation.outputs}
-        read = {id(x) for operation in operations for x in operation.inputs} | {id(t) for t in targets}
-
+        read = {id(x) for operation in operations for x in operation.differentiable} | {id(t) for t in targets}
         self.inputs = list({id(s): s for s in sources if id(s) in source_ids and id(s) in read}.values())
-        slots = {id(x): i for i, x in enumerate(self.inputs)}
+        slots = {id(x): slot for slot, x in enumerate(self.inputs)}
         self.source_slots = [slots.get(id(s)) for s in sources]
-        self.perturbed = tuple(id(x) in made for x in self.inputs)
 
-        self.constants = []
+        active = set(slots)
+        self.arrays = dict(enumerate(self.inputs))
+        self.steps = []
         for operation in operations:
             for x in operation.inputs:
-                if id(x) not in slots and id(x) not in made:
-                    slots[id(x)] = len(self.inputs) + len(self.constants)
-                    self.constants.append(x)
-        self.steps = []
-        next_slot = len(self.inputs) + len(self.constants)
-        perturbations = {id(x): i for i, x in enumerate(self.inputs) if id(x) in made}
-        for operation in operations:
+                slot = slots.setdefault(id(x), len(slots))
+                self.arrays[slot] = x
+            active_inputs = tuple(i for i, x in enumerate(operation.differentiable) if id(x) in active)
+            active_outputs = tuple(i for i, x in enumerate(operation.outputs) if jax_trace.is_followable(x))
+            active.update(id(operation.outputs[i]) for i in active_outputs)
+            for x in operation.outputs:
+                slots.setdefault(id(x), len(slots))
             ins = tuple(slots[id(x)] for x in operation.inputs)
-            outs = tuple(range(next_slot, next_slot + len(operation.outputs)))
-            next_slot += len(outs)
-            slots.update(zip(map(id, operation.outputs), outs, strict=True))
-            added = tuple((slots[id(x)], perturbations[id(x)]) for x in operation.outputs if id(x) in perturbations)
-            self.steps.append((operation, ins, outs, added))
-        self.target_slots = [slots[id(t)] if id(t) in source_ids or id(t) in made else None for t in targets]
-
-    def run(self, inputs, constants):
-        """Computes the connected targets again, from the sources in `inputs`."""
-        values = dict(enumerate([*inputs, *constants]))
-        for operation, ins, outs, added in self.steps:
-            values.update(zip(outs, operation.bind([values[i] for i in ins]), strict=True))
-            for made, source in added:
-                values[made] = values[made] + inputs[source]
-        return [values[slot] for slot in self.target_slots if slot is not None]
-
-    def starting_point(self, inputs):
-        """Where `run` is differentiated: a source's value, or no perturbation of what an operation makes."""
-        return [jax.numpy.zeros_like(x) if p else x for x, p in zip(inputs, self.perturbed, strict=True)]
-
-    def has_custom_vjp(self):
-        return any(jax_trace.has_primitive(operation, "custom_vjp_call") for operation, *_ in self.steps)
+            outs = tuple(slots[id(x)] for x in operation.outputs)
+            self.steps.append(Step(operation, ins, outs, active_inputs, active_outputs))
+        self.target_slots = [slots[id(t)] if id(t) in active else None for t in targets]
 
     def structure(self):
         """A hashable key of everything but the arrays; TypeError if some parameter cannot be hashed."""
-        steps = tuple(
-            (operation.primitive, _weak(operation.subfuns), _weak_parameters(operation.params), ins, outs, added)
-            for operation, ins, outs, added in self.steps
-        )
-        key = (steps, self.perturbed, len(self.constants), tuple(self.target_slots))
+        steps = tuple((*_weak_operation(step.operation), *step[1:]) for step in self.steps)
+        key = (steps, len(self.inputs), tuple(self.target_slots))
         hash(key)
         return key
 
@@ -85,7 +86,7 @@ def _between(operations, source_ids, targets):
     reached = set(source_ids)
     forward = []
     for operation in operations:
-        if any(id(x) in reached for x in operation.inputs):
+        if any(id(x) in reached for x in operation.differentiable):
             forward.append(operation)
             reached.update(id(x) for x in operation.outputs if jax_trace.is_followable(x))
     needed = {id(t) for t in targets if id(t) in reached}
@@ -93,38 +94,62 @@ def _between(operations, source_ids, targets):
     for operation in reversed(forward):
         if any(id(x) in needed for x in operation.outputs):
             backward.append(operation)
-            needed.update(id(x) for x in operation.inputs if id(x) in reached)
+            needed.update(id(x) for x in operation.differentiable if id(x) in reached)
     return backward[::-1]
 
 
-def pull(part, inputs, constants, cotangents):
-    _, pullback = jax.vjp(lambda *xs: part.run(xs, constants), *part.starting_point(inputs))
-    return pullback(cotangents)
+def pull(part, arrays, cotangents):
+    """Reverse mode: the gradient by each of the slice's inputs."""
+    sums = {}
+    _add(sums, (slot for slot in part.target_slots if slot is not None), cotangents)
+    for step in reversed(part.steps):
+        if not any(step.outputs[i] in sums for i in step.active_outputs):
+            continue
+        outputs = [(step.outputs[i], step.operation.outputs[i]) for i in step.active_outputs]
+        fun, inputs = step.split(arrays)
+        _, pullback = jax.vjp(fun, *inputs)
+        gradients = pullback([sums[slot] if slot in sums else jax.numpy.zeros_like(x) for slot, x in outputs])
+        _add(sums, (step.inputs[i] for i in step.active_inputs), gradients)
+    return [sums[slot] for slot in range(len(part.inputs))]
 
 
-def pull_batch(part, inputs, constants, cotangents):
-    _, pullback = jax.vjp(lambda *xs: part.run(xs, constants), *part.starting_point(inputs))
-    return jax.vmap(pullback)(cotangents)
+def pull_batch(part, arrays, cotangents):
+    return jax.vmap(lambda rows: pull(part, arrays, rows))(cotangents)
 
 
-def push(part, inputs, constants, tangents):
-    start = part.starting_point(inputs)
-    if not part.has_custom_vjp():
-        return jax.jvp(lambda *xs: part.run(xs, constants), start, tangents)[1]
+def push(part, arrays, tangents):
+    """Forward mode: the derivative of each connected target."""
+    sums = dict(enumerate(tangents))
+    for step in part.steps:
+        fun, inputs = step.split(arrays)
+        slots = [step.inputs[i] for i in step.active_inputs]
+        directions = [sums[slot] if slot in sums else jax.numpy.zeros_like(arrays[slot]) for slot in slots]
+        _add(sums, (step.outputs[i] for i in step.active_outputs), _push_one(step.operation, fun, inputs, directions))
+    return [sums[slot] for slot in part.target_slots if slot is not None]
+
+
+def push_batch(part, arrays, tangents):
+    return jax.vmap(lambda rows: push(part, arrays, rows))(tangents)
+
+
+def _push_one(operation, fun, inputs, directions):
+    if not jax_trace.has_primitive(operation, "custom_vjp_call"):
+        return jax.jvp(fun, inputs, directions)[1]
     # Forward mode cannot pass a `custom_vjp`; the pullback, being linear, can be pulled back itself.
-    targets, pullback = jax.vjp(lambda *xs: part.run(xs, constants), *start)
-    _, push = jax.vjp(pullback, [jax.numpy.zeros_like(t) for t in targets])
-    return push(tuple(tangents))[0]
+    outputs, pullback = jax.vjp(fun, *inputs)
+    _, push = jax.vjp(pullback, [jax.numpy.zeros_like(x) for x in outputs])
+    return push(tuple(directions))[0]
 
 
-def push_batch(part, inputs, constants, tangents):
-    return jax.vmap(lambda *rows: push(part, inputs, constants, rows))(*tangents)
+def _add(sums, slots, values):
+    for slot, value in zip(slots, values, strict=True):
+        sums[slot] = sums[slot] + value if slot in sums else value
 
 
 def differentiate(mode, part, vectors):
     """Runs `mode` (one of the functions above) on a slice, compiled where that pays."""
-    if not part.steps or jax_trace.is_traced([*part.inputs, *part.constants, *vectors]):
-        return mode(part, part.inputs, part.constants, vectors)
+    if not part.steps or jax_trace.is_traced([*part.arrays.values(), *vectors]):
+        return mode(part, part.arrays, vectors)
     return _compiled.run(mode, part, vectors)
 
 
@@ -145,10 +170,10 @@ class _CompiledReplays:
     def run(self, mode, part, vectors):
         compiled = self._find(mode, part)
         if compiled is None:
-            return mode(part, part.inputs, part.constants, vectors)
+            return mode(part, part.arrays, vectors)
         self._at_hand.part = part
         try:
-            return compiled(part.inputs, part.constants, vectors)
+            return compiled(part.arrays, vectors)
         finally:
             self._at_hand.part = None
 
@@ -161,7 +186,7 @@ class _CompiledReplays:
             met = key in self._entries
             compiled = self._entries.pop(key, None)
             if met and compiled is None:
-                compiled = jax.jit(lambda *arrays: mode(self._at_hand.part, *arrays))
+                compiled = jax.jit(lambda arrays, vectors: mode(self._at_hand.part, arrays, vectors))
             self._entries[key] = compiled
             if len(self._entries) > self._most:
                 self._entries.popitem(last=False)
@@ -178,8 +203,9 @@ class _CompiledReplays:
 _compiled = _CompiledReplays(most=256)
 
 
-def _weak_parameters(params):
-    return tuple(sorted((name, _weak(value)) for name, value in params.items()))
+def _weak_operation(operation):
+    parameters = tuple((name, _weak(operation.params[name])) for name in sorted(operation.params))
+    return operation.primitive, _weak(operation.subfuns), parameters
 
 
 def _weak(value):

@@ -11,6 +11,7 @@ on: `jax._src.core.Trace` with `process_primitive`, `process_custom_jvp_call`, `
 `stage_value`; `trace_ctx`; `parent_trace` of the other traces; the constructor of `ArrayImpl`.
 """
 
+import contextlib
 import threading
 
 import jax
@@ -43,16 +44,18 @@ class Operation:
     """One recorded operation: what to bind again, on which inputs, and what came out.
 
     `subfuns` are the functions of a custom derivative: `(fun, jvp)`, `(fun, fwd, bwd)`, else nothing.
+    Derivatives pass through `differentiable`, the inputs up to the first that is known to have none.
     """
 
-    __slots__ = ("inputs", "outputs", "params", "primitive", "subfuns")
+    __slots__ = ("differentiable", "inputs", "outputs", "params", "primitive", "subfuns")
 
-    def __init__(self, primitive, subfuns, params, inputs, outputs):
+    def __init__(self, primitive, subfuns, params, inputs, outputs, differentiable):
         self.primitive = primitive
         self.subfuns = subfuns
         self.params = params
         self.inputs = inputs
         self.outputs = outputs
+        self.differentiable = differentiable
 
     def bind(self, inputs):
         """Carries the operation out again, under the current trace."""
@@ -89,7 +92,10 @@ class TapeTrace(core.Trace):
         return self.parent.cur_qdd(x)
 
     def process_primitive(self, primitive, tracers, params, /):
-        outputs = self.parent.process_primitive(primitive, tracers, params)
+        # JAX's other traces may come here with this one as the current trace, and the parent then would come
+        # back to it with what the operation is made of: it would be recorded twice.
+        with core.take_current_trace():
+            outputs = self.parent.process_primitive(primitive, tracers, params)
         if primitive.multiple_results:
             return self._record(primitive, (), params, tracers, outputs)
         return self._record(primitive, (), params, tracers, [outputs])[0]
@@ -100,26 +106,29 @@ class TapeTrace(core.Trace):
 
     def process_custom_jvp_call(self, primitive, fun, jvp, tracers, /, *, symbolic_zeros):
         params = {"symbolic_zeros": symbolic_zeros}
-        outputs = self.parent.process_custom_jvp_call(primitive, fun, jvp, tracers, **params)
+        with core.take_current_trace():
+            outputs = self.parent.process_custom_jvp_call(primitive, fun, jvp, tracers, **params)
         return self._record(primitive, (fun, jvp), params, tracers, outputs)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, *, out_trees, symbolic_zeros):
         params = {"out_trees": out_trees, "symbolic_zeros": symbolic_zeros}
-        outputs = self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, tracers, **params)
+        with core.take_current_trace():
+            outputs = self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, tracers, **params)
         return self._record(primitive, (fun, fwd, bwd), params, tracers, outputs)
 
     def _record(self, primitive, subfuns, params, inputs, outputs):
         outputs = list(outputs)
         taken = {id(x) for x in inputs}
         for i, x in enumerate(outputs):
-            if id(x) in taken and is_followable(x):
+            if id(x) in taken and isinstance(x, (ArrayImpl, core.Tracer)):
                 outputs[i] = x = alias(x)
             taken.add(id(x))
         if self.tapes and primitive is not ad_util.stop_gradient_p:
+            differentiable = inputs[: _thread.differentiable] if subfuns else inputs
             operation = None
             for tape in self.tapes:
-                if any(id(x) in tape.followed for x in inputs):
-                    operation = operation or Operation(primitive, subfuns, params, inputs, outputs)
+                if any(id(x) in tape.followed for x in differentiable):
+                    operation = operation or Operation(primitive, subfuns, params, inputs, outputs, differentiable)
                     tape.operations.append(operation)
                     tape.followed.update((id(x), x) for x in outputs if is_followable(x))
         return outputs
@@ -129,9 +138,24 @@ class _Thread(threading.local):
     def __init__(self):
         # One for all eager tapes of the thread: JAX keys caches by the current trace.
         self.eager = TapeTrace(core.eval_trace)
+        self.differentiable = None
 
 
 _thread = _Thread()
+
+
+@contextlib.contextmanager
+def differentiable_inputs(count):
+    """Says that the custom derivative called in the block is one by its first `count` inputs only.
+
+    JAX takes a gradient of None for a zero that stops; to a tape, which chains single operations, it would be
+    an array of zeros, and NaN once it meets an infinity.
+    """
+    before, _thread.differentiable = _thread.differentiable, count
+    try:
+        yield
+    finally:
+        _thread.differentiable = before
 
 
 def enter():

@@ -8,7 +8,7 @@ def jit(fun):
 
     Keras variables are state, on every backend: `fun` reads their current values at every call, and what it
     assigns (BatchNormalization's statistics, the state of a dropout seed, the weights in a training step of
-    your own) is written back. A model's variables have to exist before: call or build it once.
+    your own) is written back.
 
     Args:
         fun: a function of tensors, in any nesting. Arrays and Python floats are inputs; anything else (an

@@ -1,0 +1,173 @@
+"""The process that `run.py` starts for one backend: measures its rows, prints a table, saves the result."""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+
+import keras
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import memory, models, rows, tables, timing
+from benchmarks.run import RESULTS, ROOT
+
+# Below this the fixed costs, which are reported apart, would count for more than the computation.
+LEAST_MS = 5.0
+LARGEST_BATCH = 4096
+
+
+def reference():
+    """The hand-written code of the framework that Keras runs on."""
+    return __import__(f"benchmarks.reference_{keras.backend.backend()}", fromlist=["_"])
+
+
+def cases(containing=""):
+    """Every row in every mode, model and batch size, as tuples."""
+    for row in rows.rows_of(keras.backend.backend(), containing):
+        for mode in row.modes:
+            if mode in reference().MODES:
+                for model, batches in row.batches.items():
+                    yield from ((row, mode, model, batch) for batch in batches)
+
+
+def prepare(row, mode, model_name, batch):
+    """Returns ours and the hand-written code as functions of nothing."""
+    by_hand = reference()
+    compile_ours, compile_theirs = by_hand.MODES[mode]
+    model = models.build(model_name)
+    x, y = map(keras.ops.convert_to_tensor, models.data(model, batch))
+    ours = compile_ours(row.ours(model))
+    theirs = getattr(by_hand, row.reference)(model, compile_theirs)
+    return lambda: ours(x, y), lambda: theirs(x, y)
+
+
+def _measure(row, mode, model_name, batch, quick):
+    by_hand = reference()
+    while True:
+        ours, theirs = prepare(row, mode, model_name, batch)
+        # The first runs compile, on JAX the second one too.
+        for _ in range(3):
+            results = ours(), theirs()
+            if row.check:
+                _require_same(*results)
+        native_ms = 1e3 * min(timing.seconds(theirs, by_hand.block)[1] for _ in range(5))
+        if native_ms >= LEAST_MS or not row.grow or 2 * batch > LARGEST_BATCH:
+            break
+        batch *= 2
+    compared = timing.compare(ours, theirs, by_hand.block, **({"at_most": 5, "at_least": 5} if quick else {}))
+    return {
+        "row": row.name,
+        "mode": mode,
+        "model": model_name,
+        "batch": batch,
+        **{key: round(value, 4) for key, value in vars(compared).items()},
+        "target": row.bound(keras.backend.backend(), mode),
+    }
+
+
+def _require_same(ours, theirs):
+    """Two programs that compute different things are not to be compared."""
+    ours, theirs = keras.tree.flatten(ours), keras.tree.flatten(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
+        if a.shape != b.shape or abs(a - b).max() > 1e-3 * abs(b).max() + 1e-7:
+            raise AssertionError(f"Ours and the hand-written code disagree. Received: {a} and {b}.")
+
+
+def _overheads(quick):
+    """Microseconds of the smallest uses of a tape."""
+    import keras_gradtools as kg
+
+    by_hand = reference()
+    x = keras.ops.convert_to_tensor(3.0)
+    repeats = 20 if quick else 200
+
+    def empty():
+        with kg.GradientTape():
+            pass
+
+    def square():
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            y = keras.ops.multiply(x, x)
+        return tape.gradient(y, x)
+
+    def repeated(fun):
+        def run():
+            for _ in range(repeats):
+                result = fun()
+            return result
+
+        return run
+
+    pairs = {
+        "empty tape": (empty, by_hand.empty_tape),
+        "tape, one multiply, gradient": (square, lambda: by_hand.square_gradient(x)),
+    }
+    result = []
+    for name, (ours, theirs) in pairs.items():
+        for _ in range(3):
+            ours(), theirs()
+        compared = timing.compare(repeated(ours), repeated(theirs), by_hand.block, for_seconds=2.0)
+        in_microseconds = 1e3 / repeats
+        ours_us, theirs_us = compared.ours_ms * in_microseconds, compared.theirs_ms * in_microseconds
+        result.append({"what": name, "ours_us": round(ours_us, 1), "theirs_us": round(theirs_us, 1)})
+    return result
+
+
+def machine():
+    """What a number has to be read with."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), model)
+    backend = keras.backend.backend()
+    return {
+        "cpu": f"{model}, {os.cpu_count()} cores",
+        "system": platform.system(),
+        "threads": reference().THREADS,
+        "versions": {
+            "python": platform.python_version(),
+            "keras": keras.__version__,
+            backend: sys.modules[backend].__version__,
+        },
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", default="")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    options = parser.parse_args()
+    backend = keras.backend.backend()
+    reference().use_one_thread()
+
+    console = Console()
+    todo = list(cases(options.rows))
+    result = {"backend": backend, "machine": machine(), "rows": []}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(backend, total=len(todo))
+        for row, mode, model, batch in todo:
+            progress.update(task, description=f"{backend}: {row.name}, {model}, {mode}")
+            if options.memory:
+                result["rows"].append(memory.compare(row, mode, model, batch))
+            else:
+                result["rows"].append(_measure(row, mode, model, batch, options.quick))
+            progress.advance(task)
+    if not options.memory and not options.rows:
+        result["overheads"] = _overheads(options.quick)
+
+    tables.show(console, result)
+    if not options.rows and not options.quick:
+        path = RESULTS / f"{backend}{'_memory' if options.memory else ''}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(f"Saved to {path.relative_to(ROOT)}; python -m benchmarks.report writes the page")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The hand-written code on JAX that ours is compared with, as one who knows it well would write it.
+
+Weights are arguments of a pure function; where only inputs are differentiated by, eagerly, the model is
+simply called, which is faster than `stateless_call`.
+"""
+
+import jax
+import jax.numpy as jnp
+import keras
+
+import keras_gradtools as kg
+from benchmarks.models import CLASSES, loss
+from benchmarks.rows.regularized_step import WEIGHT, compiled, copy_of
+
+# Of each mode: what ours is compiled with, and what the hand-written code is.
+MODES = {
+    "eager": (lambda fun: fun, lambda fun: fun),
+    "fit": (lambda fun: fun, lambda fun: fun),
+    "compiled": (kg.jit, jax.jit),
+}
+THREADS = "XLA: NPROC=1, --xla_cpu_multi_thread_eigen=false"
+
+
+def use_one_thread():
+    """Nothing to do: XLA goes by the environment, which `run.py` has set."""
+
+
+def block(result):
+    jax.block_until_ready(result)
+
+
+def _weights(model):
+    return [v.value for v in model.trainable_variables]
+
+
+def _apply(model, weights, x):
+    return model.stateless_call(weights, [v.value for v in model.non_trainable_variables], x)[0]
+
+
+def _with_weights(model, compiled):
+    weights = _weights(model)
+    return lambda x, y: compiled(weights, x, y)
+
+
+def gradient_by_weights(model, compiler):
+    return _with_weights(model, compiler(jax.grad(lambda w, x, y: loss(y, _apply(model, w, x)))))
+
+
+def gradient_by_inputs(model, compiler):
+    if compiler is MODES["eager"][1]:
+        return lambda x, y: jax.grad(lambda x: loss(y, model(x)))(x)
+    return _with_weights(model, compiler(jax.grad(lambda w, x, y: loss(y, _apply(model, w, x)), argnums=1)))
+
+
+def double_backward(model, compiler):
+    def penalty(w, x, y):
+        return jnp.sum(jnp.square(jax.grad(lambda x: loss(y, _apply(model, w, x)))(x)))
+
+    return _with_weights(model, compiler(jax.grad(penalty)))
+
+
+def batch_jacobian(model, compiler):
+    """One pullback of the whole batch for each output: the examples do not depend on one another."""
+
+    def jacobian(w, x, y):
+        logits, pullback = jax.vjp(lambda x: _apply(model, w, x), x)
+        basis = jnp.broadcast_to(jnp.eye(CLASSES)[:, None], (CLASSES, *logits.shape))
+        (rows,) = jax.vmap(pullback)(basis)
+        return jnp.swapaxes(rows, 0, 1)
+
+    return _with_weights(model, compiler(jacobian))
+
+
+def batch_jacobian_usual(model, compiler):
+    """What most people write: `vmap` over the examples of `jacrev`."""
+
+    def jacobian(w, x, y):
+        return jax.vmap(jax.jacrev(lambda one: _apply(model, w, one[None])[0]))(x)
+
+    return _with_weights(model, compiler(jacobian))
+
+
+def forward(model, compiler):
+    if compiler is MODES["eager"][1]:
+        return lambda x, y: model(x)
+    return _with_weights(model, compiler(lambda w, x, y: _apply(model, w, x)))
+
+
+def empty_tape():
+    """JAX has no tape."""
+
+
+_square_gradient = jax.grad(lambda x: keras.ops.multiply(x, x))
+
+
+def square_gradient(x):
+    return _square_gradient(x)
+
+
+class DoubleBackward(keras.Model):
+    """The penalty by double backward, in a training step written for JAX."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.penalty_tracker = keras.metrics.Mean(name="penalty")
+        self.built = True
+
+    def call(self, x, training=None):
+        return self.model(x, training=training)
+
+    def train_step(self, state, data):
+        trainable, non_trainable, optimizer, metrics = state
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        size = x.shape[0]
+
+        def loss_of(x, trainable):
+            y_pred, new = self.stateless_call(trainable, non_trainable, x, training=True)
+            return self.compute_loss(x=x, y=y, y_pred=y_pred), new
+
+        def objective(trainable):
+            (value, new), by_input = jax.value_and_grad(loss_of, has_aux=True)(x, trainable)
+            penalty = jnp.sum(jnp.square(size * by_input)) / size
+            return value + WEIGHT * penalty, (penalty, new)
+
+        (total, (penalty, non_trainable)), gradients = jax.value_and_grad(objective, has_aux=True)(trainable)
+        trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+        logs, new_metrics = {}, []
+        for metric, value in zip(self.metrics, (total, penalty), strict=True):
+            variables = metrics[len(new_metrics) : len(new_metrics) + len(metric.variables)]
+            variables = metric.stateless_update_state(variables, value, sample_weight=size)
+            logs[metric.name] = metric.stateless_result(variables)
+            new_metrics += variables
+        return logs, (trainable, non_trainable, optimizer, new_metrics)
+
+
+def regularized_step(model, compiler):
+    return compiled(DoubleBackward(copy_of(model))).train_on_batch
+
+
+def plain_step(model, compiler):
+    return compiled(copy_of(model)).train_on_batch

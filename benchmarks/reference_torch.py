@@ -1,0 +1,107 @@
+"""The hand-written code on PyTorch that ours is compared with, as one who knows it well would write it."""
+
+import keras
+import torch
+
+from benchmarks.models import CLASSES, loss
+from benchmarks.rows.regularized_step import WEIGHT, compiled, copy_of
+
+# There is no compiled mode: `torch.compile` cannot differentiate twice.
+MODES = {"eager": (lambda fun: fun, lambda fun: fun), "fit": (lambda fun: fun, lambda fun: fun)}
+THREADS = "torch.set_num_threads(1), OMP_NUM_THREADS=1"
+
+
+def use_one_thread():
+    torch.set_num_threads(1)
+
+
+def block(result):
+    """Nothing to do: on the CPU torch computes as it is called."""
+
+
+def _parameters(model):
+    return [v.value for v in model.trainable_variables]
+
+
+def gradient_by_weights(model, compiler):
+    parameters = _parameters(model)
+    return lambda x, y: torch.autograd.grad(loss(y, model(x)), parameters)
+
+
+def gradient_by_inputs(model, compiler):
+    def gradient(x, y):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(y, model(x)), x)[0]
+
+    return gradient
+
+
+def double_backward(model, compiler):
+    parameters = _parameters(model)
+
+    def gradient(x, y):
+        x = x.detach().requires_grad_()
+        (by_input,) = torch.autograd.grad(loss(y, model(x)), x, create_graph=True)
+        return torch.autograd.grad(by_input.square().sum(), parameters)
+
+    return gradient
+
+
+def batch_jacobian(model, compiler):
+    def jacobian(x, y):
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        basis = torch.eye(CLASSES)[:, None].expand(CLASSES, *logits.shape)
+        (rows,) = torch.autograd.grad(logits, x, basis, is_grads_batched=True)
+        return rows.transpose(0, 1)
+
+    return jacobian
+
+
+def forward(model, compiler):
+    return lambda x, y: model(x)
+
+
+def empty_tape():
+    """torch has no tape."""
+
+
+def square_gradient(x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(keras.ops.multiply(x, x), x)[0]
+
+
+class DoubleBackward(keras.Model):
+    """The penalty by double backward, in a training step written for torch."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.penalty_tracker = keras.metrics.Mean(name="penalty")
+        self.built = True
+
+    def call(self, x, training=None):
+        return self.model(x, training=training)
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x = keras.ops.convert_to_tensor(x).detach().requires_grad_()
+        size = x.shape[0]
+        value = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+        (by_input,) = torch.autograd.grad(value, x, create_graph=True)
+        penalty = (size * by_input).square().sum() / size
+        total = value + WEIGHT * penalty
+        gradients = torch.autograd.grad(total, [v.value for v in self.trainable_variables])
+        with torch.no_grad():
+            self.optimizer.apply(gradients, self.trainable_variables)
+        self._loss_tracker.update_state(total.detach(), sample_weight=size)
+        self.penalty_tracker.update_state(penalty.detach(), sample_weight=size)
+        return self.get_metrics_result()
+
+
+def regularized_step(model, compiler):
+    return compiled(DoubleBackward(copy_of(model))).train_on_batch
+
+
+def plain_step(model, compiler):
+    return compiled(copy_of(model)).train_on_batch

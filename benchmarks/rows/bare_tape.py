@@ -1,0 +1,15 @@
+"""What recording alone costs: a tape around the forward pass, over the pass without one."""
+
+import keras_gradtools as kg
+from benchmarks.rows import row
+
+
+@row("bare tape", {"MLP": 128, "conv net": 64})
+def forward(model):
+    def ours(x, y):
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            logits = model(x)
+        return logits
+
+    return ours

@@ -1,0 +1,53 @@
+"""Runs the benchmarks, one process for each backend: `python -m benchmarks.run`.
+
+A run of everything writes benchmarks/results/BACKEND.json (or BACKEND_memory.json, with --memory), which
+`python -m benchmarks.report` turns into docs/benchmarks.md. A part of it (--rows) or a rough one (--quick)
+is shown and not saved, so that a file always holds one whole run.
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BACKENDS = ("tensorflow", "jax", "torch")
+
+# They have to be set before a framework is imported. NPROC is what XLA sizes its thread pool by.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "NPROC": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
+    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="a few runs of each, to see that it works")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    options = parser.parse_args()
+
+    named = os.environ.get("KERAS_BACKEND")
+    backends = options.backend or ([named] if named else BACKENDS)
+    flags = [f"--rows={options.rows}"]
+    flags += [f"--{name}" for name in ("quick", "memory") if getattr(options, name)]
+    failed = []
+    for backend in backends:
+        environment = {**os.environ, **ONE_THREAD, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        command = [sys.executable, "-m", "benchmarks.measure_backend", *flags]
+        if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+            failed.append(backend)
+    if failed:
+        sys.exit(f"Failed on {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The tables of a result: the same rows on the terminal and, as Markdown, in docs/benchmarks.md."""
+
+from rich.table import Table
+
+# The columns that are not numbers.
+TEXT = ("row", "mode", "model", "what", "")
+
+
+def verdict(entry):
+    target = entry["target"]
+    if target is None:
+        return ""
+    word = "met" if entry["ratio"] <= target else "MISSED"
+    return f"{word}, unsure" if entry["surely_above"] <= target < entry["surely_below"] else word
+
+
+def timing_table(result):
+    head = (
+        "row",
+        "mode",
+        "model",
+        "batch",
+        "native ms",
+        "ours ms",
+        "ratio",
+        "quartiles",
+        "CPU ratio",
+        "pairs",
+        "target",
+        "",
+    )
+    body = [
+        (
+            e["row"],
+            e["mode"],
+            e["model"],
+            str(e["batch"]),
+            f"{e['theirs_ms']:.2f}",
+            f"{e['ours_ms']:.2f}",
+            f"{e['ratio']:.3f}",
+            f"{e['low']:.3f} to {e['high']:.3f}",
+            f"{e['cpu_ratio']:.3f}",
+            str(e["pairs"]),
+            "" if e["target"] is None else f"{e['target']:.2f}",
+            verdict(e),
+        )
+        for e in result["rows"]
+    ]
+    return head, body
+
+
+def memory_table(result):
+    head = ("row", "mode", "model", "batch", "native MiB", "ours MiB", "ratio")
+    body = [
+        (
+            e["row"],
+            e["mode"],
+            e["model"],
+            str(e["batch"]),
+            f"{e['theirs_mib']:.1f}",
+            f"{e['ours_mib']:.1f}",
+            "" if e["ratio"] is None else f"{e['ratio']:.2f}",
+        )
+        for e in result["rows"]
+    ]
+    return head, body
+
+
+def overhead_table(result):
+    head = ("what", "native µs", "ours µs", "difference µs")
+    body = [
+        (e["what"], f"{e['theirs_us']:.1f}", f"{e['ours_us']:.1f}", f"{e['ours_us'] - e['theirs_us']:.1f}")
+        for e in result["overheads"]
+    ]
+    return head, body
+
+
+def tables(result):
+    """Yields a caption, a head and a body for each table that a result has."""
+    if result["rows"] and "ours_mib" in result["rows"][0]:
+        yield "peak memory beyond what the process starts with", *memory_table(result)
+    elif result["rows"]:
+        yield "time, ours over hand-written code", *timing_table(result)
+    if "overheads" in result:
+        yield "the fixed cost of a tape", *overhead_table(result)
+
+
+def conditions(result):
+    """One line that says under what the numbers were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["machine"]["versions"].items())
+    line = f"{result['machine']['cpu']}; {versions}; {result['machine']['threads']}"
+    used = [e["cpus"] for e in result["rows"] if "cpus" in e]
+    return f"{line}; at most {max(used):.2f} processors busy during a row" if used else line
+
+
+def show(console, result):
+    for caption, head, body in tables(result):
+        table = Table(title=f"{result['backend']}: {caption}")
+        for column in head:
+            table.add_column(column, justify="left" if column in TEXT else "right")
+        for line in body:
+            table.add_row(*line)
+        console.print(table)
+    console.print(conditions(result), highlight=False)

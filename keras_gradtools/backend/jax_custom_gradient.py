@@ -1,0 +1,71 @@
+"""Custom gradients on JAX.
+
+`jax.custom_gradient` will not do: it differentiates the code behind the value when a second derivative is
+asked for, so that the rule is lost there, and it refuses a rule that closes over what is being
+differentiated. Here the function runs once, in the ordinary trace, and a `custom_vjp` that knows nothing but
+the rule links its values to its arguments, with all that the rule closes over as explicit inputs.
+"""
+
+import functools
+
+import jax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from keras_gradtools.backend import jax_trace
+
+
+class _Rule:
+    """`grad_fn` as a program; equal to any that computes the same, so that a compiled replay is found again."""
+
+    def __init__(self, closed):
+        jaxpr = closed.jaxpr
+        names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+        jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=names)
+        self.program = ClosedJaxpr(jaxpr, [])
+        self._text = jax_trace.text_of(self.program)
+
+    def __hash__(self):
+        return hash(self._text or id(self))
+
+    def __eq__(self, other):
+        return self is other or (isinstance(other, _Rule) and self._text != "" and self._text == other._text)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _link(rule, args, values, closure):
+    """The values, as a function of the arguments that only `rule` differentiates."""
+    return values
+
+
+def _link_forward(rule, args, values, closure):
+    # Itself again, not `values`: the derivative stays the given one in the derivatives of the derivative.
+    return _link(rule, args, values, closure), closure
+
+
+def _link_backward(rule, residuals, upstreams):
+    # None is a zero that stops here: an array of zeros could meet an infinity in `fun` and be NaN.
+    return jaxpr_as_fun(rule.program)(*residuals, *upstreams), None, None
+
+
+_link.defvjp(_link_forward, _link_backward)
+
+
+def custom_gradient(fun):
+    def call(*args):
+        values, grad_fn = fun(*args)
+        # Values without a derivative need no link, and `grad_fn` does not look at theirs.
+        places = [i for i, v in enumerate(values) if jax_trace.is_followable(v)]
+
+        def rule(*upstreams):
+            upstream = dict(zip(places, upstreams, strict=True))
+            return grad_fn(*[upstream.get(i) for i in range(len(values))])
+
+        linked = [values[i] for i in places]
+        closed = jax.make_jaxpr(rule)(*linked)
+        constants = [jax.lax.stop_gradient(v) for v in linked]
+        with jax_trace.differentiable_inputs(len(args)):
+            linked = _link(_Rule(closed), list(args), constants, list(closed.consts))
+        results = dict(zip(places, linked, strict=True))
+        return [results.get(i, v) for i, v in enumerate(values)]
+
+    return call

@@ -1,0 +1,352 @@
+"""The kernels on torch, whose graph has no tapes: see `torch_graph` for what a tape has recorded of it."""
+
+import functools
+import threading
+import warnings
+
+import keras
+import torch
+from keras.src.backend.torch.core import get_device
+
+from keras_gradtools.backend import recording, torch_fused, torch_graph
+
+# torch.compile cannot differentiate what it has compiled a second time.
+COMPILES_SECOND_ORDER = False
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        # For each tape inside its block, the grad mode before it was entered.
+        self.grad_modes = []
+
+
+_thread = _Thread()
+
+
+class Tape(recording.Recording):
+    """Windows of sequence numbers, and the edges of what is watched.
+
+    Inside the block the watched tensors require gradients, and grad mode is on: Keras builds, evaluates and
+    predicts without. Both are put back at the end of the block. The edges are kept from the time of
+    watching on, so that gradients can still be asked for then.
+    """
+
+    def __init__(self, watch_accessed_variables):
+        super().__init__(watch_accessed_variables)
+        self._inside = False
+        self._windows = torch_graph.Windows()
+        self._watched = {}
+        self._since = {}
+        self._borrowed = []
+
+    def _forget(self):
+        self._give_back()
+        self._windows = torch_graph.Windows()
+        self._watched = {}
+        self._since = {}
+        self._borrowed = []
+
+    def _give_back(self):
+        if self._inside:
+            for tensor, _ in self._borrowed:
+                torch_graph.give_back(tensor)
+
+    def enter(self):
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "A GradientTape cannot record under `torch.inference_mode()`. Received: a tape entered inside it. "
+                "Use `torch.no_grad()` there, which a tape overrides, or `torch.inference_mode(False)` around it."
+            )
+        super().enter()
+        self._inside = True
+        _thread.grad_modes.append([self, torch.is_grad_enabled()])
+        torch.set_grad_enabled(True)
+        for tensor, variable in self._borrowed:
+            torch_graph.borrow(tensor, variable)
+        self._windows.open()
+
+    def exit(self):
+        super().exit()
+        self._windows.close()
+        self._give_back()
+        self._inside = False
+        self._restore_grad_mode()
+
+    def _restore_grad_mode(self):
+        entries = _thread.grad_modes
+        place = next((i for i, (tape, _) in enumerate(entries) if tape is self), None)
+        if place is None:
+            return
+        _, before = entries.pop(place)
+        if place == len(entries):
+            torch.set_grad_enabled(before)
+        else:
+            # The tape that was entered next is still inside its block: it restores what this one would have.
+            entries[place][1] = before
+
+    def pause(self):
+        super().pause()
+        self._windows.close()
+
+    def resume(self):
+        super().resume()
+        self._windows.open()
+
+    def reset(self):
+        super().reset()
+        self._forget()
+        if self in recording.active_tapes():
+            self._windows.open()
+
+    def release(self):
+        self._forget()
+        # The values that a stateless scope lent its variables may hold a graph.
+        self._read = {key: (variable, {}) for key, (variable, _) in self._read.items()}
+
+    def watch(self, tensor, variable=None):
+        if id(tensor) in self._watched:
+            return
+        if tensor.grad_fn is None:
+            self._require_grad(tensor, variable)
+            edge = torch_graph.leaf_edge(tensor)
+        else:
+            edge = (tensor.grad_fn, tensor.output_nr)
+            if torch_graph.reaches(tensor.grad_fn, self._recorded(), self._since):
+                # It is followed already, as a part of what it was computed from.
+                return
+        self._watched[id(tensor)] = (tensor, edge)
+        self._since[edge] = torch.autograd._get_sequence_nr()
+
+    def _require_grad(self, tensor, variable):
+        if tensor.is_inference() and not tensor.requires_grad:
+            raise ValueError(
+                "A GradientTape cannot watch a tensor that was made under `torch.inference_mode()`. Received: a "
+                f"tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)}. Watch and use a copy of it, "
+                "`keras.ops.copy(x)`, or make it under `torch.no_grad()`."
+            )
+        if torch_graph.borrow(tensor, variable):
+            self._borrowed.append((tensor, variable))
+
+    def edges(self, targets, sources):
+        """The edges of `targets` and `sources`, None for what this tape does not follow."""
+        recorded = self._recorded()
+
+        def target_edge(tensor):
+            edge = self._edge(tensor)
+            return edge if edge in self._since or edge and recorded(edge[0]._sequence_nr()) else None
+
+        def source_edge(tensor):
+            edge = self._edge(tensor)
+            connected = edge in self._since or edge and torch_graph.reaches(edge[0], recorded, self._since)
+            return edge if connected else None
+
+        return [target_edge(t) for t in targets], [source_edge(s) for s in sources]
+
+    def _recorded(self):
+        return self._windows.membership(self._inside)
+
+    def _edge(self, tensor):
+        if id(tensor) in self._watched:
+            return self._watched[id(tensor)][1]
+        return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+
+    def slice(self, roots):
+        return torch_graph.Slice(roots, self._recorded(), self._since)
+
+
+def _watch_read(variable, value, tapes):
+    if not value.is_floating_point():
+        return value
+    for tape in tapes:
+        tape.watch(value, variable)
+        tape.note_read(variable, value)
+    return value
+
+
+recording.install_read_hook(_watch_read)
+torch_fused.install()
+
+
+def pullback(tape, targets, sources, cotangents):
+    return tape.gather(sources, lambda values: _pull(tape, targets, values, cotangents, _run))
+
+
+def pullback_batch(tape, targets, sources, cotangents):
+    return tape.gather(sources, lambda values: _pull(tape, targets, values, cotangents, _run_batch))
+
+
+def _pull(tape, targets, sources, cotangents, run, is_recorded=None):
+    if get_device() == "meta":
+        # Keras first infers shapes without values, and cuts the graph at every operation: what is connected
+        # would seem not to be. At an error it infers them again with values.
+        raise RuntimeError(
+            "A GradientTape cannot differentiate on the device 'meta', where Keras cuts the graph. Received: "
+            "a call inside `keras.device('meta')`. Use a device that has memory."
+        )
+    target_edges, source_edges = tape.edges(targets, sources)
+    roots = [(edge, u) for edge, u in zip(target_edges, cotangents, strict=True) if edge is not None]
+    wanted = list({edge: None for edge in source_edges if edge is not None})
+    gradients = {}
+    if roots and wanted:
+        part = tape.slice([edge for edge, _ in roots])
+        if is_recorded is None:
+            is_recorded = _is_recorded(part, cotangents)
+        outputs, upstream = zip(*roots, strict=True)
+        with torch_graph.passing(part):
+            given = run(_native(outputs), _native(wanted), upstream, is_recorded)
+        gradients = dict(zip(wanted, map(_dense, given), strict=True))
+    results = [gradients.get(edge) for edge in source_edges]
+    for i, source in enumerate(sources):
+        for target, edge, u in zip(targets, target_edges, cotangents, strict=True):
+            # Derived by itself, also where this tape knows nothing of it.
+            if target is source and (edge is None or source_edges[i] is None):
+                results[i] = u if results[i] is None else results[i] + u
+    return results
+
+
+def _dense(gradient):
+    # torch has zeros without memory, which not even `numpy()` can read. A clone is made of the usual ones.
+    return gradient.clone() if gradient is not None and gradient._is_zerotensor() else gradient
+
+
+def _native(edges):
+    return [torch.autograd.graph.GradientEdge(*edge) for edge in edges]
+
+
+def _is_recorded(part, given):
+    """Whether a result is to be differentiated again: by a tape, or by torch itself outside of all tapes.
+
+    If only tapes have made anything require gradients, nobody could, and the result had better be plain:
+    torch refuses to turn a tensor that requires gradients into a NumPy array.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if recording.active_tapes():
+        return True
+    outside = _thread.grad_modes[0][1] if _thread.grad_modes else True
+    return outside and (part.is_used_outside() or torch_graph.is_used_outside(_nodes(given)))
+
+
+def _nodes(tensors):
+    return [torch.autograd.graph.get_gradient_edge(t).node for t in tensors if t.requires_grad]
+
+
+def _run(outputs, inputs, upstream, is_recorded):
+    return torch.autograd.grad(
+        outputs, inputs, upstream, retain_graph=True, create_graph=is_recorded, allow_unused=True
+    )
+
+
+def _run_batch(outputs, inputs, upstream, is_recorded):
+    try:
+        # Not `torch.vmap` nor `torch.func`, which fail on convolutions in channels-last.
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            upstream,
+            retain_graph=True,
+            create_graph=is_recorded,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    except RuntimeError as error:
+        rows = [_run(outputs, inputs, row, is_recorded) for row in zip(*upstream, strict=True)]
+        _warn_unvectorized(str(error).splitlines()[0])
+        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+@functools.cache
+def _warn_unvectorized(reason):
+    warnings.warn(
+        "torch cannot vectorize this model's backward pass, so its Jacobian is computed one row at a time, "
+        f"which is slower. torch said: {reason}",
+        stacklevel=2,
+    )
+
+
+def pushforward(tape, targets, sources, tangents):
+    return _push(tape, targets, sources, tangents, _run)
+
+
+def pushforward_batch(tape, targets, sources, tangents):
+    return _push(tape, targets, sources, tangents, _run_batch)
+
+
+def _push(tape, targets, sources, tangents, run):
+    # A pullback is linear in its cotangents, so that its own pullback is the pushforward: torch's forward mode
+    # cannot be laid over a block that has already run.
+    _, values, tangents = tape.spread(sources, tangents)
+    cotangents = [torch.zeros_like(t) for t in targets]
+    for u in cotangents:
+        torch_graph.borrow(u)
+    try:
+        gradients = _pull(tape, targets, values, cotangents, _run, is_recorded=True)
+        pairs = [(g, v) for g, v in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return [None] * len(targets)
+        gradients, tangents = zip(*pairs, strict=True)
+        part = torch_graph.Slice([(node, 0) for node in _nodes(gradients)], lambda number: False, {})
+        is_recorded = _is_recorded(part, tangents)
+        part.boundaries = []
+        with torch_graph.passing(part):
+            return [_dense(p) for p in run(gradients, cotangents, tangents, is_recorded)]
+    finally:
+        for u in cotangents:
+            torch_graph.give_back(u)
+
+
+def jit(fun):
+    """Runs `fun` as it is: torch has no compiler for what is differentiated twice."""
+
+    @functools.wraps(fun)
+    def call(*args, **kwargs):
+        return fun(*_floats_to_tensors(args), **_floats_to_tensors(kwargs))
+
+    return call
+
+
+def _floats_to_tensors(structure):
+    # As the compilers of the other backends give them to `fun`.
+    return keras.tree.map_structure(
+        lambda x: keras.ops.convert_to_tensor(x, keras.config.floatx()) if isinstance(x, float) else x, structure
+    )
+
+
+def custom_gradient(fun):
+    def differentiated(*tensors):
+        # With aliases, a value that is returned unchanged is still not the argument. They stay attached to the
+        # graph, and with them what `grad_fn` holds: that is what makes its result differentiable again.
+        with recording.ReadLog() as log:
+            values, grad_fn = fun(*[t.view_as(t) for t in tensors])
+        versions = [(v._value, v._value._version) for v in log.variables if v._value is not None]
+        outputs = _CustomGradient.apply(grad_fn, versions, values, *tensors)
+        return list(outputs)
+
+    return differentiated
+
+
+class _CustomGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad_fn, versions, values, *tensors):
+        # Kept only for torch's check that they were not overwritten in the meantime.
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.grad_fn, ctx.versions = grad_fn, versions
+        # Aliases without a graph; `detach` cannot be vectorized.
+        values = [v.view_as(v) for v in values]
+        ctx.outputs = [(v.shape, v.dtype, v.device) for v in values]
+        ctx.mark_non_differentiable(*[v for v in values if not v.is_floating_point()])
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        if all(u is None for u in upstream):
+            return None, None, None, *[None] * len(ctx.saved_tensors)
+        if any(value._version != version for value, version in ctx.versions):
+            raise RuntimeError("a variable that a custom gradient has read was modified by an inplace operation")
+        _ = ctx.saved_tensors
+        upstream = [
+            torch.zeros(shape, dtype=dtype, device=device) if u is None else u
+            for u, (shape, dtype, device) in zip(upstream, ctx.outputs, strict=True)
+        ]
+        return None, None, None, *ctx.grad_fn(*upstream)

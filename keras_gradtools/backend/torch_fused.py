@@ -1,0 +1,68 @@
+"""Keeps Keras, while a tape is recording, from the fused kernels of torch that have no second derivative.
+
+Which kernel runs is decided in the forward pass: flash and memory-efficient attention, and cuDNN's recurrent
+layers. torch's own switches (`sdpa_kernel`, `cudnn.flags`) are those of the whole process, and other threads
+would see them. A `TorchFunctionMode` belongs to a thread, but costs microseconds for each operation and
+attribute under it; so it is laid around attention alone, and around wrapped torch modules, which may hold some.
+"""
+
+import functools
+import importlib
+
+import torch
+from keras.src.utils.torch_utils import TorchModuleWrapper
+from torch.overrides import TorchFunctionMode
+
+from keras_gradtools.backend import recording
+
+# Modules that share their names with functions of their package.
+_nn = importlib.import_module("keras.src.backend.torch.nn")
+_rnn = importlib.import_module("keras.src.backend.torch.rnn")
+_fused_attention = torch.nn.functional.scaled_dot_product_attention
+_module_attention = torch.nn.functional.multi_head_attention_forward
+
+
+class _MathAttention(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is _fused_attention:
+            return _math_attention(*args, **kwargs)
+        if func is _module_attention and not kwargs.get("need_weights", True):
+            # The mode is off in here, but whoever asks for the weights gets them from unfused operations.
+            output, _ = func(*args, **{**kwargs, "need_weights": True})
+            return output, None
+        return func(*args, **kwargs)
+
+
+def _math_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    output, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return output
+
+
+def install():
+    _nn.dot_product_attention = _with_math_attention(_nn.dot_product_attention)
+    TorchModuleWrapper.call = _with_math_attention(TorchModuleWrapper.call)
+    _rnn.cudnn_ok = _unless_recording(_rnn.cudnn_ok)
+
+
+def _with_math_attention(fun):
+    @functools.wraps(fun)
+    def call(*args, **kwargs):
+        if not recording.active_tapes():
+            return fun(*args, **kwargs)
+        with _MathAttention():
+            return fun(*args, **kwargs)
+
+    return call
+
+
+def _unless_recording(is_supported):
+    @functools.wraps(is_supported)
+    def check(*args, **kwargs):
+        return not recording.active_tapes() and is_supported(*args, **kwargs)
+
+    return check

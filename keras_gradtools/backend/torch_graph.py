@@ -1,0 +1,248 @@
+"""Autograd's graph as one tape sees it: which nodes it recorded, and a backward pass through no others.
+
+Autograd keeps one graph and no tapes, but numbers the nodes of each thread in the order in which they were
+made. So a tape is a set of windows of these numbers. An edge is a pair `(node, output number)`, as in
+`next_functions`: it is where the gradient of one tensor arrives.
+"""
+
+import bisect
+import contextlib
+import threading
+
+import torch
+
+# The number of every node that collects the gradient of a leaf.
+_LEAF = 2**64 - 1
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        # Unlike its `ident`, no later thread can have it.
+        self.key = object()
+        self.passes = []
+
+
+_thread = _Thread()
+
+
+class Windows:
+    """The sequence numbers of what was made while a tape was recording, on each thread."""
+
+    def __init__(self):
+        self._open = {}
+        self._closed = {}
+
+    def open(self):
+        self._open[_thread.key] = torch.autograd._get_sequence_nr()
+
+    def close(self):
+        thread = _thread.key
+        start = self._open.pop(thread, None)
+        if start is not None:
+            self._closed.setdefault(thread, []).append(range(start, torch.autograd._get_sequence_nr()))
+
+    def membership(self, inside):
+        """Returns `recorded(number) -> bool`, for the nodes that the calling thread may ask about.
+
+        Threads number their nodes independently. As long as the tape is `inside` its block on one thread, what
+        another one has computed is none of its own, whatever the numbers; after that it can be handed over.
+        """
+        thread = _thread.key
+        windows = list(self._closed.get(thread, []))
+        if thread in self._open:
+            windows.append(range(self._open[thread], _LEAF))
+        elif not windows and not inside:
+            windows = _merged(w for closed in self._closed.values() for w in closed)
+        if len(windows) == 1:
+            return windows[0].__contains__
+        starts = [w.start for w in windows]
+
+        def recorded(number):
+            place = bisect.bisect(starts, number)
+            return place > 0 and number in windows[place - 1]
+
+        return recorded
+
+
+def _merged(windows):
+    """The union of windows that may overlap, because several threads counted them."""
+    merged = []
+    for window in sorted(windows, key=lambda w: w.start):
+        if merged and window.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, window.stop))
+        else:
+            merged.append(window)
+    return merged
+
+
+def leaf_edge(tensor):
+    """The edge of a leaf that requires gradients: the one that an operation on it has."""
+    with torch.set_grad_enabled(True):
+        return tensor.view_as(tensor).grad_fn.next_functions[0]
+
+
+class Slice:
+    """The part of the graph that leads from some nodes back to the edges of the gradients asked for.
+
+    `recorded` tells from its number whether the tape has a node, and `watched` gives for each watched edge
+    the number from which on it is watched.
+
+    - `boundaries`: the nodes outside, at which gradients must stop.
+    - `early`: for nodes that used a watched tensor before it was watched, the positions of those edges.
+    - `leaves`: the leaves that were met.
+    """
+
+    def __init__(self, roots, recorded, watched):
+        self.boundaries, self.early, self.leaves = [], {}, []
+        seen, stack = set(), []
+
+        def meet(node):
+            seen.add(node)
+            number = node._sequence_nr()
+            if recorded(number):
+                stack.append((node, number))
+            else:
+                (self.leaves if number == _LEAF else self.boundaries).append(node)
+
+        for node, _ in roots:
+            if node not in seen:
+                meet(node)
+        while stack:
+            node, number = stack.pop()
+            for position, edge in enumerate(node.next_functions):
+                following = edge[0]
+                if following is None:
+                    continue
+                if edge in watched and number < watched[edge]:
+                    self.early.setdefault(node, set()).add(position)
+                if following not in seen:
+                    meet(following)
+
+    def is_used_outside(self):
+        """Whether it hangs together with a leaf that requires gradients by itself, not because a tape made it."""
+        return any(_requires_grad(leaf) for leaf in self.leaves) or is_used_outside(self.boundaries)
+
+
+def is_used_outside(nodes):
+    """As `Slice.is_used_outside`, for all that `nodes` were computed from."""
+    seen, stack = set(nodes), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node._sequence_nr() == _LEAF and _requires_grad(node):
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return False
+
+
+def _requires_grad(leaf):
+    return leaf.variable.requires_grad and not is_borrowed(leaf.variable)
+
+
+def reaches(node, recorded, watched):
+    """Whether something watched leads to `node` through recorded nodes."""
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        number = node._sequence_nr()
+        if not recorded(number):
+            continue
+        for edge in node.next_functions:
+            if edge in watched and number >= watched[edge]:
+                return True
+            if edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                stack.append(edge[0])
+    return False
+
+
+@contextlib.contextmanager
+def passing(part):
+    """The time of a backward pass that stays inside `part`, a `Slice`, and runs on the calling thread alone.
+
+    Other threads of the engine would number the nodes of a recorded pass on their own.
+    """
+    running = object()
+    _thread.passes.append(running)
+
+    def is_this_pass():
+        # A pass of another tape may cross the same nodes meanwhile: on a thread of its own, or inside this one.
+        return bool(_thread.passes) and _thread.passes[-1] is running
+
+    def stop(gradients):
+        # None and not zeros, which would become NaN where the derivative is infinite.
+        return (None,) * len(gradients) if is_this_pass() else None
+
+    def stop_at(positions):
+        def hook(gradients, _):
+            if is_this_pass():
+                return tuple(None if i in positions else g for i, g in enumerate(gradients))
+            return None
+
+        return hook
+
+    handles = []
+    try:
+        handles.extend(node.register_prehook(stop) for node in part.boundaries)
+        handles.extend(node.register_hook(stop_at(positions)) for node, positions in part.early.items())
+        with torch.autograd.set_multithreading_enabled(False), _clear_error_after_assignment():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        _thread.passes.remove(running)
+
+
+@contextlib.contextmanager
+def _clear_error_after_assignment():
+    try:
+        yield
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "A tensor or variable that the tape's block has read was overwritten before the derivative was taken. "
+            "torch assigns to a variable in place, and the value that the derivative needs is gone. Take the "
+            "derivative before `assign` (or the optimizer's step), or let the block read a copy: "
+            f"`keras.ops.copy(variable)`. Received: torch's error about an inplace operation: {error}"
+        ) from error
+
+
+_borrowed = {}
+_borrowed_lock = threading.Lock()
+
+
+def borrow(tensor, variable=None):
+    """Lets `tensor` require gradients until `give_back`; returns False if it does so by itself.
+
+    Several tapes may borrow the same tensor. `variable` is the Keras variable that it is the value of.
+    """
+    with _borrowed_lock:
+        entry = _borrowed.get(id(tensor))
+        if entry is None:
+            if tensor.requires_grad:
+                return False
+            trainable = variable is not None and variable.trainable
+            entry = _borrowed[id(tensor)] = [tensor, 0, variable, trainable]
+            tensor.requires_grad_(True)
+        entry[1] += 1
+    return True
+
+
+def give_back(tensor):
+    with _borrowed_lock:
+        entry = _borrowed[id(tensor)]
+        entry[1] -= 1
+        if entry[1]:
+            return
+        del _borrowed[id(tensor)]
+        _, _, variable, was_trainable = entry
+        # Keras sets the flag when a layer is frozen or unfrozen: that has priority.
+        unfrozen = variable is not None and variable.trainable and not was_trainable
+        tensor.requires_grad_(unfrozen)
+
+
+def is_borrowed(tensor):
+    return id(tensor) in _borrowed

@@ -1,0 +1,209 @@
+"""Functions with a gradient of your own."""
+
+import functools
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools import backend, validation
+from keras_gradtools.validation import name_of
+
+
+def custom_gradient(fun):
+    r"""Gives a function a gradient of your own, $\partial y / \partial x \cdot u := \mathrm{grad\_fn}(u)$.
+
+    `fun` returns its value together with the function that pulls a gradient $u$ of the value back to the
+    arguments. Written in `keras.ops`, it works alike on every backend, compiled and in `fit`, and is
+    differentiated once more through what `grad_fn` computes.
+
+    Args:
+        fun: a function `fun(*args, **kwargs) -> (value, grad_fn)`.
+
+            Positional arguments that are floating-point tensors, variables, arrays or Python floats reach
+            it as tensors, and have a gradient. Anything else (integers, booleans, strings, None, lists,
+            keyword arguments) reaches it as it is, and has none.
+
+            `value` is a tensor or any nesting of tensors.
+
+            `grad_fn(upstream)` is given the gradient of `value`, in its structure; of a tuple or list it is
+            given those of the entries one by one, `grad_fn(*upstreams)`. Where the value is not
+            floating-point, that is None. It returns one gradient for each positional argument, of its shape
+            (for a single one, just that gradient); it is cast to the argument's dtype. None stands for
+            zeros; what stands for an argument without a gradient is ignored.
+
+            Variables, and tensors that `fun` has not been given as positional arguments, are constants to it:
+            pass those that are to have a gradient.
+
+    Returns:
+        A function with the arguments of `fun`, which returns its `value`.
+
+    Raises:
+        ValueError: if `fun` is no function, if it returns no pair of a value and a function, or `grad_fn`
+            not one gradient of the right shape for each argument; if no argument can have a gradient, or
+            one is symbolic or complex.
+
+    Cost:
+        That of `fun`, and of `grad_fn` for each pullback.
+
+    Example:
+
+    The derivative of $\log(1 + e^x)$ as TensorFlow computes it is NaN for large $x$; this one is not.
+
+    >>> import keras_gradtools as kg
+    >>> from keras import ops
+    >>> @kg.custom_gradient
+    ... def log1pexp(x):
+    ...     e = ops.exp(x)
+    ...     return ops.log(1 + e), lambda upstream: upstream * (1 - 1 / (1 + e))
+    >>> x = ops.convert_to_tensor(1.0)
+    >>> with kg.GradientTape() as outer:
+    ...     outer.watch(x)
+    ...     with kg.GradientTape() as inner:
+    ...         inner.watch(x)
+    ...         y = log1pexp(x)
+    ...     slope = inner.gradient(y, x)
+    >>> round(float(slope), 4), round(float(outer.gradient(slope, x)), 4)
+    (0.7311, 0.1966)
+
+    Source: TensorFlow's guide "Advanced automatic differentiation", section "Custom gradients".
+    """
+    if not callable(fun):
+        raise ValueError(
+            f"custom_gradient takes a function. Received: {validation.describe(fun)}. Decorate a function "
+            "`fun(*args)` that returns a pair `(value, grad_fn)`."
+        )
+
+    @functools.wraps(fun)
+    def differentiated(*args, **kwargs):
+        tensors, options = _split(fun, args, kwargs)
+        return _differentiated(fun, tensors, options, keras.tree.map_structure(_as_constant, kwargs))
+
+    return differentiated
+
+
+class _Tensor:
+    """Stands for a differentiable argument in a list of options."""
+
+
+def _differentiated(fun, tensors, options, kwargs):
+    """Calls `fun` with its options filled in, as a function of tensors that the backend differentiates by `grad_fn`."""
+    structure = None
+
+    def run(*tensors):
+        nonlocal structure
+        given = iter(tensors)
+        value, grad_fn = _checked_pair(fun, fun(*[next(given) if o is _Tensor else o for o in options], **kwargs))
+        values = [_checked_value(fun, y) for y in keras.tree.flatten(value)]
+        floating = [_is_floating(y) for y in values]
+        several = isinstance(value, (tuple, list))
+        structure = packed = keras.tree.map_structure(lambda _: 0, value)
+
+        def flat_grad_fn(*upstreams):
+            known = [u if f else None for u, f in zip(upstreams, floating, strict=True)]
+            upstream = keras.tree.pack_sequence_as(packed, known)
+            gradients = _checked_count(fun, grad_fn(*(upstream if several else [upstream])), len(options))
+            kept = [(i, g) for i, (g, o) in enumerate(zip(gradients, options, strict=True)) if o is _Tensor]
+            return [_checked_gradient(fun, i, g, x) for (i, g), x in zip(kept, tensors, strict=True)]
+
+        return values, flat_grad_fn
+
+    values = backend.custom_gradient(run)(*tensors)
+    return keras.tree.pack_sequence_as(structure, [distinct(y, tensors) for y in values])
+
+
+def _split(fun, args, kwargs):
+    """The differentiable arguments as tensors, and all positional ones with `_Tensor` in the place of those."""
+    if any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten((args, kwargs))):
+        raise ValueError(
+            f"The function {name_of(fun)!r} with a custom gradient takes tensors with values. Received: a symbolic "
+            "KerasTensor. In a functional model, use the layer keras_gradtools.layers.CustomGradient."
+        )
+    tensors, options = [], []
+    for i, x in enumerate(args):
+        if _is_array(x) and validation.dtype_of(x).startswith("complex"):
+            raise ValueError(
+                f"The arguments of {name_of(fun)!r}, which has a custom gradient, must be real. Received: argument "
+                f"{i}, {validation.describe(x)}. Pass the real and the imaginary part."
+            )
+        differentiable = _is_floating(x)
+        if differentiable:
+            tensors.append(ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None))
+        options.append(_Tensor if differentiable else keras.tree.map_structure(_as_constant, x))
+    if not tensors:
+        raise ValueError(
+            f"The function {name_of(fun)!r} with a custom gradient needs at least one positional argument that can "
+            "have a gradient: a floating-point tensor, variable, array or a Python float. Received: "
+            f"{', '.join(map(validation.describe, args)) or 'no positional arguments'}."
+        )
+    return tensors, options
+
+
+def _as_constant(x):
+    # A framework would take a tensor that is handed past it for a constant, or refuse it: JAX does the latter.
+    return ops.stop_gradient(x) if ops.is_tensor(x) and _is_floating(x) else x
+
+
+def _is_array(x):
+    return ops.is_tensor(x) or isinstance(x, (keras.Variable, np.ndarray, np.generic))
+
+
+def _is_floating(x):
+    return isinstance(x, float) or _is_array(x) and "float" in validation.dtype_of(x)
+
+
+def distinct(y, given):
+    """Returns `y`, as an object of its own: JAX may hand an argument back, and a tape could not tell the two apart."""
+    return ops.copy(y) if any(y is x for x in given) else y
+
+
+def _checked_pair(fun, pair):
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1]):
+        return pair
+    if isinstance(pair, (tuple, list)):
+        received = f"a {type(pair).__name__} of {', '.join(map(validation.describe, pair)) or 'nothing'}"
+    else:
+        received = validation.describe(pair)
+    raise ValueError(
+        f"The function {name_of(fun)!r} with a custom gradient must return a pair: its value, and the function that "
+        f"computes its gradient. Received: {received}. End it with `return value, grad_fn`."
+    )
+
+
+def _checked_value(fun, y):
+    if _is_array(y) or isinstance(y, numbers.Real):
+        y = ops.convert_to_tensor(y)
+        if not validation.dtype_of(y).startswith("complex"):
+            return y
+    raise ValueError(
+        f"The value of {name_of(fun)!r}, which has a custom gradient, must be a real tensor or a nesting of real "
+        f"tensors. Received: {validation.describe(y)}. Return what else is needed from another function."
+    )
+
+
+def _checked_count(fun, gradients, count):
+    several = isinstance(gradients, (tuple, list))
+    if several and len(gradients) == count:
+        return gradients
+    if count == 1 and not several:
+        return [gradients]
+    received = f"a {type(gradients).__name__} of {len(gradients)}" if several else validation.describe(gradients)
+    raise ValueError(
+        f"The grad_fn of {name_of(fun)!r} must return {count} gradient{'s' if count > 1 else ''}, one for each "
+        f"positional argument. Received: {received}. Return None for an argument that is to have none."
+    )
+
+
+def _checked_gradient(fun, position, gradient, x):
+    if gradient is None:
+        return ops.zeros_like(x)
+    role = f"The gradient that the grad_fn of {name_of(fun)!r} returns for argument {position}"
+    if not (_is_array(gradient) or isinstance(gradient, numbers.Real)):
+        raise ValueError(
+            f"{role} must be a tensor or None. Received: {validation.describe(gradient)}. Return one gradient for "
+            "each positional argument."
+        )
+    gradient = ops.convert_to_tensor(gradient)
+    validation.require_shape(gradient, x.shape, role, "the argument")
+    return ops.cast(gradient, x.dtype)

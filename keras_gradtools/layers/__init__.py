@@ -1,0 +1,19 @@
+"""Gradient control as layers, which are saved and loaded with their models."""
+
+from keras_gradtools.layers.clip_gradient_norm import ClipGradientNorm
+from keras_gradtools.layers.clip_gradient_value import ClipGradientValue
+from keras_gradtools.layers.custom_gradient import CustomGradient
+from keras_gradtools.layers.reverse_gradient import ReverseGradient
+from keras_gradtools.layers.scale_gradient import ScaleGradient
+from keras_gradtools.layers.stop_gradient import StopGradient
+from keras_gradtools.layers.straight_through import StraightThrough
+
+__all__ = [
+    "ClipGradientNorm",
+    "ClipGradientValue",
+    "CustomGradient",
+    "ReverseGradient",
+    "ScaleGradient",
+    "StopGradient",
+    "StraightThrough",
+]

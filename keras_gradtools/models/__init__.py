@@ -1,0 +1,5 @@
+"""Keras models that train with gradients of their own."""
+
+from keras_gradtools.models.input_gradient_regularized import InputGradientRegularized
+
+__all__ = ["InputGradientRegularized"]
