@@ -108,16 +108,9 @@ LAYERS = {
     ),
 }
 
+
 # `tf.nn.moments` stops the gradient of the mean inside the variance: right to first order only. (Directly
 # on the input it does not show: there the gradient has no component along the mean.)
-WRONG_ON_TENSORFLOW = {
-    "dense, layer normalization",
-    "dense, batch normalization",
-    "dense, group normalization",
-    "nested model",
-}
-
-
 class Setting:
     """A layer in double precision, as a function of its inputs and weights with a scalar value."""
 
@@ -212,9 +205,7 @@ def test_first_order(name):
 @pytest.mark.float64
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("name", LAYERS)
-def test_second_order(name, backend, request):
-    if backend == "tensorflow" and name in WRONG_ON_TENSORFLOW:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="tf.nn.moments is differentiable only once"))
+def test_second_order(name):
     setting = Setting(name)
     setting.check(setting.energy, setting.energy_gradient)
 

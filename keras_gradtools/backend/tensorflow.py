@@ -5,6 +5,7 @@ import warnings
 
 import keras
 import tensorflow as tf
+from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_gradtools.backend import recording
 
@@ -24,7 +25,10 @@ class Tape(recording.Recording):
         self._watch_later = []
 
     def _new_native(self):
-        return tf.GradientTape(persistent=True, watch_accessed_variables=self._watch_accessed_variables)
+        native = tf.GradientTape(persistent=True, watch_accessed_variables=self._watch_accessed_variables)
+        with native:
+            # One that was never entered would take a derivative for the second one on a used tape.
+            return native
 
     def enter(self):
         super().enter()
@@ -84,6 +88,23 @@ def _watch_read(variable, value, tapes):
 
 
 recording.install_read_hook(_watch_read)
+
+
+def _moments(x, axes, keepdims):
+    """Mean and variance, differentiable to any order.
+
+    `tf.nn.moments`, which Keras' normalization layers use, takes the mean inside the variance for a constant.
+    That is exact to first order only: from the second on, derivatives would be silently wrong.
+    """
+    if not recording.active_tapes():
+        return _moments_to_first_order(x, axes, keepdims)
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=keepdims)
+    return (mean if keepdims else tf.squeeze(mean, axes)), variance
+
+
+_moments_to_first_order = keras_nn._compute_moments
+keras_nn._compute_moments = _moments
 
 
 def _dense(gradients):

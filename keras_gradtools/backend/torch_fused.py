@@ -8,6 +8,7 @@ attribute under it; so it is laid around attention alone, and around wrapped tor
 
 import functools
 import importlib
+import typing
 
 import torch
 from keras.src.utils.torch_utils import TorchModuleWrapper
@@ -16,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from keras_gradtools.backend import recording
 
 # Modules that share their names with functions of their package.
-_nn = importlib.import_module("keras.src.backend.torch.nn")
-_rnn = importlib.import_module("keras.src.backend.torch.rnn")
+_nn: typing.Any = importlib.import_module("keras.src.backend.torch.nn")
+_rnn: typing.Any = importlib.import_module("keras.src.backend.torch.rnn")
 _fused_attention = torch.nn.functional.scaled_dot_product_attention
 _module_attention = torch.nn.functional.multi_head_attention_forward
 

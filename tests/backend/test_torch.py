@@ -591,9 +591,12 @@ class TestCustomGradient:
 def double_precision(monkeypatch):
     """Lets Keras compute in double precision: on torch its operations cast what is double down."""
     monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float64")
-    floatx = keras.config.floatx()
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    # Keras fixes its global policy at the first use of one, and from then on the default does not follow.
+    keras.config.set_dtype_policy("float64")
     yield
+    keras.config.set_dtype_policy(policy)
     keras.config.set_floatx(floatx)
 
 
