@@ -345,8 +345,8 @@ class _CustomGradient(torch.autograd.Function):
         if any(value._version != version for value, version in ctx.versions):
             raise RuntimeError("a variable that a custom gradient has read was modified by an inplace operation")
         _ = ctx.saved_tensors
-        upstream = [
+        given = [
             torch.zeros(shape, dtype=dtype, device=device) if u is None else u
             for u, (shape, dtype, device) in zip(upstream, ctx.outputs, strict=True)
         ]
-        return None, None, None, *ctx.grad_fn(*upstream)
+        return None, None, None, *ctx.grad_fn(*given)
