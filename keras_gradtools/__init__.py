@@ -11,7 +11,7 @@ from keras_gradtools.gradient_ops import (
     straight_through,
 )
 from keras_gradtools.tape import GradientTape
-from keras_gradtools.transforms import jit
+from keras_gradtools.transforms import grad, jit, jvp, value_and_grad, vjp
 
 __version__ = "0.1.0"
 
@@ -20,7 +20,9 @@ __all__ = [
     "clip_gradient_norm",
     "clip_gradient_value",
     "custom_gradient",
+    "grad",
     "jit",
+    "jvp",
     "layers",
     "models",
     "plots",
@@ -28,4 +30,6 @@ __all__ = [
     "scale_gradient",
     "stop_gradient",
     "straight_through",
+    "value_and_grad",
+    "vjp",
 ]

@@ -11,6 +11,8 @@ def describe(x):
         return f"the keras.Variable {x.path!r} of dtype {x.dtype} and shape {tuple(x.shape)}"
     if isinstance(x, keras.KerasTensor):
         return f"the symbolic KerasTensor {x.name!r} of dtype {x.dtype} and shape {tuple(x.shape)}"
+    if keras.ops.is_tensor(x):
+        return f"a tensor of dtype {dtype_of(x)} and shape {tuple(x.shape)}"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"a {type(x).__name__} of dtype {dtype_of(x)} and shape {tuple(x.shape)}"
     return f"{x!r:.80} (of type {type(x).__module__}.{type(x).__qualname__})"

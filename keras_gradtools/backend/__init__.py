@@ -13,6 +13,8 @@ which exists once for all backends.
 | `pushforward_batch(tape, targets, sources, tangents)`| the same for a stack of tangents on axis 0       |
 | `jit(fun)`                                          | the framework's compiler, Keras variables as state|
 | `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
+| `alias(x)`                                          | another tensor with the value of `x`, recorded    |
+| `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
 
 `pullback` and `pushforward` return `None` where nothing that the tape recorded connects a source

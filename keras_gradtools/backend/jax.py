@@ -7,12 +7,14 @@ from keras_gradtools.backend.jax_jit import jit
 __all__ = [
     "COMPILES_SECOND_ORDER",
     "Tape",
+    "alias",
     "custom_gradient",
     "jit",
     "pullback",
     "pullback_batch",
     "pushforward",
     "pushforward_batch",
+    "settled",
 ]
 
 COMPILES_SECOND_ORDER = True
@@ -84,6 +86,14 @@ def _watch_read(variable, value, tapes):
 
 
 recording.install_read_hook(_watch_read)
+
+
+def alias(x):
+    return jax_trace.recorded_alias(x)
+
+
+def settled(tensors):
+    return tensors
 
 
 def pullback(tape, targets, sources, cotangents):

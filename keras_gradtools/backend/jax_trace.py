@@ -35,6 +35,12 @@ def alias(x):
     return ArrayImpl(x.aval, x.sharding, x._arrays, committed=x._committed, _skip_checks=True)
 
 
+def recorded_alias(x):
+    """Returns another object for the same value, and lets the tapes that follow `x` follow it too."""
+    other = alias_p.bind(x)
+    return alias(x) if other is x else other
+
+
 def is_followable(x):
     """Whether a tape can follow `x`: an array or tracer with a derivative."""
     return isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)

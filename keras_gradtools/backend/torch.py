@@ -219,12 +219,16 @@ def _is_recorded(part, given):
     If only tapes have made anything require gradients, nobody could, and the result had better be plain:
     torch refuses to turn a tensor that requires gradients into a NumPy array.
     """
+    return _may_be_recorded(lambda: part.is_used_outside() or torch_graph.is_used_outside(_nodes(given)))
+
+
+def _may_be_recorded(is_used_outside):
     if not torch.is_grad_enabled():
         return False
     if recording.active_tapes():
         return True
     outside = _thread.grad_modes[0][1] if _thread.grad_modes else True
-    return outside and (part.is_used_outside() or torch_graph.is_used_outside(_nodes(given)))
+    return outside and is_used_outside()
 
 
 def _nodes(tensors):
@@ -293,6 +297,17 @@ def _push(tape, targets, sources, tangents, run):
     finally:
         for u in cotangents:
             torch_graph.give_back(u)
+
+
+def alias(x):
+    return x.view_as(x)
+
+
+def settled(tensors):
+    return [
+        t if not t.requires_grad or _may_be_recorded(lambda: torch_graph.is_used_outside(_nodes([t]))) else t.detach()  # noqa: B023
+        for t in tensors
+    ]
 
 
 def jit(fun):

@@ -1,0 +1,89 @@
+"""Running a function once under a tape: what every transform begins with."""
+
+import keras
+from keras import ops
+
+from keras_gradtools import backend, validation
+from keras_gradtools.backend.state import StateScope
+from keras_gradtools.tape import GradientTape
+
+
+class TapedCall:
+    """One call of a function, recorded as a function of some of its arguments.
+
+    Those arguments are passed on as aliases, so that the same tensor given twice is two arguments. What the
+    call assigns to variables (BatchNormalization's statistics, the state of a dropout seed) is dropped, and
+    no loss that it adds to a layer is left there.
+
+    Attributes:
+        tape: the persistent tape that recorded the call.
+        sources: the arguments to differentiate by: one of them, or a tuple of them if `argnums` is a tuple.
+        target: what the function returned, as the tape knows it; without `aux`, if `has_aux`.
+        value: the same for the caller.
+        aux: the second part of what it returned, if `has_aux`.
+    """
+
+    def __init__(self, name, fun, args, kwargs=None, argnums=0, has_aux=False):
+        args = list(args)
+        positions = _positions(name, argnums, len(args))
+        for i in positions:
+            args[i] = keras.tree.map_structure(lambda x: _argument(name, i, x), args[i])  # noqa: B023
+        chosen = tuple(args[i] for i in positions)
+        self.sources = chosen if isinstance(argnums, (tuple, list)) else chosen[0]
+        self.tape = GradientTape(persistent=True, watch_accessed_variables=False)
+        with StateScope(), self.tape:
+            self.tape.watch(self.sources)
+            returned = fun(*args, **(kwargs or {}))
+        self.target, aux = _split_aux(name, returned) if has_aux else (returned, None)
+        for y in keras.tree.flatten(self.target):
+            validation.require_differentiable(y, f"What the function under `{name}` returns")
+        self.value, self.aux = _settled(self.target), _settled(aux)
+
+
+def require_function(name, fun):
+    """Raises `ValueError` unless `fun` can be called."""
+    if not callable(fun):
+        raise ValueError(f"{name} takes a function. Received: {validation.describe(fun)}.")
+
+
+def require_scalar(name, value):
+    """Raises `ValueError` unless `value` is one tensor of rank 0."""
+    if keras.tree.is_nested(value) or len(value.shape):
+        what = validation.describe(value) if not keras.tree.is_nested(value) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"The function under `{name}` must return one scalar. Received: {what}. Sum it up, with "
+            "`keras.ops.sum`, or use `jacobian` for the derivative of each element."
+        )
+
+
+def _argument(name, position, x):
+    if isinstance(x, (float, int)) and not isinstance(x, bool) or not hasattr(x, "dtype"):
+        x = ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None)
+    elif not ops.is_tensor(x):
+        x = ops.convert_to_tensor(x)
+    validation.require_differentiable(x, f"Argument {position} under `{name}`")
+    return backend.alias(x)
+
+
+def _positions(name, argnums, count):
+    chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
+    right = chosen and all(isinstance(i, int) and not isinstance(i, bool) and -count <= i < count for i in chosen)
+    if not right or len({i % count for i in chosen}) < len(chosen):
+        raise ValueError(
+            f"The argnums of `{name}` must be the position of an argument, or a tuple of different positions, of "
+            f"which the call has {count}. Received: argnums={argnums!r}."
+        )
+    return [i % count for i in chosen]
+
+
+def _settled(structure):
+    return keras.tree.map_structure(lambda x: backend.settled([x])[0] if ops.is_tensor(x) else x, structure)
+
+
+def _split_aux(name, returned):
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        return returned
+    raise ValueError(
+        f"With has_aux=True, the function under `{name}` must return a pair `(value, aux)`. Received: "
+        f"{validation.describe(returned)}."
+    )
