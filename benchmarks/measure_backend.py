@@ -148,6 +148,9 @@ def main():
     reference().use_one_thread()
 
     console = Console()
+    if not console.is_terminal:
+        # In a file rich would take it for 80 columns, which are too few for the table.
+        console = Console(width=170)
     todo = list(cases(options.rows))
     result = {"backend": backend, "machine": machine(), "rows": []}
     with Progress(console=console, transient=True) as progress:

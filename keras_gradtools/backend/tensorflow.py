@@ -154,7 +154,7 @@ def _map_connected(fun, stacks):
         return [r for r in results if r is not None] or [rows[0]]
 
     try:
-        mapped = iter(tf.vectorized_map(present, stacks, warn=False))
+        mapped = iter(_vectorize(present, stacks))
     except (ValueError, NotImplementedError, tf.errors.OpError) as error:
         if stacks[0].shape[0] is None:
             raise
@@ -162,6 +162,15 @@ def _map_connected(fun, stacks):
         rows = [present([s[i] for s in stacks]) for i in range(stacks[0].shape[0])]
         mapped = iter([tf.stack(column) for column in zip(*rows, strict=True)])
     return [next(mapped) if c else None for c in connected]
+
+
+def _vectorize(fun, stacks):
+    if not tf.executing_eagerly():
+        return tf.vectorized_map(fun, stacks, warn=False)
+    # Eagerly it makes a function of its own at every call, which TensorFlow would warn of as retracing.
+    compiled = tf.function(lambda: tf.vectorized_map(fun, stacks, warn=False), autograph=False)
+    compiled._omit_frequent_tracing_warning = True
+    return compiled()
 
 
 @functools.cache
