@@ -150,11 +150,11 @@ def differentiate(mode, part, vectors):
     """Runs `mode` (one of the functions above) on a slice, compiled where that pays."""
     if not part.steps or jax_trace.is_traced([*part.arrays.values(), *vectors]):
         return mode(part, part.arrays, vectors)
-    return _compiled.run(mode, part, vectors)
+    return compiled_sweeps.run(mode, part, vectors)
 
 
-class _CompiledReplays:
-    """Compiled replays by structure: bounded, and holding the user's functions weakly.
+class _CompiledSweeps:
+    """Compiled sweeps by structure: bounded, and holding the user's functions weakly.
 
     A structure is compiled when it is met for the second time, so that what runs once, or has a function in
     it that is made anew every time, is never compiled in vain. The compiled function gets the slice at hand
@@ -162,7 +162,7 @@ class _CompiledReplays:
     """
 
     def __init__(self, most):
-        self._most = most
+        self.most = most
         self._entries = collections.OrderedDict()
         self._lock = threading.Lock()
         self._at_hand = threading.local()
@@ -188,19 +188,20 @@ class _CompiledReplays:
             if met and compiled is None:
                 compiled = jax.jit(lambda arrays, vectors: mode(self._at_hand.part, arrays, vectors))
             self._entries[key] = compiled
-            if len(self._entries) > self._most:
+            if len(self._entries) > self.most:
                 self._entries.popitem(last=False)
         return compiled
 
-    def __len__(self):
-        return len(self._entries)
+    def entries(self):
+        """What is kept for each structure, oldest first: a compiled function, or None where it was met once."""
+        return list(self._entries.values())
 
     def clear(self):
         with self._lock:
             self._entries.clear()
 
 
-_compiled = _CompiledReplays(most=256)
+compiled_sweeps = _CompiledSweeps(most=256)
 
 
 def _weak_operation(operation):

@@ -1,0 +1,91 @@
+"""What only TensorFlow can get wrong: stale flags, lost watches, normalization, and what cannot be vectorized."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_gradtools as kg
+from tests.cases import close, tensor
+
+if keras.config.backend() != "tensorflow":
+    pytest.skip("the traps of TensorFlow", allow_module_level=True)
+
+import tensorflow as tf
+
+from keras_gradtools.backend import tensorflow as kernels
+
+
+def variance_hessian(n):
+    """The Hessian of the variance of n numbers: (2/n) (I - 1 1' / n)."""
+    return 2 / n * (np.eye(n) - np.ones((n, n)) / n)
+
+
+@pytest.mark.parametrize("compiler", [lambda f: f, tf.function, lambda f: tf.function(f, jit_compile=True)])
+def test_moments_have_a_second_derivative(compiler):
+    """`tf.nn.moments` takes the mean inside the variance for a constant, which gives diag(2/n)."""
+
+    def hessian(x):
+        with kg.GradientTape() as outer:
+            outer.watch(x)
+            with kg.GradientTape() as inner:
+                inner.watch(x)
+                variance = ops.moments(x, [0])[1]
+            gradient = inner.gradient(variance, x)
+        return outer.jacobian(gradient, x)
+
+    close(compiler(hessian)(tensor([1.0, 2.0, 4.0])), variance_hessian(3))
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_moments_have_the_values_of_the_original(keepdims):
+    x = tensor(np.random.default_rng(0).normal(size=(4, 3, 2)))
+    expected = ops.moments(x, [0, 1], keepdims=keepdims)
+    with kg.GradientTape():
+        actual = ops.moments(x, [0, 1], keepdims=keepdims)
+    close(list(actual), [np.asarray(e) for e in expected])
+
+
+def test_a_variable_that_tensorflow_takes_for_frozen():
+    layer = keras.layers.Dense(1, use_bias=False)
+    layer.trainable = False
+    layer.build((None, 2))
+    layer.trainable = True
+    x = tensor([[1.0, 2.0]])
+    with kg.GradientTape() as tape:
+        y = layer(x)
+    close(tape.gradient(y, layer.kernel), [[1.0], [2.0]])
+
+
+def test_a_function_traced_before_the_tape():
+    v = keras.Variable(3.0)
+    square = tf.function(lambda: v * v)
+    square()
+    with kg.GradientTape() as tape:
+        y = square()
+    close(tape.gradient(y, v), 6)
+
+
+def test_what_cannot_be_vectorized_is_computed_row_by_row():
+    """A Python function in the backward pass has no vectorized form."""
+
+    @kg.custom_gradient
+    def square(x):
+        return x * x, lambda u: tf.ensure_shape(tf.py_function(lambda u, x: 2 * x * u, [u, x], tf.float32), x.shape)
+
+    kernels._warn_unvectorized.cache_clear()
+    x = tensor([1.0, 2.0, 3.0])
+    with kg.GradientTape() as tape:
+        tape.watch(x)
+        y = square(x)
+    close(tape.jacobian(y, x), np.diag([2.0, 4.0, 6.0]))
+
+
+def test_jacobians_do_not_warn_of_retracing(caplog):
+    x = tensor([1.0, 2.0])
+    for _ in range(8):
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            y = x * x
+        close(tape.jacobian(y, x), np.diag([2.0, 4.0]))
+    assert "retracing" not in caplog.text
