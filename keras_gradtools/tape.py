@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import operator
 
 import keras
 from keras import ops
@@ -62,6 +63,7 @@ class GradientTape:
         self._inside = False
         self._recording = False
         self._used = False
+        self._pauses = 0
 
     def __enter__(self):
         if self._inside:
@@ -120,14 +122,14 @@ class GradientTape:
         if not self._recording:
             raise RuntimeError(
                 "GradientTape.stop_recording was called on a tape that is not recording. Call it inside the "
-                "tape's block."
+                "tape's block, and before the derivative if the tape is not persistent."
             )
         self._pause()
+        self._pauses += 1
         try:
             yield
         finally:
-            if self._inside and not self._used_up():
-                self._resume()
+            self._end_pause()
 
     def reset(self):
         """Throws the record away, and everything watched; the tape goes on recording from here.
@@ -143,7 +145,7 @@ class GradientTape:
         used_up = self._used_up()
         self._tape.reset()
         self._used = False
-        if used_up and not self._recording:
+        if used_up and not self._recording and not self._pauses:
             self._resume()
 
     def gradient(self, target, sources, output_gradients=None, unconnected_gradients="none"):
@@ -279,6 +281,11 @@ class GradientTape:
         self._tape.pause()
         self._recording = False
 
+    def _end_pause(self):
+        self._pauses -= 1
+        if self._inside and not self._recording and not self._used_up():
+            self._resume()
+
     def _resume(self):
         self._tape.resume()
         self._recording = True
@@ -335,10 +342,19 @@ def _like(given, reference, role, of, default):
         if g is None:
             flat.append(default(r))
             continue
-        g = ops.convert_to_tensor(g, dtype=r.dtype)
+        g = _as_tensor(g, r, role)
         validation.require_shape(g, r.shape, f"Each entry of {role}", f"its counterpart in {of}")
         flat.append(g)
     return flat
+
+
+def _as_tensor(given, like, role):
+    try:
+        return ops.convert_to_tensor(given, dtype=like.dtype)
+    except (ValueError, TypeError, RuntimeError):
+        raise ValueError(
+            f"Each entry of {role} must be a tensor, an array or a number. Received: {validation.describe(given)}."
+        ) from None
 
 
 def _basis(target, batch_axes):
@@ -379,9 +395,9 @@ def _shaped(rows, shape, source, zero):
 def _checked_chunk_size(chunk_size):
     if chunk_size is None:
         return None
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+    if isinstance(chunk_size, bool) or not hasattr(chunk_size, "__index__") or operator.index(chunk_size) < 1:
         raise ValueError(f"chunk_size must be a positive integer or None. Received: chunk_size={chunk_size!r}.")
-    return chunk_size
+    return operator.index(chunk_size)
 
 
 def _check_batch(target, source):

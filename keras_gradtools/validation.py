@@ -1,5 +1,6 @@
 """What the public functions accept, and the words in which they refuse the rest."""
 
+import functools
 import numbers
 
 import keras
@@ -20,10 +21,15 @@ def describe(x):
 
 def dtype_of(x):
     """The dtype as Keras spells it, or as the framework does where Keras has no word for it."""
+    return _spelled(x.dtype)
+
+
+@functools.lru_cache
+def _spelled(dtype):
     try:
-        return keras.backend.standardize_dtype(x.dtype)
+        return keras.backend.standardize_dtype(dtype)
     except (ValueError, TypeError):
-        return str(x.dtype)
+        return str(dtype)
 
 
 def name_of(fun):

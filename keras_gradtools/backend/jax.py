@@ -1,6 +1,6 @@
 """The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_replay` for the rest."""
 
-from keras_gradtools.backend import jax_replay, jax_trace, recording
+from keras_gradtools.backend import jax_keras_ops, jax_replay, jax_trace, recording
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
 from keras_gradtools.backend.jax_jit import jit
 
@@ -86,6 +86,7 @@ def _watch_read(variable, value, tapes):
 
 
 recording.install_read_hook(_watch_read)
+jax_keras_ops.install()
 
 
 def alias(x):

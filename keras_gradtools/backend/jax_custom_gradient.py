@@ -12,6 +12,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from keras_gradtools.backend import jax_trace
+from keras_gradtools.backend.state import StateScope
 
 
 class _Rule:
@@ -61,10 +62,19 @@ def custom_gradient(fun):
             return grad_fn(*[upstream.get(i) for i in range(len(values))])
 
         linked = [values[i] for i in places]
-        closed = jax.make_jaxpr(rule)(*linked)
+        # The rule is traced here, and runs later, and more than once: what it assigned now would be a tracer.
+        with StateScope() as scope:
+            closed = jax.make_jaxpr(rule)(*linked)
+        if scope.variables_assigned:
+            raise ValueError(
+                "On JAX, the grad_fn of a custom gradient cannot assign to variables, nor draw random numbers, which "
+                f"assigns to the seed. Received: one that assigns to {scope.variables_assigned[0].path!r}. Do it in "
+                "the function itself, before it returns `value, grad_fn`."
+            )
         constants = [jax.lax.stop_gradient(v) for v in linked]
-        with jax_trace.differentiable_inputs(len(args)):
-            linked = _link(_Rule(closed), list(args), constants, list(closed.consts))
+        link = _Rule(closed)
+        with jax_trace.custom_rule(link, len(args)):
+            linked = _link(link, list(args), constants, list(closed.consts))
         results = dict(zip(places, linked, strict=True))
         return [results.get(i, v) for i, v in enumerate(values)]
 

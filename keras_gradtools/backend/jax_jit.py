@@ -15,7 +15,7 @@ from keras_gradtools.backend.state import StateScope
 
 
 class _Program:
-    """One compiled form of a function: for one structure of its arguments, and one choice of the static ones."""
+    """One compiled form of a function: for one structure of its arguments, their shapes, and the static ones."""
 
     def __init__(self, fun, structure, static):
         self._fun = fun
@@ -71,8 +71,8 @@ def jit(fun):
         leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
         arrays = [x for x in leaves if _is_dynamic(x)]
         static = tuple(_ARRAY if _is_dynamic(x) else x for x in leaves)
-        # True == 1 == 1.0 in Python, but not to a function that branches on them.
-        key = (structure, static, tuple(map(type, static)))
+        # True == 1 == 1.0 in Python, but not to a function that branches on them. It may branch on shapes, too.
+        key = (structure, static, tuple(map(type, static)), tuple(jax.typeof(x) for x in arrays))
         if key not in programs:
             programs[key] = _Program(fun, structure, static)
         return programs[key](arrays)

@@ -9,6 +9,7 @@ argument; inside an enclosing `jax.jit` there is nothing to do, because the comp
 
 import collections
 import threading
+import types
 import typing
 import weakref
 
@@ -205,6 +206,8 @@ compiled_sweeps = _CompiledSweeps(most=256)
 
 
 def _weak_operation(operation):
+    if operation.rule is not None:
+        return operation.primitive, operation.rule, len(operation.differentiable)
     parameters = tuple((name, _weak(operation.params[name])) for name in sorted(operation.params))
     return operation.primitive, _weak(operation.subfuns), parameters
 
@@ -214,13 +217,29 @@ def _weak(value):
     if isinstance(value, tuple):
         return tuple(_weak(v) for v in value)
     if isinstance(value, WrappedFun):
-        return weakref.ref(value.f), value.transforms, value.in_type
+        return weakref.ref(value.f), _transforms(value), value.in_type
+    if isinstance(value, types.FunctionType):
+        return weakref.ref(value)
     if isinstance(value, ClosedJaxpr):
         text = _texts.get(value)
         if text is None:
             text = _texts[value] = jax_trace.text_of(value)
         return text or weakref.ref(value)
     return value
+
+
+def _transforms(fun):
+    """What JAX does to a function of a custom derivative, as a part of a key.
+
+    Some of it is made anew at every call. In JAX's own functions (relu) that tells nothing; in those of others
+    it keeps what closes over changing state from being compiled, once and for all, with the state of today.
+    """
+    if not getattr(fun.f, "__module__", "").startswith("jax."):
+        return fun.transforms
+    return tuple(
+        (transform, tuple(None if isinstance(p, types.FunctionType) else p for p in parameters))
+        for transform, parameters in fun.transforms
+    )
 
 
 # `lax.scan` and its like make a new program at every call: it is its text that stays the same.

@@ -41,6 +41,16 @@ def recorded_alias(x):
     return alias(x) if other is x else other
 
 
+def needs_alias(x):
+    """Whether a tape might take `x` for another value: any array; a tracer only where a tape is open.
+
+    Elsewhere nothing of ours may get into a program: exporters know JAX's own primitives alone.
+    """
+    if isinstance(x, core.Tracer):
+        return is_followable(x) and isinstance(core.trace_ctx.trace, TapeTrace)
+    return isinstance(x, ArrayImpl) and is_followable(x)
+
+
 def is_followable(x):
     """Whether a tape can follow `x`: an array or tracer with a derivative."""
     return isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
@@ -50,17 +60,19 @@ class Operation:
     """One recorded operation: what to bind again, on which inputs, and what came out.
 
     `subfuns` are the functions of a custom derivative: `(fun, jvp)`, `(fun, fwd, bwd)`, else nothing.
-    Derivatives pass through `differentiable`, the inputs up to the first that is known to have none.
+    Derivatives pass through `differentiable`, the inputs up to the first that is known to have none. `rule`
+    stands for the functions of a custom derivative of our own, by value; else it is None.
     """
 
-    __slots__ = ("differentiable", "inputs", "outputs", "params", "primitive", "subfuns")
+    __slots__ = ("differentiable", "inputs", "outputs", "params", "primitive", "rule", "subfuns")
 
-    def __init__(self, primitive, subfuns, params, inputs, outputs, differentiable):
+    def __init__(self, primitive, subfuns, params, inputs, outputs, rule, differentiable):
         self.primitive = primitive
         self.subfuns = subfuns
         self.params = params
         self.inputs = inputs
         self.outputs = outputs
+        self.rule = rule
         self.differentiable = differentiable
 
     def bind(self, inputs):
@@ -110,6 +122,12 @@ class TapeTrace(core.Trace):
         with core.set_current_trace(self):
             return fun.call_wrapped(*tracers)
 
+    def process_shard_map(self, *_, **__):
+        raise NotImplementedError(
+            "A GradientTape cannot follow `jax.shard_map` that runs eagerly. Received: a call of it inside a tape's "
+            "block. Compile it: `jax.jit(jax.shard_map(...))`."
+        )
+
     def process_custom_jvp_call(self, primitive, fun, jvp, tracers, /, *, symbolic_zeros):
         params = {"symbolic_zeros": symbolic_zeros}
         with core.take_current_trace():
@@ -130,11 +148,14 @@ class TapeTrace(core.Trace):
                 outputs[i] = x = alias(x)
             taken.add(id(x))
         if self.tapes and primitive is not ad_util.stop_gradient_p:
-            differentiable = inputs[: _thread.differentiable] if subfuns else inputs
+            rule, count = _thread.custom_rule if subfuns else (None, None)
+            differentiable = inputs[:count]
             operation = None
             for tape in self.tapes:
                 if any(id(x) in tape.followed for x in differentiable):
-                    operation = operation or Operation(primitive, subfuns, params, inputs, outputs, differentiable)
+                    operation = operation or Operation(
+                        primitive, subfuns, params, inputs, outputs, rule, differentiable
+                    )
                     tape.operations.append(operation)
                     tape.followed.update((id(x), x) for x in outputs if is_followable(x))
         return outputs
@@ -144,24 +165,24 @@ class _Thread(threading.local):
     def __init__(self):
         # One for all eager tapes of the thread: JAX keys caches by the current trace.
         self.eager = TapeTrace(core.eval_trace)
-        self.differentiable = None
+        self.custom_rule = (None, None)
 
 
 _thread = _Thread()
 
 
 @contextlib.contextmanager
-def differentiable_inputs(count):
-    """Says that the custom derivative called in the block is one by its first `count` inputs only.
+def custom_rule(rule, count):
+    """Says that the custom derivative called in the block is `rule`, and one by its first `count` inputs only.
 
     JAX takes a gradient of None for a zero that stops; to a tape, which chains single operations, it would be
     an array of zeros, and NaN once it meets an infinity.
     """
-    before, _thread.differentiable = _thread.differentiable, count
+    before, _thread.custom_rule = _thread.custom_rule, (rule, count)
     try:
         yield
     finally:
-        _thread.differentiable = before
+        _thread.custom_rule = before
 
 
 def enter():

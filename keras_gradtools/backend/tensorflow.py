@@ -79,6 +79,8 @@ class Tape(recording.Recording):
 
 
 def _watch_read(variable, value, tapes):
+    if not value.dtype.is_floating:
+        return value
     for tape in tapes:
         # The native tape goes by TensorFlow's `trainable` flag, which is the one of the day the variable was
         # made: without this it would not see a layer that was unfrozen since.
@@ -96,7 +98,8 @@ def _moments(x, axes, keepdims):
     `tf.nn.moments`, which Keras' normalization layers use, takes the mean inside the variance for a constant.
     That is exact to first order only: from the second on, derivatives would be silently wrong.
     """
-    if not recording.active_tapes():
+    if tf.executing_eagerly() and not recording.active_tapes():
+        # Not inside a graph, which may be called under a tape long after it was traced.
         return _moments_to_first_order(x, axes, keepdims)
     mean = tf.reduce_mean(x, axes, keepdims=True)
     variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=keepdims)

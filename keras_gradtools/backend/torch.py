@@ -57,6 +57,12 @@ class Tape(recording.Recording):
                 "A GradientTape cannot record under `torch.inference_mode()`. Received: a tape entered inside it. "
                 "Use `torch.no_grad()` there, which a tape overrides, or `torch.inference_mode(False)` around it."
             )
+        if self._windows.are_of_another_thread():
+            raise RuntimeError(
+                "On torch, a GradientTape cannot go on recording on another thread than the one it began on, where the "
+                "graph is numbered anew. Received: a tape entered again elsewhere. Enter it on its own thread, or make "
+                "a new tape."
+            )
         super().enter()
         self._inside = True
         _thread.grad_modes.append([self, torch.is_grad_enabled()])

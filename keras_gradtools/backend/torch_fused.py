@@ -46,7 +46,7 @@ def _math_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 
 def install():
     _nn.dot_product_attention = _with_math_attention(_nn.dot_product_attention)
-    TorchModuleWrapper.call = _with_math_attention(TorchModuleWrapper.call)
+    TorchModuleWrapper.call = _with_math_attention(_with_reads(TorchModuleWrapper.call))
     _rnn.cudnn_ok = _unless_recording(_rnn.cudnn_ok)
 
 
@@ -59,6 +59,18 @@ def _with_math_attention(fun):
             return fun(*args, **kwargs)
 
     return call
+
+
+def _with_reads(call):
+    @functools.wraps(call)
+    def read_and_call(self, *args, **kwargs):
+        if recording.active_tapes():
+            # The module reads its parameters past Keras, and the tapes would not see it.
+            for variable in self.variables:
+                _ = variable.value
+        return call(self, *args, **kwargs)
+
+    return read_and_call
 
 
 def _unless_recording(is_supported):

@@ -41,6 +41,9 @@ class Windows:
         if start is not None:
             self._closed.setdefault(thread, []).append(range(start, torch.autograd._get_sequence_nr()))
 
+    def are_of_another_thread(self):
+        return any(thread is not _thread.key for thread in self._closed)
+
     def membership(self, inside):
         """Returns `recorded(number) -> bool`, for the nodes that the calling thread may ask about.
 

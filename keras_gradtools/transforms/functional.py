@@ -1,6 +1,7 @@
 """Keras computations as functions that a compiler can take."""
 
 from keras_gradtools import backend
+from keras_gradtools.transforms.taped_call import require_function
 
 
 def jit(fun):
@@ -36,4 +37,5 @@ def jit(fun):
     >>> float(add(1.0)), float(add(3.0)), float(counter)
     (2.0, 8.0, 4.0)
     """
+    require_function("jit", fun)
     return backend.jit(fun)

@@ -235,3 +235,28 @@ def test_the_arrays_of_a_distributed_model_stay_distributed():
     by_data, by_variable = tape.gradient(y, [data, variable])
     close([by_data, by_variable], [2 * np.arange(4.0), np.arange(4.0) ** 2])
     assert by_variable.sharding.is_equivalent_to(sharding, 1)
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.relu6, lambda x: kg.clip_gradient_norm(x, 2.0)])
+def test_custom_derivatives_of_the_libraries_are_compiled(activation, x):
+    for _ in range(4):
+        slope(lambda x: activation(x) * x, x)
+    assert [compiled is not None for compiled in jax_replay.compiled_sweeps.entries()] == [True]
+
+
+def test_custom_derivatives_that_read_changing_state_are_not_baked_in(x):
+    v = keras.Variable(2.0)
+
+    @jax.custom_jvp
+    def identity(x):
+        return x * 1
+
+    identity.defjvp(lambda primals, tangents: (primals[0], tangents[0] * v.value))
+    for value in (2.0, 2.0, 2.0, 5.0, 7.0):
+        v.assign(value)
+        close(slope(identity, x), value)
+
+
+def test_nothing_of_ours_gets_into_a_program_without_a_tape():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    assert "tape_alias" not in str(jax.make_jaxpr(lambda x: model(x))(jnp.ones((4, 3))))
