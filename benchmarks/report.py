@@ -26,8 +26,8 @@ memory, and `.venv/bin/python -m benchmarks.report` writes this page from benchm
   `vmap(jacrev)`.
 - *Regularized step* is compared with double backward in a hand-written `train_step`. *Over plain step* is
   the price of the penalty: a step of the same model without it.
-- *Eager tape on JAX* is compared with eager `jax.grad`, once the replay is compiled: the first run of a
-  block replays it op by op, the second compiles.
+- *Eager tape on JAX* is compared with eager `jax.grad`, once the derivative is compiled: the first run of a
+  block differentiates it op by op, the second compiles.
 """
 
 

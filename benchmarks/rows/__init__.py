@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 
 # In the order of the tables.
-FILES = ("gradients", "double_backward", "batch_jacobian", "bare_tape", "replay", "regularized_step")
+FILES = ("gradients", "double_backward", "batch_jacobian", "bare_tape", "eager_tape", "regularized_step")
 
 # Ours over hand-written code, where issue 2 asks for a bound: wherever the framework has compiled it, and
 # on torch, which has no compiler here, eagerly.

@@ -1,6 +1,6 @@
-"""The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_replay` for the rest."""
+"""The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_sweep` for the rest."""
 
-from keras_gradtools.backend import jax_keras_ops, jax_replay, jax_trace, recording
+from keras_gradtools.backend import jax_keras_ops, jax_sweep, jax_trace, recording
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
 from keras_gradtools.backend.jax_jit import jit
 
@@ -98,28 +98,28 @@ def settled(tensors):
 
 
 def pullback(tape, targets, sources, cotangents):
-    return _pull(jax_replay.pull, tape, targets, sources, cotangents)
+    return _pull(jax_sweep.pull, tape, targets, sources, cotangents)
 
 
 def pullback_batch(tape, targets, sources, cotangents):
-    return _pull(jax_replay.pull_batch, tape, targets, sources, cotangents)
+    return _pull(jax_sweep.pull_batch, tape, targets, sources, cotangents)
 
 
 def pushforward(tape, targets, sources, tangents):
-    return _push(jax_replay.push, tape, targets, sources, tangents)
+    return _push(jax_sweep.push, tape, targets, sources, tangents)
 
 
 def pushforward_batch(tape, targets, sources, tangents):
-    return _push(jax_replay.push_batch, tape, targets, sources, tangents)
+    return _push(jax_sweep.push_batch, tape, targets, sources, tangents)
 
 
 def _pull(mode, tape, targets, sources, cotangents):
     def gradient_of(values):
-        part = jax_replay.Slice(tape, targets, values)
+        part = jax_sweep.Slice(tape, targets, values)
         if not part.inputs:
             return [None] * len(values)
         connected = [u for u, slot in zip(cotangents, part.target_slots, strict=True) if slot is not None]
-        gradients = jax_replay.differentiate(mode, part, connected)
+        gradients = jax_sweep.differentiate(mode, part, connected)
         return [None if slot is None else gradients[slot] for slot in part.source_slots]
 
     return tape.gather(sources, gradient_of)
@@ -127,12 +127,12 @@ def _pull(mode, tape, targets, sources, cotangents):
 
 def _push(mode, tape, targets, sources, tangents):
     _, values, tangents = tape.spread(sources, tangents)
-    part = jax_replay.Slice(tape, targets, values)
+    part = jax_sweep.Slice(tape, targets, values)
     if not part.inputs:
         return [None] * len(targets)
     summed = [None] * len(part.inputs)
     for slot, v in zip(part.source_slots, tangents, strict=True):
         if slot is not None:
             summed[slot] = v if summed[slot] is None else summed[slot] + v
-    pushed = iter(jax_replay.differentiate(mode, part, summed))
+    pushed = iter(jax_sweep.differentiate(mode, part, summed))
     return [None if slot is None else next(pushed) for slot in part.target_slots]

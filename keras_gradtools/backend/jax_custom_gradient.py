@@ -16,7 +16,7 @@ from keras_gradtools.backend.state import StateScope
 
 
 class _Rule:
-    """`grad_fn` as a program; equal to any that computes the same, so that a compiled replay is found again."""
+    """`grad_fn` as a program; equal to any that computes the same, so that a compiled sweep is found again."""
 
     def __init__(self, closed):
         jaxpr = closed.jaxpr

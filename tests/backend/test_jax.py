@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax._src import core
 
-from keras_gradtools.backend import jax_replay
+from keras_gradtools.backend import jax_sweep
 
 
 @pytest.fixture(autouse=True)
 def no_compiled_sweeps():
-    jax_replay.compiled_sweeps.clear()
+    jax_sweep.compiled_sweeps.clear()
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ class TestCompiledSweeps:
     def test_compiles_once_from_the_second_time_on(self, x):
         for _ in range(5):
             slope(lambda x: jnp.sin(x) * x, x)
-        assert [compiled is not None for compiled in jax_replay.compiled_sweeps.entries()] == [True]
+        assert [compiled is not None for compiled in jax_sweep.compiled_sweeps.entries()] == [True]
 
     def test_other_values_and_shapes_are_seen(self):
         for n in (2, 2, 2, 3):
@@ -196,13 +196,13 @@ class TestCompiledSweeps:
     def test_loops_that_are_made_anew_are_found_again(self, x):
         for _ in range(4):
             slope(lambda x: jax.lax.scan(lambda c, _: (c * x, None), x, None, length=3)[0], x)
-        assert len(jax_replay.compiled_sweeps.entries()) == 1
+        assert len(jax_sweep.compiled_sweeps.entries()) == 1
 
     def test_bounded(self, x, monkeypatch):
-        monkeypatch.setattr(jax_replay.compiled_sweeps, "most", 3)
+        monkeypatch.setattr(jax_sweep.compiled_sweeps, "most", 3)
         for n in range(6):
             slope(lambda x: jnp.sum(jnp.broadcast_to(x * x, (n + 1,))), x)  # noqa: B023
-        assert len(jax_replay.compiled_sweeps.entries()) == 3
+        assert len(jax_sweep.compiled_sweeps.entries()) == 3
 
     def test_holds_functions_weakly(self, x):
         def make():
@@ -241,7 +241,7 @@ def test_the_arrays_of_a_distributed_model_stay_distributed():
 def test_custom_derivatives_of_the_libraries_are_compiled(activation, x):
     for _ in range(4):
         slope(lambda x: activation(x) * x, x)
-    assert [compiled is not None for compiled in jax_replay.compiled_sweeps.entries()] == [True]
+    assert [compiled is not None for compiled in jax_sweep.compiled_sweeps.entries()] == [True]
 
 
 def test_custom_derivatives_that_read_changing_state_are_not_baked_in(x):

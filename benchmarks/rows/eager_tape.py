@@ -1,4 +1,4 @@
-"""The eager tape on JAX from the second run of a block on, when its replay is compiled, over `jax.grad`."""
+"""The eager tape on JAX from the second run of a block on, when its derivative is compiled, over `jax.grad`."""
 
 from benchmarks.rows import gradients, row
 
