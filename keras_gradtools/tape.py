@@ -28,7 +28,7 @@ class GradientTape:
     block is recorded as it runs, and its derivative is compiled from the second time on; a function that was
     compiled with `jax.jit` and *closes over* a watched array hides it: pass it as an argument. On torch a
     derivative is part of torch's own graph, so that `loss.backward()` works through it; where nobody will
-    differentiate it again, take it under `torch.no_grad()`, which saves about a tenth of the time.
+    differentiate it again, take it under `torch.no_grad()`, which saves time and memory.
 
     Args:
         persistent: whether derivatives may be asked for more than once. A persistent tape also records

@@ -53,8 +53,8 @@ class InputGradientRegularized(keras.Model):
             backend cannot differentiate twice (torch).
 
     Cost:
-        One forward pass for each step, as without the penalty, and two backward passes more: about twice the
-        time of a plain step compiled, up to three times on torch.
+        One forward pass for each step, as without the penalty, and two backward passes more: 1.5 to 3.1
+        times the time of a plain step, by backend, model and batch size (docs/benchmarks.md).
 
     Example:
 
