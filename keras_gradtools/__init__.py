@@ -11,20 +11,44 @@ from keras_gradtools.gradient_ops import (
     straight_through,
 )
 from keras_gradtools.tape import GradientTape
-from keras_gradtools.transforms import grad, jit, jvp, value_and_grad, vjp
+from keras_gradtools.transforms import (
+    batch_jacobian,
+    flatten_hessian,
+    functionalize,
+    ggnvp,
+    grad,
+    hessian,
+    hvp,
+    jacobian,
+    jit,
+    jvp,
+    linearize,
+    per_example_grad,
+    value_and_grad,
+    vjp,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GradientTape",
+    "batch_jacobian",
     "clip_gradient_norm",
     "clip_gradient_value",
     "custom_gradient",
+    "flatten_hessian",
+    "functionalize",
+    "ggnvp",
     "grad",
+    "hessian",
+    "hvp",
+    "jacobian",
     "jit",
     "jvp",
     "layers",
+    "linearize",
     "models",
+    "per_example_grad",
     "plots",
     "reverse_gradient",
     "scale_gradient",

@@ -1,13 +1,11 @@
 """The gradient tape: TensorFlow's contract, on every backend."""
 
 import contextlib
-import math
-import operator
 
 import keras
 from keras import ops
 
-from keras_gradtools import backend, nesting, validation
+from keras_gradtools import backend, jacobians, nesting, validation
 
 
 class GradientTape:
@@ -199,15 +197,44 @@ class GradientTape:
             pushed = [_zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
         return nesting.pack_as(target, pushed)
 
-    def jacobian(self, target, sources, unconnected_gradients="none", chunk_size=None):
+    def linearize(self, target, sources, unconnected_gradients="none"):
+        r"""Returns the linear map $v \mapsto \sum_i (\partial y / \partial x_i) v_i$: what needs no $v$ is done once.
+
+        Args:
+            target: a tensor or any nesting of tensors.
+            sources: tensors and variables in any nesting.
+            unconnected_gradients: as for `jvp`.
+
+        Returns:
+            A function of the tangents, in the structure and shapes of `sources`, that returns what `jvp` does. It can
+            be called after a tape that is not persistent was used, and keeps the record in memory.
+
+        Raises:
+            ValueError, RuntimeError: as `gradient`.
+        """
+        targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "linearize")
+        with self._pulling(targets) as targets:
+            push_flat = backend.linearize(self._tape, targets, flat_sources)
+
+        def push(tangents):
+            pushed = push_flat(_like(tangents, sources, "tangents", "`sources`", _zeros))
+            if zero:
+                pushed = [_zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
+            return nesting.pack_as(target, pushed)
+
+        return push
+
+    def jacobian(self, target, sources, unconnected_gradients="none", chunk_size=None, mode="reverse"):
         r"""Returns the Jacobian of `target` by `sources`, $J_{k i} = \partial y_k / \partial x_i$.
 
         Args:
             target: one tensor, of any shape.
             sources: tensors and variables in any nesting.
             unconnected_gradients: as for `gradient`.
-            chunk_size: how many rows (elements of `target`) to compute at once; all by default. It
-                bounds the memory and changes no value.
+            chunk_size: how many directions to compute at once; all by default. It bounds the memory and changes
+                no value.
+            mode: `"reverse"`, one pullback for each element of `target`; `"forward"`, one push for each element of
+                `sources`; or `"auto"`, whichever are fewer.
 
         Returns:
             The structure of `sources`, each entry of shape `target.shape + source.shape`.
@@ -217,17 +244,12 @@ class GradientTape:
         """
         target = self._checked_tensor(target, "jacobian")
         _, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "jacobian")
-        chunk_size = _checked_chunk_size(chunk_size)
-        with self._pulling([target]) as (target,):
-            rows = self._rows(target, flat_sources, _basis(target, 0), chunk_size)
-        shape = _shape(target)
-        jacobians = [
-            _shaped(r, (*shape, *_shape(s)), s, zero or 0 in tuple(target.shape))
-            for r, s in zip(rows, flat_sources, strict=True)
-        ]
-        return nesting.pack_as(sources, jacobians)
+        mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
+        with self._pulling([target]) as targets:
+            (blocks,) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero)
+        return nesting.pack_as(sources, blocks)
 
-    def batch_jacobian(self, target, source, unconnected_gradients="none", chunk_size=None):
+    def batch_jacobian(self, target, source, unconnected_gradients="none", chunk_size=None, mode="reverse"):
         r"""Returns the Jacobian of each example, $J_{b k i} = \partial y_{b k} / \partial x_{b i}$.
 
         It is right where the examples are independent of one another; it costs one pullback of the whole
@@ -237,8 +259,9 @@ class GradientTape:
             target: one tensor of shape `(batch, ...)`.
             source: one tensor or variable of shape `(batch, ...)`.
             unconnected_gradients: as for `gradient`.
-            chunk_size: how many elements of the target to compute at once; all by default. It bounds the
-                memory and changes no value.
+            chunk_size: how many directions to compute at once, each for the whole batch; all by default. It
+                bounds the memory and changes no value.
+            mode: as for `jacobian`, counted in elements of one example.
 
         Returns:
             A tensor of shape `(batch, *target.shape[1:], *source.shape[1:])`.
@@ -254,25 +277,16 @@ class GradientTape:
                 f"{type(source).__name__}. Make the tape persistent and call it once for each source."
             )
         _, flat_sources, zero = self._checked(target, source, unconnected_gradients, "batch_jacobian")
-        chunk_size = _checked_chunk_size(chunk_size)
-        _check_batch(target, source)
-        with self._pulling([target]) as (target,):
-            (rows,) = self._rows(target, flat_sources, _basis(target, 1), chunk_size)
-        rows = rows if rows is None else ops.swapaxes(rows, 0, 1)
-        return _shaped(rows, (*_shape(target), *_shape(source)[1:]), source, zero or 0 in tuple(target.shape))
+        mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
+        jacobians.check_batch("GradientTape.batch_jacobian", target, source)
+        with self._pulling([target]) as targets:
+            ((block,),) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero, batch_axes=1)
+        return block
 
-    def _rows(self, target, sources, basis, chunk_size):
-        """Pulls every cotangent of `basis` back; stacks on axis 0, or None where nothing is connected."""
-        count = basis.shape[0]
-        if 0 in tuple(target.shape):
-            return [None] * len(sources)
-        if count is None or chunk_size is None or chunk_size >= count:
-            return backend.pullback_batch(self._tape, [target], sources, [basis])
-        chunks = [
-            backend.pullback_batch(self._tape, [target], sources, [basis[start : start + chunk_size]])
-            for start in range(0, count, chunk_size)
-        ]
-        return [None if c[0] is None else ops.concatenate(c, axis=0) for c in zip(*chunks, strict=True)]
+    @property
+    def record(self):
+        """The backend's tape: what algorithms that go by the kernels of `backend` give to them."""
+        return self._tape
 
     def _used_up(self):
         return self._used and not self._persistent
@@ -357,25 +371,6 @@ def _as_tensor(given, like, role):
         ) from None
 
 
-def _basis(target, batch_axes):
-    """The unit cotangents of `target`, each the same for all examples, stacked on a new axis 0."""
-    shape = _shape(target)
-    element = shape[batch_axes:]
-    if all(isinstance(n, int) for n in element):
-        count = math.prod(element)
-    else:
-        count = ops.prod(ops.stack([ops.cast(n, "int32") for n in element]))
-    index = ops.arange(count, dtype="int32")
-    unit = ops.cast(ops.equal(index[:, None], index[None, :]), target.dtype)
-    unit = ops.reshape(unit, (count, *[1] * batch_axes, *element))
-    return ops.broadcast_to(unit, (count, *shape)) if batch_axes else unit
-
-
-def _shape(x):
-    """The shape, with tensors in the place of the dimensions that only the run will know."""
-    return tuple(ops.shape(x))
-
-
 def _zeros(x):
     # A variable is not read for this: a tape around would watch it.
     return ops.zeros(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.zeros_like(x)
@@ -383,34 +378,3 @@ def _zeros(x):
 
 def _ones(x):
     return ops.ones(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.ones_like(x)
-
-
-def _shaped(rows, shape, source, zero):
-    """The stacked rows as a Jacobian of `shape`; zeros or None where nothing is connected."""
-    if rows is not None:
-        return ops.reshape(rows, shape)
-    return ops.zeros(shape, dtype=source.dtype) if zero else None
-
-
-def _checked_chunk_size(chunk_size):
-    if chunk_size is None:
-        return None
-    if isinstance(chunk_size, bool) or not hasattr(chunk_size, "__index__") or operator.index(chunk_size) < 1:
-        raise ValueError(f"chunk_size must be a positive integer or None. Received: chunk_size={chunk_size!r}.")
-    return operator.index(chunk_size)
-
-
-def _check_batch(target, source):
-    for name, x in (("target", target), ("source", source)):
-        if len(x.shape) < 2:
-            raise ValueError(
-                f"GradientTape.batch_jacobian needs a {name} of shape (batch, ...) and of rank 2 or more. "
-                f"Received: {validation.describe(x)}. Add an axis with `keras.ops.expand_dims(x, -1)` inside "
-                "the tape's block, or use `jacobian`."
-            )
-    a, b = target.shape[0], source.shape[0]
-    if a is not None and b is not None and a != b:
-        raise ValueError(
-            "GradientTape.batch_jacobian needs the same batch size in target and source. Received: a target "
-            f"of shape {tuple(target.shape)} and a source of shape {tuple(source.shape)}."
-        )

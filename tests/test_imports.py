@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "keras_gradtools"
 LEVELS = [
     {"validation", "nesting"},
     {"backend"},
+    {"jacobians"},
     {"tape", "custom_gradients"},
     {"gradient_ops"},
     {"transforms"},

@@ -1,15 +1,22 @@
 """The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_sweep` for the rest."""
 
-from keras_gradtools.backend import jax_keras_ops, jax_sweep, jax_trace, recording
+import jax
+
+from keras_gradtools.backend import chunks, jax_keras_ops, jax_linearize, jax_sweep, jax_trace, recording
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
 from keras_gradtools.backend.jax_jit import jit
 
 __all__ = [
     "COMPILES_SECOND_ORDER",
+    "HESSIAN_MODE",
     "Tape",
     "alias",
     "custom_gradient",
     "jit",
+    "linearize",
+    "map_chunks",
+    "may_compile",
+    "per_example_gradients",
     "pullback",
     "pullback_batch",
     "pushforward",
@@ -18,6 +25,7 @@ __all__ = [
 ]
 
 COMPILES_SECOND_ORDER = True
+HESSIAN_MODE = "forward"
 
 
 class Tape(recording.Recording):
@@ -130,9 +138,45 @@ def _push(mode, tape, targets, sources, tangents):
     part = jax_sweep.Slice(tape, targets, values)
     if not part.inputs:
         return [None] * len(targets)
+    return _by_target(part, jax_sweep.differentiate(mode, part, _by_input(part, tangents)))
+
+
+def linearize(tape, targets, sources):
+    _, values, places = tape.spread(sources, range(len(sources)))
+    part = jax_sweep.Slice(tape, targets, values)
+    if not part.inputs:
+        return lambda tangents: [None] * len(targets)
+    linear = jax_linearize.linearize(part)
+    return lambda tangents: _by_target(part, linear(_by_input(part, [tangents[i] for i in places])))
+
+
+def _by_input(part, tangents):
+    """The tangent of each of the slice's inputs: the sum over the sources that are the same value."""
     summed = [None] * len(part.inputs)
     for slot, v in zip(part.source_slots, tangents, strict=True):
         if slot is not None:
             summed[slot] = v if summed[slot] is None else summed[slot] + v
-    pushed = iter(jax_sweep.differentiate(mode, part, summed))
+    return summed
+
+
+def _by_target(part, pushed):
+    pushed = iter(pushed)
     return [None if slot is None else next(pushed) for slot in part.target_slots]
+
+
+def may_compile():
+    return jax_trace.is_eager()
+
+
+def map_chunks(fun, count, chunk_size):
+    if jax_trace.is_eager():
+        return chunks.loop(fun, count, chunk_size)
+    number = -(-count // chunk_size)
+    present = chunks.Present(fun)
+    index = jax.numpy.arange(number * chunk_size, dtype="int32").reshape(number, chunk_size)
+    mapped = jax.lax.map(present, index)
+    return present.restore([x.reshape(-1, *x.shape[2:])[:count] for x in mapped])
+
+
+def per_example_gradients(fun, weights, examples):
+    return jax.vmap(jax.grad(fun), in_axes=(None, 0))(weights, examples)

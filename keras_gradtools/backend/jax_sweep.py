@@ -102,7 +102,7 @@ def _between(operations, source_ids, targets):
 def pull(part, arrays, cotangents):
     """Reverse mode: the gradient by each of the slice's inputs."""
     sums = {}
-    _add(sums, (slot for slot in part.target_slots if slot is not None), cotangents)
+    add(sums, (slot for slot in part.target_slots if slot is not None), cotangents)
     for step in reversed(part.steps):
         if not any(step.outputs[i] in sums for i in step.active_outputs):
             continue
@@ -110,7 +110,7 @@ def pull(part, arrays, cotangents):
         fun, inputs = step.split(arrays)
         _, pullback = jax.vjp(fun, *inputs)
         gradients = pullback([sums[slot] if slot in sums else jax.numpy.zeros_like(x) for slot, x in outputs])
-        _add(sums, (step.inputs[i] for i in step.active_inputs), gradients)
+        add(sums, (step.inputs[i] for i in step.active_inputs), gradients)
     return [sums[slot] for slot in range(len(part.inputs))]
 
 
@@ -125,7 +125,7 @@ def push(part, arrays, tangents):
         fun, inputs = step.split(arrays)
         slots = [step.inputs[i] for i in step.active_inputs]
         directions = [sums[slot] if slot in sums else jax.numpy.zeros_like(arrays[slot]) for slot in slots]
-        _add(sums, (step.outputs[i] for i in step.active_outputs), _push_one(step.operation, fun, inputs, directions))
+        add(sums, (step.outputs[i] for i in step.active_outputs), _push_one(step.operation, fun, inputs, directions))
     return [sums[slot] for slot in part.target_slots if slot is not None]
 
 
@@ -142,7 +142,7 @@ def _push_one(operation, fun, inputs, directions):
     return push(tuple(directions))[0]
 
 
-def _add(sums, slots, values):
+def add(sums, slots, values):
     for slot, value in zip(slots, values, strict=True):
         sums[slot] = sums[slot] + value if slot in sums else value
 
@@ -151,14 +151,14 @@ def differentiate(mode, part, vectors):
     """Runs `mode` (one of the functions above) on a slice, compiled where that pays."""
     if not part.steps or jax_trace.is_traced([*part.arrays.values(), *vectors]):
         return mode(part, part.arrays, vectors)
-    return compiled_sweeps.run(mode, part, vectors)
+    return compiled_sweeps.run(mode, part, part.arrays, vectors)
 
 
 class _CompiledSweeps:
     """Compiled sweeps by structure: bounded, and holding the user's functions weakly.
 
-    A structure is compiled when it is met for the second time, so that what runs once, or has a function in
-    it that is made anew every time, is never compiled in vain. The compiled function gets the slice at hand
+    A structure is compiled when it is met for the second time (or `at_once`), so that what runs once, or has a
+    function in it that is made anew every time, is never compiled in vain. The compiled function gets the slice at hand
     only while it runs (it looks at it when JAX traces it, for every new shape): it keeps none alive.
     """
 
@@ -168,23 +168,23 @@ class _CompiledSweeps:
         self._lock = threading.Lock()
         self._at_hand = threading.local()
 
-    def run(self, mode, part, vectors):
-        compiled = self._find(mode, part)
+    def run(self, mode, part, arrays, vectors, at_once=False):
+        compiled = self._find(mode, part, at_once)
         if compiled is None:
-            return mode(part, part.arrays, vectors)
+            return mode(part, arrays, vectors)
         self._at_hand.part = part
         try:
-            return compiled(part.arrays, vectors)
+            return compiled(arrays, vectors)
         finally:
             self._at_hand.part = None
 
-    def _find(self, mode, part):
+    def _find(self, mode, part, at_once):
         try:
             key = (mode, part.structure())
         except TypeError:
             return None
         with self._lock:
-            met = key in self._entries
+            met = at_once or key in self._entries
             compiled = self._entries.pop(key, None)
             if met and compiled is None:
                 compiled = jax.jit(lambda arrays, vectors: mode(self._at_hand.part, arrays, vectors))

@@ -204,6 +204,11 @@ def leave(trace):
         core.trace_ctx.set_trace(trace.parent)
 
 
+def is_eager():
+    """Whether operations are carried out at once: outside of every transformation of JAX."""
+    return core.trace_ctx.trace in (core.eval_trace, _thread.eager)
+
+
 def is_visible(x, trace):
     """Whether `x` is a value of the level that `trace` records, or of one around it."""
     if not isinstance(x, core.Tracer):

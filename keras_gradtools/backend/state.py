@@ -42,3 +42,13 @@ class StateScope(StatelessScope):
             # Made inside the block, and initialized after it; until then Keras, too, uses a placeholder.
             value = variable._initializer(variable.shape, dtype=variable.dtype)
         return value
+
+
+def is_overridden():
+    """Whether some variable stands for another value here than for its own."""
+    scope = get_stateless_scope()
+    while scope is not None:
+        if scope.state_mapping:
+            return True
+        scope = getattr(scope, "_outside", None)
+    return False

@@ -7,9 +7,10 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
-from keras_gradtools.backend import recording
+from keras_gradtools.backend import chunks, recording
 
 COMPILES_SECOND_ORDER = True
+HESSIAN_MODE = "reverse"
 
 
 class Tape(recording.Recording):
@@ -122,20 +123,28 @@ def pullback(tape, targets, sources, cotangents):
 
 
 def pushforward(tape, targets, sources, tangents):
+    return linearize(tape, targets, sources)(tangents)
+
+
+def linearize(tape, targets, sources):
     # A pullback is linear in its cotangents, so that its own pullback is the pushforward. A nested
     # `ForwardAccumulator` would be silently wrong, and none can be laid over a block that has already run.
-    _, values, tangents = tape.spread(sources, tangents)
+    _, values, places = tape.spread(sources, range(len(sources)))
     if not values:
-        return [None] * len(targets)
+        return lambda tangents: [None] * len(targets)
     cotangents = [tf.zeros_like(t) for t in targets]
-    with tf.GradientTape() as outer:
-        outer.watch(cotangents)
+    with tf.GradientTape(persistent=True) as transposed:
+        transposed.watch(cotangents)
         gradients = _dense(tape.native.gradient(targets, values, output_gradients=cotangents))
-        pairs = [(g, v) for g, v in zip(gradients, tangents, strict=True) if g is not None]
-    if not pairs:
-        return [None] * len(targets)
-    gradients, tangents = zip(*pairs, strict=True)
-    return _dense(outer.gradient(gradients, cotangents, output_gradients=tangents))
+    connected = [(g, place) for g, place in zip(gradients, places, strict=True) if g is not None]
+
+    def push(tangents):
+        if not connected:
+            return [None] * len(targets)
+        upstream = [tangents[place] for _, place in connected]
+        return _dense(transposed.gradient([g for g, _ in connected], cotangents, output_gradients=upstream))
+
+    return push
 
 
 def pullback_batch(tape, targets, sources, cotangents):
@@ -144,6 +153,40 @@ def pullback_batch(tape, targets, sources, cotangents):
 
 def pushforward_batch(tape, targets, sources, tangents):
     return _map_connected(lambda rows: pushforward(tape, targets, sources, rows), tangents)
+
+
+def may_compile():
+    return tf.executing_eagerly()
+
+
+def map_chunks(fun, count, chunk_size):
+    if tf.executing_eagerly():
+        return chunks.loop(fun, count, chunk_size)
+    number = -(-count // chunk_size)
+    index = tf.reshape(tf.range(number * chunk_size), (number, chunk_size))
+    # The first one tells what comes out of the others, and they are not to run before it is done.
+    first = fun(index[0])
+    present = chunks.Present(fun)
+    connected = [r for r in first if r is not None]
+    with tf.control_dependencies(connected):
+        signature = [tf.TensorSpec(r.shape, r.dtype) for r in connected]
+        rest = tf.map_fn(present, index[1:], fn_output_signature=signature, parallel_iterations=1)
+    joined = [tf.concat([a, _merged(b)], 0)[:count] for a, b in zip(connected, rest, strict=True)]
+    return present.restore(joined)
+
+
+def _merged(chunks_of_rows):
+    return tf.reshape(chunks_of_rows, tf.concat([[-1], tf.shape(chunks_of_rows)[2:]], 0))
+
+
+def per_example_gradients(fun, weights, examples):
+    def gradients(example):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            value = fun(weights, example)
+        return tape.gradient(value, weights, unconnected_gradients="zero")
+
+    return _map_rows(gradients, examples)
 
 
 def _map_connected(fun, stacks):
@@ -156,15 +199,19 @@ def _map_connected(fun, stacks):
         # Something has to come out of the map, also where nothing is connected.
         return [r for r in results if r is not None] or [rows[0]]
 
+    mapped = iter(_map_rows(present, stacks))
+    return [next(mapped) if c else None for c in connected]
+
+
+def _map_rows(fun, stacks):
     try:
-        mapped = iter(_vectorize(present, stacks))
+        return _vectorize(fun, stacks)
     except (ValueError, NotImplementedError, tf.errors.OpError) as error:
         if stacks[0].shape[0] is None:
             raise
         _warn_unvectorized(str(error).splitlines()[0])
-        rows = [present([s[i] for s in stacks]) for i in range(stacks[0].shape[0])]
-        mapped = iter([tf.stack(column) for column in zip(*rows, strict=True)])
-    return [next(mapped) if c else None for c in connected]
+        rows = [fun([s[i] for s in stacks]) for i in range(stacks[0].shape[0])]
+        return [tf.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _vectorize(fun, stacks):

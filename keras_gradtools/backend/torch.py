@@ -1,5 +1,6 @@
 """The kernels on torch, whose graph has no tapes: see `torch_graph` for what a tape has recorded of it."""
 
+import contextlib
 import functools
 import threading
 import warnings
@@ -8,15 +9,20 @@ import keras
 import torch
 from keras.src.backend.torch.core import get_device
 
-from keras_gradtools.backend import recording, torch_fused, torch_graph
+from keras_gradtools.backend import chunks, recording, torch_fused, torch_graph
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 
 __all__ = [
     "COMPILES_SECOND_ORDER",
+    "HESSIAN_MODE",
     "Tape",
     "alias",
     "custom_gradient",
     "jit",
+    "linearize",
+    "map_chunks",
+    "may_compile",
+    "per_example_gradients",
     "pullback",
     "pullback_batch",
     "pushforward",
@@ -26,6 +32,7 @@ __all__ = [
 
 # torch.compile cannot differentiate what it has compiled a second time.
 COMPILES_SECOND_ORDER = False
+HESSIAN_MODE = "reverse"
 
 
 class _Thread(threading.local):
@@ -289,34 +296,56 @@ def _warn_unvectorized(reason):
 
 
 def pushforward(tape, targets, sources, tangents):
-    return _push(tape, targets, sources, tangents, _run)
+    return _Linear(tape, targets, sources).push(tangents, _run)
 
 
 def pushforward_batch(tape, targets, sources, tangents):
-    return _push(tape, targets, sources, tangents, _run_batch)
+    return _Linear(tape, targets, sources).push(tangents, _run_batch)
 
 
-def _push(tape, targets, sources, tangents, run):
-    # A pullback is linear in its cotangents, so that its own pullback is the pushforward: torch's forward mode
-    # cannot be laid over a block that has already run.
-    _, values, tangents = tape.spread(sources, tangents)
-    cotangents = [torch.zeros_like(t) for t in targets]
-    for u in cotangents:
-        torch_graph.borrow(u)
-    try:
-        gradients = _pull(tape, targets, values, cotangents, _run, is_recorded=True)
-        pairs = [(g, v) for g, v in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
-        if not pairs:
-            return [None] * len(targets)
-        gradients, tangents = zip(*pairs, strict=True)
-        part = torch_graph.Slice([(node, 0) for node in _nodes(gradients)], lambda number: False, {})
-        is_recorded = _is_recorded(part, tangents)
-        part.boundaries = []
-        with torch_graph.passing(part):
-            return [_dense(p) for p in run(gradients, cotangents, tangents, is_recorded)]
-    finally:
-        for u in cotangents:
-            torch_graph.give_back(u)
+def linearize(tape, targets, sources):
+    linear = _Linear(tape, targets, sources)
+    return lambda tangents: linear.push(tangents, _run)
+
+
+class _Linear:
+    """The pushforward of a record, as a function of tangents.
+
+    A pullback is linear in its cotangents, so that its own pullback is the pushforward: torch's forward mode
+    cannot be laid over a block that has already run.
+    """
+
+    def __init__(self, tape, targets, sources):
+        self._targets = len(targets)
+        _, values, places = tape.spread(sources, range(len(sources)))
+        self._cotangents = [torch.zeros_like(t) for t in targets]
+        with self._borrowing():
+            gradients = _pull(tape, targets, values, self._cotangents, _run, is_recorded=True)
+            self._connected = [
+                (g, place) for g, place in zip(gradients, places, strict=True) if g is not None and g.requires_grad
+            ]
+
+    @contextlib.contextmanager
+    def _borrowing(self):
+        for u in self._cotangents:
+            torch_graph.borrow(u)
+        try:
+            yield
+        finally:
+            for u in self._cotangents:
+                torch_graph.give_back(u)
+
+    def push(self, tangents, run):
+        if not self._connected:
+            return [None] * self._targets
+        gradients = [g for g, _ in self._connected]
+        tangents = [tangents[place] for _, place in self._connected]
+        with self._borrowing():
+            part = torch_graph.Slice([(node, 0) for node in _nodes(gradients)], lambda number: False, {})
+            is_recorded = _is_recorded(part, tangents)
+            part.boundaries = []
+            with torch_graph.passing(part):
+                return [_dense(p) for p in run(gradients, self._cotangents, tangents, is_recorded)]
 
 
 def alias(x):
@@ -328,6 +357,25 @@ def settled(tensors):
         t if not t.requires_grad or _may_be_recorded(lambda: torch_graph.is_used_outside(_nodes([t]))) else t.detach()  # noqa: B023
         for t in tensors
     ]
+
+
+def may_compile():
+    return False
+
+
+def map_chunks(fun, count, chunk_size):
+    return chunks.loop(fun, count, chunk_size)
+
+
+def per_example_gradients(fun, weights, examples):
+    # A tape cannot follow what is inside `torch.vmap`, and `torch.func` goes by its own rules there.
+    try:
+        mapped = torch.vmap(torch.func.grad(fun), in_dims=(None, 0), randomness="same")
+        return mapped(weights, examples)
+    except RuntimeError as error:
+        _warn_unvectorized(str(error).strip().splitlines()[-1])
+    rows = [torch.func.grad(fun)(weights, [x[i] for x in examples]) for i in range(len(examples[0]))]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def jit(fun):

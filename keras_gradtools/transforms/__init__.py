@@ -1,6 +1,24 @@
 """Functions of functions: what takes a Keras computation and gives another."""
 
-from keras_gradtools.transforms.first_order import grad, jvp, value_and_grad, vjp
-from keras_gradtools.transforms.functional import jit
+from keras_gradtools.transforms.first_order import grad, jvp, linearize, value_and_grad, vjp
+from keras_gradtools.transforms.functional import functionalize, jit
+from keras_gradtools.transforms.jacobians import batch_jacobian, jacobian
+from keras_gradtools.transforms.per_example import per_example_grad
+from keras_gradtools.transforms.second_order import flatten_hessian, ggnvp, hessian, hvp
 
-__all__ = ["grad", "jit", "jvp", "value_and_grad", "vjp"]
+__all__ = [
+    "batch_jacobian",
+    "flatten_hessian",
+    "functionalize",
+    "ggnvp",
+    "grad",
+    "hessian",
+    "hvp",
+    "jacobian",
+    "jit",
+    "jvp",
+    "linearize",
+    "per_example_grad",
+    "value_and_grad",
+    "vjp",
+]

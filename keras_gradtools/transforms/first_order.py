@@ -43,7 +43,7 @@ def grad(fun, argnums=0, has_aux=False):
     """
     differentiated = _value_and_grad("grad", fun, argnums, has_aux)
 
-    @functools.wraps(fun)
+    @functools.wraps(fun, updated=())
     def gradient(*args, **kwargs):
         value, gradients = differentiated(*args, **kwargs)
         return (gradients, value[1]) if has_aux else gradients
@@ -84,7 +84,7 @@ def value_and_grad(fun, argnums=0, has_aux=False):
 def _value_and_grad(name, fun, argnums, has_aux):
     require_function(name, fun)
 
-    @functools.wraps(fun)
+    @functools.wraps(fun, updated=())
     def differentiated(*args, **kwargs):
         call = TapedCall(name, fun, args, kwargs, argnums, has_aux)
         require_scalar(name, call.target)
@@ -167,6 +167,43 @@ def jvp(fun, primals, tangents, has_aux=False):
     call = TapedCall("jvp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
     pushed = call.tape.jvp(call.target, call.sources, tangents, unconnected_gradients="zero")
     return (call.value, pushed, call.aux) if has_aux else (call.value, pushed)
+
+
+def linearize(fun, *primals):
+    r"""Evaluates a function and prepares its derivative along many directions, $v \mapsto J v$.
+
+    The work that does not depend on the direction is done once.
+
+    Args:
+        fun: a function of `primals` that returns tensors, in any nesting.
+        *primals: real floating-point tensors, variables, arrays or Python floats, in any nesting.
+
+    Returns:
+        `(out, pushforward)`. `pushforward(*tangents)` takes a tangent for each of `primals`, in its structure and
+        shapes (None stands for zeros), and returns the structure of `out`. It keeps the evaluation in memory until
+        it is dropped.
+
+    Raises:
+        ValueError: if a primal has no gradient, or a tangent not the structure and shape of its primal.
+
+    Cost:
+        Here one evaluation of `fun`, and of its linearization, which JAX compiles. In each pushforward about one
+        evaluation on JAX, two elsewhere. Of a gradient, `linearize(grad(fun), x)`, it is the cheapest way to many
+        Hessian-vector products at one point.
+
+    Example:
+
+    >>> import keras_gradtools as kg
+    >>> out, pushforward = kg.linearize(lambda x, y: x * y, 2.0, 3.0)
+    >>> float(out), float(pushforward(1.0, 10.0)), float(pushforward(1.0, None))
+    (6.0, 23.0, 3.0)
+
+    Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.1.
+    """
+    require_function("linearize", fun)
+    call = TapedCall("linearize", fun, primals, argnums=tuple(range(len(primals))))
+    push = call.tape.linearize(call.target, call.sources, unconnected_gradients="zero")
+    return call.value, lambda *tangents: push(tangents)
 
 
 def require_tuple(name, role, given):

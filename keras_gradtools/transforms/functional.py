@@ -1,6 +1,10 @@
 """Keras computations as functions that a compiler can take."""
 
-from keras_gradtools import backend
+import keras
+from keras import ops
+
+from keras_gradtools import backend, validation
+from keras_gradtools.backend.state import StateScope
 from keras_gradtools.transforms.taped_call import require_function
 
 
@@ -39,3 +43,63 @@ def jit(fun):
     """
     require_function("jit", fun)
     return backend.jit(fun)
+
+
+def functionalize(model):
+    r"""Turns a model into a pure function of its weights, $f(\theta, x)$, so that every transform works on them.
+
+    Args:
+        model: a built Keras model or layer.
+
+    Returns:
+        `(fun, weights)`. `weights` is a list of tensors, copies of the trainable variables in the order of
+        `model.trainable_variables`. `fun(weights, *inputs, training=False, return_losses=False)` calls the model with
+        these in their place, and returns its outputs; with `return_losses` also the losses that this call has added
+        and those of the regularizers, as `(outputs, losses)`. The other variables enter with the values of the
+        moment. What the call assigns (BatchNormalization's statistics, the state of a dropout seed) is dropped, so
+        that two calls draw the same mask; nothing is left in the model.
+
+    Raises:
+        ValueError: if `model` is not a layer, or not built; when called, if `weights` do not fit.
+
+    Cost:
+        A copy of the weights here; a call costs what a call of the model does.
+
+    Example:
+
+    >>> import keras
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> fun, weights = kg.functionalize(model)
+    >>> x = keras.ops.convert_to_tensor([[2.0, 5.0]])
+    >>> kernel, bias = kg.grad(lambda w: keras.ops.sum(fun(w, x)))(weights)
+    >>> [float(g) for g in kernel[:, 0]], [float(g) for g in bias]
+    ([2.0, 5.0], [1.0])
+    """
+    if not isinstance(model, keras.Layer):
+        raise ValueError(f"functionalize takes a Keras model or layer. Received: {validation.describe(model)}.")
+    if not model.built:
+        raise ValueError(
+            f"functionalize takes a built model. Received: {model.name!r}, which is not. Give it a keras.Input, or "
+            "call it on data once."
+        )
+    variables = list(model.trainable_variables)
+
+    def fun(weights, *inputs, training=False, return_losses=False, **kwargs):
+        mapping = list(zip(variables, _checked_weights(weights, variables), strict=True))
+        with StateScope(mapping):
+            outputs = model(*inputs, training=training, **kwargs)
+            return (outputs, list(model.losses)) if return_losses else outputs
+
+    return fun, [ops.copy(v.value) for v in variables]
+
+
+def _checked_weights(weights, variables):
+    given = list(weights) if isinstance(weights, (list, tuple)) else [weights]
+    shapes = [tuple(getattr(w, "shape", ())) for w in given]
+    if shapes != [tuple(v.shape) for v in variables]:
+        raise ValueError(
+            "A functionalized model takes a list of weights of the shapes "
+            f"{[tuple(v.shape) for v in variables]}. Received: {shapes}."
+        )
+    return [ops.convert_to_tensor(w) for w in given]

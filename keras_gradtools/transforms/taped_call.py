@@ -21,13 +21,14 @@ class TapedCall:
         target: what the function returned, as the tape knows it; without `aux`, if `has_aux`.
         value: the same for the caller.
         aux: the second part of what it returned, if `has_aux`.
+        record: the backend's tape, for what is computed from its kernels.
     """
 
     def __init__(self, name, fun, args, kwargs=None, argnums=0, has_aux=False):
         args = list(args)
         positions = _positions(name, argnums, len(args))
         for i in positions:
-            args[i] = keras.tree.map_structure(lambda x: _argument(name, i, x), args[i])  # noqa: B023
+            args[i] = keras.tree.map_structure(lambda x: differentiable_argument(name, i, x), args[i])  # noqa: B023
         chosen = tuple(args[i] for i in positions)
         self.sources = chosen if isinstance(argnums, (tuple, list)) else chosen[0]
         self.tape = GradientTape(persistent=True, watch_accessed_variables=False)
@@ -38,6 +39,10 @@ class TapedCall:
         for y in keras.tree.flatten(self.target):
             validation.require_differentiable(y, f"What the function under `{name}` returns")
         self.value, self.aux = _settled(self.target), _settled(aux)
+
+    @property
+    def record(self):
+        return self.tape.record
 
 
 def require_function(name, fun):
@@ -56,7 +61,8 @@ def require_scalar(name, value):
         )
 
 
-def _argument(name, position, x):
+def differentiable_argument(name, position, x):
+    """Returns an alias of argument `x` as a tensor, and raises `ValueError` if it has no gradient."""
     if isinstance(x, (float, int)) and not isinstance(x, bool) or not hasattr(x, "dtype"):
         x = ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None)
     elif not ops.is_tensor(x):

@@ -1,0 +1,48 @@
+"""A JAX record as a linear function: each operation is linearized once, and applied to tangents many times."""
+
+import jax
+
+from keras_gradtools.backend import jax_sweep, jax_trace
+
+
+def linearize(part):
+    """Returns the pushforward of a `jax_sweep.Slice`, as a function of the tangents of its inputs."""
+    if not part.steps or jax_trace.is_traced(part.arrays.values()):
+        linear = _linear_steps(part, part.arrays, ())
+        return lambda tangents: _push(part, linear, tangents)
+    # Compiled at the first time: who linearizes will push more than once.
+    linear = jax_sweep.compiled_sweeps.run(_linear_steps, part, part.arrays, (), at_once=True)
+
+    def push(tangents):
+        if jax_trace.is_traced([*jax.tree.leaves(linear), *tangents]):
+            return _push(part, linear, tangents)
+        return jax_sweep.compiled_sweeps.run(_push, part, linear, tangents, at_once=True)
+
+    return push
+
+
+def _linear_steps(part, arrays, _):
+    """Each step as a linear function of its active inputs, with all the work done that no tangent is needed for."""
+    return [_linear(step.operation, *step.split(arrays)) for step in part.steps]
+
+
+def _linear(operation, fun, inputs):
+    if not jax_trace.has_primitive(operation, "custom_vjp_call"):
+        return jax.linearize(fun, *inputs)[1]
+    # Forward mode cannot pass a `custom_vjp`; the pullback, being linear, can be pulled back itself.
+    outputs, pullback = jax.vjp(fun, *inputs)
+    _, push = jax.vjp(pullback, [jax.numpy.zeros_like(x) for x in outputs])
+    return jax.tree_util.Partial(_apply, push)
+
+
+def _apply(push, *directions):
+    return push(directions)[0]
+
+
+def _push(part, linear, tangents):
+    sums = dict(enumerate(tangents))
+    for step, along in zip(part.steps, linear, strict=True):
+        inputs = [(step.inputs[i], step.operation.inputs[i]) for i in step.active_inputs]
+        directions = [sums[slot] if slot in sums else jax.numpy.zeros_like(x) for slot, x in inputs]
+        jax_sweep.add(sums, (step.outputs[i] for i in step.active_outputs), along(*directions))
+    return [sums[slot] for slot in part.target_slots if slot is not None]

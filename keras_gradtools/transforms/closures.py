@@ -1,0 +1,90 @@
+"""What a function's Python has around it: a compiled program of it holds only as long as that stays the same."""
+
+import functools
+import types
+import weakref
+
+import keras
+
+_LIBRARIES = {"jax", "keras", "numpy", "tensorflow", "torch"}
+_MOST = 200
+
+
+class Identity:
+    """Stands for an object in a key: equal for the same object only, and holding it weakly where that can be."""
+
+    __slots__ = ("_hash", "_object")
+
+    def __init__(self, x):
+        self._hash = id(x)
+        try:
+            self._object = weakref.ref(x)
+        except TypeError:
+            self._object = lambda: x
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        mine = self._object()
+        return isinstance(other, Identity) and mine is not None and mine is other._object()
+
+
+def surroundings(fun):
+    """A key of what `fun` closes over, its defaults and the globals that it names, through the functions among them.
+
+    Keras variables are inputs of a program, so that what they hold is not in the key. What is changed in place (an
+    attribute, an entry of a list) is not seen; but for the `trainable` of layers, by which BatchNormalization goes.
+    """
+    found, seen = [], set()
+    _collect(fun, found, seen)
+    return tuple(found)
+
+
+def _collect(x, found, seen):
+    if isinstance(x, (bool, int, float, complex, str, bytes, type(None))):
+        found.append((type(x), x))
+        return
+    found.append(Identity(x))
+    if id(x) in seen or len(seen) > _MOST:
+        return
+    seen.add(id(x))
+    for part in _parts(x):
+        if not isinstance(part, (types.ModuleType, type, types.BuiltinFunctionType)):
+            _collect(part, found, seen)
+
+
+def _parts(x):
+    if isinstance(x, types.MethodType):
+        return [x.__self__, x.__func__]
+    if isinstance(x, functools.partial):
+        return [x.func, *x.args, *x.keywords.values()]
+    if isinstance(x, keras.Layer):
+        return [x.trainable, *getattr(x, "layers", ())]
+    if type(x) in (list, tuple):
+        return x
+    if not isinstance(x, types.FunctionType):
+        return []
+    library = x.__globals__.get("__name__", "").split(".")[0]
+    if library in _LIBRARIES:
+        return []
+    parts = [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+    parts += [cell.cell_contents for cell in x.__closure__ or () if _is_filled(cell)]
+    if library != "keras_gradtools":
+        parts += [x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__]
+    return parts
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code):
+    """The names that a piece of code, and what is defined in it, may look up in the globals."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return tuple(dict.fromkeys([*code.co_names, *(name for c in inner for name in _names(c))]))
+
+
+def _is_filled(cell):
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

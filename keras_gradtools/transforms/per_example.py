@@ -1,0 +1,92 @@
+"""Gradients of each example alone."""
+
+import functools
+
+import keras
+from keras import ops
+
+from keras_gradtools import backend, validation
+from keras_gradtools.backend.state import StateScope
+from keras_gradtools.transforms.taped_call import differentiable_argument, require_function, require_scalar
+
+
+def per_example_grad(fun, argnums=0):
+    r"""Turns the loss of a batch into the gradient for each example, $g_b = \nabla_\theta \ell(\theta, x_b)$.
+
+    `fun` is evaluated on each example as on a batch of one, all of them at once (`vmap`); where a backend cannot, one
+    after the other, with a warning. Layers that mix examples, such as BatchNormalization in training mode, see one
+    example only. What `fun` assigns to variables is dropped.
+
+    Args:
+        fun: a function `fun(weights, *batch)` that returns one scalar tensor, with `batch` tensors or arrays of
+            shape `(batch, ...)`, in any nesting.
+        argnums: 0, the weights: real floating-point tensors, variables, arrays or Python floats, in any nesting. A
+            position further on is that of the weights instead, and every other argument is a part of the batch.
+
+    Returns:
+        A function with the arguments of `fun` that returns the gradients, in the structure of the weights, each of
+        shape `(batch, *weight)`, zeros where nothing is connected. It runs eagerly; compile it with `jit`.
+
+    Raises:
+        ValueError: when called, if `fun` does not return a scalar, the batch sizes differ, or the weights have no
+            gradient.
+
+    Cost:
+        About three evaluations of `fun` on the batch, and the memory of the result, the number of examples times the
+        weights.
+
+    Example:
+
+    >>> import keras_gradtools as kg
+    >>> from keras import ops
+    >>> loss = lambda w, x, y: ops.mean((w * x - y) ** 2)
+    >>> x, y = ops.convert_to_tensor([1.0, 2.0]), ops.convert_to_tensor([0.0, 0.0])
+    >>> [float(g) for g in kg.per_example_grad(loss)(3.0, x, y)]
+    [6.0, 24.0]
+
+    Source: Goodfellow, "Efficient per-example gradient computations" (2015).
+    """
+    require_function("per_example_grad", fun)
+    if isinstance(argnums, bool) or not isinstance(argnums, int):
+        raise ValueError(f"The argnums of `per_example_grad` must be one position. Received: argnums={argnums!r}.")
+
+    @functools.wraps(fun, updated=())
+    def gradients(*args, **kwargs):
+        if not -len(args) <= argnums < len(args):
+            raise ValueError(
+                "The argnums of `per_example_grad` must be the position of the weights among the "
+                f"{len(args)} arguments. Received: argnums={argnums}."
+            )
+        place = argnums % len(args)
+        weights = keras.tree.map_structure(lambda x: differentiable_argument("per_example_grad", place, x), args[place])
+        batch = keras.tree.map_structure(_tensor, (*args[:place], *args[place + 1 :]))
+        _check_batch(batch)
+
+        def value(flat_weights, flat_examples):
+            examples = [ops.expand_dims(x, 0) for x in flat_examples]
+            given = list(keras.tree.pack_sequence_as(batch, examples))
+            given.insert(place, keras.tree.pack_sequence_as(weights, flat_weights))
+            with StateScope():
+                result = fun(*given, **kwargs)
+            require_scalar("per_example_grad", result)
+            validation.require_differentiable(result, "What the function under `per_example_grad` returns")
+            return result
+
+        found = backend.per_example_gradients(value, keras.tree.flatten(weights), keras.tree.flatten(batch))
+        return keras.tree.pack_sequence_as(weights, found)
+
+    return gradients
+
+
+def _tensor(x):
+    return ops.convert_to_tensor(x)
+
+
+def _check_batch(batch):
+    sizes = [x.shape[0] if len(x.shape) else "none" for x in keras.tree.flatten(batch)]
+    known = {n for n in sizes if n is not None}
+    if not sizes or "none" in known or len(known) > 1:
+        raise ValueError(
+            "per_example_grad takes, beside the weights, tensors of shape (batch, ...) of one batch size. Received: "
+            f"the shapes {[tuple(x.shape) for x in keras.tree.flatten(batch)]}. Close over what is not per example."
+        )
