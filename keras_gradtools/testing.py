@@ -386,7 +386,9 @@ class _Point:
         # (Hamming, "Introduction to Applied Numerical Analysis", section 6.4). The dtype alone tells too little: a
         # sum over a normalized batch is zero, and its terms are not.
         h = min(self._first_step, self.settings.step or np.inf) / 256
-        v = self.direction()
+        # Steps of few bits may meet no rounding at all inside, but others would be rounded themselves in a coarse dtype.
+        fine = all(_PRECISIONS.get(d, (1,))[0] < self.epsilon for d in self.inputs.dtypes)
+        v = self.settings.random.normal(size=self.start.size) if fine else self.direction()
         with np.errstate(all="ignore"):
             fourth = np.diff([self.at(self.start + k * h * v) for k in range(-3, 4)], n=4, axis=0)
         return self.outputs.largest(np.nan_to_num(np.abs(fourth).max(axis=0), nan=0, posinf=0)) / 70**0.5
@@ -460,8 +462,8 @@ class _Point:
                 "smaller `step`."
                 if unsure
                 else "Correct the custom gradient on the way to this element, if there is one, or look for a "
-                "`stop_gradient`, a `round` or a kink. If the function is less precise than its dtypes, pass `rtol` "
-                "or `atol`."
+                "`stop_gradient`, a `round` or a kink. Pass `step` if the function varies on a smaller scale than "
+                "the step, and `rtol` or `atol` if it is less precise than its dtypes."
             )
         )
 

@@ -84,8 +84,14 @@ def _watch_read(variable, value, tapes):
         return value
     known = [tape.aliases.get(id(variable), (None, None)) for tape in tapes]
     given = known[0][1]
-    if given is None or any(of is not value or alias is not given for of, alias in known):
-        given = jax_trace.alias(value)
+    # A stateless scope may lend a variable a value that some tape follows already: it has to follow the alias, too.
+    followers = [tape for tape in recording.active_tapes() if id(value) in tape.followed]
+    if (
+        given is None
+        or any(of is not value or alias is not given for of, alias in known)
+        or any(id(given) not in tape.followed for tape in followers)
+    ):
+        given = jax_trace.recorded_alias(value) if followers else jax_trace.alias(value)
     for tape in tapes:
         tape.aliases[id(variable)] = (value, given)
         tape.followed[id(given)] = given

@@ -9,7 +9,7 @@ import keras
 import torch
 from keras.src.backend.torch.core import get_device
 
-from keras_gradtools.backend import chunks, recording, torch_fused, torch_graph
+from keras_gradtools.backend import chunks, recording, torch_fused, torch_graph, torch_keras_ops
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 
 __all__ = [
@@ -192,6 +192,7 @@ def _watch_read(variable, value, tapes):
 
 recording.install_read_hook(_watch_read)
 torch_fused.install()
+torch_keras_ops.install()
 
 
 def pullback(tape, targets, sources, cotangents):

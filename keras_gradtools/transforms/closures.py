@@ -1,5 +1,6 @@
 """What a function's Python has around it: a compiled program of it holds only as long as that stays the same."""
 
+import dis
 import functools
 import types
 import weakref
@@ -61,7 +62,7 @@ def _parts(x):
         return [x.func, *x.args, *x.keywords.values()]
     if isinstance(x, keras.Layer):
         return [x.trainable, *getattr(x, "layers", ())]
-    if type(x) in (list, tuple):
+    if type(x) is tuple:
         return x
     if not isinstance(x, types.FunctionType):
         return []
@@ -69,17 +70,26 @@ def _parts(x):
     if library in _LIBRARIES:
         return []
     parts = [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
-    parts += [cell.cell_contents for cell in x.__closure__ or () if _is_filled(cell)]
+    loaded, stored = _names(x.__code__)
+    cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
+    # What the function assigns itself, such as a counter of its calls, tells nothing of its surroundings.
+    parts += [cell.cell_contents for name, cell in cells if name not in stored and _is_filled(cell)]
     if library != "keras_gradtools":
-        parts += [x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__]
+        parts += [x.__globals__[name] for name in loaded if name in x.__globals__ and name not in stored]
     return parts
 
 
 @functools.lru_cache(maxsize=1024)
 def _names(code):
-    """The names that a piece of code, and what is defined in it, may look up in the globals."""
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return tuple(dict.fromkeys([*code.co_names, *(name for c in inner for name in _names(c))]))
+    """The globals that a piece of code, and what is defined in it, looks up; and all outer names that it assigns."""
+    instructions = list(dis.get_instructions(code))
+    loaded = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    stored = {i.argval for i in instructions if i.opname in ("STORE_GLOBAL", "STORE_DEREF")}
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            inner_loaded, inner_stored = _names(inner)
+            loaded, stored = loaded | inner_loaded, stored | inner_stored
+    return sorted(loaded), stored
 
 
 def _is_filled(cell):
