@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, validation
+from keras_gradtools.backend import recording
 from keras_gradtools.validation import name_of
 
 
@@ -109,6 +110,7 @@ def _differentiated(fun, tensors, options, kwargs):
 
         return values, flat_grad_fn
 
+    recording.note_custom_gradient()
     values = backend.custom_gradient(run)(*tensors)
     return keras.tree.pack_sequence_as(structure, [distinct(y, tensors) for y in values])
 

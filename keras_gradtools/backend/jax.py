@@ -171,7 +171,8 @@ def _by_target(part, pushed):
 
 
 def may_compile():
-    return jax_trace.is_eager()
+    # A compiled function hides what it closes over from a tape, and the tape could not even tell.
+    return jax_trace.is_eager() and not recording.active_tapes()
 
 
 def map_chunks(fun, count, chunk_size):

@@ -24,6 +24,12 @@ def active_tapes():
     return list(_thread.tapes)
 
 
+def note_custom_gradient():
+    """Tells what is recording on this thread that a custom gradient is a part of it."""
+    for recorder in (*_thread.tapes, *_thread.logs):
+        recorder.has_custom_gradient = True
+
+
 class Recording:
     """What the tapes of all backends share: their place among the active tapes, and what they watch.
 
@@ -35,6 +41,8 @@ class Recording:
     - `reset` throws away what was recorded, and everything watched;
     - `release` says that no derivative will be asked for until the next `reset`.
 
+    `has_custom_gradient` says whether a custom gradient was recorded, so that a Hessian may not be symmetric.
+
     A variable stands for the values that its readers were given: one on TensorFlow and torch, one alias
     for each assigned value on JAX, more where a stateless scope lends it others.
     """
@@ -43,6 +51,7 @@ class Recording:
         self._watch_accessed_variables = watch_accessed_variables
         self._asked_for = {}
         self._read = {}
+        self.has_custom_gradient = False
 
     def enter(self):
         _thread.tapes.append(self)
@@ -106,10 +115,14 @@ class Recording:
 
 
 class ReadLog:
-    """Lists the variables that are read inside its block, on this thread, in the order of their first read."""
+    """Lists the variables that are read inside its block, on this thread, in the order of their first read.
+
+    It notes as well whether a custom gradient is called there.
+    """
 
     def __init__(self):
         self._seen = {}
+        self.has_custom_gradient = False
 
     @property
     def variables(self):

@@ -209,8 +209,8 @@ def _map_rows(fun, stacks):
     except (ValueError, NotImplementedError, tf.errors.OpError) as error:
         if stacks[0].shape[0] is None:
             raise
-        _warn_unvectorized(str(error).splitlines()[0])
         rows = [fun([s[i] for s in stacks]) for i in range(stacks[0].shape[0])]
+        _warn_unvectorized(str(error).splitlines()[0])
         return [tf.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -226,8 +226,8 @@ def _vectorize(fun, stacks):
 @functools.cache
 def _warn_unvectorized(reason):
     warnings.warn(
-        "TensorFlow cannot vectorize this model's backward pass, so its Jacobian is computed one row at a "
-        f"time, which is slower. TensorFlow said: {reason}",
+        "TensorFlow cannot vectorize this computation, so a Jacobian is computed one row, a per-example gradient one "
+        f"example at a time, which is slower. TensorFlow said: {reason}",
         stacklevel=2,
     )
 
@@ -242,11 +242,14 @@ def settled(tensors):
 
 def jit(fun):
     reads = {}
+    has_custom_gradient = False
 
     def traced(*args, **kwargs):
+        nonlocal has_custom_gradient
         with recording.ReadLog() as log:
             result = fun(*args, **kwargs)
         reads.update((id(v), v) for v in log.variables)
+        has_custom_gradient |= log.has_custom_gradient
         return result
 
     # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
@@ -255,9 +258,11 @@ def jit(fun):
     @functools.wraps(fun)
     def call(*args, **kwargs):
         if recording.active_tapes():
-            # A graph reads its variables without Keras: tell the tapes what it is about to read.
+            # A graph runs without Keras: tell the tapes what it is about to do.
             for variable in reads.values():
                 _ = variable.value
+            if has_custom_gradient:
+                recording.note_custom_gradient()
         return compiled(*_floats_to_tensors(args), **_floats_to_tensors(kwargs))
 
     return call

@@ -290,8 +290,8 @@ def _run_batch(outputs, inputs, upstream, is_recorded):
 @functools.cache
 def _warn_unvectorized(reason):
     warnings.warn(
-        "torch cannot vectorize this model's backward pass, so its Jacobian is computed one row at a time, "
-        f"which is slower. torch said: {reason}",
+        "torch cannot vectorize this computation, so a Jacobian is computed one row, a per-example gradient one "
+        f"example at a time, which is slower. torch said: {reason}",
         stacklevel=2,
     )
 
@@ -374,9 +374,9 @@ def per_example_gradients(fun, weights, examples):
         mapped = torch.vmap(torch.func.grad(fun), in_dims=(None, 0), randomness="same")
         return mapped(weights, examples)
     except RuntimeError as error:
-        _warn_unvectorized(str(error).strip().splitlines()[-1])
-    rows = [torch.func.grad(fun)(weights, [x[i] for x in examples]) for i in range(len(examples[0]))]
-    return [torch.stack(column) for column in zip(*rows, strict=True)]
+        rows = [torch.func.grad(fun)(weights, [x[i] for x in examples]) for i in range(len(examples[0]))]
+        _warn_unvectorized(str(error).strip().splitlines()[0])
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def jit(fun):

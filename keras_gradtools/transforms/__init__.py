@@ -3,6 +3,7 @@
 from keras_gradtools.transforms.first_order import grad, jvp, linearize, value_and_grad, vjp
 from keras_gradtools.transforms.functional import functionalize, jit
 from keras_gradtools.transforms.jacobians import batch_jacobian, jacobian
+from keras_gradtools.transforms.kernel_hessian import kernel_hessian
 from keras_gradtools.transforms.per_example import per_example_grad
 from keras_gradtools.transforms.second_order import flatten_hessian, ggnvp, hessian, hvp
 
@@ -17,6 +18,7 @@ __all__ = [
     "jacobian",
     "jit",
     "jvp",
+    "kernel_hessian",
     "linearize",
     "per_example_grad",
     "value_and_grad",

@@ -46,7 +46,8 @@ def _collect(x, found, seen):
     if isinstance(x, (bool, int, float, complex, str, bytes, type(None))):
         found.append((type(x), x))
         return
-    found.append(Identity(x))
+    if not isinstance(x, types.MethodType):  # made anew each time that it is looked up
+        found.append(Identity(x))
     if id(x) in seen or len(seen) > _MOST:
         return
     seen.add(id(x))

@@ -91,7 +91,7 @@ def functionalize(model):
             outputs = model(*inputs, training=training, **kwargs)
             return (outputs, list(model.losses)) if return_losses else outputs
 
-    return fun, [ops.copy(v.value) for v in variables]
+    return fun, [ops.copy(ops.stop_gradient(ops.convert_to_tensor(v))) for v in variables]
 
 
 def _checked_weights(weights, variables):

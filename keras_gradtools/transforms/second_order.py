@@ -180,14 +180,11 @@ def hvp(fun, primals, tangents):
     primals, tangents = require_tuple("hvp", "primals", primals), require_tuple("hvp", "tangents", tangents)
     every = tuple(range(len(primals)))
     call = TapedCall("hvp", grad(fun, every), primals, argnums=every)
-    return _along(call, tangents)
-
-
-def _along(call, tangents):
-    """The derivative of a recorded gradient along `tangents`, in the mode that is cheaper on the backend."""
-    if backend.HESSIAN_MODE == "forward":
+    if backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient:
         return call.tape.jvp(call.target, call.sources, tangents, unconnected_gradients="zero")
-    # A Hessian is symmetric: its transpose does as well.
+    # A Hessian is its own transpose, if no custom gradient has made a field of it that is no gradient.
+    validation.require_same_structure(tangents, call.sources, "tangents", "`primals`")
+    tangents = keras.tree.map_structure(lambda v, x: ops.zeros_like(x) if v is None else v, tangents, call.sources)
     return call.tape.gradient(call.target, call.sources, tangents, unconnected_gradients="zero")
 
 

@@ -1,0 +1,257 @@
+"""The exact Hessian by the kernel of one Dense layer inside a model, through what the layer computes."""
+
+import contextlib
+import functools
+import math
+import threading
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools import backend, validation
+from keras_gradtools.backend.state import StateScope
+from keras_gradtools.jacobians import Plan
+from keras_gradtools.tape import GradientTape
+from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.closures import Identity
+from keras_gradtools.transforms.taped_call import require_function, require_scalar
+
+# Blocks of the sum over the examples, at most: each is a matrix product of its own.
+_MOST_BLOCKS = 32
+
+
+def kernel_hessian(fun, layer):
+    r"""Turns a scalar function into its Hessian by the kernel of one `Dense` layer that it calls.
+
+    With $a_b$ the layer's input for example $b$, $z_b = W^\top a_b + c$ what it gives to its activation, and
+    $H_b = \partial^2 f / \partial z_b^2$,
+
+    $$\frac{\partial^2 f}{\partial W_{i o} \, \partial W_{j p}} = \sum_b a_{b i} \, a_{b j} \, H_{b, o p}.$$
+
+    The sum is exact, for any model around the layer, as long as the examples are independent and $f$ depends on the
+    kernel through $z$ alone; both are checked. It is compiled and kept as `jacobian` is.
+
+    Args:
+        fun: a function that returns one scalar tensor, such as `lambda x, y: loss(y, model(x))`.
+        layer: a built `keras.layers.Dense` that `fun` calls, once or more often, on inputs of shape
+            `(batch, ..., in)`.
+
+    Returns:
+        A function with the arguments of `fun` that returns the Hessian, of shape `(in, out, in, out)` and the dtype of
+        the kernel.
+
+    Raises:
+        ValueError: if `layer` is no built Dense layer, or has LoRA or a quantized kernel; when called, if `fun` does
+            not return a scalar or call the layer, if a call of the layer feeds another one, if the examples are not independent (BatchNormalization in training
+            mode), or if it depends on the kernel otherwise (a regularizer: leave it out, and add its Hessian). Inside
+            another compilation the last two cannot be raised, and the result is NaN.
+
+    Cost:
+        `out` vectorized gradients of the part of the model behind the layer, and one product of matrices with
+        `batch * (in * out) ** 2` multiplications: `hessian` takes `in * out` products, each of two gradients.
+
+    Example:
+
+    >>> import keras
+    >>> import keras_gradtools as kg
+    >>> from keras import ops
+    >>> layer = keras.layers.Dense(1, kernel_initializer="ones")
+    >>> model = keras.Sequential([keras.Input((2,)), layer])
+    >>> h = kg.kernel_hessian(lambda x: ops.sum(model(x) ** 3) / 6, layer)(ops.convert_to_tensor([[1.0, 2.0]]))
+    >>> [[float(d) for d in row] for row in h[:, 0, :, 0]]  # (1 + 2) a a'
+    [[3.0, 6.0], [6.0, 12.0]]
+
+    Source: Martens & Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
+    section 2, before the expectation is split.
+    """
+    require_function("kernel_hessian", fun)
+    _check_layer(layer)
+
+    @functools.wraps(fun, updated=())
+    def hessian(*args, **kwargs):
+        body = functools.partial(_evaluate, layer)
+        options = ("kernel_hessian", Identity(layer))
+        return _checked(layer, *compiled.run("kernel_hessian", fun, body, options, args, kwargs)[0])
+
+    return hessian
+
+
+def _evaluate(layer, fun, *args, **kwargs):
+    outer = GradientTape(persistent=True, watch_accessed_variables=False)
+    inner = GradientTape(persistent=True, watch_accessed_variables=False)
+    with StateScope(), outer:
+        with inner, _calls_of(layer, (outer, inner)) as calls:
+            # Of all that leads to the kernel, for the comparison with what leads through `calls`.
+            inner.watch(layer.kernel)
+            value = fun(*args, **kwargs)
+        require_scalar("kernel_hessian", value)
+        if not calls:
+            raise ValueError(
+                "kernel_hessian takes a layer that the function calls. Received: "
+                f"{layer.name!r}, which it does not call."
+            )
+        if any(inner.gradient(call.input, layer.kernel) is not None for call in calls):
+            raise ValueError(
+                "kernel_hessian takes a layer whose input does not depend on its own kernel. Received: "
+                f"{layer.name!r}, one of whose calls is fed by another. Use `hessian`."
+            )
+        outputs = [call.output for call in calls]
+        gradients = inner.gradient(value, outputs, unconnected_gradients="zero")
+    whole_gradient = inner.gradient(value, layer.kernel, unconnected_gradients="zero")
+
+    inputs = ops.concatenate([_by_position(call.input, whole_gradient.dtype) for call in calls], axis=1)
+    by_output = ops.concatenate([_by_position(g, whole_gradient.dtype) for g in gradients], axis=1)
+    plan = Plan(gradients, outputs, backend.HESSIAN_MODE, batch_axes=1)
+    blocks = plan.blocks(plan.stacks(outer.record, gradients, outputs, None), zero=True)
+    curvature = _joined(blocks, gradients, outputs, whole_gradient.dtype)
+
+    through_calls = ops.einsum("bpi,bpo->io", inputs, by_output)
+    elsewhere = _relative(through_calls, whole_gradient)
+    mixing = _mixing(outer, gradients, outputs, curvature)
+    return (_contracted(inputs, curvature), elsewhere, mixing), None
+
+
+class _Call(NamedTuple):
+    input: object
+    output: object
+
+
+@contextlib.contextmanager
+def _calls_of(layer, tapes):
+    """Lists the inputs and pre-activations of the layer's calls in the block, on this thread, which `tapes` watch."""
+    calls, inputs = [], []
+    thread = threading.get_ident()
+    call, activation = layer.call, layer.activation
+
+    def call_and_note(x, *args, **kwargs):
+        if threading.get_ident() == thread:
+            inputs.append(x)
+        return call(x, *args, **kwargs)
+
+    def activate_and_note(z):
+        if threading.get_ident() == thread:
+            z = backend.alias(z)
+            for tape in tapes:
+                tape.watch(z)
+            calls.append(_Call(inputs.pop(), z))
+        return activation(z)
+
+    # Past Keras' own attributes, which would take these for a change of the layer.
+    before = {name: layer.__dict__[name] for name in ("call", "activation") if name in layer.__dict__}
+    layer.__dict__.update(call=call_and_note, activation=activate_and_note)
+    try:
+        yield calls
+    finally:
+        del layer.__dict__["call"], layer.__dict__["activation"]
+        layer.__dict__.update(before)
+
+
+def _by_position(x, dtype):
+    """As `(batch, positions, features)`, the positions of an example being its middle axes."""
+    shape = ops.shape(x)
+    return ops.cast(ops.reshape(x, (shape[0], math.prod(x.shape[1:-1]), shape[-1])), dtype)
+
+
+def _joined(blocks, gradients, outputs, dtype):
+    """The Hessians of each example by all positions of all calls, `(batch, position, out, position, out)`."""
+    rows = []
+    for row, g in zip(blocks, gradients, strict=True):
+        columns = []
+        for block, z in zip(row, outputs, strict=True):
+            size, out = ops.shape(g)[0], g.shape[-1]
+            shape = (size, math.prod(g.shape[1:-1]), out, math.prod(z.shape[1:-1]), out)
+            columns.append(ops.cast(ops.reshape(block, shape), dtype))
+        rows.append(ops.concatenate(columns, axis=3))
+    return ops.concatenate(rows, axis=1)
+
+
+def _contracted(inputs, curvature):
+    """Sums `a a' H` over the examples: a product of matrices, for blocks of examples that bound its memory."""
+    size, positions, features = inputs.shape
+    out = curvature.shape[-1]
+    if positions != 1:
+        return ops.einsum("bpi,bqj,bpoqr->iojr", inputs, inputs, curvature)
+    a, h = inputs[:, 0], ops.reshape(curvature, (-1, out * out))
+    blocks = 1 if size is None else min(max(1, size // max(out * out, 64)), _MOST_BLOCKS)
+    step = size if size is None else -(-size // blocks)
+    total = 0.0
+    for start in range(0, size or 1, step or 1):
+        some_a, some_h = a[start : start + step] if step else a, h[start : start + step] if step else h
+        pairs = ops.reshape(some_a[:, :, None] * some_a[:, None, :], (-1, features * features))
+        total = total + ops.matmul(ops.transpose(pairs), some_h)
+    return ops.transpose(ops.reshape(total, (features, features, out, out)), (0, 2, 1, 3))
+
+
+def _mixing(tape, gradients, outputs, curvature):
+    """How much one example's gradient depends on the outputs of another, relative to its own.
+
+    With a factor s_b for each example, and one vector c for all of them, the pullback of s_b c is s_b H_b c, and
+    nothing else.
+    """
+    size = ops.shape(outputs[0])[0]
+    factors = ops.cos(1.0 + ops.square(ops.cast(ops.arange(size), "float32")))
+
+    def vector(z, salt):
+        elements = np.random.default_rng(salt).normal(size=tuple(z.shape[1:]))
+        return ops.convert_to_tensor(elements, dtype=z.dtype)
+
+    vectors = [vector(z, salt) for salt, z in enumerate(outputs)]
+    scaled = [
+        ops.reshape(ops.cast(factors, z.dtype), (-1, *[1] * (len(z.shape) - 1))) * v[None]
+        for z, v in zip(outputs, vectors, strict=True)
+    ]
+    pulled = tape.gradient(gradients, outputs, scaled, unconnected_gradients="zero")
+    pulled = ops.concatenate([_by_position(p, curvature.dtype) for p in pulled], axis=1)
+    joined = ops.concatenate([_by_position(v[None], curvature.dtype) for v in vectors], axis=1)[0]
+    own = ops.einsum("po,bpoqr->bqr", joined, curvature) * ops.cast(factors, curvature.dtype)[:, None, None]
+    return _relative(own, pulled)
+
+
+def _relative(a, b):
+    """The largest difference, relative to the largest value."""
+    largest = ops.maximum(ops.max(ops.abs(a)), ops.max(ops.abs(b)))
+    return ops.max(ops.abs(a - b)) / ops.maximum(largest, keras.config.epsilon() ** 2)
+
+
+def _checked(layer, hessian, elsewhere, mixing):
+    # What the arithmetic of the layer leaves of a difference of zero.
+    tolerance = 1e-3 if layer.compute_dtype in ("float32", "float64") else 5e-2
+    known = _number(elsewhere), _number(mixing)
+    if None in known:
+        wrong = ops.logical_or(elsewhere > tolerance, mixing > tolerance)
+        return ops.where(wrong, ops.full_like(hessian, math.nan), hessian)
+    if known[0] > tolerance:
+        raise ValueError(
+            f"kernel_hessian takes a function that depends on the kernel of {layer.name!r} through the layer's calls "
+            f"alone. Received: one whose gradient differs by {known[0]:.1e} (relative) from the one through them. "
+            "Leave out the regularizer, and whatever else reads the kernel, and add its Hessian, or use `hessian`."
+        )
+    if known[1] > tolerance:
+        raise ValueError(
+            "kernel_hessian takes a function of independent examples. Received: one in which an example's gradient at "
+            f"{layer.name!r} depends on the others ({known[1]:.1e}, relative to its own). Call BatchNormalization in "
+            "inference mode, or use `hessian`."
+        )
+    return hessian
+
+
+def _number(x):
+    try:
+        return float(ops.convert_to_numpy(x))
+    except Exception:
+        # Inside a compilation there is no number yet, and each framework says so with an error of its own.
+        return None
+
+
+def _check_layer(layer):
+    if not isinstance(layer, keras.layers.Dense):
+        raise ValueError(f"kernel_hessian takes a keras.layers.Dense. Received: {validation.describe(layer)}.")
+    if not layer.built:
+        raise ValueError(f"kernel_hessian takes a built layer. Received: {layer.name!r}, which was never called.")
+    if layer.lora_enabled or layer.quantization_mode is not None:
+        raise ValueError(
+            "kernel_hessian takes a layer whose kernel is one variable. Received: "
+            f"{layer.name!r}, which has {'LoRA' if layer.lora_enabled else 'a quantized kernel'}."
+        )

@@ -1,0 +1,245 @@
+"""jacobian and batch_jacobian: closed forms in both directions and in chunks, layers of all kinds, errors."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_gradtools as kg
+from keras_gradtools import backend as kernels
+from keras_gradtools import jacobians
+from tests.cases import CASES, case_id, close, tensor
+from tests.compilers import with_every_compiler
+
+WAYS = [("auto", None), ("forward", None), ("reverse", None), ("forward", 2), ("reverse", 2)]
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype("float32")
+
+
+@pytest.mark.parametrize("mode, chunk_size", WAYS)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_closed_forms(case, mode, chunk_size):
+    every = tuple(range(len(case.inputs)))
+    found = kg.jacobian(case.fun, argnums=every, mode=mode, chunk_size=chunk_size)(*map(tensor, case.inputs))
+    close(list(found), list(case.jacobians), rtol=1e-4, atol=1e-5)
+
+
+class TestStructure:
+    def fun(self, p, s):
+        return {"sum": p["a"] + s, "square": [p["b"] ** 2, s * p["b"]]}
+
+    @pytest.mark.parametrize("mode, chunk_size", WAYS)
+    def test_nested_arguments_and_outputs(self, mode, chunk_size):
+        p = {"a": normal(3), "b": normal(2)}
+        found = kg.jacobian(self.fun, argnums=(0, 1), mode=mode, chunk_size=chunk_size)(p, 2.0)
+        n3, n2 = np.eye(3), np.eye(2)
+        close(
+            found,
+            {
+                "sum": ({"a": n3, "b": np.zeros((3, 2))}, np.ones(3)),
+                "square": [
+                    ({"a": np.zeros((2, 3)), "b": np.diag(2 * p["b"])}, np.zeros(2)),
+                    ({"a": np.zeros((2, 3)), "b": 2 * n2}, p["b"]),
+                ],
+            },
+        )
+
+    def test_one_argument_is_not_a_tuple(self):
+        close(kg.jacobian(lambda x, y: x * y, argnums=1)(tensor([1.0, 2.0]), tensor([3.0, 4.0])), np.diag([1.0, 2.0]))
+        (by_x,) = kg.jacobian(lambda x: x * x, argnums=(0,))(tensor([1.0, 2.0]))
+        close(by_x, np.diag([2.0, 4.0]))
+
+    def test_keywords_and_variables(self):
+        v = keras.Variable([1.0, 2.0])
+        close(kg.jacobian(lambda x, power: x**power)(v, power=3), np.diag([3.0, 12.0]))
+
+    @pytest.mark.parametrize("chunk_size", [None, 2])
+    def test_an_empty_axis_gives_an_empty_result(self, chunk_size):
+        found = kg.jacobian(lambda x: x * 2.0, chunk_size=chunk_size)(np.zeros((0, 3), "float32"))
+        assert tuple(found.shape) == (0, 3, 0, 3)
+
+
+def test_the_cheaper_direction_is_chosen(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the other direction")
+
+    wide, narrow = tensor(normal(5)), tensor(normal(2))
+    monkeypatch.setattr(kernels, "pullback_batch", refuse, raising=False)
+    close(kg.jacobian(lambda x: ops.concatenate([x, 3 * x]))(narrow), np.vstack([np.eye(2), 3 * np.eye(2)]))
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "pushforward_batch", refuse, raising=False)
+    close(kg.jacobian(lambda x: x[:2] * 2.0)(wide), 2 * np.eye(5)[:2])
+
+
+@with_every_compiler
+@pytest.mark.parametrize("mode, chunk_size", WAYS)
+def test_compiled_by_others(compiler, mode, chunk_size):
+    a = normal(5, 3)
+    jacobian = compiler.compile(kg.jacobian(lambda x: ops.tanh(ops.matmul(a, x)), mode=mode, chunk_size=chunk_size))
+    x = normal(3)
+    close(jacobian(tensor(x)), (1 - np.tanh(a @ x) ** 2)[:, None] * a, rtol=1e-4, atol=1e-5)
+
+
+class TestOtherTransforms:
+    x = np.array([0.5, -1.0, 2.0])
+
+    def test_jacobian_of_a_gradient(self):
+        close(kg.jacobian(kg.grad(lambda x: ops.sum(x**3)))(tensor(self.x)), np.diag(6 * self.x))
+
+    def test_gradient_of_a_jacobian(self):
+        close(kg.grad(lambda x: ops.sum(kg.jacobian(lambda x: x**3)(x)))(tensor(self.x)), 6 * self.x)
+
+    def test_jacobian_of_a_jacobian(self):
+        third = kg.jacobian(kg.jacobian(lambda x: x**3))(tensor(self.x))
+        expected = np.zeros((3, 3, 3))
+        expected[range(3), range(3), range(3)] = 6 * self.x
+        close(third, expected)
+
+    def test_along_a_direction(self):
+        v = np.array([1.0, 10.0, 100.0])
+        close(kg.jvp(kg.jacobian(lambda x: x**3), (tensor(self.x),), (v,))[1], np.diag(6 * self.x * v))
+
+    def test_tape_over_it(self):
+        x = tensor(self.x)
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            y = ops.sum(kg.jacobian(lambda x: x**3)(x))
+        close(tape.gradient(y, x), 6 * self.x)
+
+    def test_tape_over_it_by_a_variable(self):
+        v = keras.Variable(3.0)
+        with kg.GradientTape() as tape:
+            y = ops.sum(kg.jacobian(lambda x: v * v * x)(tensor(self.x)))
+        close(tape.gradient(y, v), 18.0)
+
+    def test_a_tape_inside_it(self):
+        def slope(x):
+            with kg.GradientTape() as tape:
+                tape.watch(x)
+                y = ops.sum(x**3)
+            return tape.gradient(y, x)
+
+        close(kg.jacobian(slope)(tensor(self.x)), np.diag(6 * self.x))
+
+
+def _models():
+    yield "dense", (4,), [layers.Dense(3, activation="tanh"), layers.Dense(2)]
+    yield "convolution", (6, 6, 2), [layers.Conv2D(3, 3, activation="tanh", padding="same"), layers.Flatten()]
+    yield "strided convolution", (6, 6, 1), [layers.Conv2D(2, 3, strides=2, activation="gelu"), layers.Flatten()]
+    yield "max pooling", (4, 4, 1), [layers.MaxPooling2D(2), layers.Flatten()]
+    yield "average pooling", (4, 4, 1), [layers.AveragePooling2D(2), layers.Flatten(), layers.Dense(2)]
+    yield "depthwise convolution", (5, 5, 2), [layers.DepthwiseConv2D(3), layers.GlobalAveragePooling2D()]
+    yield "transposed convolution", (3, 3, 1), [layers.Conv2DTranspose(1, 2), layers.GlobalMaxPooling2D()]
+    yield "convolution in time", (6, 2), [layers.Conv1D(3, 3, activation="tanh"), layers.Flatten()]
+    yield "lstm", (4, 2), [layers.LSTM(3)]
+    yield "gru", (4, 2), [layers.GRU(3)]
+    yield "normalization", (4, 3), [layers.LayerNormalization(), layers.Flatten(), layers.Dense(2)]
+    yield "batch normalization", (4,), [layers.Dense(3), layers.BatchNormalization(), layers.Dense(2)]
+
+
+MODELS = list(_models())
+
+
+def attention():
+    x = keras.Input((4, 3))
+    return keras.Model(x, layers.Flatten()(layers.MultiHeadAttention(2, 3)(x, x)))
+
+
+def built(shape, stack):
+    """A model of fresh copies of these layers, with weights that leave no activation saturated."""
+    copies = [layer.__class__.from_config(layer.get_config()) for layer in stack]
+    model = keras.Sequential([layers.Input(shape), *copies])
+    # Variances among them have to be positive.
+    model.set_weights([RNG.uniform(0.2, 1, size=w.shape) for w in model.get_weights()])
+    return model
+
+
+class TestBatchJacobian:
+    @pytest.mark.parametrize("mode", ["forward", "reverse"])
+    @pytest.mark.parametrize("shape, stack", [m[1:] for m in MODELS], ids=[m[0].replace(" ", "_") for m in MODELS])
+    def test_layers(self, shape, stack, mode):
+        self.check(built(shape, stack), shape, mode)
+
+    @pytest.mark.parametrize("mode", ["forward", "reverse"])
+    def test_attention(self, mode):
+        self.check(attention(), (4, 3), mode)
+
+    def check(self, model, shape, mode):
+        """Each example's own Jacobian, by the products with it along both sides."""
+        x = normal(3, *shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TensorFlow cannot vectorize")
+            found = ops.convert_to_numpy(kg.batch_jacobian(model, mode=mode)(x))
+            chunked = ops.convert_to_numpy(kg.batch_jacobian(model, mode=mode, chunk_size=4)(x))
+        np.testing.assert_allclose(chunked, found, rtol=1e-4, atol=1e-5)
+        v = normal(*x.shape)
+        h = 1e-2
+        at = [model.predict(x + k * h * v, verbose=0).astype("float64") for k in (-2, -1, 1, 2)]
+        along = (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * h)
+        pushed = np.einsum("bki,bi->bk", found.reshape(3, -1, v[0].size), v.reshape(3, -1))
+        if not any(isinstance(layer, (layers.MaxPooling2D, layers.GlobalMaxPooling2D)) for layer in model.layers):
+            np.testing.assert_allclose(pushed, along.reshape(3, -1), rtol=5e-3, atol=5e-3 * np.abs(along).max())
+        for b in range(3):
+            alone = kg.jvp(model, (x[b : b + 1],), (v[b : b + 1],))[1]
+            np.testing.assert_allclose(pushed[b], ops.convert_to_numpy(alone).ravel(), rtol=1e-3, atol=1e-4)
+
+    def test_is_the_diagonal_of_the_full_one(self):
+        model = built((4,), [layers.Dense(3, activation="tanh")])
+        x = tensor(normal(5, 4))
+        full = ops.convert_to_numpy(kg.jacobian(model)(x))
+        close(kg.batch_jacobian(model)(x), np.einsum("bkbi->bki", full), atol=1e-5)
+        close(kg.batch_jacobian(model, chunk_size=2)(x), np.einsum("bkbi->bki", full), atol=1e-5)
+
+    def test_nested(self):
+        x = {"a": normal(2, 3), "b": normal(2, 1)}
+        found = kg.batch_jacobian(lambda x: (x["a"] * x["b"], 2 * x["b"]))(x)
+        close(found[0]["a"], np.stack([np.eye(3) * b for b in x["b"][:, 0]]))
+        close(found[0]["b"], x["a"][:, :, None])
+        close(found[1], {"a": np.zeros((2, 1, 3)), "b": np.full((2, 1, 1), 2.0)})
+
+    def test_other_arguments_are_passed_on(self):
+        found = kg.batch_jacobian(lambda x, factor, power: factor * x**power)(tensor([[2.0]]), tensor(5.0), power=2)
+        close(found, [[[20.0]]])
+
+    @with_every_compiler
+    @pytest.mark.parametrize("chunk_size", [None, 2])
+    def test_compiled_by_others(self, compiler, chunk_size):
+        model = built((4,), [layers.Dense(3, activation="tanh")])
+        x = tensor(normal(5, 4))
+        close(
+            compiler.compile(kg.batch_jacobian(model, chunk_size=chunk_size))(x),
+            ops.convert_to_numpy(kg.batch_jacobian(model, mode="forward")(x)),
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: kg.jacobian(3), "jacobian takes a function"),
+        (lambda: kg.jacobian(ops.tanh, mode="backward"), "mode must be .*'backward'"),
+        (lambda: kg.jacobian(ops.tanh, chunk_size=0), "chunk_size must be a positive integer.*0"),
+        (lambda: kg.batch_jacobian(ops.tanh, chunk_size=True), "chunk_size must be a positive integer.*True"),
+        (lambda: kg.jacobian(ops.tanh)(np.arange(3)), "Argument 0 under `jacobian` must be real and floating.*int"),
+        (lambda: kg.jacobian(ops.tanh, argnums=2)(1.0), "argnums=2"),
+        (lambda: kg.jacobian(lambda x: "y")(1.0), "returns must be a tensor.*'y'"),
+        (lambda: kg.batch_jacobian(lambda x: x)(normal(3)), r"batch_jacobian needs a target of shape \(batch.*\(3,\)"),
+        (lambda: kg.batch_jacobian(lambda x: x[:2])(normal(3, 2)), r"same batch size.*\(2, 2\).*\(3, 2\)"),
+        (lambda: kg.jacobian(lambda x: ops.real(x))(np.ones(2, "complex64")), "real and floating-point.*complex64"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()
+
+
+def test_a_plan_counts_elements_of_one_example():
+    wide, narrow = tensor(normal(7, 5)), tensor(normal(7, 2))
+    assert jacobians.Plan([wide], [narrow], "auto", batch_axes=1).counts == [2]
+    assert jacobians.Plan([wide], [narrow], "reverse", batch_axes=1).counts == [5]
+    assert jacobians.Plan([narrow], [wide], "auto").counts == [14]
