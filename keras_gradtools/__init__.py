@@ -1,6 +1,6 @@
 """Advanced gradient utilities for Keras 3, the same on TensorFlow, JAX and PyTorch."""
 
-from keras_gradtools import layers, models, plots
+from keras_gradtools import layers, models, plots, testing
 from keras_gradtools.custom_gradients import custom_gradient
 from keras_gradtools.gradient_ops import (
     clip_gradient_norm,
@@ -56,6 +56,7 @@ __all__ = [
     "scale_gradient",
     "stop_gradient",
     "straight_through",
+    "testing",
     "value_and_grad",
     "vjp",
 ]

@@ -57,7 +57,7 @@ def check_jvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
             are finite.
 
     Cost:
-        One `jvp`, and 14 evaluations of `fun`; up to 24 if its scale is small.
+        One `jvp`, and 15 evaluations of `fun`; up to 33 if it varies on a small scale.
 
     Example:
 
@@ -96,7 +96,8 @@ def check_vjp(fun, primals, *, rtol=None, atol=None, step=None, seed=0):
         AssertionError, ValueError: as `check_jvp`.
 
     Cost:
-        One `vjp`, and 14 evaluations of `fun`, and 6 for each element that is checked.
+        One `vjp`, 15 evaluations of `fun`, and 6 for each element that is checked; up to 33 and 24 if it varies on a
+        small scale.
 
     Example:
 
@@ -182,7 +183,7 @@ def check_hvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
         ValueError: as `check_jvp`, or if `fun` does not return a scalar.
 
     Cost:
-        Two `hvp`, and 14 gradients; up to 24 if the scale of `fun` is small.
+        Two `hvp`, and 15 gradients; up to 33 if `fun` varies on a small scale.
 
     Example:
 
@@ -358,8 +359,9 @@ class _Point:
         self.fun, self.settings = fun, settings
         self.inputs = _Leaves(check, primals, "argument")
         self.start = self.inputs.vector(primals)
-        self.outputs = _Leaves(check, self._call(self.start), returns)
-        value, again = self.at(self.start), self.at(self.start)
+        returned = self._call(self.start)
+        self.outputs = _Leaves(check, returned, returns)
+        value, again = self.outputs.vector(returned), self.at(self.start)
         if not value.size or not self.start.size:
             raise ValueError(
                 f"`{check}` must have something to compare. Received: {self.start.size} elements in the arguments and "

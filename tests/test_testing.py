@@ -91,7 +91,6 @@ class TestRight:
         "fun, x",
         [
             (lambda x: ops.sum((x - ops.mean(x)) / ops.std(x)), np.random.default_rng(0).normal(size=20)),
-            (CASES[0].fun, np.ones(2)),
             (lambda x: ops.sum(1000 + x) - ops.sum(1000 * ops.ones_like(x)), X),
             (lambda x: ops.sin(50 * x), X),
             (lambda x: 1e-6 * ops.sin(x), X),
@@ -99,11 +98,13 @@ class TestRight:
             (lambda x: x * x, 1000 * X),
             (lambda x: ops.log(x), np.array([1e-3])),
         ],
-        ids=["zero", "minimum", "cancellation", "fast", "tiny", "large", "far", "edge"],
+        ids=["zero", "cancellation", "fast", "tiny", "large", "far", "edge"],
     )
     def test_values_of_every_scale(self, fun, x):
-        for seed in range(3):
-            testing.check_gradients(fun, (tensor(x),), order=1, seed=seed)
+        testing.check_gradients(fun, (tensor(x),), order=1)
+
+    def test_a_minimum_of_zero(self):
+        testing.check_gradients(CASES[0].fun, (tensor(np.ones(2)),))
 
     def test_an_argument_without_influence(self):
         testing.check_gradients(lambda x, y: x * x, (3.0, X.astype("float32")))
@@ -143,6 +144,14 @@ class TestWrong:
         assert ours == pytest.approx(1.05 * 2 * np.cos(-1.2), rel=1e-5)
         assert differences == pytest.approx(2 * np.cos(-1.2), rel=1e-4)
         assert difference == pytest.approx(0.05 * 2 * np.cos(-1.2), rel=1e-2)
+
+    def test_the_first_element_of_a_later_argument(self):
+        message = failure(testing.check_vjp, lambda x, y: ops.sum(x) + sine(1.05)(y), (tensor(X), 0.5))
+        assert "Worst: argument 1, element ()" in message
+
+    def test_no_tangent_is_zero(self):
+        message = failure(testing.check_jvp, lambda x, y: sine(1.05)(x) + 100 * y, (0.5, 2.0), (1.0, None))
+        assert numbers(message)[0] == pytest.approx(1.05 * np.cos(0.5), rel=1e-5)
 
     @pytest.mark.parametrize("factor", [0.99, 1.01])
     @pytest.mark.parametrize("check", [testing.check_jvp, testing.check_vjp])
@@ -265,10 +274,12 @@ class TestDoublePrecision:
         keras.config.set_floatx(before)
 
     # Keras computes some functions in single precision all the same (the sine on JAX, products of matrices on torch).
-    @pytest.mark.parametrize("fun", [lambda x: x * x * x, ops.sin, lambda x: ops.sum(x * ops.matmul(MATRIX, x))])
+    @pytest.mark.parametrize(
+        "fun", [lambda x: x * x * x, ops.sin, lambda x: x * ops.matmul(MATRIX, x[:3])[0], lambda x: x - ops.mean(x)]
+    )
     def test_right(self, fun):
-        for seed in range(5):
-            testing.check_gradients(fun, (tensor(X, "float64"),), seed=seed)
+        x = tensor(np.random.default_rng(5).normal(size=20), "float64")
+        testing.check_gradients(lambda x: ops.sum(fun(x)), (x,), modes=("reverse",))
 
     def test_a_small_mistake_is_found(self):
         def cube(factors):

@@ -1,6 +1,7 @@
 """The kernels on TensorFlow, over its own tape."""
 
 import functools
+import time
 import warnings
 
 import keras
@@ -144,7 +145,35 @@ def linearize(tape, targets, sources):
         upstream = [tangents[place] for _, place in connected]
         return _dense(transposed.gradient([g for g, _ in connected], cotangents, output_gradients=upstream))
 
-    return push
+    def push_as_a_graph(tangents):
+        # The record's values are inputs of the graph, which computes what depends on the tangents, and no more.
+        return linearize(tape, targets, sources)(tangents)
+
+    return _CompiledWhenItPays(push, push_as_a_graph) if tf.executing_eagerly() and connected else push
+
+
+class _CompiledWhenItPays:
+    """Runs a function eagerly until that has taken about as long as tracing it would, and as a graph from then on.
+
+    A graph leaves out what eager backpropagation computes in vain, but tracing takes as long as many small products.
+    """
+
+    TRACING = 0.3
+
+    def __init__(self, eager, traced):
+        self._eager = eager
+        self._traced = tf.function(traced, autograph=False)
+        self._seconds = 0.0
+
+    def __call__(self, tensors):
+        if recording.active_tapes() or not tf.executing_eagerly():
+            return self._eager(tensors)
+        if self._seconds > self.TRACING:
+            return self._traced(tensors)
+        start = time.perf_counter()
+        result = self._eager(tensors)
+        self._seconds += time.perf_counter() - start
+        return result
 
 
 def pullback_batch(tape, targets, sources, cotangents):

@@ -44,9 +44,10 @@ def kernel_hessian(fun, layer):
 
     Raises:
         ValueError: if `layer` is no built Dense layer, or has LoRA or a quantized kernel; when called, if `fun` does
-            not return a scalar or call the layer, if a call of the layer feeds another one, if the examples are not independent (BatchNormalization in training
-            mode), or if it depends on the kernel otherwise (a regularizer: leave it out, and add its Hessian). Inside
-            another compilation the last two cannot be raised, and the result is NaN.
+            not return a scalar or call the layer, if one call of the layer feeds another, if the examples are not
+            independent (BatchNormalization in training mode), or if `fun` depends on the kernel otherwise (a
+            regularizer: leave it out, and add its Hessian). Inside another compilation the last two cannot be
+            raised, and the result is NaN.
 
     Cost:
         `out` vectorized gradients of the part of the model behind the layer, and one product of matrices with

@@ -1,0 +1,83 @@
+"""Random programs through every transform, against central differences of the same program in NumPy, in float64."""
+
+import hypothesis
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_gradtools as kg
+from tests.cases import tensor
+from tests.test_properties import SIZE, difference, near, programs, run, vectors
+
+
+def checked(count):
+    return hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+
+def check(program, x, u, v):
+    def fun(x):
+        return run(program, x, numpy=False)
+
+    def total(x):
+        return ops.sum(fun(x))
+
+    def along(x, direction):
+        return difference(lambda x: run(program, x, True).sum(), x, direction, 1e-3)
+
+    point, tangent = tensor(x), tensor(v)
+    expected = difference(lambda x: run(program, x, True), x, v, 1e-3)
+    out, pushed = kg.jvp(fun, (point,), (tangent,))
+    near(out, run(program, x, True))
+    near(pushed, expected)
+    near(kg.linearize(fun, point)[1](tangent), expected)
+    (pulled,) = kg.vjp(fun, point)[1](tensor(u))
+    near(ops.convert_to_numpy(pulled) @ v, u @ expected)
+    near(ops.convert_to_numpy(kg.grad(total)(point)) @ v, along(x, v))
+
+    curved = difference(lambda x: along(x, u), x, v, 1e-2)
+    near(u @ ops.convert_to_numpy(kg.hvp(total, (point,), (tangent,))[0]), curved, 1e-4)
+    near(u @ ops.convert_to_numpy(kg.linearize(kg.grad(total), point)[1](tangent)), curved, 1e-4)
+
+
+def check_matrices(program, x, u, v):
+    def fun(x):
+        return run(program, x, numpy=False)
+
+    columns = [difference(lambda x: run(program, x, True), x, e, 1e-3) for e in np.eye(SIZE)]
+    near(kg.jacobian(fun, mode="forward", chunk_size=2)(tensor(x)), np.stack(columns, axis=-1))
+    curved = difference(lambda x: difference(lambda x: run(program, x, True).sum(), x, u, 1e-3), x, v, 1e-2)
+    hessian = ops.convert_to_numpy(kg.hessian(lambda x: ops.sum(fun(x)))(tensor(x)))
+    near(u @ hessian @ v, curved, 1e-4)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-4 * (1 + np.abs(hessian).max()))
+
+
+@checked(20)
+@hypothesis.given(programs, vectors, vectors, vectors)
+def test_products(program, x, u, v):
+    check(program, x, u, v)
+
+
+@checked(5)
+@hypothesis.given(programs, vectors, vectors, vectors)
+def test_matrices(program, x, u, v):
+    check_matrices(program, x, u, v)
+
+
+@pytest.mark.slow
+@checked(500)
+@hypothesis.given(programs, vectors, vectors, vectors)
+def test_products_of_500_programs(program, x, u, v):
+    check(program, x, u, v)
+
+
+@pytest.mark.slow
+@checked(100)
+@hypothesis.given(programs, vectors, vectors, vectors)
+def test_matrices_of_100_programs(program, x, u, v):
+    check_matrices(program, x, u, v)
