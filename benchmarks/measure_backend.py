@@ -1,6 +1,7 @@
 """The process that `run.py` starts for one backend: measures its rows, prints a table, saves the result."""
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -14,20 +15,25 @@ from rich.progress import Progress
 from benchmarks import memory, models, rows, tables, timing
 from benchmarks.run import RESULTS, ROOT
 
-# Below this the fixed costs, which are reported apart, would count for more than the computation.
-LEAST_MS = 5.0
 LARGEST_BATCH = 4096
 
 
 def reference():
     """The hand-written code of the framework that Keras runs on."""
-    return __import__(f"benchmarks.reference_{keras.backend.backend()}", fromlist=["_"])
+    return importlib.import_module(f"benchmarks.reference_{keras.backend.backend()}")
+
+
+def hand_written(name):
+    """The function that a row is compared with, from whichever of the two files has it."""
+    transforms = importlib.import_module(f"benchmarks.reference_{keras.backend.backend()}_transforms")
+    return getattr(transforms, name, None) or getattr(reference(), name)
 
 
 def cases(containing=""):
     """Every row in every mode, model and batch size, as tuples."""
-    for row in rows.rows_of(keras.backend.backend(), containing):
-        for mode in row.modes:
+    backend = keras.backend.backend()
+    for row in rows.rows_of(backend, containing):
+        for mode in row.modes_on(backend):
             if mode in reference().MODES:
                 for model, batches in row.batches.items():
                     yield from ((row, mode, model, batch) for batch in batches)
@@ -35,26 +41,29 @@ def cases(containing=""):
 
 def prepare(row, mode, model_name, batch):
     """Returns ours and the hand-written code as functions of nothing."""
-    by_hand = reference()
-    compile_ours, compile_theirs = by_hand.MODES[mode]
+    compile_ours, compile_theirs = reference().MODES[mode]
     model = models.build(model_name)
     x, y = map(keras.ops.convert_to_tensor, models.data(model, batch))
-    ours = compile_ours(row.ours(model))
-    theirs = getattr(by_hand, row.reference)(model, compile_theirs)
+    ours = row.ours(model, compile_ours) if row.compiles else compile_ours(row.ours(model))
+    if callable(row.reference):
+        theirs = row.reference(model, compile_ours)
+    else:
+        theirs = hand_written(row.reference)(model, compile_theirs)
     return lambda: ours(x, y), lambda: theirs(x, y)
 
 
 def _measure(row, mode, model_name, batch, quick):
     by_hand = reference()
+    error = None
     while True:
         ours, theirs = prepare(row, mode, model_name, batch)
         # The first runs compile, on JAX the second one too.
         for _ in range(3):
             results = ours(), theirs()
             if row.check:
-                _require_same(*results)
+                error = _require_same(*results, row.tolerance)
         native_ms = 1e3 * min(timing.seconds(theirs, by_hand.block)[1] for _ in range(5))
-        if native_ms >= LEAST_MS or not row.grow or 2 * batch > LARGEST_BATCH:
+        if native_ms >= row.least_ms or not row.grow or 2 * batch > LARGEST_BATCH:
             break
         batch *= 2
     compared = timing.compare(ours, theirs, by_hand.block, **({"at_most": 5, "at_least": 5} if quick else {}))
@@ -64,17 +73,22 @@ def _measure(row, mode, model_name, batch, quick):
         "model": model_name,
         "batch": batch,
         **{key: round(value, 4) for key, value in vars(compared).items()},
+        "error": error,
         "target": row.bound(keras.backend.backend(), mode),
     }
 
 
-def _require_same(ours, theirs):
-    """Two programs that compute different things are not to be compared."""
+def _require_same(ours, theirs, tolerance):
+    """Two programs that compute different things are not to be compared; returns the largest relative error."""
     ours, theirs = keras.tree.flatten(ours), keras.tree.flatten(theirs)
+    largest = 0.0
     for a, b in zip(ours, theirs, strict=True):
         a, b = keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
-        if a.shape != b.shape or abs(a - b).max() > 1e-3 * abs(b).max() + 1e-7:
+        # Written so that a NaN disagrees with everything.
+        if a.shape != b.shape or not abs(a - b).max() <= tolerance * (abs(b).max() + 1e-4):
             raise AssertionError(f"Ours and the hand-written code disagree. Received: {a} and {b}.")
+        largest = max(largest, float(abs(a - b).max() / max(abs(b).max(), 1e-30)))
+    return float(f"{largest:.1e}")
 
 
 def _overheads(quick):

@@ -7,9 +7,12 @@ neither the imports nor the compiler count.
 
 import argparse
 import ctypes
+import gc
+import os
 import pathlib
 import subprocess
 import sys
+import time
 
 RUNS = 5
 _STATUS, _RESET = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
@@ -31,8 +34,16 @@ def compare(row, mode, model, batch):
 
 
 def _in_own_process(side, arguments):
-    command = [sys.executable, "-m", "benchmarks.memory", side, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return last_number("benchmarks.memory", side, *arguments)
+
+
+def last_number(module, *arguments):
+    """Runs a module in a process of its own and returns the last number that it prints."""
+    command = [sys.executable, "-m", module, *arguments]
+    # Every tensor of some size is given back as it is freed: what the allocator keeps, above all for threads of
+    # the framework's own, would hide what a run asks for.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
@@ -41,6 +52,21 @@ def _in_own_process(side, arguments):
 def _held(key):
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
+
+
+def peak_mib(run, block, warm_ups=3, runs=RUNS):
+    """Returns what the runs need beyond what the process holds before them, once it is warm."""
+    for _ in range(warm_ups):
+        block(run())
+    gc.collect()
+    # JAX frees a result a little later, in a thread of its own.
+    time.sleep(0.5)
+    ctypes.CDLL(None).malloc_trim(0)
+    _RESET.write_text("5")
+    before = _held("VmRSS")
+    for _ in range(runs):
+        block(run())
+    return round(_held("VmHWM") - before, 1)
 
 
 def _main():
@@ -59,16 +85,7 @@ def _main():
     )
     ours, theirs = measure_backend.prepare(row, mode, model, batch)
     run = ours if options.side == "ours" else theirs
-    for _ in range(3):
-        by_hand.block(run())
-
-    # What the allocator has kept from the warm-up would hide what a run asks for.
-    ctypes.CDLL(None).malloc_trim(0)
-    _RESET.write_text("5")
-    before = _held("VmRSS")
-    for _ in range(RUNS):
-        by_hand.block(run())
-    print(round(_held("VmHWM") - before, 1))
+    print(peak_mib(run, by_hand.block))
 
 
 if __name__ == "__main__":

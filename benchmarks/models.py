@@ -27,13 +27,49 @@ def _conv_net():
     )
 
 
+def _wide_mlp():
+    # The shape of an MLP on MNIST.
+    return keras.Sequential([layers.Input((784,)), layers.Dense(512, activation="tanh"), layers.Dense(CLASSES)])
+
+
+def _small_mlp():
+    # The Hessian by the kernel between the hidden layers has 1024 rows.
+    hidden = [layers.Dense(32, activation="tanh") for _ in range(2)]
+    return keras.Sequential([layers.Input((64,)), *hidden, layers.Dense(CLASSES)])
+
+
+def _decoder():
+    # Many more outputs than inputs: forward mode is the cheaper one.
+    hidden = [layers.Dense(512, activation="tanh") for _ in range(2)]
+    return keras.Sequential([layers.Input((16,)), *hidden, layers.Dense(1024)])
+
+
+def _guide(*units, activation):
+    """The models of TensorFlow's guide "Advanced automatic differentiation"."""
+    return keras.Sequential([layers.Input((5,)), *(layers.Dense(n, activation=activation) for n in units)])
+
+
 def _demo():
     from examples import demo
 
     return demo.build_classifier()
 
 
-_MODELS = {"MLP": _mlp, "conv net": _conv_net, "demo's model": _demo}
+_MODELS = {
+    "MLP": _mlp,
+    "conv net": _conv_net,
+    "wide MLP": _wide_mlp,
+    "small MLP": _small_mlp,
+    "decoder": _decoder,
+    "demo's model": _demo,
+    "guide's layer": lambda: _guide(10, activation="relu"),
+    "guide's layers, ELU": lambda: _guide(8, 6, activation="elu"),
+    "guide's layers, ReLU": lambda: _guide(8, 6, activation="relu"),
+}
+# Of "small MLP": the layer that the Hessians of one kernel are about, and the place of its kernel among the weights.
+HESSIAN_LAYER, HESSIAN_KERNEL = 1, 2
+# Of rows of a Hessian at once, where it is computed in chunks: about the fastest on every backend.
+HESSIAN_CHUNK = 64
 
 
 def build(name):
@@ -49,6 +85,13 @@ def data(model, batch):
     random = np.random.default_rng(1)
     x = random.normal(size=(batch, *model.input_shape[1:])).astype("float32")
     return x, random.integers(0, CLASSES, size=(batch,)).astype("int32")
+
+
+def direction(model):
+    """Returns what the products multiply by: a tensor for each trainable weight."""
+    random = np.random.default_rng(2)
+    shapes = [tuple(v.shape) for v in model.trainable_variables]
+    return [keras.ops.convert_to_tensor(random.normal(size=s).astype("float32")) for s in shapes]
 
 
 def loss(labels, logits):

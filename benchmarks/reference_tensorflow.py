@@ -12,6 +12,7 @@ MODES = {
     "eager": (lambda fun: fun, lambda fun: fun),
     "fit": (lambda fun: fun, lambda fun: fun),
     "compiled": (kg.jit, tf.function),
+    "self-compiled": (lambda fun: fun, tf.function),
     "XLA": (lambda fun: tf.function(fun, jit_compile=True), lambda fun: tf.function(fun, jit_compile=True)),
 }
 THREADS = "tf.config.threading: 1 intra-op, 1 inter-op"

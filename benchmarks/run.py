@@ -27,6 +27,10 @@ ONE_THREAD = {
 }
 
 
+def environment_of(backend):
+    return {**os.environ, **ONE_THREAD, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
@@ -41,9 +45,8 @@ def main():
     flags += [f"--{name}" for name in ("quick", "memory") if getattr(options, name)]
     failed = []
     for backend in backends:
-        environment = {**os.environ, **ONE_THREAD, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, "-m", "benchmarks.measure_backend", *flags]
-        if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+        if subprocess.run(command, cwd=ROOT, env=environment_of(backend), check=False).returncode:
             failed.append(backend)
     if failed:
         sys.exit(f"Failed on {', '.join(failed)}")

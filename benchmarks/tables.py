@@ -3,7 +3,7 @@
 from rich.table import Table
 
 # The columns that are not numbers.
-TEXT = ("row", "mode", "model", "what", "")
+TEXT = ("row", "mode", "model", "what", "grows with", "")
 
 
 def verdict(entry):
@@ -26,6 +26,7 @@ def timing_table(result):
         "quartiles",
         "CPU ratio",
         "pairs",
+        "error",
         "target",
         "",
     )
@@ -41,7 +42,9 @@ def timing_table(result):
             f"{e['low']:.3f} to {e['high']:.3f}",
             f"{e['cpu_ratio']:.3f}",
             str(e["pairs"]),
-            "" if e["target"] is None else f"{e['target']:.2f}",
+            # Results of before the errors were recorded have none.
+            "" if e.get("error") is None else f"{e['error']:.0e}",
+            "" if e["target"] is None else f"{e['target']:.3g}",
             verdict(e),
         )
         for e in result["rows"]
@@ -75,6 +78,33 @@ def overhead_table(result):
     return head, body
 
 
+def growth_table(result):
+    head = ("what", "examples", "outputs", "width", "outputs at once", "ms", "MiB")
+    body = [
+        (
+            e["what"],
+            str(e["n"]),
+            str(e["outputs"]),
+            str(e["width"]),
+            "all" if e["chunk_size"] is None else str(e["chunk_size"]),
+            f"{e['ms']:.1f}",
+            f"{e['mib']:.1f}",
+        )
+        for e in result["growth"]
+    ]
+    return head, body
+
+
+def exponent_table(result):
+    names = {"n": "examples"}
+    head = ("what", "grows with", "exponent of time", "exponent of memory")
+    body = [
+        (e["what"], names.get(e["grows"], e["grows"]), f"{e['time']:.2f}", f"{e['memory']:.2f}")
+        for e in result["exponents"]
+    ]
+    return head, body
+
+
 def tables(result):
     """Yields a caption, a head and a body for each table that a result has."""
     if result["rows"] and "ours_mib" in result["rows"][0]:
@@ -83,6 +113,9 @@ def tables(result):
         yield "time, ours over hand-written code", *timing_table(result)
     if "overheads" in result:
         yield "the fixed cost of a tape", *overhead_table(result)
+    if "growth" in result:
+        yield "time and peak memory of a Jacobian", *growth_table(result)
+        yield "the exponents that fit best: 1 is linear, 2 quadratic", *exponent_table(result)
 
 
 def conditions(result):

@@ -2,7 +2,6 @@
 
 import contextlib
 
-import keras
 from keras import ops
 
 from keras_gradtools import backend, jacobians, nesting, validation
@@ -271,7 +270,7 @@ class GradientTape:
             RuntimeError: as `gradient`.
         """
         target = self._checked_tensor(target, "batch_jacobian")
-        if keras.tree.is_nested(source):
+        if nesting.is_nested(source):
             raise ValueError(
                 "GradientTape.batch_jacobian takes one source. Received: a "
                 f"{type(source).__name__}. Make the tape persistent and call it once for each source."
@@ -337,7 +336,7 @@ class GradientTape:
         return targets, flat_sources, unconnected_gradients == "zero"
 
     def _checked_tensor(self, target, method):
-        if keras.tree.is_nested(target):
+        if nesting.is_nested(target):
             raise ValueError(
                 f"GradientTape.{method} takes one target tensor. Received: a {type(target).__name__}. Make the "
                 "tape persistent and call it once for each target, or concatenate them."
@@ -352,7 +351,7 @@ def _like(given, reference, role, of, default):
         return [default(r) for r in flat_reference]
     validation.require_same_structure(given, reference, role, of)
     flat = []
-    for g, r in zip(keras.tree.flatten(given), flat_reference, strict=True):
+    for g, r in zip(nesting.flatten(given), flat_reference, strict=True):
         if g is None:
             flat.append(default(r))
             continue
@@ -363,6 +362,8 @@ def _like(given, reference, role, of, default):
 
 
 def _as_tensor(given, like, role):
+    if ops.is_tensor(given) and given.dtype == like.dtype:
+        return given
     try:
         return ops.convert_to_tensor(given, dtype=like.dtype)
     except (ValueError, TypeError, RuntimeError):

@@ -5,6 +5,8 @@ import numbers
 
 import keras
 
+from keras_gradtools import nesting
+
 
 def describe(x):
     """Names a value for an error message: its kind, dtype and shape where it has them."""
@@ -75,14 +77,12 @@ def _conversion_hint(x):
 
 def require_same_structure(given, expected, role, of):
     """Raises `ValueError` unless `given` is nested as `expected` is."""
-    try:
-        keras.tree.assert_same_structure(given, expected)
-    except (ValueError, TypeError):
+    if not nesting.same_structure(given, expected):
         raise ValueError(
             f"{role} must have the structure of {of}. Expected the structure "
-            f"{keras.tree.map_structure(lambda _: '*', expected)}. Received: "
-            f"{keras.tree.map_structure(lambda _: '*', given)}."
-        ) from None
+            f"{nesting.map_structure(lambda _: '*', expected)}. Received: "
+            f"{nesting.map_structure(lambda _: '*', given)}."
+        )
 
 
 def require_shape(x, shape, role, of):

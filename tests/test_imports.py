@@ -9,7 +9,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "keras_gradtools"
 
 # Bottom first. A module imports from levels below its own, and from its own folder.
 LEVELS = [
-    {"validation", "nesting"},
+    {"nesting"},
+    {"validation"},
     {"backend"},
     {"jacobians"},
     {"tape", "custom_gradients"},

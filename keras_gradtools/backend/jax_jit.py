@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras.src.backend.common.variables import AutocastScope, initialize_all_variables
 
+from keras_gradtools import nesting
 from keras_gradtools.backend.state import StateScope
 
 
@@ -51,7 +52,7 @@ class _Program:
         self._assigned = scope.variables_assigned
         if read is not None:
             read.extend(scope.variables_read)
-        result = keras.tree.map_structure(lambda x: x.value if isinstance(x, keras.Variable) else x, result)
+        result = nesting.map_structure(lambda x: x.value if isinstance(x, keras.Variable) else x, result)
         return result, [scope.get_current_value(v) for v in self._assigned]
 
 

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
+from keras_gradtools import nesting
 from keras_gradtools.backend import chunks, recording
 
 COMPILES_SECOND_ORDER = True
@@ -299,7 +300,7 @@ def jit(fun):
 
 def _floats_to_tensors(structure):
     # A Python float would be a constant of the graph, and every new value a new trace.
-    return keras.tree.map_structure(
+    return nesting.map_structure(
         lambda x: tf.constant(x, keras.config.floatx()) if isinstance(x, float) else x, structure
     )
 

@@ -9,6 +9,7 @@ import keras
 import torch
 from keras.src.backend.torch.core import get_device
 
+from keras_gradtools import nesting
 from keras_gradtools.backend import chunks, recording, torch_fused, torch_graph, torch_keras_ops
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 
@@ -354,10 +355,10 @@ def alias(x):
 
 
 def settled(tensors):
-    return [
-        t if not t.requires_grad or _may_be_recorded(lambda: torch_graph.is_used_outside(_nodes([t]))) else t.detach()  # noqa: B023
-        for t in tensors
-    ]
+    attached = [t for t in tensors if t.requires_grad]
+    if not attached or _may_be_recorded(lambda: torch_graph.is_used_outside(_nodes(attached))):
+        return tensors
+    return [t.detach() if t.requires_grad else t for t in tensors]
 
 
 def may_compile():
@@ -391,6 +392,6 @@ def jit(fun):
 
 def _floats_to_tensors(structure):
     # As the compilers of the other backends give them to `fun`.
-    return keras.tree.map_structure(
+    return nesting.map_structure(
         lambda x: keras.ops.convert_to_tensor(x, keras.config.floatx()) if isinstance(x, float) else x, structure
     )

@@ -6,10 +6,9 @@ import types
 import warnings
 import weakref
 
-import keras
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend import state
 from keras_gradtools.transforms.closures import surroundings
 
@@ -69,7 +68,12 @@ def may_run():
 
 
 def run(name, fun, body, options, args, kwargs):
-    """Returns `body(fun, *args, **kwargs)`, a pair of a result and a note, compiled where that can be.
+    """Returns `body(fun, *args, **kwargs)`, a pair of a result and a note, by a program that is kept: see `prepare`."""
+    return prepare(name, fun, body, options, args, kwargs)(args, kwargs)
+
+
+def prepare(name, fun, body, options, args, kwargs):
+    """Returns `body(fun, *args, **kwargs)` as a function of arguments that are like these, compiled where that can be.
 
     It runs as it is within another compilation, on a backend without a compiler, and where Keras variables stand
     for other values. Where tracing fails and the same Python does not, `fun` is taken to depend on values: it
@@ -77,27 +81,35 @@ def run(name, fun, body, options, args, kwargs):
 
     `options` are the constants of `body`, as a key.
     """
-    if not may_run():
+
+    def eager(args, kwargs):
         return body(fun, *args, **kwargs)
-    args, kwargs = keras.tree.map_structure(_argument, (args, kwargs))
+
+    if not may_run():
+        return eager
     try:
         key = (options, surroundings(fun), _signature(args, kwargs))
         programs = _programs_of(fun)
     except TypeError:
-        return body(fun, *args, **kwargs)
+        return eager
     program = programs.get(key, lambda: Program(fun, body))
     if program is _EAGER:
-        return body(fun, *args, **kwargs)
-    if program.ran:
-        return program(*args, **kwargs)
-    try:
-        return program(*args, **kwargs)
-    except Exception as error:
-        # Whatever is wrong without a compiler, too, is raised from here, without its traces.
-        result = body(fun, *args, **kwargs)
-        programs.replace(key, _EAGER)
-        _warn(name, fun, error)
-        return result
+        return eager
+
+    def compiled(args, kwargs):
+        args, kwargs = nesting.map_structure(_argument, (args, kwargs))
+        if program.ran:
+            return program(*args, **kwargs)
+        try:
+            return program(*args, **kwargs)
+        except Exception as error:
+            # Whatever is wrong without a compiler, too, is raised from here, without its traces.
+            result = eager(args, kwargs)
+            programs.replace(key, _EAGER)
+            _warn(name, fun, error)
+            return result
+
+    return compiled
 
 
 class _Eager:
@@ -127,7 +139,7 @@ def _argument(x):
 
 
 def _signature(args, kwargs):
-    leaves = keras.tree.flatten((args, kwargs))
+    leaves = nesting.flatten((args, kwargs))
     return _structure(args), _structure(kwargs), tuple(_leaf(x) for x in leaves)
 
 

@@ -2,9 +2,7 @@
 
 import functools
 
-import keras
-
-from keras_gradtools import validation
+from keras_gradtools import nesting, validation
 from keras_gradtools.transforms.taped_call import TapedCall, require_function, require_scalar
 
 
@@ -210,7 +208,7 @@ def require_tuple(name, role, given):
     """Returns `given` as a tuple, and raises `ValueError` if it is neither that nor a list."""
     if isinstance(given, (tuple, list)):
         return tuple(given)
-    what = validation.describe(given) if hasattr(given, "dtype") or not keras.tree.is_nested(given) else type(given)
+    what = validation.describe(given) if hasattr(given, "dtype") or not nesting.is_nested(given) else type(given)
     raise ValueError(
         f"The {role} of `{name}` must be a tuple with one entry for each argument of the function. Received: {what}. "
         f"For a function of one argument, write `({role[:-1]},)`."

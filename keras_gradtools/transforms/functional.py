@@ -102,4 +102,4 @@ def _checked_weights(weights, variables):
             "A functionalized model takes a list of weights of the shapes "
             f"{[tuple(v.shape) for v in variables]}. Received: {shapes}."
         )
-    return [ops.convert_to_tensor(w) for w in given]
+    return [w if ops.is_tensor(w) else ops.convert_to_tensor(w) for w in given]

@@ -3,7 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
-import keras
+import numpy as np
 from keras import ops
 
 from keras_gradtools import jacobians, nesting
@@ -145,19 +145,21 @@ class Jacobian:
     def _by_chunks(self, args, kwargs):
         """Calls one program for each chunk: inside one, a compiler might well hold all of them at once."""
         options = self.options
+        size = options.chunk_size
         stacks, counts, part = [], [0], 0
         while part < len(counts):
             body = functools.partial(_chunk, options, part)
+            index = np.arange(size, dtype="int32")
+            key = ("chunk", part, options)
+            compute = compiled.prepare(options.name, self.fun, body, key, (index, *args), kwargs)
             chunks, start = [], 0
             while start < max(counts[part], 1):
-                index = ops.arange(start, start + options.chunk_size, dtype="int32")
-                found = compiled.run(options.name, self.fun, body, ("chunk", part, options), (index, *args), kwargs)
-                rows, note = found
+                rows, note = compute((start + index, *args), kwargs)
                 if not note.plan.is_static:
                     return self._whole(args, kwargs)
                 counts = note.plan.counts
                 chunks.append(rows)
-                start += options.chunk_size
+                start += size
             columns = zip(*chunks, strict=True)
             stacks.append([None if c[0] is None else ops.concatenate(c, axis=0)[: counts[part]] for c in columns])
             part += 1
@@ -173,7 +175,7 @@ def _evaluated(options, fun, args, kwargs):
             for source in sources:
                 jacobians.check_batch(options.name, target, source)
     plan = jacobians.Plan(targets, sources, options.mode, options.batch_axes)
-    structures = (keras.tree.map_structure(lambda _: 0, x) for x in (call.target, call.sources))
+    structures = (nesting.map_structure(lambda _: 0, x) for x in (call.target, call.sources))
     return call.record, targets, sources, Note(plan, *structures)
 
 

@@ -2,10 +2,9 @@
 
 import functools
 
-import keras
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend.state import StateScope
 from keras_gradtools.transforms.taped_call import differentiable_argument, require_function, require_scalar
 
@@ -58,22 +57,22 @@ def per_example_grad(fun, argnums=0):
                 f"{len(args)} arguments. Received: argnums={argnums}."
             )
         place = argnums % len(args)
-        weights = keras.tree.map_structure(lambda x: differentiable_argument("per_example_grad", place, x), args[place])
-        batch = keras.tree.map_structure(_tensor, (*args[:place], *args[place + 1 :]))
+        weights = nesting.map_structure(lambda x: differentiable_argument("per_example_grad", place, x), args[place])
+        batch = nesting.map_structure(_tensor, (*args[:place], *args[place + 1 :]))
         _check_batch(batch)
 
         def value(flat_weights, flat_examples):
             examples = [ops.expand_dims(x, 0) for x in flat_examples]
-            given = list(keras.tree.pack_sequence_as(batch, examples))
-            given.insert(place, keras.tree.pack_sequence_as(weights, flat_weights))
+            given = list(nesting.pack_as(batch, examples))
+            given.insert(place, nesting.pack_as(weights, flat_weights))
             with StateScope():
                 result = fun(*given, **kwargs)
             require_scalar("per_example_grad", result)
             validation.require_differentiable(result, "What the function under `per_example_grad` returns")
             return result
 
-        found = backend.per_example_gradients(value, keras.tree.flatten(weights), keras.tree.flatten(batch))
-        return keras.tree.pack_sequence_as(weights, found)
+        found = backend.per_example_gradients(value, nesting.flatten(weights), nesting.flatten(batch))
+        return nesting.pack_as(weights, found)
 
     return gradients
 
@@ -83,10 +82,10 @@ def _tensor(x):
 
 
 def _check_batch(batch):
-    sizes = [x.shape[0] if len(x.shape) else "none" for x in keras.tree.flatten(batch)]
+    sizes = [x.shape[0] if len(x.shape) else "none" for x in nesting.flatten(batch)]
     known = {n for n in sizes if n is not None}
     if not sizes or "none" in known or len(known) > 1:
         raise ValueError(
             "per_example_grad takes, beside the weights, tensors of shape (batch, ...) of one batch size. Received: "
-            f"the shapes {[tuple(x.shape) for x in keras.tree.flatten(batch)]}. Close over what is not per example."
+            f"the shapes {[tuple(x.shape) for x in nesting.flatten(batch)]}. Close over what is not per example."
         )

@@ -3,10 +3,9 @@
 import math
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
-from keras_gradtools import backend, jacobians, validation
+from keras_gradtools import backend, jacobians, nesting, validation
 from keras_gradtools.transforms.first_order import grad, require_tuple
 from keras_gradtools.transforms.jacobians import Jacobian, Options
 from keras_gradtools.transforms.taped_call import TapedCall, require_function, require_scalar
@@ -93,7 +92,7 @@ def flatten_hessian(blocks):
     Source: TensorFlow's guide "Advanced automatic differentiation", the "careful concatenation and slicing" that it
     warns of.
     """
-    flat = keras.tree.flatten(blocks)
+    flat = nesting.flatten(blocks)
     structure = _structure_of_argument(blocks, len(flat))
     number = math.isqrt(len(flat))
     rows = [flat[i * number : (i + 1) * number] for i in range(number)]
@@ -111,24 +110,21 @@ def flatten_hessian(blocks):
     )
     starts = [sum(sizes[:i]) for i in range(number)]
     slices = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    return FlatHessian(matrix, keras.tree.pack_sequence_as(structure, slices))
+    return FlatHessian(matrix, nesting.pack_as(structure, slices))
 
 
 def _structure_of_argument(blocks, count):
     """The structure S of which `blocks` is an S of S: some first branch of the nesting is it."""
     candidate = blocks
     while True:
-        if len(keras.tree.flatten(candidate)) ** 2 == count:
-            leaves = keras.tree.map_structure(lambda _: 0, candidate)
-            try:
-                keras.tree.assert_same_structure(blocks, keras.tree.map_structure(lambda _: leaves, leaves))  # noqa: B023
+        if len(nesting.flatten(candidate)) ** 2 == count:
+            leaves = nesting.map_structure(lambda _: 0, candidate)
+            if nesting.same_structure(blocks, nesting.map_structure(lambda _: leaves, leaves)):  # noqa: B023
                 return leaves
-            except (ValueError, TypeError):
-                pass
-        if not keras.tree.is_nested(candidate):
+        if not nesting.is_nested(candidate):
             raise ValueError(
                 "flatten_hessian takes the blocks that `hessian` returns, a nesting of itself. Received: the structure "
-                f"{keras.tree.map_structure(lambda _: '*', blocks)}."
+                f"{nesting.map_structure(lambda _: '*', blocks)}."
             )
         children = list(candidate.values()) if isinstance(candidate, dict) else list(candidate)
         candidate = children[0] if children else None
@@ -184,7 +180,8 @@ def hvp(fun, primals, tangents):
         return call.tape.jvp(call.target, call.sources, tangents, unconnected_gradients="zero")
     # A Hessian is its own transpose, if no custom gradient has made a field of it that is no gradient.
     validation.require_same_structure(tangents, call.sources, "tangents", "`primals`")
-    tangents = keras.tree.map_structure(lambda v, x: ops.zeros_like(x) if v is None else v, tangents, call.sources)
+    pairs = zip(nesting.flatten(tangents), nesting.flatten(call.sources), strict=True)
+    tangents = nesting.pack_as(call.sources, [ops.zeros_like(x) if v is None else v for v, x in pairs])
     return call.tape.gradient(call.target, call.sources, tangents, unconnected_gradients="zero")
 
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend.state import StateScope
 from keras_gradtools.tape import GradientTape
 
@@ -28,7 +28,7 @@ class TapedCall:
         args = list(args)
         positions = _positions(name, argnums, len(args))
         for i in positions:
-            args[i] = keras.tree.map_structure(lambda x: differentiable_argument(name, i, x), args[i])  # noqa: B023
+            args[i] = nesting.map_structure(lambda x: differentiable_argument(name, i, x), args[i])  # noqa: B023
         chosen = tuple(args[i] for i in positions)
         self.sources = chosen if isinstance(argnums, (tuple, list)) else chosen[0]
         self.tape = GradientTape(persistent=True, watch_accessed_variables=False)
@@ -36,7 +36,7 @@ class TapedCall:
             self.tape.watch(self.sources)
             returned = fun(*args, **(kwargs or {}))
         self.target, aux = _split_aux(name, returned) if has_aux else (returned, None)
-        for y in keras.tree.flatten(self.target):
+        for y in nesting.flatten(self.target):
             validation.require_differentiable(y, f"What the function under `{name}` returns")
         self.value, self.aux = _settled(self.target), _settled(aux)
 
@@ -53,8 +53,8 @@ def require_function(name, fun):
 
 def require_scalar(name, value):
     """Raises `ValueError` unless `value` is one tensor of rank 0."""
-    if keras.tree.is_nested(value) or len(value.shape):
-        what = validation.describe(value) if not keras.tree.is_nested(value) else f"a {type(value).__name__}"
+    if nesting.is_nested(value) or len(value.shape):
+        what = validation.describe(value) if not nesting.is_nested(value) else f"a {type(value).__name__}"
         raise ValueError(
             f"The function under `{name}` must return one scalar. Received: {what}. Sum it up, with "
             "`keras.ops.sum`, or use `jacobian` for the derivative of each element."
@@ -83,7 +83,9 @@ def _positions(name, argnums, count):
 
 
 def _settled(structure):
-    return keras.tree.map_structure(lambda x: backend.settled([x])[0] if ops.is_tensor(x) else x, structure)
+    flat = nesting.flatten(structure)
+    settled = iter(backend.settled([x for x in flat if ops.is_tensor(x)]))
+    return nesting.pack_as(structure, [next(settled) if ops.is_tensor(x) else x for x in flat])
 
 
 def _split_aux(name, returned):

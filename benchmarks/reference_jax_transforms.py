@@ -1,0 +1,91 @@
+"""The hand-written counterparts of the transforms on JAX; `reference_jax.py` has those of the tape.
+
+Each is the fastest of the ways that were tried: forward over reverse for products with the Hessian, a
+Jacobian by its smaller side, a Hessian in chunks that fit into the cache.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, direction, loss
+from benchmarks.reference_jax import _apply, _weights, _with_weights
+from benchmarks.rows import with_preparation
+
+
+def _loss(model):
+    return lambda w, x, y: loss(y, _apply(model, w, x))
+
+
+def gradient_of_sum_by_inputs(model, compiler):
+    return _with_weights(model, compiler(jax.grad(lambda w, x, y: jnp.sum(_apply(model, w, x)), argnums=1)))
+
+
+def jacobian(model, compiler):
+    return _with_weights(model, compiler(lambda w, x, y: jax.jacrev(lambda x: _apply(model, w, x))(x)))
+
+
+def jacobian_of_decoder(model, compiler):
+    return _with_weights(model, compiler(lambda w, x, y: jax.jacfwd(lambda x: _apply(model, w, x))(x)))
+
+
+def _by_kernel(model):
+    """The gradient of the loss by one kernel, as a function of all weights, inputs and labels."""
+    i = HESSIAN_KERNEL
+
+    def value(kernel, w, x, y):
+        return loss(y, _apply(model, [*w[:i], kernel, *w[i + 1 :]], x))
+
+    return lambda kernel, w, x, y: jax.grad(value)(kernel, w, x, y)
+
+
+def hessian(model, compiler):
+    gradient = _by_kernel(model)
+    compiled = compiler(lambda w, x, y: jax.jacfwd(gradient)(w[HESSIAN_KERNEL], w, x, y))
+    return _with_weights(model, compiled)
+
+
+def hessian_in_chunks(model, compiler):
+    gradient = _by_kernel(model)
+
+    def rows(w, x, y):
+        kernel = w[HESSIAN_KERNEL]
+        _, push = jax.linearize(lambda kernel: gradient(kernel, w, x, y), kernel)
+        basis = jnp.eye(kernel.size).reshape(-1, *kernel.shape)
+        return jax.lax.map(push, basis, batch_size=HESSIAN_CHUNK).reshape(*kernel.shape, *kernel.shape)
+
+    return _with_weights(model, compiler(rows))
+
+
+def hvp(model, compiler):
+    v, gradient = direction(model), jax.grad(_loss(model))
+    product = compiler(lambda w, v, x, y: jax.jvp(lambda w: gradient(w, x, y), (w,), (v,))[1])
+    return lambda x, y: product(_weights(model), v, x, y)
+
+
+def linearized_hvp(model, compiler):
+    v, gradient = direction(model), jax.grad(_loss(model))
+
+    def prepare(x, y):
+        _, push = jax.linearize(lambda w: gradient(w, x, y), _weights(model))
+        push = compiler(push)
+        return lambda: push(v)
+
+    return with_preparation(prepare)
+
+
+def ggnvp(model, compiler):
+    v = direction(model)
+
+    def product(w, v, x, y):
+        outputs, pushed = jax.jvp(lambda w: _apply(model, w, x), (w,), (v,))
+        _, pullback = jax.vjp(lambda w: _apply(model, w, x), w)
+        _, curved = jax.jvp(jax.grad(lambda outputs: loss(y, outputs)), (outputs,), (pushed,))
+        return pullback(curved)[0]
+
+    product = compiler(product)
+    return lambda x, y: product(_weights(model), v, x, y)
+
+
+def per_example_gradients(model, compiler):
+    gradient = jax.grad(lambda w, x, y: loss(y[None], _apply(model, w, x[None])))
+    return _with_weights(model, compiler(jax.vmap(gradient, in_axes=(None, 0, 0))))

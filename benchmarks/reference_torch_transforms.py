@@ -1,0 +1,117 @@
+"""The hand-written counterparts of the transforms on PyTorch; `reference_torch.py` has those of the tape.
+
+Each is the fastest of the ways that were tried: reverse over reverse for products with the Hessian (forward
+mode and `torch.func` took longer) and for those with the Jacobian from the right, a Hessian in chunks that
+fit into the cache, `torch.func` for the gradients of single examples.
+"""
+
+import keras
+import torch
+
+from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, direction, loss
+from benchmarks.reference_torch import _parameters
+from benchmarks.rows import with_preparation
+
+
+def _basis(x):
+    return torch.eye(x.numel()).reshape(-1, *x.shape)
+
+
+def gradient_of_sum_by_inputs(model, compiler):
+    def gradient(x, y):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(model(x).sum(), x)[0]
+
+    return gradient
+
+
+def jacobian(model, compiler):
+    def rows(x, y):
+        x = x.detach().requires_grad_()
+        outputs = model(x)
+        (pulled,) = torch.autograd.grad(outputs, x, _basis(outputs), is_grads_batched=True)
+        return pulled.reshape(*outputs.shape, *x.shape)
+
+    return rows
+
+
+def jacobian_of_decoder(model, compiler):
+    """Forward mode by two pullbacks: the pullback is linear in its cotangent, and its transpose is the pushforward."""
+
+    def columns(x, y):
+        x = x.detach().requires_grad_()
+        outputs = model(x)
+        cotangent = torch.zeros_like(outputs, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, x, cotangent, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, cotangent, _basis(x), is_grads_batched=True)
+        return pushed.reshape(x.numel(), -1).T.reshape(*outputs.shape, *x.shape)
+
+    return columns
+
+
+def _hessian(model, x, y, chunk_size):
+    kernel = _parameters(model)[HESSIAN_KERNEL]
+    (gradient,) = torch.autograd.grad(loss(y, model(x)), kernel, create_graph=True)
+    rows = [
+        torch.autograd.grad(gradient, kernel, chunk, is_grads_batched=True, retain_graph=True)[0]
+        for chunk in _basis(kernel).split(chunk_size)
+    ]
+    return torch.cat(rows).reshape(*kernel.shape, *kernel.shape)
+
+
+def hessian(model, compiler):
+    return lambda x, y: _hessian(model, x, y, _parameters(model)[HESSIAN_KERNEL].numel())
+
+
+def hessian_in_chunks(model, compiler):
+    return lambda x, y: _hessian(model, x, y, HESSIAN_CHUNK)
+
+
+def hvp(model, compiler):
+    parameters, v = _parameters(model), direction(model)
+
+    def product(x, y):
+        gradient = torch.autograd.grad(loss(y, model(x)), parameters, create_graph=True)
+        return torch.autograd.grad(gradient, parameters, v)
+
+    return product
+
+
+def linearized_hvp(model, compiler):
+    parameters, v = _parameters(model), direction(model)
+
+    def prepare(x, y):
+        gradient = torch.autograd.grad(loss(y, model(x)), parameters, create_graph=True)
+        return lambda: torch.autograd.grad(gradient, parameters, v, retain_graph=True)
+
+    return with_preparation(prepare)
+
+
+def ggnvp(model, compiler):
+    parameters, v = _parameters(model), direction(model)
+
+    def product(x, y):
+        outputs = model(x)
+        cotangent = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(outputs, parameters, cotangent, create_graph=True)
+        # The graph of the model is needed once more, for the pullback at the end.
+        (pushed,) = torch.autograd.grad(pulled, cotangent, v, retain_graph=True)
+        held = outputs.detach().requires_grad_()
+        (by_outputs,) = torch.autograd.grad(loss(y, held), held, create_graph=True)
+        (curved,) = torch.autograd.grad(by_outputs, held, pushed)
+        return torch.autograd.grad(outputs, parameters, curved)
+
+    return product
+
+
+def per_example_gradients(model, compiler):
+    """With `vmap`. That Keras' convolution passes it is the package's doing, which this profits from as ours does."""
+    parameters = _parameters(model)
+    variables = model.trainable_variables
+
+    def value(parameters, x, y):
+        with keras.StatelessScope(state_mapping=zip(variables, parameters, strict=True)):
+            return loss(y[None], model(x[None]))
+
+    vectorized = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0, 0))
+    return lambda x, y: vectorized(parameters, x, y)
