@@ -73,6 +73,9 @@ class Tape(recording.Recording):
     def watch(self, tensor):
         self.followed[id(tensor)] = tensor
 
+    def depends(self, value, others):
+        return bool(jax_sweep.Slice(self, [value], others).inputs)
+
 
 def _watch_read(variable, value, tapes):
     """Gives the reader an alias, so that two variables with the same array stay two.
@@ -95,7 +98,7 @@ def _watch_read(variable, value, tapes):
     for tape in tapes:
         tape.aliases[id(variable)] = (value, given)
         tape.followed[id(given)] = given
-        tape.note_read(variable, given)
+        tape.note_read(variable, given, recording.is_lent(variable, value))
     return given
 
 

@@ -9,6 +9,8 @@ import threading
 
 from keras.src.backend.common.variables import Variable
 
+from keras_gradtools.backend.state import is_assigned_in_scope
+
 
 class _Thread(threading.local):
     def __init__(self):
@@ -81,14 +83,28 @@ class Recording:
         # Keras' flag decides, at the time of the read: a framework's own flag goes stale when a layer is frozen.
         return id(variable) in self._asked_for or (self._watch_accessed_variables and variable.trainable)
 
-    def note_read(self, variable, value):
-        """Remembers that a reader of `variable` was given `value`."""
-        self._read.setdefault(id(variable), (variable, {}))[1][id(value)] = value
+    def note_read(self, variable, value, is_lent=False):
+        """Remembers that a reader of `variable` was given `value`; `is_lent` if a stateless scope put it there."""
+        self._read.setdefault(id(variable), (variable, {}))[1][id(value)] = (value, is_lent)
 
     def values_read(self, variable):
-        """The values that readers of `variable` were given, each once."""
+        """The values that readers of `variable` were given, each once.
+
+        Not those that were computed from another one of them and lent to it: the gradient by that one counts them.
+        """
         _, values = self._read.get(id(variable), (None, {}))
-        return list(values.values())
+        every = [value for value, _ in values.values()]
+        if len(every) < 2:
+            return every
+        kept = []
+        for value, is_lent in values.values():
+            if not is_lent or not self.depends(value, [v for v in every if v is not value]):
+                kept.append(value)
+        return kept
+
+    def depends(self, value, others):
+        """Whether `value` was computed, while this tape was recording, from one of `others`; each backend's own."""
+        raise NotImplementedError
 
     def watched_variables(self):
         watched = {**self._asked_for, **{key: variable for key, (variable, _) in self._read.items()}}
@@ -137,6 +153,11 @@ class ReadLog:
 
     def __exit__(self, *exception):
         _thread.logs.remove(self)
+
+
+def is_lent(variable, value):
+    """Whether `value` is that of `variable` only because a stateless scope was given it so."""
+    return value is not variable._value and not is_assigned_in_scope(variable)
 
 
 def install_read_hook(watch_read):

@@ -1,6 +1,7 @@
 """Keras variables as the state of a computation: what it reads, and what it assigns."""
 
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
+from keras.src.layers.layer import Layer
 
 
 class StateScope(StatelessScope):
@@ -52,3 +53,37 @@ def is_overridden():
             return True
         scope = getattr(scope, "_outside", None)
     return False
+
+
+def in_scope():
+    """Whether what is assigned here will be dropped, or taken over by whoever opened the scope."""
+    return get_stateless_scope() is not None
+
+
+def is_assigned_in_scope(variable):
+    scope = get_stateless_scope()
+    return isinstance(scope, StateScope) and id(variable) in scope._assigned
+
+
+def _clear_losses(self):
+    """As Keras does it; but the losses of a call outside the scope are not those of the calls in it."""
+    scope = get_stateless_scope()
+    if not isinstance(scope, StateScope):
+        return _clear_all_losses(self)
+    scope.losses[:] = [x for x in scope.losses if id(x) not in self._loss_ids]
+    self._loss_ids.clear()
+    for layer in self._layers:
+        layer._clear_losses()
+
+
+def _get_regularization_losses(self):
+    """As Keras does it; but the variable is read in the way that tapes see."""
+    if not isinstance(get_stateless_scope(), StateScope):
+        return _get_all_regularization_losses(self)
+    return [v.regularizer(v) for v in self.trainable_weights if v.regularizer is not None]
+
+
+_clear_all_losses = Layer._clear_losses
+_get_all_regularization_losses = Layer._get_regularization_losses
+Layer._clear_losses = _clear_losses
+Layer._get_regularization_losses = _get_regularization_losses

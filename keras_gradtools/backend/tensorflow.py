@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import chunks, recording
+from keras_gradtools.backend import chunks, recording, state
 
 COMPILES_SECOND_ORDER = True
 HESSIAN_MODE = "reverse"
@@ -73,6 +73,9 @@ class Tape(recording.Recording):
         super().watch_variable(variable)
         self.watch(variable._value)
 
+    def depends(self, value, others):
+        return any(g is not None for g in self.native.gradient(value, others))
+
     def values_read(self, variable):
         values = super().values_read(variable)
         if not values and self.wants(variable) and variable._value is not None:
@@ -88,7 +91,7 @@ def _watch_read(variable, value, tapes):
         # The native tape goes by TensorFlow's `trainable` flag, which is the one of the day the variable was
         # made: without this it would not see a layer that was unfrozen since.
         tape.native.watch(value)
-        tape.note_read(variable, value)
+        tape.note_read(variable, value, recording.is_lent(variable, value))
     return value
 
 
@@ -271,31 +274,44 @@ def settled(tensors):
 
 
 def jit(fun):
-    reads = {}
-    has_custom_gradient = False
-
-    def traced(*args, **kwargs):
-        nonlocal has_custom_gradient
-        with recording.ReadLog() as log:
-            result = fun(*args, **kwargs)
-        reads.update((id(v), v) for v in log.variables)
-        has_custom_gradient |= log.has_custom_gradient
-        return result
-
-    # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
-    compiled = tf.function(traced, autograph=False)
+    # What a function assigns depends on whether a scope will drop it, and a graph does so or not once and for all.
+    outside, inside = _Graph(fun), _Graph(fun)
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
-        if recording.active_tapes():
-            # A graph runs without Keras: tell the tapes what it is about to do.
-            for variable in reads.values():
-                _ = variable.value
-            if has_custom_gradient:
-                recording.note_custom_gradient()
-        return compiled(*_floats_to_tensors(args), **_floats_to_tensors(kwargs))
+        args, kwargs = _floats_to_tensors(args), _floats_to_tensors(kwargs)
+        if not state.in_scope():
+            return outside(*args, **kwargs)
+        # A graph would read the variables themselves, whatever stands for them.
+        return fun(*args, **kwargs) if state.is_overridden() else inside(*args, **kwargs)
 
     return call
+
+
+class _Graph:
+    """`tf.function`, which tells the tapes what it is about to do: a graph runs without Keras."""
+
+    def __init__(self, fun):
+        self._fun = fun
+        self._reads = {}
+        self._has_custom_gradient = False
+        # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
+        self._compiled = tf.function(self._traced, autograph=False)
+
+    def _traced(self, *args, **kwargs):
+        with recording.ReadLog() as log:
+            result = self._fun(*args, **kwargs)
+        self._reads.update((id(v), v) for v in log.variables)
+        self._has_custom_gradient |= log.has_custom_gradient
+        return result
+
+    def __call__(self, *args, **kwargs):
+        if recording.active_tapes():
+            for variable in self._reads.values():
+                _ = variable.value
+            if self._has_custom_gradient:
+                recording.note_custom_gradient()
+        return self._compiled(*args, **kwargs)
 
 
 def _floats_to_tensors(structure):

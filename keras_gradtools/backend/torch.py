@@ -170,6 +170,10 @@ class Tape(recording.Recording):
 
         return [target_edge(t) for t in targets], [source_edge(s) for s in sources]
 
+    def depends(self, value, others):
+        edges = {edge: self._since.get(edge, 0) for edge in map(self._edge, others) if edge is not None}
+        return value.grad_fn is not None and torch_graph.reaches(value.grad_fn, self._recorded(), edges)
+
     def _recorded(self):
         return self._windows.membership(self._inside)
 
@@ -187,7 +191,7 @@ def _watch_read(variable, value, tapes):
         return value
     for tape in tapes:
         tape.watch(value, variable)
-        tape.note_read(variable, value)
+        tape.note_read(variable, value, recording.is_lent(variable, value))
     return value
 
 

@@ -4,6 +4,8 @@ import dis
 import functools
 import types
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
@@ -18,6 +20,7 @@ class Identity:
 
     def __init__(self, x):
         self._hash = id(x)
+        self._object: Callable[[], Any]
         try:
             self._object = weakref.ref(x)
         except TypeError:

@@ -161,7 +161,7 @@ def jvp(fun, primals, tangents, has_aux=False):
     """
     require_function("jvp", fun)
     primals = require_tuple("jvp", "primals", primals)
-    tangents = require_tuple("jvp", "tangents", tangents)
+    tangents = require_tangents("jvp", primals, tangents)
     call = TapedCall("jvp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
     pushed = call.tape.jvp(call.target, call.sources, tangents, unconnected_gradients="zero")
     return (call.value, pushed, call.aux) if has_aux else (call.value, pushed)
@@ -201,7 +201,7 @@ def linearize(fun, *primals):
     require_function("linearize", fun)
     call = TapedCall("linearize", fun, primals, argnums=tuple(range(len(primals))))
     push = call.tape.linearize(call.target, call.sources, unconnected_gradients="zero")
-    return call.value, lambda *tangents: push(tangents)
+    return call.value, lambda *tangents: push(require_tangents("linearize", primals, tangents))
 
 
 def require_tuple(name, role, given):
@@ -213,3 +213,12 @@ def require_tuple(name, role, given):
         f"The {role} of `{name}` must be a tuple with one entry for each argument of the function. Received: {what}. "
         f"For a function of one argument, write `({role[:-1]},)`."
     )
+
+
+def require_tangents(name, primals, tangents):
+    """Returns `tangents` as a tuple, with a None for each tensor of a primal that None stands for as a whole."""
+    tangents = require_tuple(name, "tangents", tangents)
+    if len(tangents) != len(primals):
+        return tangents  # what is wrong with it is told where the structures are compared
+    pairs = zip(tangents, primals, strict=True)
+    return tuple(nesting.map_structure(lambda _: None, x) if v is None else v for v, x in pairs)

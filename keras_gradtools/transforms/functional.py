@@ -57,7 +57,7 @@ def functionalize(model):
         these in their place, and returns its outputs; with `return_losses` also the losses that this call has added
         and those of the regularizers, as `(outputs, losses)`. The other variables enter with the values of the
         moment. What the call assigns (BatchNormalization's statistics, the state of a dropout seed) is dropped, so
-        that two calls draw the same mask; nothing is left in the model.
+        that two calls draw the same mask (on torch if dropout has a seed); nothing is left in the model.
 
     Raises:
         ValueError: if `model` is not a layer, or not built; when called, if `weights` do not fit.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_gradtools import backend, jacobians, nesting, validation
-from keras_gradtools.transforms.first_order import grad, require_tuple
+from keras_gradtools.transforms.first_order import grad, require_tangents, require_tuple
 from keras_gradtools.transforms.jacobians import Jacobian, Options
 from keras_gradtools.transforms.taped_call import TapedCall, require_function, require_scalar
 
@@ -148,7 +148,8 @@ def hvp(fun, primals, tangents):
         fun: a function of `primals` that returns one scalar tensor.
         primals: a tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
             nesting.
-        tangents: the vector $v$, a tuple in the structure and shapes of `primals`; None stands for zeros.
+        tangents: the vector $v$, a tuple in the structure and shapes of `primals`; None stands for
+            zeros, also for a whole primal.
 
     Returns:
         A tuple in the structure and shapes of `primals`, zeros where nothing is connected.
@@ -173,7 +174,8 @@ def hvp(fun, primals, tangents):
     Source: Pearlmutter, "Fast exact multiplication by the Hessian" (1994), equation 3.
     """
     require_function("hvp", fun)
-    primals, tangents = require_tuple("hvp", "primals", primals), require_tuple("hvp", "tangents", tangents)
+    primals = require_tuple("hvp", "primals", primals)
+    tangents = require_tangents("hvp", primals, tangents)
     every = tuple(range(len(primals)))
     call = TapedCall("hvp", grad(fun, every), primals, argnums=every)
     if backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient:
@@ -197,7 +199,8 @@ def ggnvp(model_fun, loss_fun, primals, tangents):
         loss_fun: a function of what `model_fun` returns that returns one scalar tensor.
         primals: a tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
             nesting.
-        tangents: the vector $v$, a tuple in the structure and shapes of `primals`; None stands for zeros.
+        tangents: the vector $v$, a tuple in the structure and shapes of `primals`; None stands for
+            zeros, also for a whole primal.
 
     Returns:
         A tuple in the structure and shapes of `primals`, zeros where nothing is connected.
@@ -221,7 +224,8 @@ def ggnvp(model_fun, loss_fun, primals, tangents):
     """
     require_function("ggnvp", model_fun)
     require_function("ggnvp", loss_fun)
-    primals, tangents = require_tuple("ggnvp", "primals", primals), require_tuple("ggnvp", "tangents", tangents)
+    primals = require_tuple("ggnvp", "primals", primals)
+    tangents = require_tangents("ggnvp", primals, tangents)
     model = TapedCall("ggnvp", model_fun, primals, argnums=tuple(range(len(primals))))
     pushed = model.tape.jvp(model.target, model.sources, tangents, unconnected_gradients="zero")
 
