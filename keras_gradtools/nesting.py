@@ -11,26 +11,18 @@ import keras
 
 def flatten(structure):
     """As `keras.tree.flatten`."""
-    if type(structure) in _PLAIN:
-        leaves = []
-        return leaves if _extend(leaves, structure) else keras.tree.flatten(structure)
-    return keras.tree.flatten(structure) if _is_nested_type(structure) else [structure]
+    leaves = []
+    _extend(leaves, structure)
+    return leaves
 
 
 def pack_as(structure, flat):
     """As `keras.tree.pack_sequence_as`; the leaves may be structures."""
-    if type(structure) in _PLAIN and _is_plain(structure):
-        leaves = iter(flat)
-        return _rebuild(structure, leaves)
-    if len(flat) == 1 and not _is_nested_type(structure):
-        return flat[0]
-    return keras.tree.pack_sequence_as(structure, flat)
+    return _rebuild(structure, iter(flat))
 
 
 def map_structure(fun, structure):
     """As `keras.tree.map_structure`, of one structure."""
-    if not _is_nested_type(structure):
-        return fun(structure)
     return pack_as(structure, [fun(x) for x in flatten(structure)])
 
 
@@ -41,8 +33,10 @@ def is_nested(x):
 
 def same_structure(a, b):
     """Whether `keras.tree.assert_same_structure` would pass."""
-    if type(a) in _PLAIN and type(a) is type(b) and _is_plain(a) and _is_plain(b):
-        return _matches(a, b)
+    if type(a) in _PLAIN and type(a) is type(b):
+        if len(a) != len(b) or (type(a) is dict and sorted(a) != sorted(b)):
+            return False
+        return all(same_structure(x, y) for x, y in zip(_children(a), _children(b), strict=True))
     if not _is_nested_type(a) and not _is_nested_type(b):
         return True
     try:
@@ -62,36 +56,25 @@ def _children(structure):
 
 
 def _extend(leaves, structure):
-    """Appends the leaves, and returns whether there was nothing in it but plain containers."""
-    for x in _children(structure):
-        if type(x) in _PLAIN:
-            if not _extend(leaves, x):
-                return False
-        elif _is_nested_type(x):
-            return False
-        else:
-            leaves.append(x)
-    return True
-
-
-def _is_plain(structure):
-    return _extend([], structure)
+    if type(structure) in _PLAIN:
+        for x in _children(structure):
+            _extend(leaves, x)
+    elif _is_nested_type(structure):
+        leaves.extend(keras.tree.flatten(structure))
+    else:
+        leaves.append(structure)
 
 
 def _rebuild(structure, leaves):
-    parts = [_rebuild(x, leaves) if type(x) in _PLAIN else next(leaves) for x in _children(structure)]
     if type(structure) is dict:
-        by_key = dict(zip(sorted(structure), parts, strict=True))
+        by_key = {key: _rebuild(structure[key], leaves) for key in sorted(structure)}
         return {key: by_key[key] for key in structure}
-    return type(structure)(parts)
-
-
-def _matches(a, b):
-    if type(a) in _PLAIN or type(b) in _PLAIN:
-        if type(a) is not type(b) or len(a) != len(b) or (type(a) is dict and sorted(a) != sorted(b)):
-            return False
-        return all(_matches(x, y) for x, y in zip(_children(a), _children(b), strict=True))
-    return True
+    if type(structure) in _PLAIN:
+        return type(structure)([_rebuild(x, leaves) for x in structure])
+    if _is_nested_type(structure):
+        taken = [next(leaves) for _ in keras.tree.flatten(structure)]
+        return keras.tree.pack_sequence_as(structure, taken)
+    return next(leaves)
 
 
 def _is_nested_type(x):

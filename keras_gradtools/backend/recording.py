@@ -43,6 +43,7 @@ class Recording:
     - `reset` throws away what was recorded, and everything watched;
     - `release` says that no derivative will be asked for until the next `reset`.
 
+    `keeps_graph` says whether more derivatives may follow the next one; torch can free what it needs on the way.
     `has_custom_gradient` says whether a custom gradient was recorded, so that a Hessian may not be symmetric.
 
     A variable stands for the values that its readers were given: one on TensorFlow and torch, one alias
@@ -54,6 +55,7 @@ class Recording:
         self._asked_for = {}
         self._read = {}
         self.has_custom_gradient = False
+        self.keeps_graph = True
 
     def enter(self):
         _thread.tapes.append(self)

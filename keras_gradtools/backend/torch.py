@@ -201,7 +201,8 @@ torch_keras_ops.install()
 
 
 def pullback(tape, targets, sources, cotangents):
-    return tape.gather(sources, lambda values: _pull(tape, targets, values, cotangents, _run))
+    run = _run if tape.keeps_graph else _run_last
+    return tape.gather(sources, lambda values: _pull(tape, targets, values, cotangents, run))
 
 
 def pullback_batch(tape, targets, sources, cotangents):
@@ -271,6 +272,13 @@ def _nodes(tensors):
 def _run(outputs, inputs, upstream, is_recorded):
     return torch.autograd.grad(
         outputs, inputs, upstream, retain_graph=True, create_graph=is_recorded, allow_unused=True
+    )
+
+
+def _run_last(outputs, inputs, upstream, is_recorded):
+    # Memory that is given back on the way is used again, which is a good part of the time.
+    return torch.autograd.grad(
+        outputs, inputs, upstream, retain_graph=is_recorded, create_graph=is_recorded, allow_unused=True
     )
 
 

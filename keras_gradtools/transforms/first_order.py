@@ -39,12 +39,12 @@ def grad(fun, argnums=0, has_aux=False):
 
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.2.
     """
-    differentiated = _value_and_grad("grad", fun, argnums, has_aux)
+    require_function("grad", fun)
 
     @functools.wraps(fun, updated=())
     def gradient(*args, **kwargs):
-        value, gradients = differentiated(*args, **kwargs)
-        return (gradients, value[1]) if has_aux else gradients
+        call, gradients = _gradient("grad", fun, args, kwargs, argnums, has_aux)
+        return (gradients, call.aux) if has_aux else gradients
 
     return gradient
 
@@ -76,20 +76,21 @@ def value_and_grad(fun, argnums=0, has_aux=False):
 
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.2.
     """
-    return _value_and_grad("value_and_grad", fun, argnums, has_aux)
-
-
-def _value_and_grad(name, fun, argnums, has_aux):
-    require_function(name, fun)
+    require_function("value_and_grad", fun)
 
     @functools.wraps(fun, updated=())
-    def differentiated(*args, **kwargs):
-        call = TapedCall(name, fun, args, kwargs, argnums, has_aux)
-        require_scalar(name, call.target)
-        gradients = call.tape.gradient(call.target, call.sources, unconnected_gradients="zero")
+    def value_and_gradient(*args, **kwargs):
+        call, gradients = _gradient("value_and_grad", fun, args, kwargs, argnums, has_aux)
         return ((call.value, call.aux) if has_aux else call.value), gradients
 
-    return differentiated
+    return value_and_gradient
+
+
+def _gradient(name, fun, args, kwargs, argnums, has_aux):
+    call = TapedCall(name, fun, args, kwargs, argnums, has_aux)
+    require_scalar(name, call.target)
+    call.record.keeps_graph = False
+    return call, call.tape.gradient(call.target, call.sources, unconnected_gradients="zero")
 
 
 def vjp(fun, *primals, has_aux=False):

@@ -184,6 +184,7 @@ def hvp(fun, primals, tangents):
     validation.require_same_structure(tangents, call.sources, "tangents", "`primals`")
     pairs = zip(nesting.flatten(tangents), nesting.flatten(call.sources), strict=True)
     tangents = nesting.pack_as(call.sources, [ops.zeros_like(x) if v is None else v for v, x in pairs])
+    call.record.keeps_graph = False
     return call.tape.gradient(call.target, call.sources, tangents, unconnected_gradients="zero")
 
 
@@ -235,4 +236,5 @@ def ggnvp(model_fun, loss_fun, primals, tangents):
         return value
 
     (curved,) = hvp(loss_of, (model.value,), (pushed,))
+    model.record.keeps_graph = False
     return model.tape.gradient(model.target, model.sources, curved, unconnected_gradients="zero")

@@ -35,10 +35,17 @@ class TapedCall:
         with StateScope(), self.tape:
             self.tape.watch(self.sources)
             returned = fun(*args, **(kwargs or {}))
-        self.target, aux = _split_aux(name, returned) if has_aux else (returned, None)
+        self.target, self._aux = _split_aux(name, returned) if has_aux else (returned, None)
         for y in nesting.flatten(self.target):
             validation.require_differentiable(y, f"What the function under `{name}` returns")
-        self.value, self.aux = _settled(self.target), _settled(aux)
+
+    @property
+    def value(self):
+        return _settled(self.target)
+
+    @property
+    def aux(self):
+        return _settled(self._aux)
 
     @property
     def record(self):
