@@ -4,7 +4,7 @@ import contextlib
 
 from keras import ops
 
-from keras_gradtools import backend, jacobians, nesting, validation
+from keras_gradtools import backend, jacobians, nesting, validation, vectors
 
 
 class GradientTape:
@@ -165,11 +165,11 @@ class GradientTape:
             RuntimeError: at the second call on a tape that is not persistent.
         """
         targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "gradient")
-        cotangents = _like(output_gradients, target, "output_gradients", "`target`", _ones)
+        cotangents = vectors.like(output_gradients, target, "output_gradients", "`target`", vectors.ones)
         with self._pulling(targets) as targets:
             gradients = backend.pullback(self._tape, targets, flat_sources, cotangents)
         if zero:
-            gradients = [_zeros(s) if g is None else g for g, s in zip(gradients, flat_sources, strict=True)]
+            gradients = [vectors.zeros(s) if g is None else g for g, s in zip(gradients, flat_sources, strict=True)]
         return nesting.pack_as(sources, gradients)
 
     def jvp(self, target, sources, tangents, unconnected_gradients="none"):
@@ -189,11 +189,11 @@ class GradientTape:
             ValueError, RuntimeError: as `gradient`.
         """
         targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "jvp")
-        tangents = _like(tangents, sources, "tangents", "`sources`", _zeros)
+        tangents = vectors.like(tangents, sources, "tangents", "`sources`", vectors.zeros)
         with self._pulling(targets) as targets:
             pushed = backend.pushforward(self._tape, targets, flat_sources, tangents)
         if zero:
-            pushed = [_zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
+            pushed = [vectors.zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
         return nesting.pack_as(target, pushed)
 
     def linearize(self, target, sources, unconnected_gradients="none"):
@@ -216,9 +216,9 @@ class GradientTape:
             push_flat = backend.linearize(self._tape, targets, flat_sources)
 
         def push(tangents):
-            pushed = push_flat(_like(tangents, sources, "tangents", "`sources`", _zeros))
+            pushed = push_flat(vectors.like(tangents, sources, "tangents", "`sources`", vectors.zeros))
             if zero:
-                pushed = [_zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
+                pushed = [vectors.zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
             return nesting.pack_as(target, pushed)
 
         return push
@@ -282,11 +282,6 @@ class GradientTape:
             ((block,),) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero, batch_axes=1)
         return block
 
-    @property
-    def record(self):
-        """The backend's tape: what algorithms that go by the kernels of `backend` give to them."""
-        return self._tape
-
     def _used_up(self):
         return self._used and not self._persistent
 
@@ -342,40 +337,3 @@ class GradientTape:
                 "tape persistent and call it once for each target, or concatenate them."
             )
         return target
-
-
-def _like(given, reference, role, of, default):
-    """Flattens `given` as tensors that match those of `reference` one by one, `default` where it is None."""
-    flat_reference = nesting.flatten(reference)
-    if given is None:
-        return [default(r) for r in flat_reference]
-    validation.require_same_structure(given, reference, role, of)
-    flat = []
-    for g, r in zip(nesting.flatten(given), flat_reference, strict=True):
-        if g is None:
-            flat.append(default(r))
-            continue
-        g = _as_tensor(g, r, role)
-        validation.require_shape(g, r.shape, f"Each entry of {role}", f"its counterpart in {of}")
-        flat.append(g)
-    return flat
-
-
-def _as_tensor(given, like, role):
-    if ops.is_tensor(given) and given.dtype == like.dtype:
-        return given
-    try:
-        return ops.convert_to_tensor(given, dtype=like.dtype)
-    except (ValueError, TypeError, RuntimeError):
-        raise ValueError(
-            f"Each entry of {role} must be a tensor, an array or a number. Received: {validation.describe(given)}."
-        ) from None
-
-
-def _zeros(x):
-    # A variable is not read for this: a tape around would watch it.
-    return ops.zeros(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.zeros_like(x)
-
-
-def _ones(x):
-    return ops.ones(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.ones_like(x)

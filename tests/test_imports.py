@@ -12,7 +12,7 @@ LEVELS = [
     {"nesting"},
     {"validation"},
     {"backend"},
-    {"jacobians"},
+    {"jacobians", "vectors"},
     {"tape", "custom_gradients"},
     {"gradient_ops"},
     {"transforms"},

@@ -11,11 +11,16 @@ which exists once for all backends.
 | `pullback_batch(tape, targets, sources, cotangents)`| the same for a stack of cotangents on axis 0      |
 | `pushforward(tape, targets, sources, tangents)`     | forward mode: `sum_i J_i v_i` for every target    |
 | `pushforward_batch(tape, targets, sources, tangents)`| the same for a stack of tangents on axis 0       |
+| `linearize(tape, targets, sources, is_symmetric)`   | `tangents -> pushforward`, its other work done once |
+| `map_chunks(fun, count, chunk_size)`                | `fun(numbers)` on the numbers below `count`, a chunk at a time |
+| `per_example_gradients(fun, weights, examples)`     | the gradient for each example, vectorized         |
 | `jit(fun)`                                          | the framework's compiler, Keras variables as state|
 | `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
 | `alias(x)`                                          | another tensor with the value of `x`, recorded    |
 | `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
+| `may_compile()`                                     | whether a function called now may be compiled by itself |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
+| `HESSIAN_MODE`                                      | the cheaper way through a gradient, as docs/benchmarks.md has it measured |
 
 `pullback` and `pushforward` return `None` where nothing that the tape recorded connects a source
 with a target. Every cotangent has the shape and dtype of its target, every tangent those of its

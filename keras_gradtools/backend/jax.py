@@ -150,7 +150,7 @@ def _push(mode, tape, targets, sources, tangents):
     return _by_target(part, jax_sweep.differentiate(mode, part, _by_input(part, tangents)))
 
 
-def linearize(tape, targets, sources):
+def linearize(tape, targets, sources, is_symmetric=False):
     _, values, places = tape.spread(sources, range(len(sources)))
     part = jax_sweep.Slice(tape, targets, values)
     if not part.inputs:

@@ -131,7 +131,7 @@ def pushforward(tape, targets, sources, tangents):
     return linearize(tape, targets, sources)(tangents)
 
 
-def linearize(tape, targets, sources):
+def linearize(tape, targets, sources, is_symmetric=False):
     # A pullback is linear in its cotangents, so that its own pullback is the pushforward. A nested
     # `ForwardAccumulator` would be silently wrong, and none can be laid over a block that has already run.
     _, values, places = tape.spread(sources, range(len(sources)))

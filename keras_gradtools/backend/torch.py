@@ -317,7 +317,10 @@ def pushforward_batch(tape, targets, sources, tangents):
     return _Linear(tape, targets, sources).push(tangents, _run_batch)
 
 
-def linearize(tape, targets, sources):
+def linearize(tape, targets, sources, is_symmetric=False):
+    if is_symmetric:
+        # One pullback instead of the pullback of one.
+        return lambda tangents: pullback(tape, targets, sources, tangents)
     linear = _Linear(tape, targets, sources)
     return lambda tangents: linear.push(tangents, _run)
 

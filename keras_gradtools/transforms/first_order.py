@@ -1,6 +1,8 @@
 """First derivatives of functions: gradients, and products with the Jacobian from the left and the right."""
 
 import functools
+import types
+import weakref
 
 from keras_gradtools import nesting, validation
 from keras_gradtools.transforms.taped_call import TapedCall, require_function, require_scalar
@@ -46,6 +48,8 @@ def grad(fun, argnums=0, has_aux=False):
         call, gradients = _gradient("grad", fun, args, kwargs, argnums, has_aux)
         return (gradients, call.aux) if has_aux else gradients
 
+    if not has_aux:
+        _differentiated_by[gradient] = argnums
     return gradient
 
 
@@ -89,8 +93,7 @@ def value_and_grad(fun, argnums=0, has_aux=False):
 def _gradient(name, fun, args, kwargs, argnums, has_aux):
     call = TapedCall(name, fun, args, kwargs, argnums, has_aux)
     require_scalar(name, call.target)
-    call.record.keeps_graph = False
-    return call, call.tape.gradient(call.target, call.sources, unconnected_gradients="zero")
+    return call, call.pull(is_last=True)
 
 
 def vjp(fun, *primals, has_aux=False):
@@ -125,7 +128,7 @@ def vjp(fun, *primals, has_aux=False):
     call = TapedCall("vjp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
 
     def pullback(cotangent):
-        return call.tape.gradient(call.target, call.sources, output_gradients=cotangent, unconnected_gradients="zero")
+        return call.pull(cotangent)
 
     return (call.value, pullback, call.aux) if has_aux else (call.value, pullback)
 
@@ -164,7 +167,7 @@ def jvp(fun, primals, tangents, has_aux=False):
     primals = require_tuple("jvp", "primals", primals)
     tangents = require_tangents("jvp", primals, tangents)
     call = TapedCall("jvp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
-    pushed = call.tape.jvp(call.target, call.sources, tangents, unconnected_gradients="zero")
+    pushed = call.push(tangents)
     return (call.value, pushed, call.aux) if has_aux else (call.value, pushed)
 
 
@@ -201,7 +204,7 @@ def linearize(fun, *primals):
     """
     require_function("linearize", fun)
     call = TapedCall("linearize", fun, primals, argnums=tuple(range(len(primals))))
-    push = call.tape.linearize(call.target, call.sources, unconnected_gradients="zero")
+    push = call.linearize(_is_gradient(fun, len(primals)) and not call.record.has_custom_gradient)
     return call.value, lambda *tangents: push(require_tangents("linearize", primals, tangents))
 
 
@@ -214,6 +217,16 @@ def require_tuple(name, role, given):
         f"The {role} of `{name}` must be a tuple with one entry for each argument of the function. Received: {what}. "
         f"For a function of one argument, write `({role[:-1]},)`."
     )
+
+
+def _is_gradient(fun, count):
+    """Whether `fun` is the gradient, by all of its arguments, that `grad` has made: its Jacobian is symmetric."""
+    by = _differentiated_by.get(fun) if type(fun) is types.FunctionType else None
+    return by in (0, -1) and count == 1 or isinstance(by, (tuple, list)) and tuple(by) == tuple(range(count))
+
+
+# Beside the functions and not on them: `functools.wraps` would hand an attribute on to what is no gradient.
+_differentiated_by: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def require_tangents(name, primals, tangents):

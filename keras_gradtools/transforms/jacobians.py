@@ -169,7 +169,7 @@ class Jacobian:
 def _evaluated(options, fun, args, kwargs):
     fun = grad(fun, options.argnums) if options.of_gradient else fun
     call = TapedCall(options.name, fun, args, kwargs, options.argnums)
-    targets, sources = nesting.flatten(call.target), nesting.flatten(call.sources)
+    targets, sources = call.flat_targets, call.flat_sources
     if options.batch_axes:
         for target in targets:
             for source in sources:

@@ -12,7 +12,6 @@ from keras import ops
 
 from keras_gradtools import backend, validation
 from keras_gradtools.backend.state import StateScope
-from keras_gradtools.jacobians import Plan
 from keras_gradtools.tape import GradientTape
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.closures import Identity
@@ -104,8 +103,10 @@ def _evaluate(layer, fun, *args, **kwargs):
 
     inputs = ops.concatenate([_by_position(call.input, whole_gradient.dtype) for call in calls], axis=1)
     by_output = ops.concatenate([_by_position(g, whole_gradient.dtype) for g in gradients], axis=1)
-    plan = Plan(gradients, outputs, backend.HESSIAN_MODE, batch_axes=1)
-    blocks = plan.blocks(plan.stacks(outer.record, gradients, outputs, None), zero=True)
+    blocks = [
+        [outer.batch_jacobian(g, z, unconnected_gradients="zero", mode=backend.HESSIAN_MODE) for z in outputs]
+        for g in gradients
+    ]
     curvature = _joined(blocks, gradients, outputs, whole_gradient.dtype)
 
     through_calls = ops.einsum("bpi,bpo->io", inputs, by_output)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_gradtools import backend, jacobians, nesting, validation
+from keras_gradtools import backend, jacobians, nesting, validation, vectors
 from keras_gradtools.transforms.first_order import grad, require_tangents, require_tuple
 from keras_gradtools.transforms.jacobians import Jacobian, Options
 from keras_gradtools.transforms.taped_call import TapedCall, require_function, require_scalar
@@ -179,13 +179,10 @@ def hvp(fun, primals, tangents):
     every = tuple(range(len(primals)))
     call = TapedCall("hvp", grad(fun, every), primals, argnums=every)
     if backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient:
-        return call.tape.jvp(call.target, call.sources, tangents, unconnected_gradients="zero")
+        return call.push(tangents)
     # A Hessian is its own transpose, if no custom gradient has made a field of it that is no gradient.
-    validation.require_same_structure(tangents, call.sources, "tangents", "`primals`")
-    pairs = zip(nesting.flatten(tangents), nesting.flatten(call.sources), strict=True)
-    tangents = nesting.pack_as(call.sources, [ops.zeros_like(x) if v is None else v for v, x in pairs])
-    call.record.keeps_graph = False
-    return call.tape.gradient(call.target, call.sources, tangents, unconnected_gradients="zero")
+    tangents = vectors.like(tangents, call.sources, "tangents", "`primals`", vectors.zeros)
+    return call.pull(nesting.pack_as(call.sources, tangents), is_last=True)
 
 
 def ggnvp(model_fun, loss_fun, primals, tangents):
@@ -228,7 +225,7 @@ def ggnvp(model_fun, loss_fun, primals, tangents):
     primals = require_tuple("ggnvp", "primals", primals)
     tangents = require_tangents("ggnvp", primals, tangents)
     model = TapedCall("ggnvp", model_fun, primals, argnums=tuple(range(len(primals))))
-    pushed = model.tape.jvp(model.target, model.sources, tangents, unconnected_gradients="zero")
+    pushed = model.push(tangents)
 
     def loss_of(out):
         value = loss_fun(out)
@@ -236,5 +233,4 @@ def ggnvp(model_fun, loss_fun, primals, tangents):
         return value
 
     (curved,) = hvp(loss_of, (model.value,), (pushed,))
-    model.record.keeps_graph = False
-    return model.tape.gradient(model.target, model.sources, curved, unconnected_gradients="zero")
+    return model.pull(curved, is_last=True)

@@ -3,9 +3,8 @@
 import keras
 from keras import ops
 
-from keras_gradtools import backend, nesting, validation
+from keras_gradtools import backend, nesting, validation, vectors
 from keras_gradtools.backend.state import StateScope
-from keras_gradtools.tape import GradientTape
 
 
 class TapedCall:
@@ -15,13 +14,15 @@ class TapedCall:
     call assigns to variables (BatchNormalization's statistics, the state of a dropout seed) is dropped, and
     no loss that it adds to a layer is left there.
 
+    It goes by the kernels of the backend: what a `GradientTape` checks at each call is known here.
+
     Attributes:
-        tape: the persistent tape that recorded the call.
+        record: the backend's tape, which recorded the call.
         sources: the arguments to differentiate by: one of them, or a tuple of them if `argnums` is a tuple.
         target: what the function returned, as the tape knows it; without `aux`, if `has_aux`.
-        value: the same for the caller.
+        flat_sources, flat_targets: the tensors in these.
+        value: the target for the caller.
         aux: the second part of what it returned, if `has_aux`.
-        record: the backend's tape, for what is computed from its kernels.
     """
 
     def __init__(self, name, fun, args, kwargs=None, argnums=0, has_aux=False):
@@ -31,12 +32,20 @@ class TapedCall:
             args[i] = nesting.map_structure(lambda x: differentiable_argument(name, i, x), args[i])  # noqa: B023
         chosen = tuple(args[i] for i in positions)
         self.sources = chosen if isinstance(argnums, (tuple, list)) else chosen[0]
-        self.tape = GradientTape(persistent=True, watch_accessed_variables=False)
-        with StateScope(), self.tape:
-            self.tape.watch(self.sources)
-            returned = fun(*args, **(kwargs or {}))
-        self.target, self._aux = _split_aux(name, returned) if has_aux else (returned, None)
-        for y in nesting.flatten(self.target):
+        self.flat_sources = nesting.flatten(self.sources)
+        self.record = backend.Tape(watch_accessed_variables=False)
+        with StateScope():
+            self.record.enter()
+            try:
+                for x in self.flat_sources:
+                    self.record.watch(x)
+                returned = fun(*args, **(kwargs or {}))
+                target, self._aux = _split_aux(name, returned) if has_aux else (returned, None)
+                self.target = nesting.map_structure(_read, target)
+            finally:
+                self.record.exit()
+        self.flat_targets = nesting.flatten(self.target)
+        for y in self.flat_targets:
             validation.require_differentiable(y, f"What the function under `{name}` returns")
 
     @property
@@ -47,9 +56,31 @@ class TapedCall:
     def aux(self):
         return _settled(self._aux)
 
-    @property
-    def record(self):
-        return self.tape.record
+    def pull(self, cotangents=None, is_last=False):
+        """The gradient by the sources, zeros where nothing is connected; no other derivative follows if `is_last`."""
+        cotangents = vectors.like(cotangents, self.target, "output_gradients", "`target`", vectors.ones)
+        self.record.keeps_graph = not is_last
+        pulled = backend.pullback(self.record, self.flat_targets, self.flat_sources, cotangents)
+        return nesting.pack_as(self.sources, _filled(pulled, self.flat_sources))
+
+    def push(self, tangents):
+        """The derivative of the target along `tangents`, zeros where nothing is connected."""
+        tangents = vectors.like(tangents, self.sources, "tangents", "`primals`", vectors.zeros)
+        pushed = backend.pushforward(self.record, self.flat_targets, self.flat_sources, tangents)
+        return nesting.pack_as(self.target, _filled(pushed, self.flat_targets))
+
+    def linearize(self, is_symmetric=False):
+        """`push` as a function of its own, with all the work done that no tangent is needed for.
+
+        `is_symmetric` if target and sources have one structure, and the Jacobian is its own transpose.
+        """
+        push = backend.linearize(self.record, self.flat_targets, self.flat_sources, is_symmetric)
+
+        def pushforward(tangents):
+            tangents = vectors.like(tangents, self.sources, "tangents", "`primals`", vectors.zeros)
+            return nesting.pack_as(self.target, _filled(push(tangents), self.flat_targets))
+
+        return pushforward
 
 
 def require_function(name, fun):
@@ -87,6 +118,15 @@ def _positions(name, argnums, count):
             f"which the call has {count}. Received: argnums={argnums!r}."
         )
     return [i % count for i in chosen]
+
+
+def _read(x):
+    # A variable that was returned is a value from here on.
+    return ops.convert_to_tensor(x) if validation.is_variable(x) else x
+
+
+def _filled(derivatives, like):
+    return [vectors.zeros(x) if d is None else d for d, x in zip(derivatives, like, strict=True)]
 
 
 def _settled(structure):

@@ -208,6 +208,16 @@ class TestProducts:
             close(push({"a": dx}, dy), {"p": 3 * dx + 2 * dy, "s": [dy, 2 * dx]})
         close(push({"a": 1.0}, None), {"p": 3.0, "s": [0.0, 2.0]})
 
+    @pytest.mark.parametrize("argnums", [(0, 1), (1, 0), (0,)])
+    def test_linearized_gradients_by_some_arguments(self, argnums):
+        """f = x^2 y: only where all arguments are differentiated by, in order, is the Jacobian a Hessian."""
+        _, push = kg.linearize(kg.grad(lambda x, y: x**2 * y, argnums), 2.0, 3.0)
+        by = {0: 6.0 * 1.0 + 4.0 * 10.0, 1: 4.0 * 1.0}
+        close(push(1.0, 10.0), tuple(by[i] for i in argnums))
+        close(kg.linearize(kg.grad(lambda x: x**2 * 3.0, -1), 2.0)[1](1.0), 6.0)
+        gradient, aux = kg.linearize(kg.grad(lambda x: (x**3, x), has_aux=True), 2.0)[1](1.0)
+        close([gradient, aux], [12.0, 1.0])
+
     def test_linearized_is_itself_differentiable(self):
         x = tensor(3.0)
         with kg.GradientTape() as tape:
