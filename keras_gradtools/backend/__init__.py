@@ -20,7 +20,7 @@ which exists once for all backends.
 | `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
 | `may_compile()`                                     | whether a function called now may be compiled by itself |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
-| `HESSIAN_MODE`                                      | the cheaper way through a gradient, as docs/benchmarks.md has it measured |
+| `HESSIAN_MODE`                                      | the cheaper way through a gradient, as measured   |
 
 `pullback` and `pushforward` return `None` where nothing that the tape recorded connects a source
 with a target. Every cotangent has the shape and dtype of its target, every tangent those of its

@@ -115,7 +115,7 @@ def pull(part, arrays, cotangents):
 
 
 def pull_batch(part, arrays, cotangents):
-    return jax.vmap(lambda rows: pull(part, arrays, rows))(cotangents)
+    return _by_pieces(lambda rows: pull(part, arrays, rows), part, cotangents)
 
 
 def push(part, arrays, tangents):
@@ -130,7 +130,27 @@ def push(part, arrays, tangents):
 
 
 def push_batch(part, arrays, tangents):
-    return jax.vmap(lambda rows: push(part, arrays, rows))(tangents)
+    return _by_pieces(lambda rows: push(part, arrays, rows), part, tangents)
+
+
+# On a processor, the values of a sweep had better stay near its caches: measured on a conv net, ten rows of 8 MiB each
+# took 1.8 times as long at once as one by one. Small rows only lose by it, and many pieces would take long to compile.
+PIECE_BYTES = 2**24
+LEAST_BYTES = 2**20
+MOST_PIECES = 16
+
+
+def _by_pieces(sweep, part, stacks):
+    """Maps `sweep` over axis 0 of `stacks`: vectorized, on a processor for as many at once as its caches bear."""
+    count = step = stacks[0].shape[0]
+    outputs = (step.operation.outputs[i] for step in part.steps for i in step.active_outputs)
+    row_bytes = sum(x.size * x.dtype.itemsize for x in outputs)
+    if row_bytes >= LEAST_BYTES and jax.default_backend() == "cpu":
+        step = max(PIECE_BYTES // row_bytes, -(-count // MOST_PIECES))
+    if step >= count:
+        return jax.vmap(sweep)(stacks)
+    pieces = [jax.vmap(sweep)([s[i : i + step] for s in stacks]) for i in range(0, count, step)]
+    return [jax.numpy.concatenate(column) for column in zip(*pieces, strict=True)]
 
 
 def _push_one(operation, fun, inputs, directions):
