@@ -165,7 +165,8 @@ def main():
     if not console.is_terminal:
         # In a file rich would take it for 80 columns, which are too few for the table.
         console = Console(width=170)
-    todo = list(cases(options.rows))
+    # A row's memory takes two processes of its own, and it is in Jacobians that memory decides what can be done.
+    todo = list(cases(options.rows or ("Jacobian" if options.memory else "")))
     result = {"backend": backend, "machine": machine(), "rows": []}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(backend, total=len(todo))

@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--quick", action="store_true", help="a few runs of each, to see that it works")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    parser.add_argument("--memory", action="store_true", help="measure the Jacobians' peak memory instead of time")
     options = parser.parse_args()
 
     named = os.environ.get("KERAS_BACKEND")

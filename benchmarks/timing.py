@@ -40,7 +40,7 @@ def seconds(fun, block):
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def compare(ours, theirs, block, at_least=15, at_most=301, for_seconds=4.0):
+def compare(ours, theirs, block, at_least=15, at_most=201, for_seconds=2.5):
     """Times `ours` and `theirs` in turn. Both have to be warm; `block` waits for a result."""
     pairs = []
     wall, cpu = time.perf_counter(), time.process_time()

@@ -175,11 +175,6 @@ def _contracted(inputs, curvature):
     out = curvature.shape[-1]
     if positions != 1:
         return ops.einsum("bpi,bqj,bpoqr->iojr", inputs, inputs, curvature)
-    if size is not None and size <= features:
-        # Fewer examples than columns: the product has the order of axes that is asked for.
-        scaled = inputs[:, 0][:, None, :, None] * curvature[:, 0, :, 0][:, :, None, :]
-        product = ops.matmul(ops.transpose(inputs[:, 0]), ops.reshape(scaled, (size, -1)))
-        return ops.reshape(product, (features, out, features, out))
     a, h = inputs[:, 0], ops.reshape(curvature, (-1, out * out))
     blocks = 1 if size is None else min(max(1, size // max(out * out, 64)), _MOST_BLOCKS)
     step = size if size is None else -(-size // blocks)
