@@ -16,6 +16,7 @@ LEVELS = [
     {"tape", "custom_gradients"},
     {"gradient_ops"},
     {"transforms"},
+    {"finite_differences"},
     {"curvature", "regularization", "attacks", "diagnostics", "plots", "testing"},
     {"layers", "models", "callbacks", "optimizers"},
 ]

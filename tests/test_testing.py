@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import keras_gradtools as kg
-from keras_gradtools import testing
+from keras_gradtools import finite_differences, testing
 from tests.cases import CASES, case_id, tensor
 
 # What takes longer is tried on these.
@@ -197,11 +197,11 @@ class TestWrong:
 
     def test_second_order_names_the_gradient(self):
         # The pullback is differentiated in forward mode, so that its output is named.
-        point = testing._Point(
-            testing._Settings.checked("check", None, None, None, 0),
+        point = finite_differences.Point(
+            finite_differences.Settings.checked("check", None, None, None, 0),
             lambda p: kg.vjp(lambda q: cube_with_constant_slope(q["a"]), p)[1](1.0),
             ({"a": 2.0},),
-            testing._GRADIENT,
+            finite_differences.GRADIENT,
         )
         message = failure(testing._check_forward, point, np.ones(1), "order 2")
         assert "Worst: gradient by argument 0['a'], element ()" in message

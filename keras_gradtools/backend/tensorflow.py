@@ -1,6 +1,9 @@
 """The kernels on TensorFlow, over its own tape."""
 
+import contextlib
 import functools
+import logging
+import threading
 import time
 import warnings
 
@@ -167,6 +170,8 @@ class _CompiledWhenItPays:
     def __init__(self, eager, traced):
         self._eager = eager
         self._traced = tf.function(traced, autograph=False)
+        # One for each linearization, which is no mistake of the user's.
+        self._traced._omit_frequent_tracing_warning = True
         self._seconds = 0.0
 
     def __call__(self, tensors):
@@ -238,13 +243,49 @@ def _map_connected(fun, stacks):
 
 def _map_rows(fun, stacks):
     try:
-        return _vectorize(fun, stacks)
+        with _without_the_log_of_the_vectorizer():
+            return _vectorize(fun, stacks)
     except (ValueError, NotImplementedError, tf.errors.OpError) as error:
         if stacks[0].shape[0] is None:
             raise
-        rows = [fun([s[i] for s in stacks]) for i in range(stacks[0].shape[0])]
-        _warn_unvectorized(str(error).splitlines()[0])
-        return [tf.stack(column) for column in zip(*rows, strict=True)]
+        results = _row_by_row(fun, stacks)
+        _warn_unvectorized(str(error).strip().splitlines()[-1].strip())
+        return results
+
+
+@contextlib.contextmanager
+def _without_the_log_of_the_vectorizer():
+    """Where it cannot, it prints the graph, a thousand lines of it, and our warning says it in one.
+
+    Where it has a loop of its own, it asks whoever reads that to mend it.
+    """
+    thread = threading.get_ident()
+
+    def keep(record):
+        return record.levelno < logging.WARNING or record.thread != thread
+
+    logger = tf.get_logger()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _row_by_row(fun, stacks):
+    count = stacks[0].shape[0]
+    unrolled = count if tf.executing_eagerly() else min(count, _MOST_UNROLLED)
+    rows = [fun([s[i] for s in stacks]) for i in range(unrolled)]
+    results = [tf.stack(column) for column in zip(*rows, strict=True)]
+    if unrolled == count:
+        return results
+    # A graph of every row would take long to trace.
+    signature = [tf.TensorSpec(r.shape[1:], r.dtype) for r in results]
+    rest = tf.map_fn(fun, [s[unrolled:] for s in stacks], fn_output_signature=signature)
+    return [tf.concat(pair, 0) for pair in zip(results, rest, strict=True)]
+
+
+_MOST_UNROLLED = 8
 
 
 def _vectorize(fun, stacks):
@@ -297,6 +338,8 @@ class _Graph:
         self._has_custom_gradient = False
         # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
         self._compiled = tf.function(self._traced, autograph=False)
+        # TensorFlow counts traces by the code of the function, which is the same one for all that is compiled here.
+        self._compiled._omit_frequent_tracing_warning = True
 
     def _traced(self, *args, **kwargs):
         with recording.ReadLog() as log:
