@@ -43,8 +43,11 @@ class Plan:
         known = all(isinstance(n, int) for n in (*outputs, *inputs))
         return "forward" if known and sum(inputs) < sum(outputs) else "reverse"
 
-    def stack(self, tape, targets, sources, part, index):
-        """The rows (columns) with the numbers `index` of one part, on axis 0, None where nothing is connected."""
+    def stack(self, tape, targets, sources, part, index=None):
+        """The rows (columns) with the numbers `index` of one part, on axis 0, None where nothing is connected.
+
+        All of them without `index`.
+        """
         if isinstance(self.counts[part], int) and not self.counts[part]:
             return [None] * len(self._targets if self.forward else self._sources)
         if self.forward:
@@ -58,7 +61,7 @@ class Plan:
         for part, count in enumerate(self.counts):
             fun = functools.partial(self.stack, tape, targets, sources, part)
             if chunk_size is None or (isinstance(count, int) and chunk_size >= count):
-                stacks.append(fun(ops.arange(count, dtype="int32")))
+                stacks.append(fun())
             else:
                 stacks.append(backend.map_chunks(fun, count, chunk_size))
         return stacks
@@ -87,10 +90,14 @@ class Plan:
         """The unit vectors of these numbers, in the shape of `like`; zero for a number past the last one."""
         shape = _shape(like)
         element = shape[self.batch_axes :]
-        every = ops.arange(_count(element), dtype="int32")
-        unit = ops.cast(ops.equal(index[:, None], every[None, :]), like.dtype)
+        count = _count(element)
+        if index is None and isinstance(count, int):
+            unit = ops.eye(count, dtype=like.dtype)
+        else:
+            every = ops.arange(count, dtype="int32")
+            unit = ops.cast(ops.equal((every if index is None else index)[:, None], every[None, :]), like.dtype)
         unit = ops.reshape(unit, (-1, *[1] * self.batch_axes, *element))
-        return ops.broadcast_to(unit, (ops.shape(index)[0], *shape)) if self.batch_axes else unit
+        return ops.broadcast_to(unit, (ops.shape(unit)[0], *shape)) if self.batch_axes else unit
 
 
 def jacobians(tape, targets, sources, mode, chunk_size, zero, batch_axes=0):
