@@ -28,7 +28,7 @@ class Plan:
         self.forward = (self._cheaper() if mode == "auto" else mode) == "forward"
         along = self._sources if self.forward else self._targets
         self.counts = [_count(shape[batch_axes:]) for shape, _ in along]
-        if any(0 in shape for shape, _ in (*self._targets, *self._sources)):
+        if any(_is_empty(shape) for shape, _ in (*self._targets, *self._sources)):
             self.counts = [0] * len(along)
 
     @property
@@ -76,7 +76,7 @@ class Plan:
                 stack = stacks[s][t] if self.forward else stacks[t][s]
                 shape = (*target_shape, *source_shape[batch_axes:])
                 if stack is None:
-                    row.append(ops.zeros(shape, dtype=dtype) if zero or 0 in shape else None)
+                    row.append(ops.zeros(shape, dtype=dtype) if zero or _is_empty(shape) else None)
                     continue
                 if self.forward:
                     stack = ops.moveaxis(stack, 0, -1)
@@ -107,6 +107,11 @@ def jacobians(tape, targets, sources, mode, chunk_size, zero, batch_axes=0):
     """
     plan = Plan(targets, sources, mode, batch_axes)
     return plan.blocks(plan.stacks(tape, targets, sources, chunk_size), zero)
+
+
+def _is_empty(shape):
+    # A dimension that only the run will know is a tensor, and compares as one.
+    return any(isinstance(n, int) and n == 0 for n in shape)
 
 
 def _count(shape):

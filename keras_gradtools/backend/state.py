@@ -1,6 +1,9 @@
 """Keras variables as the state of a computation: what it reads, and what it assigns."""
 
+import keras
+from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
+from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.layers.layer import Layer
 
 
@@ -53,6 +56,18 @@ def is_overridden():
             return True
         scope = getattr(scope, "_outside", None)
     return False
+
+
+def ambient():
+    """What Keras' layers go by besides their arguments, as a key: precision, the mode of the call around, the seed."""
+    autocast, call = get_autocast_scope(), global_state.get_global_attribute("current_call_ctx")
+    return (
+        keras.config.floatx(),
+        autocast and autocast.dtype,
+        call and call.training,
+        global_state.get_global_attribute("global_random_seed"),
+        id(global_state.get_global_attribute("global_seed_generator")),
+    )
 
 
 def in_scope():

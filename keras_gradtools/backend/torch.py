@@ -366,7 +366,9 @@ class _Linear:
 
 
 def alias(x):
-    return x.view_as(x)
+    # Without grad mode, the alias of what requires a gradient would be neither a leaf nor a part of a graph.
+    with torch.enable_grad():
+        return x.view_as(x)
 
 
 def settled(tensors):
@@ -389,10 +391,23 @@ def per_example_gradients(fun, weights, examples):
     try:
         mapped = torch.vmap(torch.func.grad(fun), in_dims=(None, 0), randomness="same")
         return mapped(weights, examples)
-    except RuntimeError as error:
-        rows = [torch.func.grad(fun)(weights, [x[i] for x in examples]) for i in range(len(examples[0]))]
+    except (RuntimeError, AttributeError) as error:
+        rows = [_gradients(fun, weights, [x[i] for x in examples]) for i in range(len(examples[0]))]
         _warn_unvectorized(str(error).strip().splitlines()[0])
         return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _gradients(fun, weights, example):
+    tape = Tape(watch_accessed_variables=False)
+    tape.enter()
+    try:
+        for w in weights:
+            tape.watch(w)
+        value = fun(weights, example)
+    finally:
+        tape.exit()
+    gradients = pullback(tape, [value], weights, [torch.ones_like(value)])
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
 
 
 def jit(fun):

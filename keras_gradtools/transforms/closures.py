@@ -10,7 +10,10 @@ from typing import Any
 import keras
 
 _LIBRARIES = {"jax", "keras", "numpy", "tensorflow", "torch"}
-_MOST = 200
+_PRIMITIVES = (bool, int, str, bytes, type(None))
+_CONTAINERS = (tuple, list, dict, set, frozenset)
+# A program of what has more around it than this is not kept.
+_MOST = 1000
 
 
 class Identity:
@@ -37,8 +40,11 @@ class Identity:
 def surroundings(fun):
     """A key of what `fun` closes over, its defaults and the globals that it names, through the functions among them.
 
-    Keras variables are inputs of a program, so that what they hold is not in the key. What is changed in place (an
-    attribute, an entry of a list) is not seen; but for the `trainable` of layers, by which BatchNormalization goes.
+    Keras variables are inputs of a program, so that what they hold is not in the key. Of containers, the layers and
+    functions in them are; of layers and models, what decides by which rules they are called. What else is changed in
+    place (an attribute, an entry of a list) is not seen.
+
+    Raises `TypeError` where there is too much of it.
     """
     found, seen = [], set()
     _collect(fun, found, seen)
@@ -46,17 +52,27 @@ def surroundings(fun):
 
 
 def _collect(x, found, seen):
-    if isinstance(x, (bool, int, float, complex, str, bytes, type(None))):
+    if isinstance(x, (float, complex)):
+        found.append((type(x), repr(x)))  # 0.0 == -0.0
+        return
+    if isinstance(x, _PRIMITIVES):
         found.append((type(x), x))
         return
     if not isinstance(x, types.MethodType):  # made anew each time that it is looked up
         found.append(Identity(x))
-    if id(x) in seen or len(seen) > _MOST:
+    if id(x) in seen or isinstance(x, (types.ModuleType, type, types.BuiltinFunctionType)):
         return
+    if len(seen) > _MOST:
+        raise TypeError("There is too much around the function.")
     seen.add(id(x))
+    if isinstance(x, keras.Layer):
+        found.append(tuple(map(_rules_of, x._flatten_layers())))
     for part in _parts(x):
-        if not isinstance(part, (types.ModuleType, type, types.BuiltinFunctionType)):
-            _collect(part, found, seen)
+        _collect(part, found, seen)
+
+
+def _rules_of(layer):
+    return layer.trainable, getattr(layer, "lora_enabled", False), getattr(layer, "quantization_mode", None)
 
 
 def _parts(x):
@@ -64,13 +80,16 @@ def _parts(x):
         return [x.__self__, x.__func__]
     if isinstance(x, functools.partial):
         return [x.func, *x.args, *x.keywords.values()]
+    if type(x) in _CONTAINERS:
+        inside = x.values() if type(x) is dict else x
+        # The numbers in a tuple stay what they are; those in a list may be a counter of calls.
+        return [p for p in inside if type(x) is tuple or isinstance(p, (keras.Layer, types.FunctionType, *_CONTAINERS))]
     if isinstance(x, keras.Layer):
-        return [x.trainable, *getattr(x, "layers", ())]
-    if type(x) is tuple:
-        return x
+        return [] if _library(type(x).call) in _LIBRARIES else [type(x).call]
     if not isinstance(x, types.FunctionType):
-        return []
-    library = x.__globals__.get("__name__", "").split(".")[0]
+        call = vars(type(x)).get("__call__")
+        return [call] if isinstance(call, types.FunctionType) else []
+    library = _library(x)
     if library in _LIBRARIES:
         return []
     parts = [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
@@ -81,6 +100,10 @@ def _parts(x):
     if library != "keras_gradtools":
         parts += [x.__globals__[name] for name in loaded if name in x.__globals__ and name not in stored]
     return parts
+
+
+def _library(fun):
+    return getattr(fun, "__globals__", {}).get("__name__", "").split(".")[0]
 
 
 @functools.lru_cache(maxsize=1024)

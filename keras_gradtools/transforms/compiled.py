@@ -5,14 +5,19 @@ import threading
 import types
 import warnings
 import weakref
+from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend import state
 from keras_gradtools.transforms.closures import surroundings
+from keras_gradtools.transforms.taped_call import read
 
 MOST_PROGRAMS = 64
+# Of these, for the same arguments with something else closed over.
+MOST_SURROUNDINGS = 4
 
 
 class Program:
@@ -39,20 +44,49 @@ class Program:
         return result, self.note
 
 
+class _Key(NamedTuple):
+    options: Any
+    ambient: Any
+    signature: Any
+    surroundings: Any
+
+
 class _Programs:
     """The programs of one function: bounded, the one that was used last at the end."""
 
     def __init__(self):
         self.by_key = collections.OrderedDict()
         self.lock = threading.Lock()
+        self._has_warned = False
 
     def get(self, key, make):
         with self.lock:
-            program = self.by_key.pop(key, None) or make()
+            program = self.by_key.pop(key, None)
+            if program is None:
+                self._forget_former_surroundings(key)
+                program = make()
             self.by_key[key] = program
             if len(self.by_key) > MOST_PROGRAMS:
                 self.by_key.popitem(last=False)
         return program
+
+    def _forget_former_surroundings(self, key):
+        # A program holds the arrays that its function closed over when it was traced.
+        former = [k for k in self.by_key if k[:-1] == key[:-1]]
+        for k in former[: max(len(former) - MOST_SURROUNDINGS + 1, 0)]:
+            del self.by_key[k]
+
+    def warn_once(self, name, fun, error):
+        if self._has_warned:
+            return
+        self._has_warned = True
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        warnings.warn(
+            f"`{name}` runs {validation.name_of(fun)} eagerly, which is slower: it cannot be compiled. Mostly that is "
+            "because its Python depends on the values of tensors: use `keras.ops.where` or `keras.ops.cond` instead of "
+            f"`if`, and no `float(x)` or NumPy. The compiler said: {type(error).__name__}: {first_line}",
+            stacklevel=6,
+        )
 
     def replace(self, key, program):
         with self.lock:
@@ -88,7 +122,7 @@ def prepare(name, fun, body, options, args, kwargs):
     if not may_run():
         return eager
     try:
-        key = (options, surroundings(fun), _signature(args, kwargs))
+        key = _Key(options, state.ambient(), _signature(args, kwargs), surroundings(fun))
         programs = _programs_of(fun)
     except TypeError:
         return eager
@@ -106,7 +140,7 @@ def prepare(name, fun, body, options, args, kwargs):
             # Whatever is wrong without a compiler, too, is raised from here, without its traces.
             result = eager(args, kwargs)
             programs.replace(key, _EAGER)
-            _warn(name, fun, error)
+            programs.warn_once(name, fun, error)
             return result
 
     return compiled
@@ -135,7 +169,9 @@ def _reference(fun):
 
 
 def _argument(x):
-    return ops.convert_to_tensor(x) if validation.is_variable(x) else x
+    if isinstance(x, float):
+        return ops.convert_to_tensor(x, dtype=keras.config.floatx())
+    return read(x)
 
 
 def _signature(args, kwargs):
@@ -157,15 +193,7 @@ def _leaf(x):
         return tuple(x.shape), validation.dtype_of(x)
     if isinstance(x, float):
         return float
+    if isinstance(x, (bool, int, str, bytes, type(None))):
+        return type(x), x
     hash(x)
-    return type(x), x
-
-
-def _warn(name, fun, error):
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    warnings.warn(
-        f"`{name}` runs {validation.name_of(fun)} eagerly, which is slower: it cannot be compiled, as its Python seems "
-        "to depend on the values of tensors. Use `keras.ops.where` or `keras.ops.cond` instead of `if`, and no "
-        f"`float(x)` or NumPy. The compiler said: {type(error).__name__}: {first_line}",
-        stacklevel=5,
-    )
+    return surroundings(x)

@@ -17,6 +17,8 @@ from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.closures import Identity
 from keras_gradtools.transforms.taped_call import require_function, require_scalar
 
+# While a layer's calls are listed, its methods are others than its own.
+_one_at_a_time = threading.RLock()
 # Blocks of the sum over the examples, at most: each is a matrix product of its own.
 _MOST_BLOCKS = 32
 
@@ -82,8 +84,9 @@ def _evaluate(layer, fun, *args, **kwargs):
     outer = GradientTape(persistent=True, watch_accessed_variables=False)
     inner = GradientTape(persistent=True, watch_accessed_variables=False)
     with StateScope(), outer:
-        with inner, _calls_of(layer, (outer, inner)) as calls:
-            # Of all that leads to the kernel, for the comparison with what leads through `calls`.
+        # By all that leads to the kernel, for the comparison with what leads through `calls`.
+        outer.watch(layer.kernel)
+        with _one_at_a_time, inner, _calls_of(layer, (outer, inner)) as calls:
             inner.watch(layer.kernel)
             value = fun(*args, **kwargs)
         require_scalar("kernel_hessian", value)
@@ -99,20 +102,22 @@ def _evaluate(layer, fun, *args, **kwargs):
             )
         outputs = [call.output for call in calls]
         gradients = inner.gradient(value, outputs, unconnected_gradients="zero")
-    whole_gradient = inner.gradient(value, layer.kernel, unconnected_gradients="zero")
+        by_kernel = inner.gradient(value, layer.kernel, unconnected_gradients="zero")
 
-    inputs = ops.concatenate([_by_position(call.input, whole_gradient.dtype) for call in calls], axis=1)
-    by_output = ops.concatenate([_by_position(g, whole_gradient.dtype) for g in gradients], axis=1)
+    dtype = by_kernel.dtype
+    inputs = ops.concatenate([_by_position(call.input, dtype) for call in calls], axis=1)
+    if inputs.shape[0] == 0:
+        return (ops.zeros((*by_kernel.shape, *by_kernel.shape), dtype=dtype), ops.zeros(()), ops.zeros(())), None
     blocks = [
         [outer.batch_jacobian(g, z, unconnected_gradients="zero", mode=backend.HESSIAN_MODE) for z in outputs]
         for g in gradients
     ]
-    curvature = _joined(blocks, gradients, outputs, whole_gradient.dtype)
-
-    through_calls = ops.einsum("bpi,bpo->io", inputs, by_output)
-    elsewhere = _relative(through_calls, whole_gradient)
-    mixing = _mixing(outer, gradients, outputs, curvature)
-    return (_contracted(inputs, curvature), elsewhere, mixing), None
+    curvature = _joined(blocks, gradients, outputs, dtype)
+    hessian = _contracted(inputs, curvature)
+    direction = ops.convert_to_tensor(np.random.default_rng(0).normal(size=tuple(by_kernel.shape)), dtype=dtype)
+    product = outer.gradient(by_kernel, layer.kernel, direction, unconnected_gradients="zero")
+    elsewhere = _relative(ops.einsum("iojp,io->jp", hessian, direction), product)
+    return (hessian, elsewhere, _mixing(outer, gradients, outputs, curvature)), None
 
 
 class _Call(NamedTuple):
@@ -220,21 +225,21 @@ def _relative(a, b):
 def _checked(layer, hessian, elsewhere, mixing):
     # What the arithmetic of the layer leaves of a difference of zero.
     tolerance = 1e-3 if layer.compute_dtype in ("float32", "float64") else 5e-2
-    known = _number(elsewhere), _number(mixing)
+    known = _number(elsewhere), _number(mixing)  # where examples mix, the first is wrong, too
     if None in known:
         wrong = ops.logical_or(elsewhere > tolerance, mixing > tolerance)
         return ops.where(wrong, ops.full_like(hessian, math.nan), hessian)
-    if known[0] > tolerance:
-        raise ValueError(
-            f"kernel_hessian takes a function that depends on the kernel of {layer.name!r} through the layer's calls "
-            f"alone. Received: one whose gradient differs by {known[0]:.1e} (relative) from the one through them. "
-            "Leave out the regularizer, and whatever else reads the kernel, and add its Hessian, or use `hessian`."
-        )
     if known[1] > tolerance:
         raise ValueError(
             "kernel_hessian takes a function of independent examples. Received: one in which an example's gradient at "
             f"{layer.name!r} depends on the others ({known[1]:.1e}, relative to its own). Call BatchNormalization in "
             "inference mode, or use `hessian`."
+        )
+    if known[0] > tolerance:
+        raise ValueError(
+            f"kernel_hessian takes a function that depends on the kernel of {layer.name!r} through the layer's calls "
+            f"alone. Received: one whose curvature differs by {known[0]:.1e} (relative) from the one through them. "
+            "Leave out the regularizer, and whatever else reads the kernel, and add its Hessian, or use `hessian`."
         )
     return hessian
 

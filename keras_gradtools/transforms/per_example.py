@@ -71,6 +71,8 @@ def per_example_grad(fun, argnums=0):
             validation.require_differentiable(result, "What the function under `per_example_grad` returns")
             return result
 
+        if 0 in tuple(nesting.flatten(batch)[0].shape)[:1]:
+            return nesting.map_structure(lambda w: ops.zeros((0, *w.shape), dtype=w.dtype), weights)
         found = backend.per_example_gradients(value, nesting.flatten(weights), nesting.flatten(batch))
         return nesting.pack_as(weights, found)
 

@@ -40,8 +40,8 @@ class TapedCall:
                 for x in self.flat_sources:
                     self.record.watch(x)
                 returned = fun(*args, **(kwargs or {}))
-                target, self._aux = _split_aux(name, returned) if has_aux else (returned, None)
-                self.target = nesting.map_structure(_read, target)
+                target, aux = _split_aux(name, returned) if has_aux else (returned, None)
+                self.target, self._aux = (nesting.map_structure(read, x) for x in (target, aux))
             finally:
                 self.record.exit()
         self.flat_targets = nesting.flatten(self.target)
@@ -101,6 +101,9 @@ def require_scalar(name, value):
 
 def differentiable_argument(name, position, x):
     """Returns an alias of argument `x` as a tensor, and raises `ValueError` if it has no gradient."""
+    if x is None or isinstance(x, str):
+        validation.require_differentiable(x, f"Argument {position} under `{name}`")
+    x = read(x)
     if isinstance(x, (float, int)) and not isinstance(x, bool) or not hasattr(x, "dtype"):
         x = ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None)
     elif not ops.is_tensor(x):
@@ -120,9 +123,9 @@ def _positions(name, argnums, count):
     return [i % count for i in chosen]
 
 
-def _read(x):
-    # A variable that was returned is a value from here on.
-    return ops.convert_to_tensor(x) if validation.is_variable(x) else x
+def read(x):
+    """The value that a variable has here, a stateless scope's if one lends it another; anything else as it is."""
+    return ops.convert_to_tensor(x.value) if validation.is_variable(x) else x
 
 
 def _filled(derivatives, like):
