@@ -88,7 +88,9 @@ def _watch_read(variable, value, tapes):
     known = [tape.aliases.get(id(variable), (None, None)) for tape in tapes]
     given = known[0][1]
     # A stateless scope may lend a variable a value that some tape follows already: it has to follow the alias, too.
-    followers = [tape for tape in recording.active_tapes() if id(value) in tape.followed]
+    # What was assigned is a constant, whatever it was computed from.
+    is_lent = recording.is_lent(variable, value)
+    followers = [tape for tape in recording.active_tapes() if is_lent and id(value) in tape.followed]
     if (
         given is None
         or any(of is not value or alias is not given for of, alias in known)
@@ -98,7 +100,7 @@ def _watch_read(variable, value, tapes):
     for tape in tapes:
         tape.aliases[id(variable)] = (value, given)
         tape.followed[id(given)] = given
-        tape.note_read(variable, given, recording.is_lent(variable, value))
+        tape.note_read(variable, given, is_lent)
     return given
 
 
