@@ -19,8 +19,9 @@ writes this page from benchmarks/results/.
   median.
 - *CPU ratio* is the same of the CPU time of the process, which other work on the machine disturbs less.
 - *Error* is the largest difference between the two, over the largest entry.
-- One thread; the last runs on TensorFlow and JAX went on side by side, on one core each. Batches are doubled until the hand-written code takes 5 ms (20 ms where it is one gradient), but
-  for the rows of fixed sizes (eager tape on JAX, training steps, the guide's code, kernel Hessian).
+- One thread; the last runs on TensorFlow and JAX went on side by side, on one core each.
+- Batches are doubled until the hand-written code takes 5 ms (20 ms where it is one gradient), but for the rows of
+  fixed sizes (eager tape on JAX, training steps, the guide's code, kernel Hessian).
 - *Compiled* is `kg.jit` against `tf.function` or `jax.jit`; *self-compiled* is a transform that is called as
   it is and compiles itself, against the same; *XLA* is `tf.function(jit_compile=True)` around
   both; *fit* is `train_on_batch` as Keras compiles it. torch runs eagerly: its compiler cannot
