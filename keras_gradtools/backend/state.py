@@ -76,6 +76,7 @@ def in_scope():
 
 
 def is_assigned_in_scope(variable):
+    """Whether the value that `variable` has here was assigned to it inside the scope around."""
     scope = get_stateless_scope()
     return isinstance(scope, StateScope) and id(variable) in scope._assigned
 
