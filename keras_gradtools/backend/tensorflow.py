@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import chunks, recording, state
+from keras_gradtools.backend import chunks, recording, state, tensorflow_resizing
 
 COMPILES_SECOND_ORDER = True
 HESSIAN_MODE = "reverse"
@@ -99,6 +99,7 @@ def _watch_read(variable, value, tapes):
 
 
 recording.install_read_hook(_watch_read)
+tensorflow_resizing.install()
 
 
 def _moments(x, axes, keepdims):

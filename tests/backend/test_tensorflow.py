@@ -46,6 +46,29 @@ def test_moments_have_the_values_of_the_original(keepdims):
     close(list(actual), [np.asarray(e) for e in expected])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos3"])
+def test_resizing_has_a_second_derivative(interpolation, compiled):
+    """TensorFlow alone raises `LookupError`, and for bilinear resizing gives no derivative at all."""
+    resize = keras.layers.Resizing(3, 5, interpolation=interpolation)
+
+    def derivatives(x):
+        with kg.GradientTape(persistent=True) as outer:
+            outer.watch(x)
+            with kg.GradientTape() as inner:
+                inner.watch(x)
+                resized = resize(x)
+                y = ops.sum(ops.square(resized))
+            gradient = inner.gradient(y, x)
+        return outer.jacobian(resized, x), outer.jacobian(gradient, x)
+
+    x = tensor(np.random.default_rng(0).normal(size=(1, 2, 3, 1)))
+    linear, hessian = (tf.function(derivatives) if compiled else derivatives)(x)
+    linear = np.asarray(linear).reshape(15, 6)
+    assert np.abs(linear).max() > 0.5
+    close(ops.reshape(hessian, (6, 6)), 2 * linear.T @ linear, 1e-5)
+
+
 def test_a_variable_that_tensorflow_takes_for_frozen():
     layer = keras.layers.Dense(1, use_bias=False)
     layer.trainable = False
