@@ -1,6 +1,6 @@
 """Advanced gradient utilities for Keras 3, the same on TensorFlow, JAX and PyTorch."""
 
-from keras_gradtools import layers, models, plots, testing
+from keras_gradtools import layers, models, plots, regularization, testing
 from keras_gradtools.custom_gradients import custom_gradient
 from keras_gradtools.gradient_ops import (
     clip_gradient_norm,
@@ -52,6 +52,7 @@ __all__ = [
     "models",
     "per_example_grad",
     "plots",
+    "regularization",
     "reverse_gradient",
     "scale_gradient",
     "stop_gradient",

@@ -8,6 +8,7 @@ which exists once for all backends.
 | --------------------------------------------------- | ------------------------------------------------- |
 | `Tape(watch_accessed_variables)`                    | a recording, see `recording.Recording`            |
 | `pullback(tape, targets, sources, cotangents)`      | reverse mode: `sum_k J_k' u_k` for every source   |
+| `constant_pullback(tape, targets, sources, cotangents)`| the same, held constant: no second derivative |
 | `pullback_batch(tape, targets, sources, cotangents)`| the same for a stack of cotangents on axis 0      |
 | `pushforward(tape, targets, sources, tangents)`     | forward mode: `sum_i J_i v_i` for every target    |
 | `pushforward_batch(tape, targets, sources, tangents)`| the same for a stack of tangents on axis 0       |
@@ -18,6 +19,8 @@ which exists once for all backends.
 | `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
 | `alias(x)`                                          | another tensor with the value of `x`, recorded    |
 | `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
+| `random_state()`                                    | the state of what draws random numbers past Keras' seeds |
+| `with_random_state(state)`                          | a block in which it is `state` again              |
 | `may_compile()`                                     | whether a function called now may be compiled by itself |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
 | `HESSIAN_MODE`                                      | the cheaper way through a gradient, as measured   |

@@ -1,5 +1,7 @@
 """The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_sweep` for the rest."""
 
+import contextlib
+
 import jax
 
 from keras_gradtools.backend import chunks, jax_keras_ops, jax_linearize, jax_sweep, jax_trace, recording
@@ -11,6 +13,7 @@ __all__ = [
     "HESSIAN_MODE",
     "Tape",
     "alias",
+    "constant_pullback",
     "custom_gradient",
     "jit",
     "linearize",
@@ -21,7 +24,9 @@ __all__ = [
     "pullback_batch",
     "pushforward",
     "pushforward_batch",
+    "random_state",
     "settled",
+    "with_random_state",
 ]
 
 COMPILES_SECOND_ORDER = True
@@ -120,6 +125,12 @@ def pullback(tape, targets, sources, cotangents):
     return _pull(jax_sweep.pull, tape, targets, sources, cotangents)
 
 
+def constant_pullback(tape, targets, sources, cotangents):
+    # Held constant before the sweep, not after it: an enclosing derivative does not even look at what it does, so that
+    # custom derivatives that have no second one can take part.
+    return _pull(_pull_constants, tape, targets, sources, jax.lax.stop_gradient(cotangents))
+
+
 def pullback_batch(tape, targets, sources, cotangents):
     return _pull(jax_sweep.pull_batch, tape, targets, sources, cotangents)
 
@@ -130,6 +141,10 @@ def pushforward(tape, targets, sources, tangents):
 
 def pushforward_batch(tape, targets, sources, tangents):
     return _push(jax_sweep.push_batch, tape, targets, sources, tangents)
+
+
+def _pull_constants(part, arrays, cotangents):
+    return jax_sweep.pull(part, jax.lax.stop_gradient(arrays), cotangents)
 
 
 def _pull(mode, tape, targets, sources, cotangents):
@@ -173,6 +188,15 @@ def _by_input(part, tangents):
 def _by_target(part, pushed):
     pushed = iter(pushed)
     return [None if slot is None else next(pushed) for slot in part.target_slots]
+
+
+def random_state():
+    return None
+
+
+def with_random_state(state):
+    # Keras' seeds are variables here, so that whoever holds their values holds it all.
+    return contextlib.nullcontext()
 
 
 def may_compile():

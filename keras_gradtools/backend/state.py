@@ -1,5 +1,7 @@
 """Keras variables as the state of a computation: what it reads, and what it assigns."""
 
+import contextlib
+
 import keras
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
@@ -68,6 +70,33 @@ def ambient():
         global_state.get_global_attribute("global_random_seed"),
         id(global_state.get_global_attribute("global_seed_generator")),
     )
+
+
+def state_variables(layer):
+    """The variables that a call of `layer` reads and assigns besides its weights, frozen or not.
+
+    They are the statistics of normalization layers, the states of seeds, counters; and the state of Keras' global seed.
+    """
+    layers = layer._flatten_layers() if isinstance(layer, Layer) else []
+    weights = {id(v) for part in layers for v in part._trainable_variables}
+    found = [v for v in layer.variables if id(v) not in weights] if layers else []
+    seeds = global_state.get_global_attribute("global_seed_generator")
+    return found if seeds is None else [*found, seeds.state]
+
+
+@contextlib.contextmanager
+def frozen_statistics(layer):
+    """A block in which BatchNormalization goes by its moving statistics in training mode, too."""
+    layers = layer._flatten_layers() if isinstance(layer, Layer) else []
+    # What Keras' layer asks to know whether it was frozen. The setter would mark the variables as well.
+    thawed = [part for part in layers if isinstance(part, keras.layers.BatchNormalization) and part._trainable]
+    for part in thawed:
+        part._trainable = False
+    try:
+        yield
+    finally:
+        for part in thawed:
+            part._trainable = True
 
 
 def in_scope():

@@ -131,6 +131,10 @@ def pullback(tape, targets, sources, cotangents):
     )
 
 
+def constant_pullback(tape, targets, sources, cotangents):
+    return [None if g is None else tf.stop_gradient(g) for g in pullback(tape, targets, sources, cotangents)]
+
+
 def pushforward(tape, targets, sources, tangents):
     return linearize(tape, targets, sources)(tangents)
 
@@ -192,6 +196,15 @@ def pullback_batch(tape, targets, sources, cotangents):
 
 def pushforward_batch(tape, targets, sources, tangents):
     return _map_connected(lambda rows: pushforward(tape, targets, sources, rows), tangents)
+
+
+def random_state():
+    return None
+
+
+def with_random_state(state):
+    # Keras' seeds are variables here, so that whoever holds their values holds it all.
+    return contextlib.nullcontext()
 
 
 def may_compile():

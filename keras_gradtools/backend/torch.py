@@ -18,6 +18,7 @@ __all__ = [
     "HESSIAN_MODE",
     "Tape",
     "alias",
+    "constant_pullback",
     "custom_gradient",
     "jit",
     "linearize",
@@ -28,7 +29,9 @@ __all__ = [
     "pullback_batch",
     "pushforward",
     "pushforward_batch",
+    "random_state",
     "settled",
+    "with_random_state",
 ]
 
 # torch.compile cannot differentiate what it has compiled a second time.
@@ -205,6 +208,11 @@ def pullback(tape, targets, sources, cotangents):
     return tape.gather(sources, lambda values: _pull(tape, targets, values, cotangents, run))
 
 
+def constant_pullback(tape, targets, sources, cotangents):
+    with torch.no_grad():
+        return pullback(tape, targets, sources, cotangents)
+
+
 def pullback_batch(tape, targets, sources, cotangents):
     return tape.gather(sources, lambda values: _pull(tape, targets, values, cotangents, _run_batch))
 
@@ -376,6 +384,29 @@ def settled(tensors):
     if not attached or _may_be_recorded(lambda: torch_graph.is_used_outside(_nodes(attached))):
         return tensors
     return [t.detach() if t.requires_grad else t for t in tensors]
+
+
+def random_state():
+    # Keras' dropout without a seed, and whatever torch modules draw, goes by torch's own generators.
+    on_device = torch.cuda.get_rng_state() if get_device().startswith("cuda") else None
+    return torch.get_rng_state(), on_device
+
+
+@contextlib.contextmanager
+def with_random_state(state):
+    before = random_state()
+    _set_random_state(state)
+    try:
+        yield
+    finally:
+        _set_random_state(before)
+
+
+def _set_random_state(state):
+    on_host, on_device = state
+    torch.set_rng_state(on_host)
+    if on_device is not None:
+        torch.cuda.set_rng_state(on_device)
 
 
 def may_compile():

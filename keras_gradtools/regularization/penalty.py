@@ -1,0 +1,224 @@
+"""The penalty on input gradients: its options, and its value for a recorded call."""
+
+import math
+import typing
+
+import keras
+from keras import ops
+
+from keras_gradtools import backend, validation, vectors
+from keras_gradtools.backend import state
+from keras_gradtools.regularization import gradient_norms, smoothness
+from keras_gradtools.regularization.targets import ALL
+
+METHODS = ("auto", "exact", "finite_difference", "random_projection")
+
+
+class Penalties(typing.NamedTuple):
+    """What each example contributes, of shape `(batch,)`: its penalty, and the norm of its gradient, a constant."""
+
+    values: typing.Any
+    norms: typing.Any
+
+
+class Choice(typing.NamedTuple):
+    """A method settled on, the number of projections that goes with it, and why."""
+
+    method: str
+    projections: int
+    reasons: tuple
+
+
+class Penalty:
+    """The options of a penalty, checked.
+
+    `owner` is the name of the public class or function, for error messages; the other arguments are described there.
+    """
+
+    def __init__(
+        self,
+        owner,
+        target="loss",
+        norm=2,
+        squared=True,
+        center=0.0,
+        method="auto",
+        step_size=0.1,
+        projections=1,
+        frozen_statistics=False,
+    ):
+        self.owner = owner
+        self.target = self._checked_target(target)
+        self.norm = self._checked_norm(norm)
+        self.squared = self._checked_flag("squared", squared)
+        self.center = self._checked_number("center", center)
+        self.method = self._checked_method(method)
+        self.step_size = self._checked_number("step_size", step_size, is_positive=True)
+        self.projections = self._checked_projections(projections)
+        self.frozen_statistics = self._checked_flag("frozen_statistics", frozen_statistics)
+
+    @property
+    def is_plain_square(self):
+        """Whether the penalty is the squared l2 norm, which needs no root, and of which projections are unbiased."""
+        return self.norm == 2 and self.squared and not self.center
+
+    def choose(self, model, may_differentiate_twice=True):
+        """Settles on a method for `model`: a `Choice`."""
+        projections = ALL if self.method == "exact" else self.projections
+        if self.method != "auto":
+            return Choice(self.method, projections, ("as given",))
+        if not may_differentiate_twice:
+            reasons = ("the compiler of this backend cannot differentiate twice",)
+        else:
+            reasons = smoothness.reasons_against_exact(model)
+        if not reasons:
+            return Choice("exact", ALL, ("no kinks were found in its activations",))
+        return Choice("finite_difference", self.projections if self.is_plain_square else ALL, reasons)
+
+    def measure(self, choice, call, target, model, training):
+        """The `Penalties` of a `RecordedCall` of `model`."""
+        if self.frozen_statistics and training:
+            with state.frozen_statistics(model):
+                return self._measure(choice, call.recorded_again(), target.recomputed())
+        return self._measure(choice, call, target)
+
+    def _measure(self, choice, call, target):
+        if choice.method == "finite_difference":
+            return self._finite_differences(call, target)
+        g = gradient_norms.rows(self._connected(call, target.pull(call)))
+        return Penalties(self._of_gradients(g), ops.stop_gradient(gradient_norms.norms(g, self.norm)))
+
+    def _finite_differences(self, call, target):
+        quotients, gradients = [], []
+        for part in target.parts():
+            with call.recording():
+                values = part.each(call.outputs)
+            pulled = call.pull_constant([values], [ops.ones_like(values)])
+            self._connected(call, pulled)
+            g = gradient_norms.rows([vectors.zeros(x) if u is None else u for u, x in zip(pulled, call.sources)])
+            further = part.each(call.again(self._shifted(call.sources, g)))
+            difference = gradient_norms.at_least_single(further) - gradient_norms.at_least_single(values)
+            # Where nothing was shifted, two equal numbers may still be rounded differently.
+            quotients.append(ops.where(ops.any(g != 0, axis=1), difference / self.step_size, 0.0))
+            gradients.append(g)
+        norms = gradient_norms.norms(gradient_norms.rows(gradients), self.norm)
+        return Penalties(self._of_quotients(quotients), ops.stop_gradient(norms))
+
+    def _connected(self, call, gradients):
+        connected = [g for g in gradients if g is not None]
+        if not connected:
+            raise no_gradient(self.owner, "inputs that the target does not depend on differentiably", call.sources)
+        return connected
+
+    def _shifted(self, sources, g):
+        """The sources, each example moved by `step_size` in the direction in which its target grows most."""
+        steps = self.step_size * gradient_norms.directions(g, self.norm)
+        shifted, start = [], 0
+        for x in sources:
+            end = None if x is sources[-1] else start + math.prod(x.shape[1:])
+            step = ops.reshape(steps[:, start:end], ops.shape(x))
+            shifted.append(x + ops.cast(step, x.dtype))
+            start = end
+        return shifted
+
+    def _of_gradients(self, g):
+        if self.is_plain_square:
+            return ops.sum(ops.square(g), axis=1)
+        return self._from_center(gradient_norms.norms(g, self.norm))
+
+    def _of_quotients(self, quotients):
+        if len(quotients) == 1:
+            return self._from_center(quotients[0])
+        return self._of_gradients(ops.stack(quotients, axis=1))
+
+    def _from_center(self, norms):
+        distance = norms - self.center if self.center else norms
+        return ops.square(distance) if self.squared else ops.abs(distance)
+
+    def get_config(self):
+        target = self.target
+        return {
+            "target": target if isinstance(target, str) else keras.saving.serialize_keras_object(target),
+            "norm": self.norm,
+            "squared": self.squared,
+            "center": self.center,
+            "method": self.method,
+            "step_size": self.step_size,
+            "projections": self.projections,
+            "frozen_statistics": self.frozen_statistics,
+        }
+
+    def check_compiled(self, choice, jit_compile):
+        """Raises `ValueError` where the compiler of the backend cannot do what was chosen."""
+        if jit_compile and choice.method != "finite_difference" and not backend.COMPILES_SECOND_ORDER:
+            raise ValueError(
+                f"{self.owner} with method={choice.method!r} differentiates twice, which the compiler of this backend "
+                f"cannot do. Received: jit_compile={jit_compile!r}. Use method='finite_difference', which differentiates "
+                "once, or compile the model with jit_compile=False."
+            )
+
+    def _checked_target(self, target):
+        if target in ("loss", "outputs") if isinstance(target, str) else callable(target):
+            return target
+        raise self._refused("target", "'loss', 'outputs' or a function", target, self._about_functions)
+
+    _about_functions = "A function takes (y, y_pred) and returns one number for each example."
+
+    def _checked_norm(self, norm):
+        if norm in ("inf", math.inf) and not isinstance(norm, bool):
+            return "inf"
+        if norm in (1, 2) and not isinstance(norm, bool):
+            return int(norm)
+        raise self._refused("norm", "1, 2 or 'inf'", norm, "It is the norm of the gradient: 1 answers l-infinity attacks.")
+
+    def _checked_flag(self, name, flag):
+        if not isinstance(flag, bool):
+            raise self._refused(name, "True or False", flag, "")
+        return flag
+
+    def _checked_number(self, name, number, is_positive=False):
+        if not validation.is_number(number) or not math.isfinite(number) or is_positive and number <= 0:
+            raise self._refused(name, f"a finite {'positive ' if is_positive else ''}number", number, "")
+        return float(number)
+
+    def _checked_method(self, method):
+        if method not in METHODS:
+            raise self._refused("method", ", ".join(map(repr, METHODS[:-1])) + f" or {METHODS[-1]!r}", method, "")
+        if method == "random_projection" and self.target != "outputs":
+            raise self._refused(
+                "method",
+                "'auto', 'exact' or 'finite_difference' where `target` is not 'outputs'",
+                method,
+                "Projections are of the outputs: with one number for each example there is nothing to project.",
+            )
+        return method
+
+    def _checked_projections(self, projections):
+        if isinstance(projections, bool) or not isinstance(projections, int) or projections < 1 and projections != ALL:
+            raise self._refused("projections", f"a positive integer, or {ALL} for all outputs,", projections, "")
+        is_estimate = self.target == "outputs" and self.method in ("random_projection", "finite_difference")
+        if is_estimate and projections != ALL and not self.is_plain_square:
+            raise self._refused(
+                "projections",
+                f"{ALL} with norm={self.norm!r}, squared={self.squared}, center={self.center}",
+                projections,
+                "Random projections estimate the squared l2 norm alone without bias.",
+            )
+        return projections
+
+    def _refused(self, name, expected, received, advice):
+        return ValueError(
+            f"{self.owner} expects {expected} as `{name}`. Received: {name}={validation.describe(received)}."
+            + (f" {advice}" if advice else "")
+        )
+
+
+def no_gradient(owner, received, tensors):
+    """The error where there is nothing to differentiate by."""
+    return ValueError(
+        f"{owner} penalizes the gradient by floating-point inputs. Received: {received}, "
+        f"{', '.join(validation.describe(x) for x in tensors)}. Where the values are numbers, such as pixels, cast them "
+        "to 'float32' first. Where they are indices, penalize the output of the embedding: wrap the part of the model "
+        "that comes after it, and train that on embedded data, or put it into a `keras_gradtools.layers."
+        "InputGradientPenalty`."
+    )

@@ -1,0 +1,93 @@
+"""One call of a model, recorded as a function of its inputs, that can be made again with other inputs."""
+
+import contextlib
+
+from keras import ops
+
+from keras_gradtools import backend, nesting
+from keras_gradtools.backend import state
+
+
+class Snapshot:
+    """What the next call of `layer` goes by besides its inputs and weights: seeds, statistics, random generators.
+
+    In a block of `replaying` it is so again: dropout draws the same mask. What is assigned there is dropped.
+    """
+
+    def __init__(self, layer):
+        self._mapping = [(v, ops.copy(v)) for v in state.state_variables(layer)]
+        self._random = backend.random_state()
+
+    @contextlib.contextmanager
+    def replaying(self):
+        with state.StateScope(self._mapping), backend.with_random_state(self._random):
+            yield
+
+
+class RecordedCall:
+    """The call `fun(inputs)`, as a function of the inputs at the positions `chosen` among all, flat.
+
+    Args:
+        fun: what is called; with `snapshot`, it can be called again.
+        inputs: tensors in any nesting.
+        chosen: the positions of those to differentiate by.
+        snapshot: a `Snapshot` from before the call.
+
+    Attributes:
+        sources: the chosen inputs, as the record knows them.
+        outputs: what `fun` returned.
+        record: the backend's tape.
+    """
+
+    def __init__(self, fun, inputs, chosen, snapshot=None):
+        self._fun, self._snapshot = fun, snapshot
+        self._inputs, self._chosen = inputs, chosen
+        flat = nesting.flatten(inputs)
+        # The same tensor given as two inputs is two inputs.
+        self.sources = [backend.alias(flat[i]) for i in chosen]
+        self.record = backend.Tape(watch_accessed_variables=False)
+        with self.recording():
+            for x in self.sources:
+                self.record.watch(x)
+            self.outputs = fun(self._with(self.sources))
+
+    @contextlib.contextmanager
+    def recording(self):
+        """A block in which more is recorded."""
+        self.record.enter()
+        try:
+            yield
+        finally:
+            self.record.exit()
+
+    @property
+    def batch_size(self):
+        return ops.shape(self.sources[0])[0]
+
+    def pull(self, targets, cotangents):
+        """The gradient by each of the sources, None where nothing is connected."""
+        return backend.pullback(self.record, targets, self.sources, cotangents)
+
+    def pull_constant(self, targets, cotangents):
+        """The same, held constant: no second derivative will pass through it."""
+        return backend.constant_pullback(self.record, targets, self.sources, cotangents)
+
+    def pull_batch(self, targets, cotangents):
+        """The same for a stack of cotangents on axis 0."""
+        return backend.pullback_batch(self.record, targets, self.sources, cotangents)
+
+    def again(self, sources):
+        """The outputs for other values of the sources, everything else being as it was before the call."""
+        with self._snapshot.replaying():
+            return self._fun(self._with(sources))
+
+    def recorded_again(self):
+        """The same call, made and recorded once more."""
+        with self._snapshot.replaying():
+            return RecordedCall(self._fun, self._inputs, self._chosen, self._snapshot)
+
+    def _with(self, sources):
+        flat = nesting.flatten(self._inputs)
+        for i, x in zip(self._chosen, sources, strict=True):
+            flat[i] = x
+        return nesting.pack_as(self._inputs, flat)

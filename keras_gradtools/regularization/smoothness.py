@@ -1,0 +1,151 @@
+"""Whether a model is smooth enough for the exact penalty to train it, and if not, why."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools.backend.state import StateScope
+from keras_gradtools.tape import GradientTape
+
+# Layers and operations with kinks wherever their parameters put them.
+_KINKED_LAYERS = (
+    "PReLU",
+    "Maximum",
+    "Minimum",
+    "MaxPooling1D",
+    "MaxPooling2D",
+    "MaxPooling3D",
+    "GlobalMaxPooling1D",
+    "GlobalMaxPooling2D",
+    "GlobalMaxPooling3D",
+    "AdaptiveMaxPooling1D",
+    "AdaptiveMaxPooling2D",
+    "AdaptiveMaxPooling3D",
+)
+_KINKED_OPERATIONS = {
+    "Abs",
+    "Absolute",
+    "Amax",
+    "Amin",
+    "Clip",
+    "HardShrink",
+    "HardSigmoid",
+    "HardSilu",
+    "HardTanh",
+    "LeakyRelu",
+    "Max",
+    "MaxPool",
+    "Maximum",
+    "Min",
+    "Minimum",
+    "Relu",
+    "Relu6",
+    "Selu",
+    "SoftShrink",
+    "Sparsemax",
+    "Threshold",
+}
+# Activations that are layers, and depend on their parameters.
+_ACTIVATION_LAYERS = ("ReLU", "LeakyReLU", "ELU")
+# Keras' own layers that run code of somebody else.
+_FOREIGN_LAYERS = ("Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer")
+
+
+def reasons_against_exact(model):
+    """Why the exact penalty would train `model` badly or not at all: texts, none where nothing speaks against it.
+
+    Activations are looked at wherever a layer has them as an attribute, and as operations of a functional model; what
+    the `call` of a layer does by itself is not seen. Second derivatives are tried out where layers are not Keras' own.
+    """
+    if not isinstance(model, keras.Layer):
+        return ()
+    layers = model._flatten_layers()
+    found = [(layer.name, kink) for layer in layers if (kink := _kink(layer))]
+    functional = [layer for layer in layers if isinstance(layer, keras.Model) and hasattr(layer, "operations")]
+    for part in functional:
+        kinked = [op for op in part.operations if type(op).__name__ in _KINKED_OPERATIONS]
+        found += [(op.name, f"is {type(op).__name__!r}") for op in kinked if not isinstance(op, keras.Layer)]
+    reasons = [_summed_up(found)] if found else []
+    if any(_is_foreign(layer) for layer in layers):
+        missing = _missing_second_derivative(model)
+        reasons += [f"its second derivative failed: {missing}"] if missing else []
+    return tuple(reasons)
+
+
+def _summed_up(found):
+    name, kink = found[0]
+    others = f", and so have {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{name!r} {kink}, which has kinks{others}"
+
+
+def _kink(layer):
+    """In what way `layer` is not smooth; empty if it is."""
+    kind = type(layer).__name__
+    if isinstance(layer, _classes(_KINKED_LAYERS)):
+        return f"is {kind!r}"
+    if isinstance(layer, _classes(_ACTIVATION_LAYERS)) and has_kink(layer):
+        return f"is {kind!r}"
+    for name, value in vars(layer).items():
+        if "activation" in name and callable(value) and not isinstance(value, keras.Layer) and has_kink(value):
+            return f"uses {getattr(value, '__name__', type(value).__name__)!r}"
+    return ""
+
+
+def _classes(names):
+    # Some are not in every supported Keras.
+    return tuple(getattr(keras.layers, name) for name in names if hasattr(keras.layers, name))
+
+
+def has_kink(activation):
+    """Whether the slope of an elementwise function jumps somewhere between -8 and 8.
+
+    At a kink, second differences shrink as the spacing does, elsewhere as its square. What cannot be called on one
+    column of numbers is taken for smooth.
+    """
+    x = np.linspace(-8, 8, 513, dtype="float32")
+    try:
+        values = ops.convert_to_numpy(activation(ops.convert_to_tensor(x[:, None]))).astype("float64")
+    except Exception:
+        return False
+    if values.shape != (513, 1):
+        return False
+    near, far = (np.abs(values[2 * k :] - 2 * values[k:-k] + values[: -2 * k]).max() for k in (1, 2))
+    return bool(near > 1e-5 * np.abs(values).max() and far < 3.5 * near)
+
+
+def _is_foreign(layer):
+    if isinstance(layer, _classes(_FOREIGN_LAYERS)):
+        return True
+    return not isinstance(layer, keras.Model) and not type(layer).__module__.startswith("keras.")
+
+
+def _missing_second_derivative(model):
+    """The error of a second derivative where a first one exists; empty without one, or where it cannot be tried."""
+    try:
+        inputs = keras.tree.map_structure(_example, model.input)
+        watched = [x for x in keras.tree.flatten(inputs) if keras.backend.is_float_dtype(x.dtype)]
+        _gradient_size(model, inputs, watched)
+    except Exception:
+        return ""
+    try:
+        with StateScope(), GradientTape() as tape:
+            size = _gradient_size(model, inputs, watched)
+        tape.gradient(size, model.trainable_variables)
+    except Exception as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+def _example(tensor):
+    shape = [2, *(8 if n is None else n for n in tensor.shape[1:])]
+    values = np.random.default_rng(0).uniform(0, 1, shape)
+    return ops.convert_to_tensor(values.astype(tensor.dtype))
+
+
+def _gradient_size(model, inputs, watched):
+    with StateScope(), GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(watched)
+        outputs = keras.tree.flatten(model(inputs, training=False))
+        size = sum(ops.sum(ops.square(y)) for y in outputs if keras.backend.is_float_dtype(y.dtype))
+    gradients = tape.gradient(size, watched)
+    return sum(ops.sum(ops.square(g)) for g in gradients if g is not None)

@@ -1,0 +1,160 @@
+"""What can be differentiated by the inputs: the loss, all outputs, or a number of one's own for each example."""
+
+import math
+import typing
+
+import keras
+from keras import ops
+
+from keras_gradtools import jacobians, nesting, validation
+from keras_gradtools.backend import example_losses
+from keras_gradtools.regularization.gradient_norms import at_least_single
+
+# The number of projections that stands for all outputs, each by itself.
+ALL = -1
+
+
+class LossTarget:
+    """The compiled loss, as the sum of the losses of its examples."""
+
+    def __init__(self, owner, compile_loss, y, value=None):
+        self._owner, self._compile_loss, self._y = owner, compile_loss, y
+        # The loss without sample weights, where it is known already and recorded.
+        self._value = value
+
+    def recomputed(self):
+        """The same target for another call, of which nothing is known."""
+        return LossTarget(self._owner, self._compile_loss, self._y)
+
+    def pull(self, call):
+        """The gradient of each example's loss by its inputs; None where nothing is connected."""
+        loss = self._value
+        if loss is None:
+            with call.recording():
+                loss = example_losses.total_loss(self._compile_loss, self._y, call.outputs)
+        # The factor goes in before the pullback: in half precision, the gradients of a mean may underflow.
+        factor = ops.cast(call.batch_size, loss.dtype) * ops.cast(example_losses.replicas(), loss.dtype)
+        return call.pull([loss], [ops.broadcast_to(factor, ops.shape(loss))])
+
+    def parts(self):
+        """What a finite difference is taken of: objects with `each(outputs)`, a number for each example."""
+        return [self]
+
+    def each(self, outputs):
+        """The loss of each example, of shape `(batch,)`."""
+        losses = example_losses.example_losses(self._compile_loss, self._y, outputs)
+        if losses is None:
+            raise ValueError(
+                f"{self._owner} with method='finite_difference' needs the loss of each example. Received: a loss that "
+                "returns one number for the whole batch. Let it return one value for each example, which Keras "
+                "averages, or use method='exact'."
+            )
+        return losses
+
+
+class FunctionTarget:
+    """A function of the labels and the outputs, or of the outputs alone, that gives one number for each example."""
+
+    def __init__(self, owner, fun, *arguments):
+        self._owner, self._fun, self._arguments = owner, fun, arguments
+
+    def recomputed(self):
+        return self
+
+    def pull(self, call):
+        with call.recording():
+            values = self.each(call.outputs)
+        return call.pull([values], [ops.ones_like(values)])
+
+    def parts(self):
+        return [self]
+
+    def each(self, outputs):
+        values = self._fun(*self._arguments, outputs)
+        if ops.is_tensor(values) and len(values.shape) == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        if not ops.is_tensor(values) or len(values.shape) != 1:
+            raise ValueError(
+                f"The function given to {self._owner} as `target` must return one number for each example, of shape "
+                f"(batch,). Received: {validation.describe(values)}. Do not reduce over the batch axis, and reduce "
+                "over the others."
+            )
+        return values
+
+
+class OutputsTarget:
+    r"""All outputs, whose gradients are the rows of the Jacobian; or random mixtures of them.
+
+    A mixture is $v \cdot y_i$, with $v$ uniform on the unit sphere in the space of the $C$ outputs of one example.
+    With the factor $\sqrt{C / P}$, the squares of the gradients of $P$ mixtures add up to
+    $\lVert J_i \rVert_F^2$ in the mean.
+    """
+
+    def __init__(self, outputs, projections, seed):
+        self._outputs = float_outputs(outputs)
+        # Drawn here and not where they are used, which may be a branch that is traced by itself.
+        self._mixtures = None if projections == ALL else _mixtures(self._outputs, projections, seed)
+
+    def recomputed(self):
+        return self
+
+    def pull(self, call):
+        with call.recording():
+            outputs = float_outputs(call.outputs)
+        if self._mixtures is None:
+            blocks = jacobians.jacobians(call.record, outputs, call.sources, "reverse", None, False, batch_axes=1)
+            return [block for row in blocks for block in row]
+        scale, stacks = self._mixtures
+        pulled = call.pull_batch(outputs, stacks)
+        return [None if g is None else scale * at_least_single(ops.moveaxis(g, 0, 1)) for g in pulled]
+
+    def parts(self):
+        if self._mixtures is not None:
+            scale, stacks = self._mixtures
+            return [_Mixture(scale, [stack[i] for stack in stacks]) for i in range(stacks[0].shape[0])]
+        return [_Element(place, i) for place, y in enumerate(self._outputs) for i in range(math.prod(y.shape[1:]))]
+
+
+class _Element(typing.NamedTuple):
+    """One element of one output."""
+
+    place: int
+    index: int
+
+    def each(self, outputs):
+        y = float_outputs(outputs)[self.place]
+        return ops.reshape(y, (ops.shape(y)[0], -1))[:, self.index]
+
+
+class _Mixture(typing.NamedTuple):
+    """A weighted sum of all elements of all outputs."""
+
+    scale: float
+    weights: list
+
+    def each(self, outputs):
+        mixed = [at_least_single(w) * y for w, y in zip(self.weights, float_outputs(outputs), strict=True)]
+        return self.scale * sum(ops.sum(ops.reshape(m, (ops.shape(m)[0], -1)), axis=1) for m in mixed)
+
+
+def _mixtures(outputs, count, seed):
+    """The factor, and for each output the weights of `count` mixtures, of shape `(count, batch, ...)`."""
+    drawn = [keras.random.normal((count, *ops.shape(y)), seed=seed) for y in outputs]
+    squares = [ops.sum(ops.reshape(ops.square(v), (count, ops.shape(v)[1], -1)), axis=2) for v in drawn]
+    length = ops.sqrt(sum(squares))
+    elements = sum(math.prod(y.shape[1:]) for y in outputs)
+    units = [v / ops.reshape(length, (*ops.shape(length), *[1] * (len(v.shape) - 2))) for v in drawn]
+    return math.sqrt(elements / count), [ops.cast(v, y.dtype) for v, y in zip(units, outputs, strict=True)]
+
+
+def float_outputs(outputs):
+    """The outputs that have a derivative, flat, of shape `(batch, ...)`; zero where a mask says that they are padding."""
+    return [_unpadded(y) for y in nesting.flatten(outputs) if keras.backend.is_float_dtype(validation.dtype_of(y))]
+
+
+def _unpadded(y):
+    mask = getattr(y, "_keras_mask", None)
+    if mask is None:
+        return y
+    axes = (*ops.shape(mask), *[1] * (len(y.shape) - len(mask.shape)))
+    return y * ops.cast(ops.reshape(mask, axes), y.dtype)
