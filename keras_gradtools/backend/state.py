@@ -4,9 +4,22 @@ import contextlib
 
 import keras
 from keras.src.backend.common import global_state
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
 from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.layers.layer import Layer
+
+__all__ = [
+    "StateScope",
+    "ambient",
+    "frozen_statistics",
+    "get_keras_mask",
+    "in_scope",
+    "is_assigned_in_scope",
+    "is_overridden",
+    "set_keras_mask",
+    "state_variables",
+]
 
 
 class StateScope(StatelessScope):

@@ -1,60 +1,103 @@
 """Training on the loss and on the size of its gradient by the inputs."""
 
 import contextlib
-import math
-import numbers
+import functools
+import inspect
 import threading
-from typing import Any, NamedTuple
+import warnings
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_gradtools import backend, validation
-from keras_gradtools.tape import GradientTape
+from keras_gradtools import validation
+from keras_gradtools.backend import example_losses
+from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions
+from keras_gradtools.regularization.penalty import Penalty
+from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
+from keras_gradtools.regularization.sample_weights import example_weights
+from keras_gradtools.regularization.strength import Strength
+from keras_gradtools.regularization.targets import FunctionTarget, LossTarget, OutputsTarget
+
+NAME = "InputGradientRegularized"
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class InputGradientRegularized(keras.Model):
-    r"""Trains a model on its loss plus the squared norm of the loss gradient by the inputs.
+    r"""Trains a model on its loss and on the size of the gradient by its inputs.
 
-    $$\text{loss} + \text{weight} \cdot \frac1N \sum_i w_i \, \lVert g_i \rVert_2^2,
-      \qquad g_i = \frac{\partial \ell_i}{\partial x_i}$$
+    $$\text{loss} + \text{weight} \cdot \frac1N \sum_i w_i \, \text{pen}(g_i),
+      \qquad g_i = \frac{\partial \ell_i}{\partial x_i}, \qquad
+      \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl| \lVert g \rVert - \text{center} \bigr|$$
 
-    where $x_i$ is one example, $\ell_i$ its contribution to the compiled loss without sample weights, such
-    that this loss is $\frac1N \sum_i \ell_i$ (whatever its reduction is), and $w_i$ its sample weight, 1 if
-    there is none. There is no other factor: no 1/2, no division by the size of the input. A model trained so
-    changes its mind less under small changes of its input.
+    where $x_i$ is one example, $\ell_i$ its contribution to the compiled loss without sample weights, such that this
+    loss is $\frac1N \sum_i \ell_i$ (whatever its reduction, its weights and masks are), and $w_i$ its sample weight, 1
+    if there is none. There is no other factor: no 1/2, no division by the size of the input. A model trained so changes
+    its mind less under small changes of its input.
 
-    It is compiled, fitted, evaluated, called and saved as any other model. `input_gradient_penalty` in the
-    progress bar, in the `History` and in the result of `evaluate` is the mean above, without `weight`; `loss`
-    and `val_loss` include it. What is trained is the wrapped model itself, `regularized.model`.
+    It is compiled, fitted, evaluated, called, saved and exported as any other model. `input_gradient_penalty` in the
+    progress bar, in the `History` and in the result of `evaluate` is the mean above, without `weight`;
+    `input_gradient_norm` is the mean of $\lVert g_i \rVert$; `loss` and `val_loss` include the weighted penalty. What
+    is trained is the wrapped model itself, `regularized.model`.
 
-    The penalty is differentiated exactly, by a second backward pass. It needs activations that have a second
-    derivative (softplus, gelu, silu, tanh): with ReLU its value is right, but its own gradient misses how the
-    kinks move, and trains much less robustness.
+    How the penalty is computed:
 
-    - Several inputs are penalized together, their squared norms added; integer ones among them are left
-      out.
-    - BatchNormalization in training mode mixes the examples of a batch: $g_i$ then is the gradient of the
-      summed loss by $x_i$. Losses of `add_loss` are trained, but are no part of $\ell_i$.
-    - With several sample weights for one example (time steps, outputs), $w_i$ is their mean.
-    - Loops of your own that do not go through `train_step` or `test_step` train the plain loss.
+    - `"exact"`: by a second backward pass. It needs activations with a second derivative (softplus, gelu, silu, tanh):
+      with ReLU its value is right, but its own gradient misses how the kinks move, and trains much less robustness.
+    - `"finite_difference"`: by a second forward pass at $x + h d$, where $d$ is the direction, held constant, in which
+      $\ell_i$ grows most (for norm 2 the normalized gradient, for 1 its sign, for "inf" its sign at the largest
+      element); `squared` and `center` apply to $(\ell_i(x + h d) - \ell_i(x)) / h$. Both terms are differentiated, and
+      nothing is twice, so that it works with kinks, with layers that have no second derivative and with every compiler.
+      `step_size` is a setting of robustness, not only of precision: a larger one looks further. It sees dropout's same
+      mask in both passes. In half precision, steps below 0.01 give noise.
+    - `"random_projection"` (of the outputs): the squared norm of the Jacobian, estimated without bias by the gradients
+      of `projections` random mixtures of the outputs; differentiated as `"exact"` is.
+    - `"auto"`: finite differences where an activation has kinks (found by measuring it), a layer has no second
+      derivative, or `jit_compile=True` on torch, whose compiler cannot differentiate twice; else exact. `summary()`
+      says which, and why.
+
+    What counts:
+
+    - Several inputs are penalized together, as one vector; integer ones among them are left out. `inputs` chooses.
+    - BatchNormalization in training mode mixes the examples of a batch: $g_i$ then is the gradient of the summed loss
+      by $x_i$. With `frozen_statistics=True` the gradient goes through the moving statistics instead, in one forward
+      pass more: each example then stands for itself, as it does in use. The statistics are updated once either way.
+    - Losses of `add_loss` are trained, but are no part of $\ell_i$.
+    - With several sample weights for one example (time steps, outputs), $w_i$ is their mean; padding is no part of it.
+    - Loops of your own that do not go through `train_step` or `test_step` train the plain loss: there,
+      `kg.regularization.input_gradient_penalty` gives the penalty.
 
     Args:
-        model: a built `keras.Model` with floating-point inputs of shape `(batch, ...)`. It is shared, not
-            copied.
-        weight: how much the penalty counts, a number of 0 or more. With 0 it is measured, not trained. After
-            a change of the attribute `weight`, compile again.
+        model: a built `keras.Model` with floating-point inputs of shape `(batch, ...)`. It is shared, not copied.
+        weight: how much the penalty counts, a number of 0 or more, or a
+            `keras.optimizers.schedules.LearningRateSchedule` of the training steps. With 0 it is measured, not trained.
+            After a change of the attribute `weight`, compile again.
+        target: what is differentiated: `"loss"`; `"outputs"`, so that $g_i$ is the Jacobian of all outputs and its
+            norm that of the matrix as one vector; or a function `(y, y_pred)` that returns one number for each example,
+            of shape `(batch,)`: a logit, a margin, the score of a critic.
+        norm: 1, 2 or `"inf"` (or `float("inf")`), the norm of the gradient. Its dual is the size of the attacks that it
+            answers: 1 is for l-infinity attacks, 2 for l2 attacks.
+        squared: whether the distance from `center` is squared.
+        center: the norm that costs nothing: 1 for WGAN-GP, 0 for R1.
+        method: `"auto"`, `"exact"`, `"finite_difference"` or `"random_projection"`, as above.
+        step_size: $h$, how far finite differences move an example, in units of the input.
+        projections: for `target="outputs"`, how many random mixtures of the outputs stand for all of them; -1 for all
+            themselves. `"exact"` takes all.
+        inputs: the names (keys, or positions) of the inputs to differentiate by; all floating-point ones by default.
+        frozen_statistics: as above.
+        every: train on the penalty at every `every`-th step only, with `every` times the weight (lazy regularization),
+            which saves its time at the others. `evaluate` always measures it.
+        seed: an integer for the projections.
         **kwargs: the `name`, `trainable` and `dtype` of any `keras.Model`; `dtype` is the model's by default.
 
     Raises:
-        ValueError: if `model` is not a built model, `weight` is not a finite number of 0 or more, no input is
-            floating-point, or no loss was compiled; at `compile(jit_compile=True)` where the compiler of the
-            backend cannot differentiate twice (torch).
+        ValueError: for a `model` that is not built, or options that do not fit (each is named); if no input is
+            floating-point, or no loss was compiled where it is needed; at `compile(jit_compile=True)` where the
+            compiler of the backend cannot differentiate twice (torch) and the method needs it.
 
     Cost:
-        One forward pass for each step, as without the penalty, and two backward passes more: 1.5 to 3.1
-        times the time of a plain step, by backend, model and batch size (docs/benchmarks.md).
+        In units of a plain training step where computation dominates: `"exact"` 2 in theory (one forward and two
+        backward passes more), `"finite_difference"` 7/3; measured, by backend and model, in docs/benchmarks.md.
 
     Example:
 
@@ -67,38 +110,108 @@ class InputGradientRegularized(keras.Model):
     >>> regularized.compile(loss=lambda y, y_pred: y_pred[:, 0])  # whose gradient is (3, 4) everywhere
     >>> x, y = np.zeros((8, 2), "float32"), np.zeros((8, 1), "float32")
     >>> logs = regularized.evaluate(x, y, verbose=0, return_dict=True)
-    >>> round(logs["input_gradient_penalty"], 4), round(logs["loss"], 4)
-    (25.0, 2.5)
+    >>> [round(logs[name], 4) for name in ("input_gradient_norm", "input_gradient_penalty", "loss")]
+    [5.0, 25.0, 2.5]
 
-    Source: Drucker & LeCun, "Improving generalization performance using double backpropagation" (IEEE
-    Transactions on Neural Networks 3(6), 1992); Finlay & Oberman, "Scaleable input gradient regularization
-    for adversarial robustness" (arXiv:1905.11468, 2019).
+    Source: Drucker & LeCun, "Improving generalization performance using double backpropagation" (IEEE Transactions on
+    Neural Networks 3(6), 1992); Finlay & Oberman, "Scaleable input gradient regularization for adversarial robustness"
+    (arXiv:1905.11468, 2019); Hoffman, Roberts & Yaida, "Robust learning with Jacobian regularization"
+    (arXiv:1908.02729, 2019); Gulrajani et al., "Improved training of Wasserstein GANs" (arXiv:1704.00028, 2017);
+    Mescheder, Geiger & Nowozin, "Which training methods for GANs do actually converge?" (arXiv:1801.04406, 2018) for
+    R1; Karras et al., "Analyzing and improving the image quality of StyleGAN" (arXiv:1912.04958, 2020) for lazy
+    regularization. For the weights of these papers in ours, see docs/penalties.md.
     """
 
-    def __init__(self, model, weight, **kwargs):
+    def __init__(
+        self,
+        model,
+        weight,
+        target="loss",
+        norm=2,
+        squared=True,
+        center=0.0,
+        method="auto",
+        step_size=0.1,
+        projections=1,
+        inputs=None,
+        frozen_statistics=False,
+        every=1,
+        seed=None,
+        **kwargs,
+    ):
         _check_model(model)
+        penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
+        strength = Strength(NAME, weight, every)
+        inputs = checked_choice(NAME, inputs)
         kwargs.setdefault("dtype", model.dtype_policy)
         # Without autocasting the gradient is by the inputs as they come, not by a copy in half precision.
         super().__init__(autocast=False, **kwargs)
         self.model = model
-        self.weight = _checked_weight(weight)
         self.penalty_tracker = keras.metrics.Mean(name="input_gradient_penalty")
+        self.norm_tracker = keras.metrics.Mean(name="input_gradient_norm")
+        self._penalty, self._strength = penalty, strength
+        # Made only where they are needed: other wrappers have the weights of their model, and no more.
+        self._steps: Any = None
+        if strength.depends_on_step:
+            self._steps = self.add_weight(name="steps", shape=(), dtype="int32", initializer="zeros", trainable=False)
+        self._seeds = keras.random.SeedGenerator(seed) if target == "outputs" and penalty.may_draw else None
+        self._inputs, self._seed = inputs, seed
+        self._choice = None
         self._step = _Step()
         self.built = True
+        penalty.check_precision(self.compute_dtype)
+
+    @property
+    def weight(self):
+        """How much the penalty counts: a number, or a schedule."""
+        return self._strength.weight
+
+    @weight.setter
+    def weight(self, weight):
+        self._strength = Strength(NAME, weight, self._strength.every)
 
     @property
     def output_names(self):
         # What losses and metrics that are given by name go by.
         return self.model.output_names
 
+    @property
+    def method(self):
+        """The method in use, `"auto"` having been settled."""
+        return self._settled().method
+
     @keras.Model.jit_compile.setter
     def jit_compile(self, value):
-        if value and not backend.COMPILES_SECOND_ORDER:
-            raise ValueError(
-                "InputGradientRegularized differentiates twice, which the compiler of this backend cannot do. "
-                f"Received: jit_compile={value!r}. Compile the model with jit_compile=False."
-            )
+        choice = self._penalty.choose(self.model, bool(value))
+        self._penalty.check_compiled(choice, value)
         keras.Model.jit_compile.fset(self, value)
+        self._choice = choice
+
+    def _settled(self):
+        if self._choice is None:
+            self._choice = self._penalty.choose(self.model)
+        return self._choice
+
+    def summary(self, *args, **kwargs):
+        """Prints a summary as `keras.Model.summary` does, and how the penalty is computed, and why."""
+        super().summary(*args, **kwargs)
+        bound = inspect.signature(keras.Model.summary).bind(self, *args, **kwargs)
+        (bound.arguments.get("print_fn") or print)(
+            f" Input-gradient penalty: {self._penalty.describe(self._settled())}"
+        )
+
+    def export(self, *args, **kwargs):
+        """Exports the wrapped model, as `keras.Model.export` does."""
+        return self.model.export(*args, **kwargs)
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args, **kwargs):
+        bound = inspect.signature(keras.Model.fit).bind(self, *args, **kwargs)
+        given = bound.arguments.get("callbacks")
+        if not isinstance(given, keras.callbacks.CallbackList):
+            given = given if isinstance(given, (list, tuple)) else [given] if given else []
+            bound.arguments["callbacks"] = [*given, _DrownedLoss()]
+        return super().fit(*bound.args[1:], **bound.kwargs)
 
     def train_step(self, *args):
         with self._recording():
@@ -120,143 +233,126 @@ class InputGradientRegularized(keras.Model):
     def call(self, inputs, training=None):
         if not self._step.recording:
             return self.model(inputs, training=training)
-        # On JAX, Keras calls this without having converted NumPy arrays.
-        inputs = keras.tree.map_structure(_as_tensor, inputs)
-        watched = _differentiable(inputs)
-        tape = GradientTape(watch_accessed_variables=False)
-        with tape:
-            tape.watch(watched)
-            y_pred = self.model(inputs, training=training)
-        self._step.record = _Record(tape, watched, y_pred)
-        return y_pred
+        inputs = as_tensors(inputs)
+        chosen = chosen_positions(NAME, self.model, inputs, self._inputs)
+        calls_again = self._settled().method == "finite_difference" or self._penalty.frozen_statistics
+        snapshot = Snapshot(self.model) if calls_again else None
+        record = RecordedCall(lambda x: self.model(x, training=training), inputs, chosen, snapshot)
+        self._step.record = record
+        return record.outputs
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not self._step.recording:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        if self._compile_loss is None:
+        is_of_loss = self._penalty.target == "loss"
+        if is_of_loss and self._compile_loss is None:
             raise ValueError(
-                "InputGradientRegularized penalizes the gradient of the compiled loss, and none was compiled. "
-                "Received: loss=None. Pass a loss to `compile`."
+                f"{NAME} penalizes the gradient of the compiled loss, and none was compiled. Received: loss=None. Pass "
+                "a loss to `compile`, or another `target`."
             )
-        tape, inputs = self._take_record(y_pred)
-        if sample_weight is None and not self.losses:
-            with tape:
-                loss = penalized = super().compute_loss(x, y, y_pred, None, training)
+        record = self._take_record(y_pred)
+        known = None
+        if is_of_loss and sample_weight is None and not self.losses:
+            # The loss that is trained is the one to differentiate.
+            with record.recording():
+                loss = known = super().compute_loss(x, y, y_pred, None, training)
         else:
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-            # The loss without sample weights and added losses, evaluated beside the one that is trained. Keras'
-            # trackers of the losses of several outputs must not count it: the scope drops what it assigns.
-            state = [(v, v.value) for v in (*self.variables, *self.metrics_variables)]
-            with tape, keras.StatelessScope(state_mapping=state):
-                penalized = self._compile_loss(y, y_pred)
-        penalty = self._penalty(tape, inputs, penalized, sample_weight)
-        return loss + ops.cast(self.weight * penalty, loss.dtype)
+        weighted = self._measure(record, self._target(y, y_pred, known), sample_weight, loss.dtype, training)
+        return loss if weighted is None else loss + ops.cast(example_losses.on_replica(weighted), loss.dtype)
 
-    def _penalty(self, tape, inputs, loss, sample_weight):
-        batch_size = ops.shape(inputs[0])[0]
-        # The factor goes in before the pullback: in half precision, the gradients of a mean may underflow.
-        gradients = tape.gradient(loss, inputs, output_gradients=ops.cast(batch_size, loss.dtype))
-        gradients = [g for g in gradients if g is not None]
-        if not gradients:
-            raise _no_gradient("inputs that the loss does not depend on differentiably", inputs)
-        squared_norms = sum(_squared_norms(g) for g in gradients)
-        if sample_weight is not None:
-            squared_norms = squared_norms * _example_weights(sample_weight, batch_size)
-        penalty = ops.mean(squared_norms)
-        self.penalty_tracker.update_state(ops.stop_gradient(penalty), sample_weight=batch_size)
-        return penalty
+    def _target(self, y, y_pred, known_loss):
+        if self._penalty.target == "loss":
+            return LossTarget(NAME, self._compile_loss, y, known_loss)
+        if self._penalty.target == "outputs":
+            return OutputsTarget(y_pred, self._settled().projections, self._seeds)
+        return FunctionTarget(NAME, self._penalty.target, as_tensors(y))
+
+    def _measure(self, record, target, sample_weight, dtype, training):
+        """The weighted penalty, a mean over the examples; what is logged goes to the trackers."""
+        dtype = keras.backend.result_type(dtype, "float32")
+
+        def measured():
+            found = self._penalty.measure(self._settled(), record, target, self.model, training)
+            values = found.values
+            if sample_weight is not None:
+                values = values * example_weights(sample_weight, record.outputs, record.batch_size)
+            return ops.cast(ops.mean(values), dtype), ops.cast(ops.mean(found.norms), dtype)
+
+        applied = self._strength.apply(measured, self._steps, training, dtype)
+        count = ops.cast(record.batch_size, dtype) * applied.is_due
+        self.penalty_tracker.update_state(ops.stop_gradient(applied.penalty), sample_weight=count)
+        self.norm_tracker.update_state(applied.norm, sample_weight=count)
+        if training and self._steps is not None:
+            self._steps.assign_add(1)
+        return applied.weighted
 
     def _take_record(self, y_pred):
         record, self._step.record = self._step.record, None
         given = keras.tree.flatten(y_pred)
-        if record is None or [id(t) for t in given] != [id(t) for t in keras.tree.flatten(record.y_pred)]:
+        if record is None or [id(t) for t in given] != [id(t) for t in keras.tree.flatten(record.outputs)]:
             raise ValueError(
-                "InputGradientRegularized.compute_loss expects the very `y_pred` that the last call of the model "
-                "in this step returned, once. Received: "
-                f"{', '.join(validation.describe(t) for t in given)}, computed otherwise. Do what comes after the "
-                "model's output inside the wrapped model, or in the loss."
+                f"{NAME}.compute_loss expects the very `y_pred` that the last call of the model in this step returned, "
+                f"once. Received: {', '.join(validation.describe(t) for t in given)}, computed otherwise. Do what "
+                "comes after the model's output inside the wrapped model, or in the loss."
             )
-        return record.tape, record.inputs
+        return record
 
     def get_config(self):
-        model = keras.saving.serialize_keras_object(self.model)
-        return {**super().get_config(), "model": model, "weight": self.weight}
+        return {
+            **super().get_config(),
+            "model": keras.saving.serialize_keras_object(self.model),
+            **self._strength.get_config(),
+            **self._penalty.get_config(),
+            "inputs": self._inputs,
+            "seed": self._seed,
+        }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
-        return cls(**{**config, "model": model})
-
-
-class _Record(NamedTuple):
-    tape: GradientTape
-    inputs: list
-    y_pred: Any
+        nested = {
+            name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
+            for name in ("model", "weight", "target")
+            if isinstance(config[name], dict)
+        }
+        return cls(**{**config, **nested})
 
 
 class _Step(threading.local):
     """The step that runs on this thread: the replicas of a distribution strategy are threads."""
 
     recording = False
-    record: _Record | None = None
+    record: RecordedCall | None = None
 
 
-def _squared_norms(gradients):
-    """The squared norm of each example's gradient, at least in single precision, of shape `(batch,)`."""
-    gradients = ops.cast(gradients, keras.backend.result_type(gradients.dtype, "float32"))
-    return ops.sum(ops.reshape(ops.square(gradients), (ops.shape(gradients)[0], -1)), axis=1)
+class _DrownedLoss(keras.callbacks.Callback):
+    """Warns, once for a `fit`, where the penalty leaves the loss no weight."""
 
+    MOST = 10
 
-def _example_weights(sample_weight, batch_size):
-    """One weight for each example, of shape `(batch,)`: the mean over its time steps and outputs."""
-    per_output = [
-        ops.ones((batch_size,))
-        if weights is None
-        else ops.mean(ops.reshape(ops.cast(weights, "float32"), (batch_size, -1)), axis=1)
-        for weights in keras.tree.flatten(sample_weight)
-    ]
-    return sum(per_output) / len(per_output)
-
-
-def _as_tensor(x):
-    return x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(x)
-
-
-def _differentiable(inputs):
-    tensors = [x for x in keras.tree.flatten(inputs) if x is not None]
-    watched = [x for x in tensors if keras.backend.is_float_dtype(validation.dtype_of(x))]
-    if not watched:
-        raise _no_gradient("inputs without a gradient", tensors)
-    return watched
-
-
-def _no_gradient(received, tensors):
-    return ValueError(
-        "InputGradientRegularized penalizes the gradient by the model's floating-point inputs. Received: "
-        f"{received}, {', '.join(validation.describe(x) for x in tensors)}. Where the values are numbers, such as "
-        "pixels, cast them to 'float32' first. Where they are indices, penalize the output of the embedding: wrap "
-        "the part of the model that comes after it, and train that on embedded data."
-    )
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch != self.params.get("initial_epoch", 0) or "loss" not in (logs or {}):
+            return
+        model = self.model
+        penalty = logs["input_gradient_penalty"] * float(ops.convert_to_numpy(model._strength.at(model._steps)))
+        rest = abs(logs["loss"] - penalty)
+        if penalty > self.MOST * rest:
+            warnings.warn(
+                f"The input-gradient penalty drowns the loss: in this epoch, weight * penalty was {penalty:.3g} beside "
+                f"a loss of {rest:.3g}. Received: weight={model.weight!r}. A smaller weight leaves the loss something "
+                "to train.",
+                stacklevel=2,
+            )
 
 
 def _check_model(model):
     if not isinstance(model, keras.Model):
         raise ValueError(
-            "InputGradientRegularized expects a keras.Model as `model`. Received: "
-            f"{validation.describe(model)}. Put layers into a keras.Sequential with a keras.Input first."
+            f"{NAME} expects a keras.Model as `model`. Received: {validation.describe(model)}. Put layers into a "
+            "keras.Sequential with a keras.Input first."
         )
     if not model.built:
         raise ValueError(
-            "InputGradientRegularized expects a built model. Received: the unbuilt model "
-            f"{model.name!r}. Give it a keras.Input, call `model.build(input_shape)`, or call it on data once."
+            f"{NAME} expects a built model. Received: the unbuilt model {model.name!r}. Give it a keras.Input, call "
+            "`model.build(input_shape)`, or call it on data once."
         )
-
-
-def _checked_weight(weight):
-    real = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-    if not real or not math.isfinite(weight) or weight < 0:
-        raise ValueError(
-            "InputGradientRegularized expects a finite number of 0 or more as `weight`. Received: "
-            f"weight={validation.describe(weight)}. Try 0.1, and raise it until the clean accuracy suffers."
-        )
-    return float(weight)

@@ -32,7 +32,7 @@ def root(squares):
 
 
 def directions(g, order):
-    """For each row the $d$ with $d \\cdot g$ its norm, and 0 where the row is: constants."""
+    """For each row the unit vector of the dual norm along which it reaches its norm, and 0 where it is 0: constants."""
     g = ops.stop_gradient(g)
     if order == 1:
         return ops.sign(g)

@@ -36,7 +36,7 @@ def input_gradient_penalty(
     r"""Computes how large the gradient by the inputs is, as a number that can be trained down.
 
     $$\frac1N \sum_i w_i \, \text{pen}(g_i), \qquad g_i = \frac{\partial \ell_i}{\partial x_i}, \qquad
-      \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl|\, \lVert g \rVert - \text{center} \,\bigr|$$
+      \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl| \lVert g \rVert - \text{center} \bigr|$$
 
     where $x_i$ is one example, $\ell_i$ its contribution to the loss without sample weights, such that the loss is
     $\frac1N \sum_i \ell_i$, and $w_i$ its sample weight. There is no other factor: no 1/2, no division by the size of

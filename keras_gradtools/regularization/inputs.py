@@ -50,7 +50,7 @@ def chosen_positions(owner, model, inputs, names):
 def _names(model, inputs, leaves):
     """For each flat input what it can be called by: its key, the name of the model's input, its position."""
     symbolic = keras.tree.flatten(getattr(model, "inputs", None) or [])
-    names = [{i} for i in range(len(leaves))]
+    names: list[set] = [{i} for i in range(len(leaves))]
     for i, (path, _) in enumerate(keras.tree.flatten_with_path(inputs)):
         names[i] |= {key for key in path if isinstance(key, str)}
         if len(symbolic) == len(leaves):

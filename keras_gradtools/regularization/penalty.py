@@ -2,6 +2,7 @@
 
 import math
 import typing
+import warnings
 
 import keras
 from keras import ops
@@ -62,17 +63,22 @@ class Penalty:
         """Whether the penalty is the squared l2 norm, which needs no root, and of which projections are unbiased."""
         return self.norm == 2 and self.squared and not self.center
 
-    def choose(self, model, may_differentiate_twice=True):
-        """Settles on a method for `model`: a `Choice`."""
+    @property
+    def may_draw(self):
+        """Whether some choice of method draws random numbers."""
+        return self.target == "outputs" and self.method != "exact" and self.projections != ALL
+
+    def choose(self, model, is_compiled=False):
+        """Settles on a method for `model`: a `Choice`; `is_compiled` by the compiler of the framework."""
         projections = ALL if self.method == "exact" else self.projections
         if self.method != "auto":
-            return Choice(self.method, projections, ("as given",))
-        if not may_differentiate_twice:
-            reasons = ("the compiler of this backend cannot differentiate twice",)
+            return Choice(self.method, projections, ())
+        if is_compiled and not backend.COMPILES_SECOND_ORDER:
+            reasons: tuple = ("the compiler of this backend cannot differentiate twice",)
         else:
             reasons = smoothness.reasons_against_exact(model)
         if not reasons:
-            return Choice("exact", ALL, ("no kinks were found in its activations",))
+            return Choice("exact", ALL, ("no kinks were found",))
         return Choice("finite_difference", self.projections if self.is_plain_square else ALL, reasons)
 
     def measure(self, choice, call, target, model, training):
@@ -95,7 +101,9 @@ class Penalty:
                 values = part.each(call.outputs)
             pulled = call.pull_constant([values], [ops.ones_like(values)])
             self._connected(call, pulled)
-            g = gradient_norms.rows([vectors.zeros(x) if u is None else u for u, x in zip(pulled, call.sources)])
+            g = gradient_norms.rows(
+                [vectors.zeros(x) if u is None else u for u, x in zip(pulled, call.sources, strict=True)]
+            )
             further = part.each(call.again(self._shifted(call.sources, g)))
             difference = gradient_norms.at_least_single(further) - gradient_norms.at_least_single(values)
             # Where nothing was shifted, two equal numbers may still be rounded differently.
@@ -115,10 +123,9 @@ class Penalty:
         steps = self.step_size * gradient_norms.directions(g, self.norm)
         shifted, start = [], 0
         for x in sources:
-            end = None if x is sources[-1] else start + math.prod(x.shape[1:])
-            step = ops.reshape(steps[:, start:end], ops.shape(x))
-            shifted.append(x + ops.cast(step, x.dtype))
-            start = end
+            step = steps if len(sources) == 1 else steps[:, start : start + math.prod(x.shape[1:])]
+            shifted.append(x + ops.cast(ops.reshape(step, ops.shape(x)), x.dtype))
+            start += math.prod(x.shape[1:]) if len(sources) > 1 else 0
         return shifted
 
     def _of_gradients(self, g):
@@ -148,13 +155,34 @@ class Penalty:
             "frozen_statistics": self.frozen_statistics,
         }
 
+    def describe(self, choice):
+        """One line for a person: what is computed how, and why so."""
+        how = choice.method
+        if how == "finite_difference":
+            how += f" (step_size={self.step_size:g})"
+        if self.target == "outputs" and choice.projections != ALL:
+            how += f" (projections={choice.projections})"
+        what = f"norm {self.norm}" + (f" around {self.center:g}" if self.center else "")
+        target = self.target if isinstance(self.target, str) else validation.name_of(self.target)
+        why = f", because {'; '.join(choice.reasons)}" if choice.reasons else ""
+        return f"{how} of {target!r}, {what}{', squared' if self.squared else ''}{why}"
+
+    def check_precision(self, dtype):
+        """Warns where the shift of a finite difference is lost in rounding."""
+        if self.method in ("finite_difference", "auto") and self.step_size < 1e-2 and dtype in ("float16", "bfloat16"):
+            warnings.warn(
+                f"{self.owner} with step_size={self.step_size:g} in {dtype}: a shift this small is mostly rounding "
+                "there. Use 0.01 or more, or method='exact'.",
+                stacklevel=3,
+            )
+
     def check_compiled(self, choice, jit_compile):
         """Raises `ValueError` where the compiler of the backend cannot do what was chosen."""
         if jit_compile and choice.method != "finite_difference" and not backend.COMPILES_SECOND_ORDER:
             raise ValueError(
                 f"{self.owner} with method={choice.method!r} differentiates twice, which the compiler of this backend "
-                f"cannot do. Received: jit_compile={jit_compile!r}. Use method='finite_difference', which differentiates "
-                "once, or compile the model with jit_compile=False."
+                f"cannot do. Received: jit_compile={jit_compile!r}. Use method='finite_difference', which "
+                "differentiates once, or compile the model with jit_compile=False."
             )
 
     def _checked_target(self, target):
@@ -169,7 +197,9 @@ class Penalty:
             return "inf"
         if norm in (1, 2) and not isinstance(norm, bool):
             return int(norm)
-        raise self._refused("norm", "1, 2 or 'inf'", norm, "It is the norm of the gradient: 1 answers l-infinity attacks.")
+        raise self._refused(
+            "norm", "1, 2 or 'inf'", norm, "It is the norm of the gradient: 1 answers l-infinity attacks."
+        )
 
     def _checked_flag(self, name, flag):
         if not isinstance(flag, bool):
@@ -217,8 +247,8 @@ def no_gradient(owner, received, tensors):
     """The error where there is nothing to differentiate by."""
     return ValueError(
         f"{owner} penalizes the gradient by floating-point inputs. Received: {received}, "
-        f"{', '.join(validation.describe(x) for x in tensors)}. Where the values are numbers, such as pixels, cast them "
-        "to 'float32' first. Where they are indices, penalize the output of the embedding: wrap the part of the model "
-        "that comes after it, and train that on embedded data, or put it into a `keras_gradtools.layers."
-        "InputGradientPenalty`."
+        f"{', '.join(validation.describe(x) for x in tensors)}. Where the values are numbers, such as pixels, cast "
+        "them to 'float32' first. Where they are indices, penalize the output of the embedding: wrap the part of the "
+        "model that comes after it, and train that on embedded data, or put it into a "
+        "`keras_gradtools.layers.InputGradientPenalty`."
     )

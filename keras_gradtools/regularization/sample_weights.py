@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_gradtools import nesting
+from keras_gradtools.backend.state import get_keras_mask
 
 
 def example_weights(sample_weight, outputs, batch_size):
@@ -12,7 +13,7 @@ def example_weights(sample_weight, outputs, batch_size):
     """
     outputs = nesting.flatten(outputs)
     given = nesting.flatten(sample_weight)
-    masks = [getattr(y, "_keras_mask", None) for y in outputs] if len(outputs) == len(given) else [None] * len(given)
+    masks = [get_keras_mask(y) for y in outputs] if len(outputs) == len(given) else [None] * len(given)
     means = [
         ops.ones((batch_size,)) if w is None else _mean(ops.cast(w, "float32"), mask, batch_size)
         for w, mask in zip(given, masks, strict=True)

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import jacobians, nesting, validation
-from keras_gradtools.backend import example_losses
+from keras_gradtools.backend import example_losses, state
 from keras_gradtools.regularization.gradient_norms import at_least_single
 
 # The number of projections that stands for all outputs, each by itself.
@@ -119,11 +119,11 @@ class _Element(typing.NamedTuple):
     """One element of one output."""
 
     place: int
-    index: int
+    element: int
 
     def each(self, outputs):
         y = float_outputs(outputs)[self.place]
-        return ops.reshape(y, (ops.shape(y)[0], -1))[:, self.index]
+        return ops.reshape(y, (ops.shape(y)[0], -1))[:, self.element]
 
 
 class _Mixture(typing.NamedTuple):
@@ -148,12 +148,12 @@ def _mixtures(outputs, count, seed):
 
 
 def float_outputs(outputs):
-    """The outputs that have a derivative, flat, of shape `(batch, ...)`; zero where a mask says that they are padding."""
+    """The outputs that have a derivative, flat, of shape `(batch, ...)`; zero where a mask calls them padding."""
     return [_unpadded(y) for y in nesting.flatten(outputs) if keras.backend.is_float_dtype(validation.dtype_of(y))]
 
 
 def _unpadded(y):
-    mask = getattr(y, "_keras_mask", None)
+    mask = state.get_keras_mask(y)
     if mask is None:
         return y
     axes = (*ops.shape(mask), *[1] * (len(y.shape) - len(mask.shape)))

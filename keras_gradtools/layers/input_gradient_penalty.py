@@ -1,0 +1,144 @@
+"""A layer that penalizes the gradient of another one's output by its input."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_gradtools.regularization.inputs import chosen_positions
+from keras_gradtools.regularization.penalty import Penalty
+from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
+from keras_gradtools.regularization.strength import Strength
+from keras_gradtools.regularization.targets import FunctionTarget, OutputsTarget
+
+NAME = "InputGradientPenalty"
+
+
+@keras.saving.register_keras_serializable(package="keras_gradtools")
+class InputGradientPenalty(keras.layers.Wrapper):
+    r"""Wraps a layer, and adds a penalty on the gradient of its output by its input to the loss.
+
+    $$\text{weight} \cdot \frac1N \sum_i \text{pen}(g_i), \qquad g_i = \frac{\partial y_i}{\partial x_i}, \qquad
+      \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl| \lVert g \rVert - \text{center} \bigr|$$
+
+    where $x_i$ is one example of the layer's input and $y_i$ its output: by default all of it, so that $g_i$ is the
+    Jacobian as one vector. It is for a part of a model, and needs no labels: the head behind an embedding, an encoder
+    (a contractive autoencoder), a critic inside a larger model. The penalty is added with `add_loss` in training mode;
+    in inference mode the layer is the wrapped one. Its mean, without `weight`, is in the logs under the name of this
+    layer. Examples and time steps that the input's or the output's mask calls padding do not count.
+
+    Args:
+        layer: a Keras layer or model of one tensor, or of several in a list or dict. It is shared, not copied.
+        weight: how much the penalty counts, a number of 0 or more, or a
+            `keras.optimizers.schedules.LearningRateSchedule` of the training steps.
+        target: `"outputs"`, or a function of the layer's output that returns one number for each example, of shape
+            `(batch,)`.
+        norm, squared, center, method, step_size, projections, frozen_statistics, every, seed: as for
+            `kg.models.InputGradientRegularized`.
+        **kwargs: those of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: what `layer` takes, of shape `(batch, ...)`.
+        training: whether the penalty is added; passed on to `layer`.
+
+    Returns:
+        What `layer` returns.
+
+    Raises:
+        ValueError: for options that do not fit (each is named), or if no input is floating-point.
+
+    Cost:
+        In training, as `kg.regularization.input_gradient_penalty` on this part of the model.
+
+    Example:
+
+    >>> import keras
+    >>> import keras_gradtools as kg
+    >>> dense = keras.layers.Dense(2, use_bias=False, kernel_initializer="ones")
+    >>> layer = kg.layers.InputGradientPenalty(dense, weight=0.5)
+    >>> y = layer(keras.ops.ones((4, 3)), training=True)
+    >>> [float(loss) for loss in layer.losses]  # 0.5 times the squared norm of a 2 x 3 matrix of ones
+    [3.0]
+
+    Source: Rifai et al., "Contractive auto-encoders" (ICML 2011); Hoffman, Roberts & Yaida, "Robust learning with
+    Jacobian regularization" (arXiv:1908.02729, 2019).
+    """
+
+    def __init__(
+        self,
+        layer,
+        weight,
+        target="outputs",
+        norm=2,
+        squared=True,
+        center=0.0,
+        method="auto",
+        step_size=0.1,
+        projections=1,
+        frozen_statistics=False,
+        every=1,
+        seed=None,
+        **kwargs,
+    ):
+        if target == "loss":
+            raise ValueError(
+                f"{NAME} expects 'outputs' or a function of the output as `target`. Received: target='loss', which a "
+                "layer does not know. Use keras_gradtools.models.InputGradientRegularized for the loss of a model."
+            )
+        penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
+        strength = Strength(NAME, weight, every)
+        super().__init__(layer, **kwargs)
+        self.supports_masking = True
+        self.penalty_tracker = keras.metrics.Mean(name=self.name)
+        self._penalty, self._strength, self._seed = penalty, strength, seed
+        self._steps: Any = None
+        if strength.depends_on_step:
+            self._steps = self.add_weight(name="steps", shape=(), dtype="int32", initializer="zeros", trainable=False)
+        self._seeds = keras.random.SeedGenerator(seed) if penalty.may_draw else None
+        penalty.check_precision(self.compute_dtype)
+
+    def call(self, inputs, training=None):
+        if not training:
+            return self.layer(inputs, training=training)
+        choice = self._penalty.choose(self.layer)
+        chosen = chosen_positions(NAME, self.layer, inputs, None)
+        record = RecordedCall(lambda x: self.layer(x, training=True), inputs, chosen, Snapshot(self.layer))
+        target: Any
+        if self._penalty.target == "outputs":
+            target = OutputsTarget(record.outputs, choice.projections, self._seeds)
+        else:
+            target = FunctionTarget(NAME, self._penalty.target)
+
+        def measured():
+            found = self._penalty.measure(choice, record, target, self.layer, training)
+            return ops.mean(found.values), ops.mean(found.norms)
+
+        dtype = keras.backend.result_type(record.sources[0].dtype, "float32")
+        applied = self._strength.apply(measured, self._steps, training, dtype)
+        count = ops.cast(record.batch_size, dtype) * applied.is_due
+        self.penalty_tracker.update_state(ops.stop_gradient(applied.penalty), sample_weight=count)
+        if self._steps is not None:
+            self._steps.assign_add(1)
+        if applied.weighted is not None:
+            self.add_loss(applied.weighted)
+        return record.outputs
+
+    def compute_output_spec(self, inputs, training=None):
+        # The output is the layer's, whatever is added to the loss.
+        return self.layer.compute_output_spec(inputs)
+
+    def compute_mask(self, inputs, previous_mask):
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def get_config(self):
+        config = {**super().get_config(), **self._strength.get_config(), **self._penalty.get_config()}
+        return {**config, "seed": self._seed}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        nested = {
+            name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
+            for name in ("layer", "weight", "target")
+            if isinstance(config[name], dict)
+        }
+        return cls(**{**config, **nested})

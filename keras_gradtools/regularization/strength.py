@@ -1,0 +1,81 @@
+"""How much a penalty counts, and at which training steps."""
+
+import math
+import typing
+
+import keras
+from keras import ops
+
+from keras_gradtools import validation
+
+
+class Applied(typing.NamedTuple):
+    """A penalty in training: what to add to the loss, and what to log, which counts only where it `is_due`."""
+
+    weighted: typing.Any
+    penalty: typing.Any
+    norm: typing.Any
+    is_due: typing.Any
+
+
+class Strength:
+    """A weight, a number or a schedule of the training steps; and after how many steps it is due again.
+
+    `owner` is the name of the public class, for error messages.
+    """
+
+    def __init__(self, owner, weight, every=1):
+        self.owner = owner
+        self.weight = self._checked_weight(weight)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(
+                f"{owner} expects a positive number of steps as `every`. Received: every={validation.describe(every)}. "
+                "1 is every step."
+            )
+        self.every = every
+
+    @property
+    def depends_on_step(self):
+        return self.every > 1 or self.is_schedule
+
+    @property
+    def is_schedule(self):
+        return not validation.is_number(self.weight)
+
+    @property
+    def is_zero(self):
+        """Whether nothing is to be trained."""
+        return not self.is_schedule and self.weight == 0
+
+    def at(self, steps):
+        """The weight after this many training steps."""
+        return self.weight(steps) if self.is_schedule else self.weight
+
+    def apply(self, measured, steps, training, dtype):
+        """Weighs what `measured() -> (penalty, norm)` gives in `dtype`; it is not computed where it is not due."""
+        if not training or self.every == 1:
+            penalty, norm = measured()
+            return Applied(self._weighted(penalty, steps, 1), penalty, norm, ops.ones((), dtype))
+        is_due = ops.equal(steps % self.every, 0)
+        penalty, norm = ops.cond(is_due, measured, lambda: (ops.zeros((), dtype), ops.zeros((), dtype)))
+        return Applied(self._weighted(penalty, steps, self.every), penalty, norm, ops.cast(is_due, dtype))
+
+    def _weighted(self, penalty, steps, factor):
+        if self.is_zero:
+            return None
+        return ops.cast(self.at(steps) * factor, penalty.dtype) * penalty
+
+    def get_config(self):
+        weight = keras.saving.serialize_keras_object(self.weight) if self.is_schedule else self.weight
+        return {"weight": weight, "every": self.every}
+
+    def _checked_weight(self, weight):
+        if isinstance(weight, keras.optimizers.schedules.LearningRateSchedule):
+            return weight
+        if not validation.is_number(weight) or not math.isfinite(weight) or weight < 0:
+            raise ValueError(
+                f"{self.owner} expects a finite number of 0 or more as `weight`, or a "
+                f"keras.optimizers.schedules.LearningRateSchedule. Received: weight={validation.describe(weight)}. Try "
+                "0.1, and raise it until the clean accuracy suffers."
+            )
+        return float(weight)
