@@ -13,6 +13,7 @@ __all__ = [
     "HESSIAN_MODE",
     "Tape",
     "alias",
+    "compiled",
     "constant_pullback",
     "custom_gradient",
     "jit",
@@ -197,6 +198,11 @@ def random_state():
 def with_random_state(state):
     # Keras' seeds are variables here, so that whoever holds their values holds it all.
     return contextlib.nullcontext()
+
+
+def compiled(fun):
+    # Keras compiles the whole training step, and this with it.
+    return fun
 
 
 def may_compile():

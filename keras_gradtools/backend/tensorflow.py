@@ -207,6 +207,11 @@ def with_random_state(state):
     return contextlib.nullcontext()
 
 
+def compiled(fun):
+    # Keras compiles the whole training step, and this with it.
+    return fun
+
+
 def may_compile():
     return tf.executing_eagerly()
 

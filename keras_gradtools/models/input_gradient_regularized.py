@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_gradtools import validation
+from keras_gradtools import backend, validation
 from keras_gradtools.backend import example_losses
 from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions
 from keras_gradtools.regularization.penalty import Penalty
@@ -157,6 +157,7 @@ class InputGradientRegularized(keras.Model):
         self._seeds = keras.random.SeedGenerator(seed) if target == "outputs" and penalty.may_draw else None
         self._inputs, self._seed = inputs, seed
         self._choice = None
+        self._forward = self._call_model
         self._step = _Step()
         self.built = True
         penalty.check_precision(self.compute_dtype)
@@ -186,6 +187,14 @@ class InputGradientRegularized(keras.Model):
         self._penalty.check_compiled(choice, value)
         keras.Model.jit_compile.fset(self, value)
         self._choice = choice
+        self._forward = backend.compiled(self._call_model) if value else self._call_model
+
+    def _should_torch_compile(self):
+        # Keras would compile the whole step, and stumble over the tape in it.
+        return False
+
+    def _call_model(self, inputs, training):
+        return self.model(inputs, training=training)
 
     def _settled(self):
         if self._choice is None:
@@ -232,12 +241,12 @@ class InputGradientRegularized(keras.Model):
 
     def call(self, inputs, training=None):
         if not self._step.recording:
-            return self.model(inputs, training=training)
+            return self._forward(inputs, training)
         inputs = as_tensors(inputs)
         chosen = chosen_positions(NAME, self.model, inputs, self._inputs)
         calls_again = self._settled().method == "finite_difference" or self._penalty.frozen_statistics
         snapshot = Snapshot(self.model) if calls_again else None
-        record = RecordedCall(lambda x: self.model(x, training=training), inputs, chosen, snapshot)
+        record = RecordedCall(lambda x: self._forward(x, training), inputs, chosen, snapshot)
         self._step.record = record
         return record.outputs
 

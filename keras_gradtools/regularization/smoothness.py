@@ -1,5 +1,7 @@
 """Whether a model is smooth enough for the exact penalty to train it, and if not, why."""
 
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
@@ -74,7 +76,7 @@ def reasons_against_exact(model):
 
 def _summed_up(found):
     name, kink = found[0]
-    others = f", and so have {len(found) - 1} more" if len(found) > 1 else ""
+    others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{name!r} {kink}, which has kinks{others}"
 
 
@@ -104,7 +106,10 @@ def has_kink(activation):
     """
     x = np.linspace(-8, 8, 513, dtype="float32")
     try:
-        values = ops.convert_to_numpy(activation(ops.convert_to_tensor(x[:, None]))).astype("float64")
+        with warnings.catch_warnings():
+            # Keras warns of a softmax of one number.
+            warnings.simplefilter("ignore")
+            values = ops.convert_to_numpy(activation(ops.convert_to_tensor(x[:, None]))).astype("float64")
     except Exception:
         return False
     if values.shape != (513, 1):
