@@ -24,9 +24,12 @@ def reference():
 
 
 def hand_written(name):
-    """The function that a row is compared with, from whichever of the two files has it."""
-    transforms = importlib.import_module(f"benchmarks.reference_{keras.backend.backend()}_transforms")
-    return getattr(transforms, name, None) or getattr(reference(), name)
+    """The function `name` of the hand-written code, wherever it is kept."""
+    for kind in ("", "_transforms", "_steps"):
+        module = importlib.import_module(f"benchmarks.reference_{keras.backend.backend()}{kind}")
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise LookupError(f"There is no hand-written {name!r} for {keras.backend.backend()}.")
 
 
 def cases(containing=""):

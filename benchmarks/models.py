@@ -27,6 +27,22 @@ def _conv_net():
     )
 
 
+def _image_conv_net(activation, pooling):
+    """A size at which computation dominates."""
+    return keras.Sequential(
+        [
+            layers.Input((32, 32, 3)),
+            layers.Conv2D(32, 3, padding="same", activation=activation),
+            pooling(2),
+            layers.Conv2D(64, 3, padding="same", activation=activation),
+            pooling(2),
+            layers.Flatten(),
+            layers.Dense(64, activation=activation),
+            layers.Dense(CLASSES),
+        ]
+    )
+
+
 def _wide_mlp():
     # The shape of an MLP on MNIST.
     return keras.Sequential([layers.Input((784,)), layers.Dense(512, activation="tanh"), layers.Dense(CLASSES)])
@@ -58,6 +74,8 @@ def _demo():
 _MODELS = {
     "MLP": _mlp,
     "conv net": _conv_net,
+    "image conv net": lambda: _image_conv_net("tanh", layers.AveragePooling2D),
+    "image conv net, ReLU": lambda: _image_conv_net("relu", layers.MaxPooling2D),
     "wide MLP": _wide_mlp,
     "small MLP": _small_mlp,
     "decoder": _decoder,

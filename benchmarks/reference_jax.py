@@ -10,7 +10,6 @@ import keras
 
 import keras_gradtools as kg
 from benchmarks.models import CLASSES, loss
-from benchmarks.rows.regularized_step import WEIGHT, compiled, copy_of
 
 # Of each mode: what ours is compiled with, and what the hand-written code is.
 MODES = {
@@ -96,48 +95,3 @@ _square_gradient = jax.grad(lambda x: keras.ops.multiply(x, x))
 
 def square_gradient(x):
     return _square_gradient(x)
-
-
-class DoubleBackward(keras.Model):
-    """The penalty by double backward, in a training step written for JAX."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.penalty_tracker = keras.metrics.Mean(name="penalty")
-        self.built = True
-
-    def call(self, x, training=None):
-        return self.model(x, training=training)
-
-    def train_step(self, state, data):
-        trainable, non_trainable, optimizer, metrics = state
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-        size = x.shape[0]
-
-        def loss_of(x, trainable):
-            y_pred, new = self.stateless_call(trainable, non_trainable, x, training=True)
-            return self.compute_loss(x=x, y=y, y_pred=y_pred), new
-
-        def objective(trainable):
-            (value, new), by_input = jax.value_and_grad(loss_of, has_aux=True)(x, trainable)
-            penalty = jnp.sum(jnp.square(size * by_input)) / size
-            return value + WEIGHT * penalty, (penalty, new)
-
-        (total, (penalty, non_trainable)), gradients = jax.value_and_grad(objective, has_aux=True)(trainable)
-        trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
-        logs, new_metrics = {}, []
-        for metric, value in zip(self.metrics, (total, penalty), strict=True):
-            variables = metrics[len(new_metrics) : len(new_metrics) + len(metric.variables)]
-            variables = metric.stateless_update_state(variables, value, sample_weight=size)
-            logs[metric.name] = metric.stateless_result(variables)
-            new_metrics += variables
-        return logs, (trainable, non_trainable, optimizer, new_metrics)
-
-
-def regularized_step(model, compiler):
-    return compiled(DoubleBackward(copy_of(model))).train_on_batch
-
-
-def plain_step(model, compiler):
-    return compiled(copy_of(model)).train_on_batch

@@ -5,7 +5,6 @@ import tensorflow as tf
 
 import keras_gradtools as kg
 from benchmarks.models import loss
-from benchmarks.rows.regularized_step import WEIGHT, compiled, copy_of
 
 # Of each mode: what ours is compiled with, and what the hand-written code is.
 MODES = {
@@ -86,40 +85,3 @@ def square_gradient(x):
         tape.watch(x)
         y = keras.ops.multiply(x, x)
     return tape.gradient(y, x)
-
-
-class DoubleBackward(keras.Model):
-    """The penalty by double backward, in a training step written for TensorFlow."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.penalty_tracker = keras.metrics.Mean(name="penalty")
-        self.built = True
-
-    def call(self, x, training=None):
-        return self.model(x, training=training)
-
-    def train_step(self, data):
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-        x = tf.convert_to_tensor(x)
-        size = tf.cast(tf.shape(x)[0], x.dtype)
-        with tf.GradientTape() as outer:
-            with tf.GradientTape(watch_accessed_variables=False) as inner:
-                inner.watch(x)
-                value = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
-            by_input = size * inner.gradient(value, x)
-            penalty = tf.reduce_sum(tf.square(by_input)) / size
-            total = value + WEIGHT * penalty
-        self.optimizer.apply(outer.gradient(total, self.trainable_variables), self.trainable_variables)
-        self._loss_tracker.update_state(total, sample_weight=size)
-        self.penalty_tracker.update_state(penalty, sample_weight=size)
-        return self.get_metrics_result()
-
-
-def regularized_step(model, compiler):
-    return compiled(DoubleBackward(copy_of(model))).train_on_batch
-
-
-def plain_step(model, compiler):
-    return compiled(copy_of(model)).train_on_batch

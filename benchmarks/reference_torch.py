@@ -4,7 +4,6 @@ import keras
 import torch
 
 from benchmarks.models import CLASSES, loss
-from benchmarks.rows.regularized_step import WEIGHT, compiled, copy_of
 
 # There is no compiled mode: `torch.compile` cannot differentiate twice.
 MODES = {"eager": (lambda fun: fun, lambda fun: fun), "fit": (lambda fun: fun, lambda fun: fun)}
@@ -69,39 +68,3 @@ def empty_tape():
 def square_gradient(x):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(keras.ops.multiply(x, x), x)[0]
-
-
-class DoubleBackward(keras.Model):
-    """The penalty by double backward, in a training step written for torch."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.penalty_tracker = keras.metrics.Mean(name="penalty")
-        self.built = True
-
-    def call(self, x, training=None):
-        return self.model(x, training=training)
-
-    def train_step(self, data):
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-        x = keras.ops.convert_to_tensor(x).detach().requires_grad_()
-        size = x.shape[0]
-        value = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
-        (by_input,) = torch.autograd.grad(value, x, create_graph=True)
-        penalty = (size * by_input).square().sum() / size
-        total = value + WEIGHT * penalty
-        gradients = torch.autograd.grad(total, [v.value for v in self.trainable_variables])
-        with torch.no_grad():
-            self.optimizer.apply(gradients, self.trainable_variables)
-        self._loss_tracker.update_state(total.detach(), sample_weight=size)
-        self.penalty_tracker.update_state(penalty.detach(), sample_weight=size)
-        return self.get_metrics_result()
-
-
-def regularized_step(model, compiler):
-    return compiled(DoubleBackward(copy_of(model))).train_on_batch
-
-
-def plain_step(model, compiler):
-    return compiled(copy_of(model)).train_on_batch

@@ -1,8 +1,8 @@
 """What is measured. One function is one row: what our code computes.
 
 The function is given a model and returns what is timed, a function of the inputs and labels. The function
-of the same name in `reference_BACKEND.py` or `reference_BACKEND_transforms.py` is the hand-written code that
-it is compared with, unless `reference` names another.
+of the same name in `reference_BACKEND.py`, `reference_BACKEND_transforms.py` or `reference_BACKEND_steps.py`
+is the hand-written code that it is compared with, unless `reference` names another.
 A file of rows that is added here is measured, checked and reported with nothing else to change.
 """
 

@@ -16,7 +16,7 @@ which exists once for all backends.
 | `map_chunks(fun, count, chunk_size)`                | `fun(numbers)` on the numbers below `count`, a chunk at a time |
 | `per_example_gradients(fun, weights, examples)`     | the gradient for each example, vectorized         |
 | `jit(fun)`                                          | the framework's compiler, Keras variables as state|
-| `compiled(fun)`                                     | compiled by itself, once differentiable, where no training step can be |
+| `compiled(fun)`                                     | compiled by itself where no training step can be  |
 | `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
 | `alias(x)`                                          | another tensor with the value of `x`, recorded    |
 | `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
