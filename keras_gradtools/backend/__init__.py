@@ -20,6 +20,7 @@ which exists once for all backends.
 | `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
 | `alias(x)`                                          | another tensor with the value of `x`, recorded    |
 | `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
+| `eagerly()`                                         | a block that runs now, whatever is being traced around it |
 | `random_state()`                                    | the state of what draws random numbers past Keras' seeds |
 | `with_random_state(state)`                          | a block in which it is `state` again              |
 | `may_compile()`                                     | whether a function called now may be compiled by itself |

@@ -6,18 +6,26 @@ over leaves to Keras which outputs have which loss, with what weight, and what t
 
 import threading
 
+import keras
 from keras import ops
 from keras.src.losses import loss as keras_loss
 from keras.src.trainers.compile_utils import CompileLoss
 
-from keras_gradtools.backend.state import StateScope
+from keras_gradtools import backend
+from keras_gradtools.backend.state import StateScope, outside_scopes
 
 
 class _Thread(threading.local):
     per_example = False
+    is_scalar = False
 
 
 _thread = _Thread()
+
+# By what a loss is to be multiplied so that the sum over the replicas of a `tf.distribute` strategy is the loss of the
+# batch, and back. Elsewhere both return what they are given.
+on_replica = keras_loss.scale_loss_for_distribution
+off_replica = keras_loss.unscale_loss_for_distribution
 
 
 def compiled(loss):
@@ -25,50 +33,61 @@ def compiled(loss):
     return CompileLoss(loss)
 
 
-def replicas():
-    """By how much Keras divides a loss where each replica of a `tf.distribute` strategy computes its own; else 1."""
-    return keras_loss.unscale_loss_for_distribution(ops.convert_to_tensor(1.0))
-
-
-def on_replica(loss):
-    """The share of one replica in `loss`, a mean over its own examples."""
-    return keras_loss.scale_loss_for_distribution(loss)
-
-
 def total_loss(compile_loss, y, y_pred):
     """The compiled loss without sample weights; what Keras tracks of it is dropped."""
+    if not compile_loss.built:
+        # It has variables, which must outlive what is traced or scoped around this.
+        with backend.eagerly(), outside_scopes():
+            compile_loss.build(*keras.tree.map_structure(_symbolic, (y, y_pred)))
     with StateScope():
         return compile_loss(y, y_pred)
+
+
+def _symbolic(x):
+    return None if x is None else keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype))
 
 
 def example_losses(compile_loss, y, y_pred):
     """The loss of each example, without sample weights: of shape `(batch,)`, with the compiled loss as its mean.
 
-    None where the loss gives one number for the batch, from which no example's can be told.
+    None where a loss gives one number for the batch, from which no example's can be told.
     """
-    _thread.per_example = True
+    _thread.per_example, _thread.is_scalar = True, False
     try:
         losses = total_loss(compile_loss, y, y_pred)
     finally:
         _thread.per_example = False
-    return losses * ops.cast(replicas(), losses.dtype) if len(losses.shape) == 1 else None
+    if _thread.is_scalar or len(losses.shape) != 1:
+        return None
+    return off_replica(losses)
 
 
 def _reduce(values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None):
     if not _thread.per_example:
         return _reduce_batch(values, sample_weight, mask, reduction, dtype)
     values = ops.convert_to_tensor(values, dtype=dtype)
-    kept = _reduce_batch(values, sample_weight, mask, None, dtype)
-    if not len(kept.shape):
-        return kept
-    ones = ops.ones_like(values)
+    if not len(values.shape):
+        _thread.is_scalar = True
+        return values
+    if mask is None and reduction in _MEANS:
+        return on_replica(_per_example(ops.mean, values))
+    kept = _reduce_batch(values, None, mask, None, dtype)
+    batch_size = ops.cast(ops.shape(kept)[0], kept.dtype)
+    if mask is None:
+        return _per_example(ops.sum, kept) * batch_size
     # Keras' reduction is linear in the values, with one factor for all: that of a loss that is 1 everywhere.
-    count = ops.sum(_reduce_batch(ones, sample_weight, mask, None, dtype))
-    factor = ops.divide_no_nan(_reduce_batch(ones, sample_weight, mask, reduction, dtype), count)
-    if len(factor.shape):
-        factor = ops.convert_to_tensor(1.0, kept.dtype)
-    batch_size = ops.shape(kept)[0]
-    return ops.sum(ops.reshape(kept, (batch_size, -1)), axis=1) * factor * ops.cast(batch_size, kept.dtype)
+    ones = ops.ones_like(values)
+    count = ops.sum(_reduce_batch(ones, None, mask, None, dtype))
+    factor = ops.divide_no_nan(ops.sum(_reduce_batch(ones, None, mask, reduction, dtype)), count)
+    return _per_example(ops.sum, kept) * (factor * batch_size)
+
+
+_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+def _per_example(reduce, values):
+    axes = tuple(range(1, len(values.shape)))
+    return reduce(values, axis=axes) if axes else values
 
 
 _reduce_batch = keras_loss.reduce_weighted_values

@@ -16,6 +16,7 @@ __all__ = [
     "compiled",
     "constant_pullback",
     "custom_gradient",
+    "eagerly",
     "jit",
     "linearize",
     "map_chunks",
@@ -203,6 +204,10 @@ def with_random_state(state):
 def compiled(fun):
     # Keras compiles the whole training step, and this with it.
     return fun
+
+
+def eagerly():
+    return jax.ensure_compile_time_eval()
 
 
 def may_compile():

@@ -17,6 +17,7 @@ __all__ = [
     "in_scope",
     "is_assigned_in_scope",
     "is_overridden",
+    "outside_scopes",
     "set_keras_mask",
     "state_variables",
 ]
@@ -110,6 +111,17 @@ def frozen_statistics(layer):
     finally:
         for part in thawed:
             part._trainable = True
+
+
+@contextlib.contextmanager
+def outside_scopes():
+    """A block in which variables are made and assigned for good, whatever scope is around it."""
+    scope = get_stateless_scope()
+    global_state.set_global_attribute("stateless_scope", None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("stateless_scope", scope)
 
 
 def in_scope():

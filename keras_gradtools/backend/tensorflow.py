@@ -212,6 +212,11 @@ def compiled(fun):
     return fun
 
 
+def eagerly():
+    # Out of whatever graph is being built.
+    return tf.init_scope()
+
+
 def may_compile():
     return tf.executing_eagerly()
 

@@ -21,6 +21,7 @@ __all__ = [
     "compiled",
     "constant_pullback",
     "custom_gradient",
+    "eagerly",
     "jit",
     "linearize",
     "map_chunks",
@@ -247,6 +248,10 @@ def _set_random_state(state):
     torch.set_rng_state(on_host)
     if on_device is not None:
         torch.cuda.set_rng_state(on_device)
+
+
+def eagerly():
+    return contextlib.nullcontext()
 
 
 def may_compile():

@@ -94,13 +94,16 @@ class InputGradientPenalty(keras.layers.Wrapper):
         self._steps: Any = None
         if strength.depends_on_step:
             self._steps = self.add_weight(name="steps", shape=(), dtype="int32", initializer="zeros", trainable=False)
+        self._choice: Any = None
         self._seeds = keras.random.SeedGenerator(seed) if penalty.may_draw else None
         penalty.check_precision(self.compute_dtype)
 
     def call(self, inputs, training=None):
         if not training:
             return self.layer(inputs, training=training)
-        choice = self._penalty.choose(self.layer)
+        if self._choice is None:
+            self._choice = self._penalty.choose(self.layer)
+        choice = self._choice
         chosen = chosen_positions(NAME, self.layer, inputs, None)
         record = RecordedCall(lambda x: self.layer(x, training=True), inputs, chosen, Snapshot(self.layer))
         target: Any

@@ -260,19 +260,22 @@ class InputGradientRegularized(keras.Model):
                 "a loss to `compile`, or another `target`."
             )
         record = self._take_record(y_pred)
-        known = None
-        if is_of_loss and sample_weight is None and not self.losses:
-            # The loss that is trained is the one to differentiate.
-            with record.recording():
-                loss = known = super().compute_loss(x, y, y_pred, None, training)
-        else:
+        target = self._target(y, y_pred)
+        if not is_of_loss or sample_weight is not None or self.losses:
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        weighted = self._measure(record, self._target(y, y_pred, known), sample_weight, loss.dtype, training)
+        elif self._settled().method == "finite_difference" and not self._compile_loss.metrics:
+            # The loss that is trained is the one to differentiate, and Keras tracks no part of it.
+            target.losses = target.recorded(record)
+            loss = example_losses.on_replica(ops.mean(target.losses))
+        else:
+            with record.recording():
+                loss = target.total = super().compute_loss(x, y, y_pred, None, training)
+        weighted = self._measure(record, target, sample_weight, loss.dtype, training)
         return loss if weighted is None else loss + ops.cast(example_losses.on_replica(weighted), loss.dtype)
 
-    def _target(self, y, y_pred, known_loss):
+    def _target(self, y, y_pred):
         if self._penalty.target == "loss":
-            return LossTarget(NAME, self._compile_loss, y, known_loss)
+            return LossTarget(NAME, self._compile_loss, y)
         if self._penalty.target == "outputs":
             return OutputsTarget(y_pred, self._settled().projections, self._seeds)
         return FunctionTarget(NAME, self._penalty.target, as_tensors(y))

@@ -10,6 +10,24 @@ def rows(gradients):
     return flat[0] if len(flat) == 1 else ops.concatenate(flat, axis=1)
 
 
+def norms_and_directions(g, order):
+    r"""The norms of the rows, and for each the $d$ with $d \cdot g$ its norm, of length 1 in the dual norm: constants.
+
+    Both are 0 where the row is.
+    """
+    g = ops.stop_gradient(g)
+    if order == 1:
+        return norms(g, 1), ops.sign(g)
+    if order == "inf":
+        largest = ops.one_hot(ops.argmax(ops.abs(g), axis=1), g.shape[1], dtype=g.dtype)
+        return norms(g, "inf"), largest * ops.sign(g)
+    scale = _scale(g)
+    scaled = g / scale
+    length = ops.sqrt(ops.sum(ops.square(scaled), axis=1, keepdims=True))
+    # The length is 1 or more, or 0 where the row is.
+    return (scale * length)[:, 0], scaled / ops.maximum(length, 1.0)
+
+
 def norms(g, order):
     """The l1, l2 or l-infinity norm (`order` 1, 2 or "inf") of each row; its derivative is 0 where the row is."""
     if order == 1:
@@ -29,19 +47,6 @@ def root(squares):
     """The square root, whose derivative is 0 at 0."""
     is_positive = squares > 0
     return ops.where(is_positive, ops.sqrt(ops.where(is_positive, squares, 1.0)), 0.0)
-
-
-def directions(g, order):
-    """For each row the unit vector of the dual norm along which it reaches its norm, and 0 where it is 0: constants."""
-    g = ops.stop_gradient(g)
-    if order == 1:
-        return ops.sign(g)
-    if order == "inf":
-        largest = ops.one_hot(ops.argmax(ops.abs(g), axis=1), g.shape[1], dtype=g.dtype)
-        return largest * ops.sign(g)
-    scaled = g / _scale(g)
-    length = root(ops.sum(ops.square(scaled), axis=1, keepdims=True))
-    return scaled / ops.where(length > 0, length, 1.0)
 
 
 def _scale(g):

@@ -108,10 +108,9 @@ def input_gradient_penalty(
     def call(x):
         return model(x, training=training) if takes_training else model(x)
 
-    with snapshot.replaying():
-        recorded = RecordedCall(call, x, chosen, snapshot)
-        found = _target(penalty, choice, model, loss, y, recorded.outputs, seed)
-        values = penalty.measure(choice, recorded, found, model, training).values
+    recorded = RecordedCall(call, x, chosen, snapshot, keeps_state=False)
+    found = _target(penalty, choice, model, loss, y, recorded.outputs, seed)
+    values = penalty.measure(choice, recorded, found, model, training).values
     if sample_weight is not None:
         values = values * example_weights(as_tensors(sample_weight), recorded.outputs, recorded.batch_size)
     return ops.mean(values)

@@ -3,13 +3,13 @@
 import keras
 from keras import ops
 
-from keras_gradtools import validation
+from keras_gradtools import nesting, validation
 from keras_gradtools.regularization.penalty import no_gradient
 
 
 def as_tensors(inputs):
     """NumPy arrays as tensors; Keras does not convert what goes to a model's `call` everywhere."""
-    return keras.tree.map_structure(lambda x: x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(x), inputs)
+    return nesting.map_structure(lambda x: x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(x), inputs)
 
 
 def checked_choice(owner, names):
@@ -27,7 +27,7 @@ def checked_choice(owner, names):
 
 def chosen_positions(owner, model, inputs, names):
     """The positions among the flat `inputs` of those named, or of all with a derivative."""
-    leaves = keras.tree.flatten(inputs)
+    leaves = nesting.flatten(inputs)
     if names is None:
         chosen = [i for i, x in enumerate(leaves) if x is not None and _has_gradient(x)]
         if not chosen:

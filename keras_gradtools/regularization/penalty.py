@@ -95,22 +95,23 @@ class Penalty:
         return Penalties(self._of_gradients(g), ops.stop_gradient(gradient_norms.norms(g, self.norm)))
 
     def _finite_differences(self, call, target):
-        quotients, gradients = [], []
+        quotients, row_norms = [], []
         for part in target.parts():
-            with call.recording():
-                values = part.each(call.outputs)
+            values = part.recorded(call)
             pulled = call.pull_constant([values], [ops.ones_like(values)])
             self._connected(call, pulled)
-            g = gradient_norms.rows(
-                [vectors.zeros(x) if u is None else u for u, x in zip(pulled, call.sources, strict=True)]
-            )
-            further = part.each(call.again(self._shifted(call.sources, g)))
+            pairs = zip(pulled, call.sources, strict=True)
+            g = gradient_norms.rows([vectors.zeros(x) if u is None else u for u, x in pairs])
+            norms, directions = gradient_norms.norms_and_directions(g, self.norm)
+            further = part.each(call.again(self._shifted(call.sources, directions)))
             difference = gradient_norms.at_least_single(further) - gradient_norms.at_least_single(values)
             # Where nothing was shifted, two equal numbers may still be rounded differently.
-            quotients.append(ops.where(ops.any(g != 0, axis=1), difference / self.step_size, 0.0))
-            gradients.append(g)
-        norms = gradient_norms.norms(gradient_norms.rows(gradients), self.norm)
-        return Penalties(self._of_quotients(quotients), ops.stop_gradient(norms))
+            quotients.append(ops.where(norms > 0, difference / self.step_size, 0.0))
+            row_norms.append(norms)
+        if len(quotients) == 1:
+            return Penalties(self._from_center(quotients[0]), row_norms[0])
+        norms = gradient_norms.norms(ops.stack(row_norms, axis=1), self.norm)
+        return Penalties(self._of_gradients(ops.stack(quotients, axis=1)), ops.stop_gradient(norms))
 
     def _connected(self, call, gradients):
         connected = [g for g in gradients if g is not None]
@@ -118,9 +119,9 @@ class Penalty:
             raise no_gradient(self.owner, "inputs that the target does not depend on differentiably", call.sources)
         return connected
 
-    def _shifted(self, sources, g):
-        """The sources, each example moved by `step_size` in the direction in which its target grows most."""
-        steps = self.step_size * gradient_norms.directions(g, self.norm)
+    def _shifted(self, sources, directions):
+        """The sources, each example moved by `step_size` in its direction."""
+        steps = self.step_size * directions
         shifted, start = [], 0
         for x in sources:
             step = steps if len(sources) == 1 else steps[:, start : start + math.prod(x.shape[1:])]
@@ -132,11 +133,6 @@ class Penalty:
         if self.is_plain_square:
             return ops.sum(ops.square(g), axis=1)
         return self._from_center(gradient_norms.norms(g, self.norm))
-
-    def _of_quotients(self, quotients):
-        if len(quotients) == 1:
-            return self._from_center(quotients[0])
-        return self._of_gradients(ops.stack(quotients, axis=1))
 
     def _from_center(self, norms):
         distance = norms - self.center if self.center else norms

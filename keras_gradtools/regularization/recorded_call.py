@@ -32,6 +32,7 @@ class RecordedCall:
         inputs: tensors in any nesting.
         chosen: the positions of those to differentiate by.
         snapshot: a `Snapshot` from before the call.
+        keeps_state: whether what the call assigns (statistics, seeds) stays, and the losses that it adds.
 
     Attributes:
         sources: the chosen inputs, as the record knows them.
@@ -39,7 +40,7 @@ class RecordedCall:
         record: the backend's tape.
     """
 
-    def __init__(self, fun, inputs, chosen, snapshot=None):
+    def __init__(self, fun, inputs, chosen, snapshot=None, keeps_state=True):
         self._fun, self._snapshot = fun, snapshot
         self._inputs, self._chosen = inputs, chosen
         flat = nesting.flatten(inputs)
@@ -49,7 +50,7 @@ class RecordedCall:
         with self.recording():
             for x in self.sources:
                 self.record.watch(x)
-            self.outputs = fun(self._with(self.sources))
+            self.outputs = fun(self._with(self.sources)) if keeps_state else self.again(self.sources)
 
     @contextlib.contextmanager
     def recording(self):
@@ -83,8 +84,7 @@ class RecordedCall:
 
     def recorded_again(self):
         """The same call, made and recorded once more."""
-        with self._snapshot.replaying():
-            return RecordedCall(self._fun, self._inputs, self._chosen, self._snapshot)
+        return RecordedCall(self._fun, self._inputs, self._chosen, self._snapshot, keeps_state=False)
 
     def _with(self, sources):
         flat = nesting.flatten(self._inputs)

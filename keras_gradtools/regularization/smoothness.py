@@ -1,12 +1,14 @@
 """Whether a model is smooth enough for the exact penalty to train it, and if not, why."""
 
 import warnings
+import weakref
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools.backend.state import StateScope
+from keras_gradtools import backend
+from keras_gradtools.backend import state
 from keras_gradtools.tape import GradientTape
 
 # Layers and operations with kinks wherever their parameters put them.
@@ -69,7 +71,7 @@ def reasons_against_exact(model):
         found += [(op.name, f"is {type(op).__name__!r}") for op in kinked if not isinstance(op, keras.Layer)]
     reasons = [_summed_up(found)] if found else []
     if any(_is_foreign(layer) for layer in layers):
-        missing = _missing_second_derivative(model)
+        missing = _remembered(_missing_second_derivative, model)
         reasons += [f"its second derivative failed: {missing}"] if missing else []
     return tuple(reasons)
 
@@ -99,23 +101,42 @@ def _classes(names):
 
 
 def has_kink(activation):
-    """Whether the slope of an elementwise function jumps somewhere between -8 and 8.
+    """Whether the slope of an elementwise function or layer jumps somewhere between -8 and 8.
 
     At a kink, second differences shrink as the spacing does, elsewhere as its square. What cannot be called on one
     column of numbers is taken for smooth.
     """
+    return _remembered(_measured_kink, activation)
+
+
+def _measured_kink(activation):
+    # Not the layer itself, which casts to its own precision.
+    fun = activation.call if isinstance(activation, keras.Layer) else activation
     x = np.linspace(-8, 8, 513, dtype="float32")
     try:
-        with warnings.catch_warnings():
-            # Keras warns of a softmax of one number.
-            warnings.simplefilter("ignore")
-            values = ops.convert_to_numpy(activation(ops.convert_to_tensor(x[:, None]))).astype("float64")
+        # Keras warns of a softmax of one number.
+        with backend.eagerly(), warnings.catch_warnings(action="ignore"):
+            values = ops.convert_to_numpy(fun(ops.convert_to_tensor(x[:, None]))).astype("float64")
     except Exception:
         return False
     if values.shape != (513, 1):
         return False
     near, far = (np.abs(values[2 * k :] - 2 * values[k:-k] + values[: -2 * k]).max() for k in (1, 2))
     return bool(near > 1e-5 * np.abs(values).max() and far < 3.5 * near)
+
+
+_memory: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _remembered(judge, subject):
+    """`judge(subject)`, found out once for each subject: trained on, a model does not change in these respects."""
+    try:
+        known = _memory.setdefault(subject, {})
+    except TypeError:
+        return judge(subject)
+    if judge not in known:
+        known[judge] = judge(subject)
+    return known[judge]
 
 
 def _is_foreign(layer):
@@ -126,14 +147,20 @@ def _is_foreign(layer):
 
 def _missing_second_derivative(model):
     """The error of a second derivative where a first one exists; empty without one, or where it cannot be tried."""
+    with backend.eagerly(), state.outside_scopes():
+        return _failing_second_derivative(model)
+
+
+def _failing_second_derivative(model):
     try:
-        inputs = keras.tree.map_structure(_example, model.input)
+        # A sequential model keeps its inputs in the functional one that it is made of.
+        inputs = keras.tree.map_structure(_example, getattr(model, "_functional", model).input)
         watched = [x for x in keras.tree.flatten(inputs) if keras.backend.is_float_dtype(x.dtype)]
         _gradient_size(model, inputs, watched)
     except Exception:
         return ""
     try:
-        with StateScope(), GradientTape() as tape:
+        with state.StateScope(), GradientTape() as tape:
             size = _gradient_size(model, inputs, watched)
         tape.gradient(size, model.trainable_variables)
     except Exception as error:
@@ -148,7 +175,7 @@ def _example(tensor):
 
 
 def _gradient_size(model, inputs, watched):
-    with StateScope(), GradientTape(watch_accessed_variables=False) as tape:
+    with state.StateScope(), GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(watched)
         outputs = keras.tree.flatten(model(inputs, training=False))
         size = sum(ops.sum(ops.square(y)) for y in outputs if keras.backend.is_float_dtype(y.dtype))

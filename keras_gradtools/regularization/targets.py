@@ -1,7 +1,7 @@
 """What can be differentiated by the inputs: the loss, all outputs, or a number of one's own for each example."""
 
+import dataclasses
 import math
-import typing
 
 import keras
 from keras import ops
@@ -14,34 +14,61 @@ from keras_gradtools.regularization.gradient_norms import at_least_single
 ALL = -1
 
 
-class LossTarget:
-    """The compiled loss, as the sum of the losses of its examples."""
+class Target:
+    """What all targets share.
 
-    def __init__(self, owner, compile_loss, y, value=None):
-        self._owner, self._compile_loss, self._y = owner, compile_loss, y
-        # The loss without sample weights, where it is known already and recorded.
-        self._value = value
+    `pull(call)` is the gradient of each example's target by its inputs, None where nothing is connected; `parts()` are
+    what finite differences are taken of, targets themselves, each a number for each example.
+    """
 
     def recomputed(self):
         """The same target for another call, of which nothing is known."""
+        return self
+
+    def pull(self, call):
+        values = self.recorded(call)
+        return call.pull([values], [ops.ones_like(values)])
+
+    def parts(self):
+        return [self]
+
+    def each(self, outputs):
+        """A number for each example, of shape `(batch,)`."""
+        raise NotImplementedError
+
+    def recorded(self, call):
+        """The same of the outputs of a call, recorded with it."""
+        with call.recording():
+            return self.each(call.outputs)
+
+
+class LossTarget(Target):
+    """The compiled loss, as the sum of the losses of its examples.
+
+    What is known of the recorded call already, without sample weights, is not computed again: `total`, or `losses`,
+    those of the examples.
+    """
+
+    def __init__(self, owner, compile_loss, y):
+        self._owner, self._compile_loss, self._y = owner, compile_loss, y
+        self.total = self.losses = None
+
+    def recomputed(self):
         return LossTarget(self._owner, self._compile_loss, self._y)
 
     def pull(self, call):
-        """The gradient of each example's loss by its inputs; None where nothing is connected."""
-        loss = self._value
+        loss = self.total
         if loss is None:
             with call.recording():
                 loss = example_losses.total_loss(self._compile_loss, self._y, call.outputs)
         # The factor goes in before the pullback: in half precision, the gradients of a mean may underflow.
-        factor = ops.cast(call.batch_size, loss.dtype) * ops.cast(example_losses.replicas(), loss.dtype)
+        factor = example_losses.off_replica(ops.cast(call.batch_size, loss.dtype))
         return call.pull([loss], [ops.broadcast_to(factor, ops.shape(loss))])
 
-    def parts(self):
-        """What a finite difference is taken of: objects with `each(outputs)`, a number for each example."""
-        return [self]
+    def recorded(self, call):
+        return super().recorded(call) if self.losses is None else self.losses
 
     def each(self, outputs):
-        """The loss of each example, of shape `(batch,)`."""
         losses = example_losses.example_losses(self._compile_loss, self._y, outputs)
         if losses is None:
             raise ValueError(
@@ -52,22 +79,11 @@ class LossTarget:
         return losses
 
 
-class FunctionTarget:
+class FunctionTarget(Target):
     """A function of the labels and the outputs, or of the outputs alone, that gives one number for each example."""
 
     def __init__(self, owner, fun, *arguments):
         self._owner, self._fun, self._arguments = owner, fun, arguments
-
-    def recomputed(self):
-        return self
-
-    def pull(self, call):
-        with call.recording():
-            values = self.each(call.outputs)
-        return call.pull([values], [ops.ones_like(values)])
-
-    def parts(self):
-        return [self]
 
     def each(self, outputs):
         values = self._fun(*self._arguments, outputs)
@@ -82,7 +98,7 @@ class FunctionTarget:
         return values
 
 
-class OutputsTarget:
+class OutputsTarget(Target):
     r"""All outputs, whose gradients are the rows of the Jacobian; or random mixtures of them.
 
     A mixture is $v \cdot y_i$, with $v$ uniform on the unit sphere in the space of the $C$ outputs of one example.
@@ -94,9 +110,6 @@ class OutputsTarget:
         self._outputs = float_outputs(outputs)
         # Drawn here and not where they are used, which may be a branch that is traced by itself.
         self._mixtures = None if projections == ALL else _mixtures(self._outputs, projections, seed)
-
-    def recomputed(self):
-        return self
 
     def pull(self, call):
         with call.recording():
@@ -115,7 +128,8 @@ class OutputsTarget:
         return [_Element(place, i) for place, y in enumerate(self._outputs) for i in range(math.prod(y.shape[1:]))]
 
 
-class _Element(typing.NamedTuple):
+@dataclasses.dataclass
+class _Element(Target):
     """One element of one output."""
 
     place: int
@@ -126,7 +140,8 @@ class _Element(typing.NamedTuple):
         return ops.reshape(y, (ops.shape(y)[0], -1))[:, self.element]
 
 
-class _Mixture(typing.NamedTuple):
+@dataclasses.dataclass
+class _Mixture(Target):
     """A weighted sum of all elements of all outputs."""
 
     scale: float
