@@ -6,14 +6,18 @@ import keras
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
-from keras.src.backend.common.variables import get_autocast_scope
+from keras.src.backend.common.variables import get_autocast_scope, initialize_all_variables
 from keras.src.layers.layer import Layer
+
+from keras_gradtools import backend
 
 __all__ = [
     "StateScope",
     "ambient",
+    "first_state",
     "frozen_statistics",
     "get_keras_mask",
+    "global_seeds",
     "in_scope",
     "is_assigned_in_scope",
     "is_overridden",
@@ -32,11 +36,17 @@ class StateScope(StatelessScope):
     """
 
     def __init__(self, state_mapping=()):
-        # Variables are not initialized at the end: that would happen inside whatever trace surrounds the block.
+        # Keras would initialize what was made in the block inside whatever trace surrounds it.
         super().__init__(list(state_mapping), collect_losses=True, initialize_variables=False)
         self._outside = get_stateless_scope()
         self._read = {}
         self._assigned = {}
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        if self._outside is None:
+            with backend.eagerly():
+                initialize_all_variables()
 
     @property
     def variables_read(self):
@@ -89,13 +99,21 @@ def ambient():
 def state_variables(layer):
     """The variables that a call of `layer` reads and assigns besides its weights, frozen or not.
 
-    They are the statistics of normalization layers, the states of seeds, counters; and the state of Keras' global seed.
+    They are the statistics of normalization layers, the states of seeds, and counters.
     """
     layers = layer._flatten_layers() if isinstance(layer, Layer) else []
     weights = {id(v) for part in layers for v in part._trainable_variables}
-    found = [v for v in layer.variables if id(v) not in weights] if layers else []
-    seeds = global_state.get_global_attribute("global_seed_generator")
-    return found if seeds is None else [*found, seeds.state]
+    return [v for v in layer.variables if id(v) not in weights] if layers else []
+
+
+def global_seeds():
+    """Keras' generator of seeds where none is given, or None if nothing has been drawn yet."""
+    return global_state.get_global_attribute("global_seed_generator")
+
+
+def first_state(seeds):
+    """The state of a seed generator before its first draw."""
+    return keras.ops.convert_to_tensor([seeds._initial_seed, 0], dtype=seeds.state.dtype)
 
 
 @contextlib.contextmanager

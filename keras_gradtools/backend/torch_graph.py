@@ -104,8 +104,11 @@ class Slice:
             number = node._sequence_nr()
             if recorded(number):
                 stack.append((node, number))
+            elif number == _LEAF:
+                _require_derivative(node)
+                self.leaves.append(node)
             else:
-                (self.leaves if number == _LEAF else self.boundaries).append(node)
+                self.boundaries.append(node)
 
         for node, _ in roots:
             if node not in seen:
@@ -141,7 +144,18 @@ def is_used_outside(nodes):
 
 
 def _requires_grad(leaf):
-    return leaf.variable.requires_grad and not is_borrowed(leaf.variable)
+    variable = getattr(leaf, "variable", None)
+    return variable is not None and variable.requires_grad and not is_borrowed(variable)
+
+
+def _require_derivative(leaf):
+    """Raises where a backward pass of the user's own has none: torch would leave its part out without a word."""
+    if not hasattr(leaf, "variable"):
+        raise RuntimeError(
+            "A GradientTape was asked for a second derivative through a torch.autograd.Function that is marked with "
+            f"`once_differentiable`, and has none. Received: the node {leaf.name()!r}. Write its backward pass in "
+            "torch operations without the mark, or use `keras_gradtools.custom_gradient`."
+        )
 
 
 def reaches(node, recorded, watched):

@@ -24,8 +24,8 @@ class InputGradientPenalty(keras.layers.Wrapper):
     where $x_i$ is one example of the layer's input and $y_i$ its output: by default all of it, so that $g_i$ is the
     Jacobian as one vector. It is for a part of a model, and needs no labels: the head behind an embedding, an encoder
     (a contractive autoencoder), a critic inside a larger model. The penalty is added with `add_loss` in training mode;
-    in inference mode the layer is the wrapped one. Its mean, without `weight`, is in the logs under the name of this
-    layer. Examples and time steps that the input's or the output's mask calls padding do not count.
+    in inference mode the layer is the wrapped one. Examples and time steps that the input's or the output's mask calls
+    padding do not count.
 
     Args:
         layer: a Keras layer or model of one tensor, or of several in a list or dict. It is shared, not copied.
@@ -89,7 +89,6 @@ class InputGradientPenalty(keras.layers.Wrapper):
         strength = Strength(NAME, weight, every)
         super().__init__(layer, **kwargs)
         self.supports_masking = True
-        self.penalty_tracker = keras.metrics.Mean(name=self.name)
         self._penalty, self._strength, self._seed = penalty, strength, seed
         self._steps: Any = None
         if strength.depends_on_step:
@@ -118,8 +117,6 @@ class InputGradientPenalty(keras.layers.Wrapper):
 
         dtype = keras.backend.result_type(record.sources[0].dtype, "float32")
         applied = self._strength.apply(measured, self._steps, training, dtype)
-        count = ops.cast(record.batch_size, dtype) * applied.is_due
-        self.penalty_tracker.update_state(ops.stop_gradient(applied.penalty), sample_weight=count)
         if self._steps is not None:
             self._steps.assign_add(1)
         if applied.weighted is not None:

@@ -288,7 +288,8 @@ class InputGradientRegularized(keras.Model):
             found = self._penalty.measure(self._settled(), record, target, self.model, training)
             values = found.values
             if sample_weight is not None:
-                values = values * example_weights(sample_weight, record.outputs, record.batch_size)
+                weights = example_weights(sample_weight, record.outputs, record.batch_size)
+                values = values * ops.cast(weights, values.dtype)
             return ops.cast(ops.mean(values), dtype), ops.cast(ops.mean(found.norms), dtype)
 
         applied = self._strength.apply(measured, self._steps, training, dtype)

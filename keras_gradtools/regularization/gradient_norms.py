@@ -31,9 +31,9 @@ def norms_and_directions(g, order):
 def norms(g, order):
     """The l1, l2 or l-infinity norm (`order` 1, 2 or "inf") of each row; its derivative is 0 where the row is."""
     if order == 1:
-        return ops.sum(ops.abs(g), axis=1)
+        return ops.sum(magnitude(g), axis=1)
     if order == "inf":
-        return ops.max(ops.abs(g), axis=1)
+        return ops.max(magnitude(g), axis=1)
     scale = _scale(g)
     return scale[:, 0] * root(ops.sum(ops.square(g / scale), axis=1))
 
@@ -41,6 +41,11 @@ def norms(g, order):
 def at_least_single(x):
     """`x` in float32, or in float64 if it is."""
     return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+
+
+def magnitude(x):
+    """The absolute value, whose derivative is 0 at 0; that of JAX is 1 there."""
+    return x * ops.stop_gradient(ops.sign(x))
 
 
 def root(squares):

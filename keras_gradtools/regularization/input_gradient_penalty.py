@@ -99,6 +99,11 @@ def input_gradient_penalty(
     names = checked_choice(NAME, inputs)
     if not callable(model):
         raise ValueError(f"{NAME} takes a model or a function. Received: {validation.describe(model)}.")
+    if isinstance(model, keras.Layer) and not model.built:
+        raise ValueError(
+            f"{NAME} takes a built model. Received: {model.name!r}, which is not. Give it a keras.Input, or call it on "
+            "data once."
+        )
     x = as_tensors(x)
     chosen = chosen_positions(NAME, model, x, names)
     choice = penalty.choose(model)
@@ -112,7 +117,8 @@ def input_gradient_penalty(
     found = _target(penalty, choice, model, loss, y, recorded.outputs, seed)
     values = penalty.measure(choice, recorded, found, model, training).values
     if sample_weight is not None:
-        values = values * example_weights(as_tensors(sample_weight), recorded.outputs, recorded.batch_size)
+        weights = example_weights(as_tensors(sample_weight), recorded.outputs, recorded.batch_size)
+        values = values * ops.cast(weights, values.dtype)
     return ops.mean(values)
 
 

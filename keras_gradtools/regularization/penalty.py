@@ -136,7 +136,7 @@ class Penalty:
 
     def _from_center(self, norms):
         distance = norms - self.center if self.center else norms
-        return ops.square(distance) if self.squared else ops.abs(distance)
+        return ops.square(distance) if self.squared else gradient_norms.magnitude(distance)
 
     def get_config(self):
         target = self.target

@@ -1,5 +1,6 @@
 """Whether a model is smooth enough for the exact penalty to train it, and if not, why."""
 
+import concurrent.futures
 import warnings
 import weakref
 
@@ -7,7 +8,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import backend
 from keras_gradtools.backend import state
 from keras_gradtools.tape import GradientTape
 
@@ -26,28 +26,27 @@ _KINKED_LAYERS = (
     "AdaptiveMaxPooling2D",
     "AdaptiveMaxPooling3D",
 )
+# Operations of a functional model that are not elementwise; those that are get measured.
 _KINKED_OPERATIONS = {
-    "Abs",
-    "Absolute",
+    "AdaptiveMaxPool",
     "Amax",
     "Amin",
     "Clip",
-    "HardShrink",
-    "HardSigmoid",
-    "HardSilu",
-    "HardTanh",
-    "LeakyRelu",
+    "Fmax",
+    "Fmin",
     "Max",
     "MaxPool",
     "Maximum",
+    "Median",
     "Min",
     "Minimum",
-    "Relu",
-    "Relu6",
-    "Selu",
-    "SoftShrink",
+    "Nanmax",
+    "Nanmin",
+    "Ptp",
+    "Quantile",
+    "Sort",
     "Sparsemax",
-    "Threshold",
+    "TopK",
 }
 # Activations that are layers, and depend on their parameters.
 _ACTIVATION_LAYERS = ("ReLU", "LeakyReLU", "ELU")
@@ -66,9 +65,12 @@ def reasons_against_exact(model):
     layers = model._flatten_layers()
     found = [(layer.name, kink) for layer in layers if (kink := _kink(layer))]
     functional = [layer for layer in layers if isinstance(layer, keras.Model) and hasattr(layer, "operations")]
-    for part in functional:
-        kinked = [op for op in part.operations if type(op).__name__ in _KINKED_OPERATIONS]
-        found += [(op.name, f"is {type(op).__name__!r}") for op in kinked if not isinstance(op, keras.Layer)]
+    operations = [op for part in functional for op in part.operations if not isinstance(op, keras.Layer)]
+    found += [
+        (op.name, f"is {type(op).__name__!r}")
+        for op in operations
+        if type(op).__name__ in _KINKED_OPERATIONS or has_kink(op)
+    ]
     reasons = [_summed_up(found)] if found else []
     if any(_is_foreign(layer) for layer in layers):
         missing = _remembered(_missing_second_derivative, model)
@@ -111,12 +113,10 @@ def has_kink(activation):
 
 def _measured_kink(activation):
     # Not the layer itself, which casts to its own precision.
-    fun = activation.call if isinstance(activation, keras.Layer) else activation
+    fun = getattr(activation, "call", activation)
     x = np.linspace(-8, 8, 513, dtype="float32")
     try:
-        # Keras warns of a softmax of one number.
-        with backend.eagerly(), warnings.catch_warnings(action="ignore"):
-            values = ops.convert_to_numpy(fun(ops.convert_to_tensor(x[:, None]))).astype("float64")
+        values = ops.convert_to_numpy(fun(ops.convert_to_tensor(x[:, None]))).astype("float64")
     except Exception:
         return False
     if values.shape != (513, 1):
@@ -133,10 +133,16 @@ def _remembered(judge, subject):
     try:
         known = _memory.setdefault(subject, {})
     except TypeError:
-        return judge(subject)
+        return _apart(judge, subject)
     if judge not in known:
-        known[judge] = judge(subject)
+        known[judge] = _apart(judge, subject)
     return known[judge]
+
+
+def _apart(judge, subject):
+    """Runs on a thread of its own: eagerly, whatever is traced or recorded around it, and without its warnings."""
+    with warnings.catch_warnings(action="ignore"), concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(judge, subject).result()
 
 
 def _is_foreign(layer):
@@ -147,11 +153,6 @@ def _is_foreign(layer):
 
 def _missing_second_derivative(model):
     """The error of a second derivative where a first one exists; empty without one, or where it cannot be tried."""
-    with backend.eagerly(), state.outside_scopes():
-        return _failing_second_derivative(model)
-
-
-def _failing_second_derivative(model):
     try:
         # A sequential model keeps its inputs in the functional one that it is made of.
         inputs = keras.tree.map_structure(_example, getattr(model, "_functional", model).input)
@@ -160,11 +161,11 @@ def _failing_second_derivative(model):
     except Exception:
         return ""
     try:
-        with state.StateScope(), GradientTape() as tape:
+        with GradientTape() as tape:
             size = _gradient_size(model, inputs, watched)
         tape.gradient(size, model.trainable_variables)
     except Exception as error:
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
 
 
@@ -175,9 +176,10 @@ def _example(tensor):
 
 
 def _gradient_size(model, inputs, watched):
+    """The squared norm of the gradient of the outputs' squares by the inputs."""
     with state.StateScope(), GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(watched)
         outputs = keras.tree.flatten(model(inputs, training=False))
         size = sum(ops.sum(ops.square(y)) for y in outputs if keras.backend.is_float_dtype(y.dtype))
-    gradients = tape.gradient(size, watched)
-    return sum(ops.sum(ops.square(g)) for g in gradients if g is not None)
+    gradients = tape.gradient(size, watched, unconnected_gradients="zero")
+    return sum(ops.sum(ops.square(g)) for g in gradients)
