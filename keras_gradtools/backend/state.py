@@ -1,6 +1,7 @@
 """Keras variables as the state of a computation: what it reads, and what it assigns."""
 
 import contextlib
+import random
 
 import keras
 from keras.src.backend.common import global_state
@@ -8,13 +9,13 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
 from keras.src.backend.common.variables import get_autocast_scope, initialize_all_variables
 from keras.src.layers.layer import Layer
+from keras.src.random.seed_generator import global_seed_generator
 
 from keras_gradtools import backend
 
 __all__ = [
     "StateScope",
     "ambient",
-    "first_state",
     "frozen_statistics",
     "get_keras_mask",
     "global_seeds",
@@ -107,13 +108,17 @@ def state_variables(layer):
 
 
 def global_seeds():
-    """Keras' generator of seeds where none is given, or None if nothing has been drawn yet."""
-    return global_state.get_global_attribute("global_seed_generator")
-
-
-def first_state(seeds):
-    """The state of a seed generator before its first draw."""
-    return keras.ops.convert_to_tensor([seeds._initial_seed, 0], dtype=seeds.state.dtype)
+    """The state of Keras' generator of seeds where none is given, in a list; empty where Keras gives none."""
+    before = random.getstate()
+    try:
+        with backend.eagerly(), outside_scopes():
+            return [global_seed_generator().state]
+    except ValueError:
+        # Inside a trace of JAX, Keras refuses to draw without a seed.
+        return []
+    finally:
+        # Made here, it takes its first state from Python's generator.
+        random.setstate(before)
 
 
 @contextlib.contextmanager

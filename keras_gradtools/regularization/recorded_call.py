@@ -15,19 +15,13 @@ class Snapshot:
     """
 
     def __init__(self, layer):
-        seeds = state.global_seeds()
-        variables = state.state_variables(layer) + ([] if seeds is None else [seeds.state])
+        variables = [*state.state_variables(layer), *state.global_seeds()]
         self._mapping = [(v, ops.copy(v)) for v in variables]
-        self._has_global_seeds = seeds is not None
         self._random = backend.random_state()
 
     @contextlib.contextmanager
     def replaying(self):
-        mapping, seeds = self._mapping, state.global_seeds()
-        if seeds is not None and not self._has_global_seeds:
-            # The first call was the first to draw, and made the generator.
-            mapping = [*mapping, (seeds.state, state.first_state(seeds))]
-        with state.StateScope(mapping), backend.with_random_state(self._random):
+        with state.StateScope(self._mapping), backend.with_random_state(self._random):
             yield
 
 

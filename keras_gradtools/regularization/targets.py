@@ -154,6 +154,8 @@ class _Mixture(Target):
 
 def _mixtures(outputs, count, seed):
     """The factor, and for each output the weights of `count` mixtures, of shape `(count, batch, ...)`."""
+    # One generator for all: an integer would draw the same numbers for every output.
+    seed = keras.random.SeedGenerator(seed) if isinstance(seed, int) else seed
     drawn = [keras.random.normal((count, *ops.shape(y)), seed=seed) for y in outputs]
     squares = [ops.sum(ops.reshape(ops.square(v), (count, ops.shape(v)[1], -1)), axis=2) for v in drawn]
     length = ops.sqrt(sum(squares))
