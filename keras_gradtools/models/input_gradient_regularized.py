@@ -169,7 +169,14 @@ class InputGradientRegularized(keras.Model):
 
     @weight.setter
     def weight(self, weight):
-        self._strength = Strength(NAME, weight, self._strength.every)
+        strength = Strength(NAME, weight, self._strength.every)
+        if strength.depends_on_step and self._steps is None:
+            raise ValueError(
+                f"{NAME} counts training steps only where it was made with a schedule or with `every`. Received: "
+                f"weight={validation.describe(weight)}. Wrap the model once more: "
+                f"`{NAME}(regularized.model, weight)`."
+            )
+        self._strength = strength
 
     @property
     def output_names(self):
