@@ -1,0 +1,259 @@
+"""Trains a digit classifier with a penalty on input gradients, on one device or on several, and compares the two.
+
+    python examples/distributed.py --out one.npz
+    python examples/distributed.py --devices 2 --compare one.npz
+
+with `KERAS_BACKEND=jax` or `torch` before it for another backend. `train` is the same for all of them; how it is
+distributed is said by the launcher of the backend, below it: `keras.distribution.DataParallel` on JAX,
+`tf.distribute.MirroredStrategy` on TensorFlow, `DistributedDataParallel` on torch. The devices are those of the
+processor, so that it runs everywhere.
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import typing
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# The devices share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import keras
+import numpy as np
+from keras import layers
+from sklearn.datasets import load_digits
+
+import keras_gradtools as kg
+
+STEPS = 10
+BATCH_SIZE = 64
+
+
+class Run(typing.NamedTuple):
+    """What is trained: a model, its optimizer, and the options of its penalty."""
+
+    penalty: dict
+    activation: str | None = "gelu"
+    optimizer: str = "sgd"
+    learning_rate: float = 0.1
+    is_convolutional: bool = True
+    has_batch_normalization: bool = False
+    dropout: float = 0.0
+    has_sample_weights: bool = False
+    is_evaluated: bool = False
+
+
+EXACT = {"weight": 0.5, "method": "exact"}
+FINITE_DIFFERENCE = {"weight": 0.5, "method": "finite_difference"}
+FADING = keras.optimizers.schedules.PolynomialDecay(1.0, decay_steps=STEPS, end_learning_rate=0.1)
+
+RUNS = {
+    "exact": Run(EXACT),
+    "finite_difference": Run(FINITE_DIFFERENCE, "relu"),
+    "random_projection": Run({"weight": 0.05, "target": "outputs", "method": "random_projection", "seed": 0}),
+    "every_other_step": Run(EXACT | {"every": 2}, has_sample_weights=True),
+    "schedule": Run(FINITE_DIFFERENCE | {"weight": FADING}, "relu", "adam", 0.01, has_sample_weights=True),
+    "batch_normalization": Run(EXACT, has_batch_normalization=True),
+    "frozen_statistics": Run(FINITE_DIFFERENCE | {"frozen_statistics": True}, "relu", has_batch_normalization=True),
+    "dropout": Run(FINITE_DIFFERENCE, "relu", dropout=0.25),
+    "linear": Run(EXACT, None, is_convolutional=False, is_evaluated=True),
+}
+
+
+# --- what is trained, wherever ---
+
+
+class Devices:
+    """All devices, seen by one process: the framework splits each batch."""
+
+    processes, rank = 1, 0
+
+    def wrapped(self, model):
+        """The model that `fit` calls."""
+        return model
+
+    def share(self, array):
+        """The examples of this process: of every batch its part."""
+        return array[self.rank :: self.processes]
+
+    def mean(self, values):
+        """The mean over all processes."""
+        return np.asarray(values)
+
+
+def load_data():
+    """Digits in a fixed order, labels, and sample weights: whole batches, which can be split evenly."""
+    digits, rng = load_digits(), np.random.default_rng(0)
+    order = rng.permutation(len(digits.images))
+    order = order[: len(order) // BATCH_SIZE * BATCH_SIZE]
+    x, y = digits.images[order, ..., None] / 16, digits.target[order]
+    return x.astype("float32"), y.astype("int32"), rng.uniform(0.2, 2.0, len(y)).astype("float32")
+
+
+def build_model(run):
+    """The classifier; the same weights on every backend."""
+    parts = [keras.Input((8, 8, 1))]
+    if run.is_convolutional:
+        parts.append(layers.Conv2D(8, 3, strides=2, padding="same"))
+        if run.has_batch_normalization:
+            # Else each replica goes by the statistics of its own examples. Other backends refuse it.
+            is_tensorflow = keras.config.backend() == "tensorflow"
+            parts.append(layers.BatchNormalization(synchronized=is_tensorflow))
+        parts.append(layers.Activation(run.activation))
+    parts += [layers.Flatten(), layers.Dropout(run.dropout, seed=0), layers.Dense(10)]
+    model, rng = keras.Sequential(parts), np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        if len(variable.shape) > 1:
+            scale = np.sqrt(2 / np.prod(variable.shape[:-1]))
+            variable.assign(scale * rng.normal(size=variable.shape))
+    return model
+
+
+def train(run, devices):
+    """Loss and penalty of each step, the weights after the last one, and what `evaluate` then says."""
+    x, y, sample_weight = (devices.share(array) for array in load_data())
+    batch_size = BATCH_SIZE // devices.processes
+    model = build_model(run)
+    regularized = kg.models.InputGradientRegularized(devices.wrapped(model), **run.penalty)
+    optimizer = keras.optimizers.get({"class_name": run.optimizer, "config": {"learning_rate": run.learning_rate}})
+    regularized.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    # Epochs of one step, which go on in the data where the last one stopped: what is logged is of one step.
+    history = regularized.fit(
+        x,
+        y,
+        sample_weight=sample_weight if run.has_sample_weights else None,
+        batch_size=batch_size,
+        steps_per_epoch=1,
+        epochs=STEPS,
+        shuffle=False,
+        verbose=0,
+    ).history
+    results = {"loss": devices.mean(history["loss"]), "penalty": devices.mean(history["input_gradient_penalty"])}
+    results |= {f"weights/{i}": w for i, w in enumerate(model.get_weights())}
+    if run.is_evaluated:
+        logs = regularized.evaluate(x, y, batch_size=batch_size, verbose=0, return_dict=True)
+        results["evaluated"] = devices.mean([logs["loss"], logs["input_gradient_penalty"]])
+    return results
+
+
+# --- how it is distributed ---
+
+
+def on_jax(options, work):
+    """All variables on each device, each batch split over them."""
+    # Read when JAX first looks for devices.
+    flag = f"--xla_force_host_platform_device_count={options.devices}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    if options.devices > 1:
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
+    work(Devices())
+
+
+def on_tensorflow(options, work):
+    """A replica of the model for each device: it is built and compiled in the scope of the strategy."""
+    import tensorflow as tf
+
+    if options.devices == 1:
+        return work(Devices())
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * options.devices)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(options.devices)])
+    with strategy.scope():
+        work(Devices())
+
+
+def on_torch(options, work):
+    """A process for each device, started by torchrun; without it, the script starts torchrun with itself."""
+    if "WORLD_SIZE" not in os.environ:
+        if options.devices == 1:
+            return work(Devices())
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+        torchrun.append(f"--nproc-per-node={options.devices}")
+        sys.exit(subprocess.call([sys.executable, *torchrun, __file__, *options.arguments]))
+
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+
+    class Parallel(keras.Model):
+        """Calls `model` through DistributedDataParallel, which averages the gradients in `backward`."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+            # In a tuple, since Keras would take a module of torch for one more layer.
+            self.parallel = (torch.nn.parallel.DistributedDataParallel(model),)
+            self.built = True
+
+        def call(self, inputs, training=None):
+            return self.parallel[0](inputs, training=training)
+
+    class Process(Devices):
+        """One of several processes."""
+
+        processes, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+
+        def wrapped(self, model):
+            return Parallel(model)
+
+        def mean(self, values):
+            total = torch.tensor(values)
+            torch.distributed.all_reduce(total)
+            return total.numpy() / self.processes
+
+    options.devices = Process.processes
+    work(Process())
+    torch.distributed.destroy_process_group()
+
+
+LAUNCHERS = {"jax": on_jax, "tensorflow": on_tensorflow, "torch": on_torch}
+
+
+# --- the command line ---
+
+
+def differences(results, expected, run):
+    """For each kind of results of `run`, the largest difference."""
+    found = {}
+    for key in (key for key in results if key.startswith(f"{run}/")):
+        kind = key.split("/")[1]
+        found[kind] = max(found.get(kind, 0.0), np.abs(results[key] - expected[key]).max())
+    return found
+
+
+def report(results, options):
+    expected = np.load(options.compare) if options.compare else None
+    backend = keras.config.backend()
+    print(f"{backend}, {options.devices} device{'s' if options.devices > 1 else ''}, {STEPS} steps")
+    for run in options.runs:
+        loss, penalty = results[f"{run}/loss"], results[f"{run}/penalty"]
+        print(f"{run}: loss {loss[0]:.4f} -> {loss[-1]:.4f}, penalty {penalty[0]:.4f} -> {penalty[-1]:.4f}")
+        if expected is not None:
+            found = differences(results, expected, run)
+            print(f"  largest differences: {', '.join(f'{kind} {value:.0e}' for kind, value in found.items())}")
+    if options.out:
+        np.savez(options.out, **results)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", default=["exact", "finite_difference"], help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--devices", type=int, default=1, help="on how many to train (default: 1)")
+    parser.add_argument("--out", type=pathlib.Path, help="where to save the results, an .npz file")
+    parser.add_argument("--compare", type=pathlib.Path, help="results to print the differences from")
+    options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
+
+    def work(devices):
+        results = {f"{run}/{k}": v for run in options.runs for k, v in train(RUNS[run], devices).items()}
+        if devices.rank == 0:
+            report(results, options)
+
+    LAUNCHERS[keras.config.backend()](options, work)
+
+
+if __name__ == "__main__":
+    main()
