@@ -13,6 +13,7 @@ __all__ = [
     "HESSIAN_MODE",
     "Tape",
     "alias",
+    "can_make_variables",
     "compiled",
     "constant_pullback",
     "custom_gradient",
@@ -204,6 +205,10 @@ def with_random_state(state):
 def compiled(fun):
     # Keras compiles the whole training step, and this with it.
     return fun
+
+
+def can_make_variables():
+    return True
 
 
 def eagerly():

@@ -109,6 +109,9 @@ def state_variables(layer):
 
 def global_seeds():
     """The state of Keras' generator of seeds where none is given, in a list; empty where Keras gives none."""
+    if not backend.can_make_variables() and global_state.get_global_attribute("global_seed_generator") is None:
+        # Keras keeps it for each thread, and replicas are threads: there, it cannot draw without a seed.
+        return []
     before = random.getstate()
     try:
         with backend.eagerly(), outside_scopes():

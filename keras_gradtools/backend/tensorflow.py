@@ -212,6 +212,11 @@ def compiled(fun):
     return fun
 
 
+def can_make_variables():
+    # The replicas of a strategy would each make their own.
+    return tf.distribute.get_strategy().num_replicas_in_sync == 1 or tf.distribute.in_cross_replica_context()
+
+
 def eagerly():
     # Out of whatever graph is being built.
     return tf.init_scope()

@@ -18,6 +18,7 @@ __all__ = [
     "HESSIAN_MODE",
     "Tape",
     "alias",
+    "can_make_variables",
     "compiled",
     "constant_pullback",
     "custom_gradient",
@@ -248,6 +249,10 @@ def _set_random_state(state):
     torch.set_rng_state(on_host)
     if on_device is not None:
         torch.cuda.set_rng_state(on_device)
+
+
+def can_make_variables():
+    return True
 
 
 def eagerly():
