@@ -154,14 +154,16 @@ class _Mixture(Target):
 
 def _mixtures(outputs, count, seed):
     """The factor, and for each output the weights of `count` mixtures, of shape `(count, batch, ...)`."""
-    # One generator for all: an integer would draw the same numbers for every output.
-    seed = keras.random.SeedGenerator(seed) if isinstance(seed, int) else seed
-    drawn = [keras.random.normal((count, *ops.shape(y)), seed=seed) for y in outputs]
-    squares = [ops.sum(ops.reshape(ops.square(v), (count, ops.shape(v)[1], -1)), axis=2) for v in drawn]
-    length = ops.sqrt(sum(squares))
-    elements = sum(math.prod(y.shape[1:]) for y in outputs)
-    units = [v / ops.reshape(length, (*ops.shape(length), *[1] * (len(v.shape) - 2))) for v in drawn]
-    return math.sqrt(elements / count), [ops.cast(v, y.dtype) for v, y in zip(units, outputs, strict=True)]
+    sizes = [math.prod(y.shape[1:]) for y in outputs]
+    # One draw for all outputs: several with an integer seed would be the same numbers.
+    drawn = keras.random.normal((count, ops.shape(outputs[0])[0], sum(sizes)), seed=seed)
+    units = drawn / ops.sqrt(ops.sum(ops.square(drawn), axis=2, keepdims=True))
+    stacks, start = [], 0
+    for y, size in zip(outputs, sizes, strict=True):
+        part = units[:, :, start : start + size]
+        stacks.append(ops.cast(ops.reshape(part, (count, *ops.shape(y))), y.dtype))
+        start += size
+    return math.sqrt(sum(sizes) / count), stacks
 
 
 def float_outputs(outputs):
