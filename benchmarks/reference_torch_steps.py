@@ -3,21 +3,11 @@
 import keras
 import torch
 
-from benchmarks.rows.regularized_step import STEP_SIZE, WEIGHT, compiled, copy_of, example_losses
+from benchmarks.rows.regularized_step import STEP_SIZE, WEIGHT, Handwritten, compiled, copy_of, example_losses
 
 
-class Regularized(keras.Model):
-    """What the two have in common: the step, and what is logged."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.penalty_tracker = keras.metrics.Mean(name="penalty")
-        self.norm_tracker = keras.metrics.Mean(name="norm")
-        self.built = True
-
-    def call(self, x, training=None):
-        return self.model(x, training=training)
+class Regularized(Handwritten):
+    """The training step, around an objective."""
 
     def objective(self, x, y):
         raise NotImplementedError
@@ -61,7 +51,3 @@ def exact_step(model, compiler):
 
 def finite_difference_step(model, compiler):
     return compiled(FiniteDifference(copy_of(model))).train_on_batch
-
-
-def plain_step(model, compiler):
-    return compiled(copy_of(model)).train_on_batch

@@ -28,8 +28,9 @@ writes this page from benchmarks/results/.
   differentiate twice.
 - *Batch Jacobian* is compared with one pullback of the whole batch for each output, and *usual code* with
   `vmap(jacrev)`.
-- *Regularized step* is compared with double backward in a hand-written `train_step`. *Over plain step* is
-  the price of the penalty: a step of the same model without it.
+- *Exact step* and *finite-difference step* are training steps with an input-gradient penalty, compared with a
+  hand-written `train_step` that does the same. *Over plain step* is the price of the penalty: a step of the same model
+  without it.
 - *Eager tape on JAX* is compared with eager `jax.grad`, once the derivative is compiled: the first run of a
   block differentiates it op by op, the second compiles.
 - *Over one gradient*: native is one hand-written gradient by the weights, compiled in the same way (by the

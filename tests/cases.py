@@ -24,6 +24,23 @@ def tensor(x, dtype="float32"):
     return ops.convert_to_tensor(np.asarray(x), dtype=dtype)
 
 
+def central_differences(fun, weights, eps=1e-5):
+    """The gradient of `fun(weights)` by each array of `weights`, in double precision."""
+    weights = [np.array(w, "float64") for w in weights]
+    gradients = []
+    for w in weights:
+        g = np.empty_like(w)
+        for index in np.ndindex(w.shape):
+            kept = w[index]
+            w[index] = kept + eps
+            above = fun(weights)
+            w[index] = kept - eps
+            g[index] = (above - fun(weights)) / (2 * eps)
+            w[index] = kept
+        gradients.append(g)
+    return gradients
+
+
 def close(actual, desired, rtol=2e-5, atol=2e-6):
     """Asserts the same structure, shapes and values; None only where None is expected."""
     if desired is None:

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from tests.cases import central_differences
+
 RNG = np.random.default_rng(7)
 N, D, H, K = 8, 4, 5, 3
 X = RNG.normal(size=(N, D)).astype("float32")
@@ -131,23 +133,6 @@ class Reference(typing.NamedTuple):
     def _of(self, norms):
         distance = norms - self.center
         return distance**2 if self.squared else np.abs(distance)
-
-
-def central_differences(fun, weights, eps=1e-5):
-    """The gradient of `fun(weights)` by each array of `weights`."""
-    weights = [w.astype("float64") for w in weights]
-    gradients = []
-    for w in weights:
-        g = np.empty_like(w)
-        for index in np.ndindex(w.shape):
-            kept = w[index]
-            w[index] = kept + eps
-            above = fun(weights)
-            w[index] = kept - eps
-            g[index] = (above - fun(weights)) / (2 * eps)
-            w[index] = kept
-        gradients.append(g)
-    return gradients
 
 
 class Step(typing.NamedTuple):

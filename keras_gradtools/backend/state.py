@@ -22,6 +22,7 @@ __all__ = [
     "in_scope",
     "is_assigned_in_scope",
     "is_overridden",
+    "layers_of",
     "outside_scopes",
     "set_keras_mask",
     "state_variables",
@@ -97,12 +98,17 @@ def ambient():
     )
 
 
+def layers_of(layer):
+    """`layer` and all layers in it; none of what is only a function."""
+    return layer._flatten_layers() if isinstance(layer, Layer) else []
+
+
 def state_variables(layer):
     """The variables that a call of `layer` reads and assigns besides its weights, frozen or not.
 
     They are the statistics of normalization layers, the states of seeds, and counters.
     """
-    layers = layer._flatten_layers() if isinstance(layer, Layer) else []
+    layers = layers_of(layer)
     weights = {id(v) for part in layers for v in part._trainable_variables}
     return [v for v in layer.variables if id(v) not in weights] if layers else []
 
@@ -127,9 +133,10 @@ def global_seeds():
 @contextlib.contextmanager
 def frozen_statistics(layer):
     """A block in which BatchNormalization goes by its moving statistics in training mode, too."""
-    layers = layer._flatten_layers() if isinstance(layer, Layer) else []
     # What Keras' layer asks to know whether it was frozen. The setter would mark the variables as well.
-    thawed = [part for part in layers if isinstance(part, keras.layers.BatchNormalization) and part._trainable]
+    thawed = [
+        part for part in layers_of(layer) if isinstance(part, keras.layers.BatchNormalization) and part._trainable
+    ]
     for part in thawed:
         part._trainable = False
     try:

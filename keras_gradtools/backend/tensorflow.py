@@ -7,12 +7,35 @@ import threading
 import time
 import warnings
 
-import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
-from keras_gradtools import nesting
-from keras_gradtools.backend import chunks, recording, state, tensorflow_resizing
+from keras_gradtools.backend import chunks, recording, tensorflow_resizing
+from keras_gradtools.backend.tensorflow_jit import jit
+
+__all__ = [
+    "COMPILES_SECOND_ORDER",
+    "HESSIAN_MODE",
+    "Tape",
+    "alias",
+    "can_make_variables",
+    "compiled",
+    "constant_pullback",
+    "custom_gradient",
+    "eagerly",
+    "jit",
+    "linearize",
+    "map_chunks",
+    "may_compile",
+    "per_example_gradients",
+    "pullback",
+    "pullback_batch",
+    "pushforward",
+    "pushforward_batch",
+    "random_state",
+    "settled",
+    "with_random_state",
+]
 
 COMPILES_SECOND_ORDER = True
 HESSIAN_MODE = "reverse"
@@ -341,56 +364,6 @@ def alias(x):
 
 def settled(tensors):
     return tensors
-
-
-def jit(fun):
-    # What a function assigns depends on whether a scope will drop it, and a graph does so or not once and for all.
-    outside, inside = _Graph(fun), _Graph(fun)
-
-    @functools.wraps(fun)
-    def call(*args, **kwargs):
-        args, kwargs = _floats_to_tensors(args), _floats_to_tensors(kwargs)
-        if not state.in_scope():
-            return outside(*args, **kwargs)
-        # A graph would read the variables themselves, whatever stands for them.
-        return fun(*args, **kwargs) if state.is_overridden() else inside(*args, **kwargs)
-
-    return call
-
-
-class _Graph:
-    """`tf.function`, which tells the tapes what it is about to do: a graph runs without Keras."""
-
-    def __init__(self, fun):
-        self._fun = fun
-        self._reads = {}
-        self._has_custom_gradient = False
-        # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
-        self._compiled = tf.function(self._traced, autograph=False)
-        # TensorFlow counts traces by the code of the function, which is the same one for all that is compiled here.
-        self._compiled._omit_frequent_tracing_warning = True
-
-    def _traced(self, *args, **kwargs):
-        with recording.ReadLog() as log:
-            result = self._fun(*args, **kwargs)
-        self._reads.update((id(v), v) for v in log.variables)
-        self._has_custom_gradient |= log.has_custom_gradient
-        return result
-
-    def __call__(self, *args, **kwargs):
-        if recording.active_tapes():
-            for variable in self._reads.values():
-                _ = variable.value
-            if self._has_custom_gradient:
-                recording.note_custom_gradient()
-        return self._compiled(*args, **kwargs)
-
-
-def _floats_to_tensors(structure):
-    # A Python float would be a constant of the graph, and every new value a new trace.
-    return nesting.map_structure(
-        lambda x: tf.constant(x, keras.config.floatx()) if isinstance(x, float) else x, structure
-    )
 
 
 def custom_gradient(fun):

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_gradtools.regularization.inputs import chosen_positions
-from keras_gradtools.regularization.penalty import Penalty
+from keras_gradtools.regularization.penalty import Penalty, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.regularization.strength import Strength
 from keras_gradtools.regularization.targets import FunctionTarget, OutputsTarget
@@ -104,7 +104,8 @@ class InputGradientPenalty(keras.layers.Wrapper):
             self._choice = self._penalty.choose(self.layer)
         choice = self._choice
         chosen = chosen_positions(NAME, self.layer, inputs, None)
-        record = RecordedCall(lambda x: self.layer(x, training=True), inputs, chosen, Snapshot(self.layer))
+        snapshot = Snapshot(self.layer) if self._penalty.calls_again(choice) else None
+        record = RecordedCall(lambda x: self.layer(x, training=True), inputs, chosen, snapshot)
         target: Any
         if self._penalty.target == "outputs":
             target = OutputsTarget(record.outputs, choice.projections, self._seeds)
@@ -136,9 +137,4 @@ class InputGradientPenalty(keras.layers.Wrapper):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        nested = {
-            name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
-            for name in ("layer", "weight", "target")
-            if isinstance(config[name], dict)
-        }
-        return cls(**{**config, **nested})
+        return cls(**restored(config, ("layer", "weight", "target"), custom_objects))

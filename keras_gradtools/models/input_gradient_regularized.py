@@ -13,7 +13,7 @@ from keras import ops
 from keras_gradtools import backend, validation
 from keras_gradtools.backend import example_losses
 from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions
-from keras_gradtools.regularization.penalty import Penalty
+from keras_gradtools.regularization.penalty import Penalty, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.regularization.sample_weights import example_weights
 from keras_gradtools.regularization.strength import Strength
@@ -86,8 +86,9 @@ class InputGradientRegularized(keras.Model):
         inputs: the names (keys, or positions) of the inputs to differentiate by; all floating-point ones by default.
         frozen_statistics: as above.
         every: train on the penalty at every `every`-th step only, with `every` times the weight (lazy regularization),
-            which saves its time at the others. `evaluate` always measures it.
-        seed: an integer for the projections.
+            which saves its time at the others. The logs are means over those steps, 0 in an epoch without any;
+            `evaluate` always measures it.
+        seed: an integer for the projections. Keras saves no state of seeds: a loaded model draws from the start.
         **kwargs: the `name`, `trainable` and `dtype` of any `keras.Model`; `dtype` is the model's by default.
 
     Raises:
@@ -251,8 +252,7 @@ class InputGradientRegularized(keras.Model):
             return self._forward(inputs, training)
         inputs = as_tensors(inputs)
         chosen = chosen_positions(NAME, self.model, inputs, self._inputs)
-        calls_again = self._settled().method == "finite_difference" or self._penalty.frozen_statistics
-        snapshot = Snapshot(self.model) if calls_again else None
+        snapshot = Snapshot(self.model) if self._penalty.calls_again(self._settled()) else None
         record = RecordedCall(lambda x: self._forward(x, training), inputs, chosen, snapshot)
         self._step.record = record
         return record.outputs
@@ -330,12 +330,7 @@ class InputGradientRegularized(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        nested = {
-            name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
-            for name in ("model", "weight", "target")
-            if isinstance(config[name], dict)
-        }
-        return cls(**{**config, **nested})
+        return cls(**restored(config, ("model", "weight", "target"), custom_objects))
 
 
 class _Step(threading.local):
@@ -350,9 +345,13 @@ class _DrownedLoss(keras.callbacks.Callback):
 
     MOST = 10
 
+    def on_train_begin(self, logs=None):
+        self._is_first = True
+
     def on_epoch_end(self, epoch, logs=None):
-        if epoch != self.params.get("initial_epoch", 0) or "loss" not in (logs or {}):
+        if not self._is_first or "loss" not in (logs or {}):
             return
+        self._is_first = False
         model = self.model
         penalty = logs["input_gradient_penalty"] * float(ops.convert_to_numpy(model._strength.at(model._steps)))
         rest = abs(logs["loss"] - penalty)

@@ -81,6 +81,10 @@ class Penalty:
             return Choice("exact", ALL, ("no kinks were found",))
         return Choice("finite_difference", self.projections if self.is_plain_square else ALL, reasons)
 
+    def calls_again(self, choice):
+        """Whether the model is called more than once, so that a `Snapshot` is needed."""
+        return choice.method == "finite_difference" or self.frozen_statistics
+
     def measure(self, choice, call, target, model, training):
         """The `Penalties` of a `RecordedCall` of `model`."""
         if self.frozen_statistics and training:
@@ -92,7 +96,7 @@ class Penalty:
         if choice.method == "finite_difference":
             return self._finite_differences(call, target)
         g = gradient_norms.rows(self._connected(call, target.pull(call)))
-        return Penalties(self._of_gradients(g), ops.stop_gradient(gradient_norms.norms(g, self.norm)))
+        return Penalties(self._of_gradients(g), gradient_norms.norms(ops.stop_gradient(g), self.norm))
 
     def _finite_differences(self, call, target):
         quotients, row_norms = [], []
@@ -111,7 +115,7 @@ class Penalty:
         if len(quotients) == 1:
             return Penalties(self._from_center(quotients[0]), row_norms[0])
         norms = gradient_norms.norms(ops.stack(row_norms, axis=1), self.norm)
-        return Penalties(self._of_gradients(ops.stack(quotients, axis=1)), ops.stop_gradient(norms))
+        return Penalties(self._of_gradients(ops.stack(quotients, axis=1)), norms)
 
     def _connected(self, call, gradients):
         connected = [g for g in gradients if g is not None]
@@ -184,9 +188,12 @@ class Penalty:
     def _checked_target(self, target):
         if target in ("loss", "outputs") if isinstance(target, str) else callable(target):
             return target
-        raise self._refused("target", "'loss', 'outputs' or a function", target, self._about_functions)
-
-    _about_functions = "A function takes (y, y_pred) and returns one number for each example."
+        raise self._refused(
+            "target",
+            "'loss', 'outputs' or a function",
+            target,
+            "A function takes (y, y_pred) and returns one number for each example.",
+        )
 
     def _checked_norm(self, norm):
         if norm in ("inf", math.inf) and not isinstance(norm, bool):
@@ -237,6 +244,15 @@ class Penalty:
             f"{self.owner} expects {expected} as `{name}`. Received: {name}={validation.describe(received)}."
             + (f" {advice}" if advice else "")
         )
+
+
+def restored(config, names, custom_objects):
+    """A config in which the entries `names` are objects again, where they were saved as objects."""
+    return config | {
+        name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
+        for name in names
+        if isinstance(config[name], dict)
+    }
 
 
 def no_gradient(owner, received, tensors):

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_gradtools import backend, nesting
 from keras_gradtools.backend import state
+from keras_gradtools.regularization.masks import with_mask_of
 
 
 class Snapshot:
@@ -90,15 +91,5 @@ class RecordedCall:
     def _with(self, sources):
         flat = nesting.flatten(self._inputs)
         for i, x in zip(self._chosen, sources, strict=True):
-            flat[i] = _with_mask(x, state.get_keras_mask(flat[i]))
+            flat[i] = with_mask_of(x, flat[i])
         return nesting.pack_as(self._inputs, flat)
-
-
-def _with_mask(x, mask):
-    """`x` with the mask of an input; what is padding by it has no gradient."""
-    if mask is None:
-        return x
-    axes = (*ops.shape(mask), *[1] * (len(x.shape) - len(mask.shape)))
-    x = ops.where(ops.reshape(mask, axes), x, ops.stop_gradient(x))
-    state.set_keras_mask(x, mask)
-    return x

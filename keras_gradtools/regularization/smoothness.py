@@ -60,9 +60,7 @@ def reasons_against_exact(model):
     Activations are looked at wherever a layer has them as an attribute, and as operations of a functional model; what
     the `call` of a layer does by itself is not seen. Second derivatives are tried out where layers are not Keras' own.
     """
-    if not isinstance(model, keras.Layer):
-        return ()
-    layers = model._flatten_layers()
+    layers = state.layers_of(model)
     found = [(layer.name, kink) for layer in layers if (kink := _kink(layer))]
     functional = [layer for layer in layers if isinstance(layer, keras.Model) and hasattr(layer, "operations")]
     operations = [op for part in functional for op in part.operations if not isinstance(op, keras.Layer)]

@@ -7,8 +7,9 @@ import keras
 from keras import ops
 
 from keras_gradtools import jacobians, nesting, validation
-from keras_gradtools.backend import example_losses, state
+from keras_gradtools.backend import example_losses
 from keras_gradtools.regularization.gradient_norms import at_least_single
+from keras_gradtools.regularization.masks import without_padding
 
 # The number of projections that stands for all outputs, each by itself.
 ALL = -1
@@ -168,12 +169,6 @@ def _mixtures(outputs, count, seed):
 
 def float_outputs(outputs):
     """The outputs that have a derivative, flat, of shape `(batch, ...)`; zero where a mask calls them padding."""
-    return [_unpadded(y) for y in nesting.flatten(outputs) if keras.backend.is_float_dtype(validation.dtype_of(y))]
-
-
-def _unpadded(y):
-    mask = state.get_keras_mask(y)
-    if mask is None:
-        return y
-    axes = (*ops.shape(mask), *[1] * (len(y.shape) - len(mask.shape)))
-    return y * ops.cast(ops.reshape(mask, axes), y.dtype)
+    return [
+        without_padding(y) for y in nesting.flatten(outputs) if keras.backend.is_float_dtype(validation.dtype_of(y))
+    ]

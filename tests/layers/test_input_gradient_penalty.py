@@ -10,6 +10,7 @@ from keras import layers, ops
 import keras_gradtools as kg
 from keras_gradtools.layers import InputGradientPenalty
 from keras_gradtools.models import InputGradientRegularized
+from tests.cases import central_differences
 from tests.input_gradients import (
     NETWORK,
     D,
@@ -21,7 +22,6 @@ from tests.input_gradients import (
     X,
     Y,
     all_outputs,
-    central_differences,
     cross_entropy,
     direction_of,
     drawn_mixtures,

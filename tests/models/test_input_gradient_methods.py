@@ -14,6 +14,7 @@ from keras import layers, ops
 from keras_gradtools import backend as kernels
 from keras_gradtools.models import InputGradientRegularized
 from tests import input_gradients as numpy_network
+from tests.cases import central_differences
 from tests.input_gradients import (
     NETWORK,
     D,
@@ -24,7 +25,6 @@ from tests.input_gradients import (
     X,
     Y,
     all_outputs,
-    central_differences,
     cross_entropy,
     drawn_mixtures,
     keras_margin,
@@ -203,8 +203,7 @@ def test_projections_of_two_outputs_are_drawn_together():
         model, loss=["mse", "mse"], target="outputs", method="random_projection", seed=5, compiled=QUICK
     )
     seeds = keras.random.SeedGenerator(5)
-    v = [ops.convert_to_numpy(keras.random.normal((1, N, n), seed=seeds))[0].astype("float64") for n in (2, 1)]
-    v = np.concatenate(v, axis=1)
+    v = ops.convert_to_numpy(keras.random.normal((1, N, 3), seed=seeds))[0].astype("float64")
     v *= np.sqrt(3) / np.linalg.norm(v, axis=1, keepdims=True)
     g = v @ np.concatenate([a, b], axis=1).T
     logs = train(wrapped, X, [np.zeros((N, 2)), np.zeros((N, 1))])

@@ -13,6 +13,7 @@ from matplotlib import pyplot
 
 from keras_gradtools import backend as kernels
 from keras_gradtools.models import InputGradientRegularized
+from tests.cases import central_differences
 
 RNG = np.random.default_rng(0)
 N, D, K, T = 8, 5, 3, 4
@@ -56,23 +57,6 @@ def softmax_closed_form(x=X, y=Y, w=1.0):
 def assert_logs(logs, penalty, loss, rtol=1e-5):
     np.testing.assert_allclose(logs["input_gradient_penalty"], penalty, rtol=rtol)
     np.testing.assert_allclose(logs["loss"], loss + WEIGHT * penalty, rtol=rtol)
-
-
-def central_differences(fun, weights, eps=1e-5):
-    """The gradient of `fun(weights)` by each array of `weights`, in double precision."""
-    weights = [w.astype("float64") for w in weights]
-    gradients = []
-    for w in weights:
-        g = np.empty_like(w)
-        for index in np.ndindex(w.shape):
-            kept = w[index]
-            w[index] = kept + eps
-            above = fun(weights)
-            w[index] = kept - eps
-            g[index] = (above - fun(weights)) / (2 * eps)
-            w[index] = kept
-        gradients.append(g)
-    return gradients
 
 
 # --- the value ---

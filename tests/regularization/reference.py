@@ -3,6 +3,8 @@
 import numpy as np
 from keras import ops
 
+from tests.cases import central_differences
+
 
 def slopes(values, xs):
     """For each example the Jacobian of the sum over the batch of `values(xs)`, of shape `(batch, parts, elements)`."""
@@ -67,19 +69,7 @@ class Reference:
         return np.mean(self.sample_weight * (distance**2 if self.squared else abs(distance)))
 
     def gradient(self, eps=1e-6):
-        weights = [np.array(w, "float64") for w in self.weights]
-        gradients = []
-        for w in weights:
-            g = np.empty_like(w)
-            for index in np.ndindex(w.shape):
-                kept = w[index]
-                w[index] = kept + eps
-                above = self(weights)
-                w[index] = kept - eps
-                g[index] = (above - self(weights)) / (2 * eps)
-                w[index] = kept
-            gradients.append(g)
-        return gradients
+        return central_differences(self, self.weights, eps)
 
 
 def numpy(x):

@@ -1,0 +1,59 @@
+"""`tf.function` with the contract of `kg.jit`: variables as state, which tapes see being read."""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from keras_gradtools import nesting
+from keras_gradtools.backend import recording, state
+
+
+def jit(fun):
+    # What a function assigns depends on whether a scope will drop it, and a graph does so or not once and for all.
+    outside, inside = _Graph(fun), _Graph(fun)
+
+    @functools.wraps(fun)
+    def call(*args, **kwargs):
+        args, kwargs = _floats_to_tensors(args), _floats_to_tensors(kwargs)
+        if not state.in_scope():
+            return outside(*args, **kwargs)
+        # A graph would read the variables themselves, whatever stands for them.
+        return fun(*args, **kwargs) if state.is_overridden() else inside(*args, **kwargs)
+
+    return call
+
+
+class _Graph:
+    """`tf.function`, which tells the tapes what it is about to do: a graph runs without Keras."""
+
+    def __init__(self, fun):
+        self._fun = fun
+        self._reads = {}
+        self._has_custom_gradient = False
+        # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
+        self._compiled = tf.function(self._traced, autograph=False)
+        # TensorFlow counts traces by the code of the function, which is the same one for all that is compiled here.
+        self._compiled._omit_frequent_tracing_warning = True
+
+    def _traced(self, *args, **kwargs):
+        with recording.ReadLog() as log:
+            result = self._fun(*args, **kwargs)
+        self._reads.update((id(v), v) for v in log.variables)
+        self._has_custom_gradient |= log.has_custom_gradient
+        return result
+
+    def __call__(self, *args, **kwargs):
+        if recording.active_tapes():
+            for variable in self._reads.values():
+                _ = variable.value
+            if self._has_custom_gradient:
+                recording.note_custom_gradient()
+        return self._compiled(*args, **kwargs)
+
+
+def _floats_to_tensors(structure):
+    # A Python float would be a constant of the graph, and every new value a new trace.
+    return nesting.map_structure(
+        lambda x: tf.constant(x, keras.config.floatx()) if isinstance(x, float) else x, structure
+    )

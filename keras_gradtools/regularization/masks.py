@@ -1,0 +1,29 @@
+"""Padding, as Keras' masks tell it."""
+
+from keras import ops
+
+from keras_gradtools.backend.state import get_keras_mask, set_keras_mask
+
+
+def mask_of(x):
+    """The mask of `x` in a shape that broadcasts over it; None if it has none."""
+    mask = get_keras_mask(x)
+    if mask is None:
+        return None
+    return ops.reshape(mask, (*ops.shape(mask), *[1] * (len(x.shape) - len(mask.shape))))
+
+
+def with_mask_of(x, original):
+    """`x` with the mask of `original`; what is padding by it has no gradient."""
+    mask = mask_of(original)
+    if mask is None:
+        return x
+    x = ops.where(mask, x, ops.stop_gradient(x))
+    set_keras_mask(x, get_keras_mask(original))
+    return x
+
+
+def without_padding(y):
+    """`y`, zero where its mask calls it padding."""
+    mask = mask_of(y)
+    return y if mask is None else y * ops.cast(mask, y.dtype)
