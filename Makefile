@@ -36,7 +36,7 @@ test: $(INSTALLED)  ## run the tests, one process for each backend; narrow with 
 test-slow: $(INSTALLED)  ## run the tests marked slow, in the same way
 	@$(BIN)/python tests/run.py --slow --jobs $(JOBS) $(addprefix --backend ,$(BACKEND)) $(TESTS)
 
-test-versions: $(INSTALLED)  ## run the tape's tests on the oldest and newest Keras and frameworks; downloads much
+test-versions: $(INSTALLED)  ## run the tests of what knows internals on the oldest and newest Keras and frameworks; downloads much
 	@$(BIN)/python tests/versions.py $(addprefix --backend ,$(BACKEND)) $(TESTS)
 
 lint: $(INSTALLED)  ## check style and format, then types
