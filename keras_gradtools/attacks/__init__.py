@@ -1,0 +1,7 @@
+"""Attacks on models, and what they tell about robustness."""
+
+from keras_gradtools.attacks.fgsm import FGSM, fgsm
+from keras_gradtools.attacks.gaussian_noise import GaussianNoise
+from keras_gradtools.attacks.pgd import PGD, pgd
+
+__all__ = ["FGSM", "PGD", "GaussianNoise", "fgsm", "pgd"]

@@ -1,0 +1,119 @@
+"""One step of an attack: up the gradient of the objective, back into the ball and into the range of the data."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from keras_gradtools import backend, validation
+from keras_gradtools.attacks import norm_balls
+from keras_gradtools.attacks.data_range import bounds
+from keras_gradtools.backend import state
+from keras_gradtools.transforms import compiled
+
+
+def input_gradients(model, objective, x, y):
+    """The gradient of the objective of each example by the example, a constant, and how bad each is."""
+    x = backend.alias(x)
+    with constant_weights(model):
+        record = backend.Tape(watch_accessed_variables=False)
+        record.enter()
+        try:
+            record.watch(x)
+            values, badness = objective(y, called(model, x))
+        finally:
+            record.exit()
+        (gradients,) = backend.constant_pullback(record, [values], [x], [ops.ones_like(values)])
+    if gradients is None:
+        raise ValueError(
+            "An attack needs outputs that depend differentiably on the input. Received: a model without a gradient by "
+            f"its input of dtype {validation.dtype_of(x)} and shape {tuple(x.shape)}."
+        )
+    return gradients, badness
+
+
+def ascend(model, objective, norm, moved, x, y, epsilon, step_size, low, high):
+    """One step up from `moved`: where it leads, and how bad it was before."""
+    gradients, badness = input_gradients(model, objective, moved, y)
+    step = norm_balls.for_each(step_size, x) * ops.cast(norm_balls.steepest(gradients, norm), x.dtype)
+    further = x + norm_balls.projected(moved + step - x, epsilon, norm)
+    # Where x is in the range, going back into it leads no further away from x.
+    return ops.clip(further, low, high), badness
+
+
+def called(model, x):
+    """The outputs of a model in inference mode, or of a function."""
+    return model(x, training=False) if isinstance(model, keras.Layer) else model(x)
+
+
+@contextlib.contextmanager
+def constant_weights(model):
+    """A block in which no gradient reaches the weights of `model`, and what it assigns is dropped."""
+    if not isinstance(model, keras.Layer):
+        yield
+        return
+    with state.StateScope([(v, ops.stop_gradient(ops.convert_to_tensor(v))) for v in model.trainable_variables]):
+        yield
+
+
+def look(model, objective, norm, moved, y, best, worst):
+    """The worse of the examples known and of those at hand, and how bad these are."""
+    with constant_weights(model):
+        _, badness = objective(y, called(model, moved))
+    return _worse(badness, moved, best, worst)
+
+
+def ascend_and_look(model, objective, norm, moved, x, y, best, worst, *options):
+    further, badness = ascend(model, objective, norm, moved, x, y, *options)
+    return (further, *_worse(badness, moved, best, worst))
+
+
+def just_ascend(model, objective, norm, *args):
+    return ascend(model, objective, norm, *args)[0]
+
+
+def _worse(badness, moved, best, worst):
+    badness = ops.cast(badness, worst.dtype)
+    is_worse = badness > worst
+    return ops.where(norm_balls.for_each(is_worse, moved), moved, best), ops.where(is_worse, badness, worst)
+
+
+class CompiledAscent:
+    """Ascents on one model, in programs that are compiled once for each objective, norm and shape."""
+
+    def __init__(self, model, norm, clip):
+        self._model, self._norm, self._clip = model, norm, clip
+        self._programs = {}
+
+    def step(self, objective, x, y, epsilon):
+        """The end of one step of length `epsilon` from `x`."""
+        return self._run(just_ascend, objective, x, x, y, epsilon, epsilon, *bounds(self._clip, x.dtype))
+
+    def worst(self, runs, x, y, epsilon, steps, rate):
+        """The worst examples on the way of several runs, and how bad they are; `x` itself is among them.
+
+        `runs` are pairs of an objective and of perturbations to begin with; a step is `rate * epsilon` long.
+        """
+        low, high = bounds(self._clip, x.dtype)
+        best, worst = x, ops.full((len(x),), float("-inf"))
+        best, worst = self._run(look, runs[0][0], x, y, best, worst)
+        for objective, start in runs:
+            moved = ops.clip(x + start, low, high)
+            for _ in range(steps):
+                args = (moved, x, y, best, worst, epsilon, rate * epsilon, low, high)
+                moved, best, worst = self._run(ascend_and_look, objective, *args)
+            best, worst = self._run(look, objective, moved, y, best, worst)
+        return best, worst
+
+    def _run(self, part, objective, *args):
+        program = self._programs.get((part, objective))
+        if program is None:
+            norm = self._norm
+
+            def body(model, *args):
+                return part(model, objective, norm, *args), None
+
+            # What is compiled is kept with the model: the body must not hold it.
+            program = compiled.prepare("attack", self._model, body, (part, objective, norm), args, {})
+            self._programs[part, objective] = program
+        return program(args, {})[0]

@@ -1,0 +1,29 @@
+"""The range of the data, which no perturbed example leaves."""
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import validation
+
+
+def checked_clip(owner, clip):
+    """Returns `clip` as a pair of numbers or nested lists, or None; `ValueError` for anything else."""
+    if clip is None:
+        return None
+    try:
+        low, high = (np.asarray(bound, "float64") for bound in clip)
+        is_range = bool(np.all(low < high))
+    except (TypeError, ValueError):
+        is_range = False
+    if not is_range:
+        raise ValueError(
+            f"{owner} expects the range of the data as `clip`, a pair of a smallest and a largest value (or of arrays of "
+            f"them), or None. Received: clip={validation.describe(clip)}."
+        )
+    return low.tolist(), high.tolist()
+
+
+def bounds(clip, dtype):
+    """The smallest and the largest value as tensors, infinite where there is no range."""
+    low, high = (-np.inf, np.inf) if clip is None else clip
+    return ops.convert_to_tensor(low, dtype=dtype), ops.convert_to_tensor(high, dtype=dtype)

@@ -1,0 +1,131 @@
+"""What the attacks by gradients share: their options, and their use inside a training step."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_gradtools import validation
+from keras_gradtools.attacks import norm_balls
+from keras_gradtools.attacks.ascent import CompiledAscent, ascend
+from keras_gradtools.attacks.batches import check_labels, checked_batching, checked_examples, map_batches
+from keras_gradtools.attacks.data_range import bounds, checked_clip
+from keras_gradtools.attacks.objectives import NAMED, Objective
+
+
+class GradientAttack:
+    """Ascent of the objectives within a ball around each example, and within the range of the data.
+
+    The options are described at the public classes.
+    """
+
+    steps = 1
+    random_start = False
+
+    def __init__(self, epsilon, norm, clip, loss, targeted):
+        self.epsilon = self._checked_number("epsilon", epsilon)
+        self.norm = norm_balls.checked_norm(self.name, norm)
+        self.clip = checked_clip(self.name, clip)
+        if not isinstance(targeted, bool):
+            raise self._refused("targeted", "True or False", targeted)
+        self.targeted = targeted
+        self.objectives = tuple(Objective(loss, -1.0 if targeted else 1.0) for loss in self._checked_losses(loss))
+
+    @property
+    def name(self):
+        return type(self).__name__
+
+    @property
+    def rate(self):
+        """The length of a step, as a share of epsilon."""
+        return 1.0
+
+    def perturb(self, model, x, y, seed=None):
+        """The perturbed examples, constants, inside a computation that something else compiles.
+
+        It is the end of one run on the first of the losses. The model is called in inference mode, and keeps no trace
+        of it; no gradient reaches its weights.
+        """
+        x = ops.convert_to_tensor(x)
+        low, high = bounds(self.clip, x.dtype)
+        epsilon = ops.full((ops.shape(x)[0],), self.epsilon, dtype=x.dtype)
+        moved = x
+        if self.random_start:
+            moved = ops.clip(x + norm_balls.random_points(x, epsilon, self.norm, seed), low, high)
+        for _ in range(self.steps):
+            moved, _ = ascend(
+                model, self.objectives[0], self.norm, moved, x, y, epsilon, self.rate * epsilon, low, high
+            )
+        return ops.stop_gradient(moved)
+
+    def generate(self, model, x, y, batch_size=128, verbose="auto"):
+        """The perturbed examples of `x`, batch by batch, as a NumPy array."""
+        checked_batching(self.name, batch_size, verbose)
+        x, y = checked_examples(self.name, model, x, y, self.clip)
+        if all(objective.is_named for objective in self.objectives):
+            check_labels(self.name, model, x, y)
+        ascent = CompiledAscent(model, self.norm, self.clip)
+
+        def attacked(x, y):
+            x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+            epsilon = ops.full((len(x),), self.epsilon, dtype=x.dtype)
+            return [ops.convert_to_numpy(self._attacked(ascent, x, y, epsilon))]
+
+        return map_batches(attacked, (x, y), batch_size, verbose, self.name)[0]
+
+    def _attacked(self, ascent, x, y, epsilon):
+        raise NotImplementedError
+
+    def get_config(self):
+        return {
+            "epsilon": self.epsilon,
+            "norm": self.norm,
+            "clip": self.clip,
+            "loss": self._loss_config(),
+            "targeted": self.targeted,
+        }
+
+    def _loss_config(self):
+        losses = [
+            o.loss if isinstance(o.loss, str) else keras.saving.serialize_keras_object(o.loss) for o in self.objectives
+        ]
+        return losses[0] if len(losses) == 1 else losses
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        loss = config["loss"]
+        if isinstance(loss, dict):
+            loss = keras.saving.deserialize_keras_object(loss, custom_objects=custom_objects)
+        return cls(**config | {"loss": loss})
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    __hash__ = None
+
+    def __repr__(self):
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.get_config().items())})"
+
+    def _checked_losses(self, loss):
+        losses = tuple(loss) if isinstance(loss, (tuple, list)) else (loss,)
+        is_named = [isinstance(each, str) and each in NAMED for each in losses]
+        if losses and all(is_named) or len(losses) == 1 and (callable(losses[0]) or isinstance(losses[0], str)):
+            return losses
+        raise self._refused(
+            "loss", "'cross_entropy', 'margin', both in a tuple, a Keras loss or a function (y, y_pred)", loss
+        )
+
+    def _checked_number(self, name, number):
+        if not validation.is_number(number) or not math.isfinite(number) or number < 0:
+            raise self._refused(name, "a finite number of 0 or more", number)
+        return float(number)
+
+    def _checked_count(self, name, number):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise self._refused(name, "a positive integer", number)
+        return number
+
+    def _refused(self, name, expected, received):
+        return ValueError(
+            f"{self.name} expects {expected} as `{name}`. Received: {name}={validation.describe(received)}."
+        )

@@ -1,0 +1,75 @@
+"""Perturbations of a bounded size: where they may be, which way is steepest, and where to start.
+
+`epsilon` has the shape `(batch,)`, perturbations that of the examples, `(batch, ...)`.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_gradtools import validation
+
+
+def checked_norm(owner, norm):
+    """Returns `norm` as 2 or "inf", and raises `ValueError` for another."""
+    if norm in ("inf", math.inf) and not isinstance(norm, bool):
+        return "inf"
+    if norm == 2 and not isinstance(norm, bool):
+        return 2
+    raise ValueError(
+        f"{owner} expects 2 or 'inf' as `norm`, that of the perturbation. Received: norm={validation.describe(norm)}."
+    )
+
+
+def for_each(values, like):
+    """`values` of shape `(batch,)` so that they go with examples of shape `(batch, ...)`."""
+    return ops.reshape(values, (-1, *[1] * (len(like.shape) - 1)))
+
+
+def lengths(perturbations, norm):
+    """The norm of each perturbation, of shape `(batch,)`."""
+    flat = ops.reshape(perturbations, (ops.shape(perturbations)[0], -1))
+    if norm == "inf":
+        return ops.max(ops.abs(flat), axis=1)
+    # The squares of small gradients would be rounded to zero.
+    largest = ops.maximum(ops.max(ops.abs(flat), axis=1), 1e-37)
+    return largest * ops.sqrt(ops.sum(ops.square(flat / largest[:, None]), axis=1))
+
+
+def dual_lengths(gradients, norm):
+    """The dual norm of each gradient: how fast a perturbation of length 1 changes the function at most."""
+    if norm == 2:
+        return lengths(gradients, 2)
+    return ops.sum(ops.abs(ops.reshape(gradients, (ops.shape(gradients)[0], -1))), axis=1)
+
+
+def steepest(gradients, norm):
+    """For each gradient the perturbation of length 1 that goes up fastest; zero where the gradient is."""
+    if norm == "inf":
+        return ops.sign(gradients)
+    return gradients / for_each(ops.maximum(lengths(gradients, 2), 1e-37), gradients)
+
+
+def projected(perturbations, epsilon, norm):
+    """The nearest perturbations of length `epsilon` or less."""
+    epsilon = ops.cast(epsilon, perturbations.dtype)
+    if norm == "inf":
+        bound = for_each(epsilon, perturbations)
+        return ops.clip(perturbations, -bound, bound)
+    length = ops.maximum(lengths(perturbations, 2), 1e-37)
+    return perturbations * for_each(ops.minimum(epsilon / length, 1.0), perturbations)
+
+
+def random_points(like, epsilon, norm, seed):
+    """Perturbations drawn uniformly from the ball."""
+    shape, dtype = ops.shape(like), like.dtype
+    scale = for_each(ops.cast(epsilon, dtype), like)
+    if norm == "inf":
+        return scale * ops.cast(keras.random.uniform(shape, -1.0, 1.0, seed=seed), dtype)
+    # One draw for direction and length: two with the same integer seed would go together.
+    size = math.prod(like.shape[1:])
+    drawn = keras.random.normal((shape[0], size + 2), seed=seed)
+    # The first numbers of a point on the sphere in two dimensions more are uniform in the ball.
+    inside = drawn[:, :size] / for_each(lengths(drawn, 2), drawn)
+    return scale * ops.cast(ops.reshape(inside, shape), dtype)

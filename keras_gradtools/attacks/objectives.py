@@ -1,0 +1,84 @@
+"""What an attack makes large: numbers of shape `(batch,)` of the labels and the outputs of a model."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_gradtools import validation
+from keras_gradtools.backend import example_losses
+
+NAMED = ("cross_entropy", "margin")
+# How far the sum of an output that is made of probabilities may be from 1, in half precision too.
+_ROUNDING = 1e-2
+
+
+def classifier_scores(outputs):
+    """The outputs of a classifier as logits, one for each class, in float32 or better.
+
+    Where the outputs of an example are probabilities, as after a softmax, these are their logarithms: the gradient
+    through both is that of the logits, also where the largest probability is rounded to 1. A single output is the logit
+    of class 1.
+    """
+    scores = ops.cast(outputs, keras.backend.result_type(validation.dtype_of(outputs), "float32"))
+    if scores.shape[-1] == 1:
+        return ops.concatenate([ops.zeros_like(scores), scores], axis=-1)
+    total = ops.sum(scores, axis=-1, keepdims=True)
+    is_simplex = (ops.min(scores, axis=-1, keepdims=True) >= 0) & (ops.abs(total - 1.0) < _ROUNDING)
+    floor = 1e-37  # the smallest that no backend flushes to zero
+    return ops.where(is_simplex, ops.log(ops.maximum(scores, floor)), scores)
+
+
+def margin(labels, scores):
+    """By how much the best score of another class exceeds that of the label: positive where the model errs."""
+    is_label = ops.one_hot(labels, scores.shape[-1], dtype="bool")
+    others = ops.max(ops.where(is_label, float("-inf"), scores), axis=-1)
+    return others - ops.sum(ops.where(is_label, scores, 0.0), axis=-1)
+
+
+def cross_entropy(labels, scores):
+    return ops.logsumexp(scores, axis=-1) - ops.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
+
+
+def class_labels(y, classes):
+    """Labels as integers of shape `(batch,)`, from those or from one-hot rows."""
+    y = ops.convert_to_tensor(y)
+    if len(y.shape) == 2 and y.shape[1] == classes and classes > 1:
+        return ops.argmax(y, axis=1)
+    return ops.cast(ops.reshape(y, (-1,)), "int32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What to make large: one of `NAMED`, a Keras loss, or a function `(y, y_pred)` of one number for each example.
+
+    `sign` is -1 for a targeted attack, which makes the loss of its target small.
+    """
+
+    loss: Any
+    sign: float
+
+    @property
+    def is_named(self):
+        return isinstance(self.loss, str) and self.loss in NAMED
+
+    @functools.cached_property
+    def _compiled(self):
+        return example_losses.compiled(self.loss)
+
+    def __call__(self, y, outputs):
+        """The objective, and how bad the outputs are: the larger, the worse; of classes, above 0 where they are wrong."""
+        if self.is_named:
+            scores = classifier_scores(outputs)
+            labels = class_labels(y, outputs.shape[-1])
+            margins = self.sign * margin(labels, scores)
+            return (margins if self.loss == "margin" else self.sign * cross_entropy(labels, scores)), margins
+        losses = example_losses.example_losses(self._compiled, y, outputs)
+        if losses is None:
+            raise ValueError(
+                f"An attack needs a loss of each example. Received: loss={validation.describe(self.loss)}, which "
+                "returned one number for the whole batch. Let it return one value for each example."
+            )
+        return self.sign * losses, self.sign * losses
