@@ -20,7 +20,7 @@ def input_gradients(model, objective, x, y):
         record.enter()
         try:
             record.watch(x)
-            values, badness = objective(y, called(model, x))
+            values, badness = objective(y, called(model, x), ends_in_sigmoid(model))
         finally:
             record.exit()
         (gradients,) = backend.constant_pullback(record, [values], [x], [ops.ones_like(values)])
@@ -46,6 +46,12 @@ def called(model, x):
     return model(x, training=False) if isinstance(model, keras.Layer) else model(x)
 
 
+def ends_in_sigmoid(model):
+    """Whether the last layer of a model is a sigmoid: what it returns for an example does not tell."""
+    layers = state.layers_of(model)
+    return bool(layers) and getattr(layers[-1], "activation", None) is keras.activations.sigmoid
+
+
 @contextlib.contextmanager
 def constant_weights(model):
     """A block in which no gradient reaches the weights of `model`, and what it assigns is dropped."""
@@ -59,16 +65,18 @@ def constant_weights(model):
 def look(model, objective, norm, moved, y, best, worst):
     """The worse of the examples known and of those at hand, and how bad these are."""
     with constant_weights(model):
-        _, badness = objective(y, called(model, moved))
+        _, badness = objective(y, called(model, moved), ends_in_sigmoid(model))
     return _worse(badness, moved, best, worst)
 
 
 def ascend_and_look(model, objective, norm, moved, x, y, best, worst, *options):
+    """`ascend`, and what `look` finds where it began."""
     further, badness = ascend(model, objective, norm, moved, x, y, *options)
     return (further, *_worse(badness, moved, best, worst))
 
 
 def just_ascend(model, objective, norm, *args):
+    """Where `ascend` leads."""
     return ascend(model, objective, norm, *args)[0]
 
 

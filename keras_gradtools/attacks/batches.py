@@ -16,8 +16,8 @@ def checked_examples(owner, model, x, y, clip):
         raise ValueError(f"{owner} expects a Keras model as `model`. Received: {validation.describe(model)}.")
     if isinstance(x, (dict, list, tuple)) or not hasattr(x, "shape"):
         raise ValueError(
-            f"{owner} expects one array or tensor of shape (batch, ...) as `x`. Received: {validation.describe(x)}. Of a "
-            "model with several inputs, attack a function of the one that may be perturbed."
+            f"{owner} expects one array or tensor of shape (batch, ...) as `x`. Received: {validation.describe(x)}. Of "
+            "a model with several inputs, attack a function of the one that may be perturbed."
         )
     x, y = ops.convert_to_numpy(x), ops.convert_to_numpy(y)
     if not keras.backend.is_float_dtype(validation.dtype_of(x)):
@@ -44,10 +44,12 @@ def checked_examples(owner, model, x, y, clip):
     return x, y
 
 
-def checked_batching(owner, batch_size, verbose):
+def check_batching(owner, batch_size, verbose):
+    """Raises `ValueError` for a `batch_size` or `verbose` that no loop over batches has."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(
-            f"{owner} expects a positive integer as `batch_size`. Received: batch_size={validation.describe(batch_size)}."
+            f"{owner} expects a positive integer as `batch_size`. Received: "
+            f"batch_size={validation.describe(batch_size)}."
         )
     if verbose not in ("auto", 0, 1):
         raise ValueError(f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={verbose!r}.")
@@ -59,9 +61,9 @@ def check_labels(owner, model, x, y):
         outputs = called(model, ops.convert_to_tensor(x[:1]))
     if not ops.is_tensor(outputs) or len(outputs.shape) != 2:
         raise ValueError(
-            f"{owner} expects a classifier, which returns one score for each class, of shape (batch, classes). Received: "
-            f"a model that returns {validation.describe(outputs)}. For another, give your own `loss`, a function of "
-            "(y, y_pred) that returns one number for each example."
+            f"{owner} expects a classifier, which returns one score for each class, of shape (batch, classes). "
+            f"Received: a model that returns {validation.describe(outputs)}. For another, give your own `loss`, a "
+            "function of (y, y_pred) that returns one number for each example."
         )
     count = outputs.shape[1]
     classes = max(count, 2)

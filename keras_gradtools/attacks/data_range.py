@@ -17,8 +17,8 @@ def checked_clip(owner, clip):
         is_range = False
     if not is_range:
         raise ValueError(
-            f"{owner} expects the range of the data as `clip`, a pair of a smallest and a largest value (or of arrays of "
-            f"them), or None. Received: clip={validation.describe(clip)}."
+            f"{owner} expects the range of the data as `clip`, a pair of a smallest and a largest value (or of arrays "
+            f"of them), or None. Received: clip={validation.describe(clip)}."
         )
     return low.tolist(), high.tolist()
 

@@ -1,5 +1,7 @@
 """The fast gradient sign method."""
 
+import functools
+
 import keras
 
 from keras_gradtools.attacks.gradient_attack import GradientAttack
@@ -24,8 +26,8 @@ class FGSM(GradientAttack):
         if len(self.objectives) > 1:
             raise self._refused("loss", "one loss, as there is one step,", loss)
 
-    def _attacked(self, ascent, x, y, epsilon):
-        return ascent.step(self.objectives[0], x, y, epsilon)
+    def _attacker(self, ascent):
+        return functools.partial(ascent.step, self.objectives[0])
 
 
 def fgsm(
@@ -39,8 +41,8 @@ def fgsm(
 
     Args:
         model: a classifier, which returns logits or probabilities of shape `(batch, classes)` (or one logit, of class
-            1); with a `loss` of your own, any model or function of one input. It is called in inference mode, and
-            nothing of it changes.
+            1; after a sigmoid, its probability); with a `loss` of your own, any model or function of one input. It is
+            called in inference mode, and nothing of it changes.
         x: examples of shape `(batch, ...)`, an array or a tensor of floating-point numbers within `clip`.
         y: classes of shape `(batch,)`, or one-hot rows; one class for all, if you like.
         epsilon: how far each example may be moved, in units of `x`.

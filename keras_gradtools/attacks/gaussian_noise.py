@@ -6,11 +6,12 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.attacks.attack import Attack
 from keras_gradtools.attacks.data_range import checked_clip
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
-class GaussianNoise:
+class GaussianNoise(Attack):
     """Adds noise to examples, for `kg.models.AdversarialTraining`: the baseline for what it trains otherwise.
 
     Args:

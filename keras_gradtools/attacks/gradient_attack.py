@@ -8,12 +8,13 @@ from keras import ops
 from keras_gradtools import validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent, ascend
-from keras_gradtools.attacks.batches import check_labels, checked_batching, checked_examples, map_batches
+from keras_gradtools.attacks.attack import Attack
+from keras_gradtools.attacks.batches import check_batching, check_labels, checked_examples, map_batches
 from keras_gradtools.attacks.data_range import bounds, checked_clip
 from keras_gradtools.attacks.objectives import NAMED, Objective
 
 
-class GradientAttack:
+class GradientAttack(Attack):
     """Ascent of the objectives within a ball around each example, and within the range of the data.
 
     The options are described at the public classes.
@@ -30,10 +31,6 @@ class GradientAttack:
             raise self._refused("targeted", "True or False", targeted)
         self.targeted = targeted
         self.objectives = tuple(Objective(loss, -1.0 if targeted else 1.0) for loss in self._checked_losses(loss))
-
-    @property
-    def name(self):
-        return type(self).__name__
 
     @property
     def rate(self):
@@ -60,20 +57,21 @@ class GradientAttack:
 
     def generate(self, model, x, y, batch_size=128, verbose="auto"):
         """The perturbed examples of `x`, batch by batch, as a NumPy array."""
-        checked_batching(self.name, batch_size, verbose)
+        check_batching(self.name, batch_size, verbose)
         x, y = checked_examples(self.name, model, x, y, self.clip)
         if all(objective.is_named for objective in self.objectives):
             check_labels(self.name, model, x, y)
-        ascent = CompiledAscent(model, self.norm, self.clip)
+        attacker = self._attacker(CompiledAscent(model, self.norm, self.clip))
 
         def attacked(x, y):
             x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
             epsilon = ops.full((len(x),), self.epsilon, dtype=x.dtype)
-            return [ops.convert_to_numpy(self._attacked(ascent, x, y, epsilon))]
+            return [ops.convert_to_numpy(attacker(x, y, epsilon))]
 
         return map_batches(attacked, (x, y), batch_size, verbose, self.name)[0]
 
-    def _attacked(self, ascent, x, y, epsilon):
+    def _attacker(self, ascent):
+        """The attack of one batch after the other, a function `(x, y, epsilon)` that returns the perturbed examples."""
         raise NotImplementedError
 
     def get_config(self):
@@ -97,14 +95,6 @@ class GradientAttack:
         if isinstance(loss, dict):
             loss = keras.saving.deserialize_keras_object(loss, custom_objects=custom_objects)
         return cls(**config | {"loss": loss})
-
-    def __eq__(self, other):
-        return type(self) is type(other) and self.get_config() == other.get_config()
-
-    __hash__ = None
-
-    def __repr__(self):
-        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.get_config().items())})"
 
     def _checked_losses(self, loss):
         losses = tuple(loss) if isinstance(loss, (tuple, list)) else (loss,)

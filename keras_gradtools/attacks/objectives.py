@@ -15,20 +15,26 @@ NAMED = ("cross_entropy", "margin")
 _ROUNDING = 1e-2
 
 
-def classifier_scores(outputs):
+def classifier_scores(outputs, is_sigmoid=False):
     """The outputs of a classifier as logits, one for each class, in float32 or better.
 
     Where the outputs of an example are probabilities, as after a softmax, these are their logarithms: the gradient
     through both is that of the logits, also where the largest probability is rounded to 1. A single output is the logit
-    of class 1.
+    of class 1, or with `is_sigmoid` its probability.
     """
     scores = ops.cast(outputs, keras.backend.result_type(validation.dtype_of(outputs), "float32"))
     if scores.shape[-1] == 1:
-        return ops.concatenate([ops.zeros_like(scores), scores], axis=-1)
+        other = 1.0 - scores if is_sigmoid else ops.zeros_like(scores)
+        scores = ops.concatenate([other, scores], axis=-1)
+        return _logarithms(scores) if is_sigmoid else scores
     total = ops.sum(scores, axis=-1, keepdims=True)
     is_simplex = (ops.min(scores, axis=-1, keepdims=True) >= 0) & (ops.abs(total - 1.0) < _ROUNDING)
-    floor = 1e-37  # the smallest that no backend flushes to zero
-    return ops.where(is_simplex, ops.log(ops.maximum(scores, floor)), scores)
+    return ops.where(is_simplex, _logarithms(scores), scores)
+
+
+def _logarithms(probabilities):
+    # The smallest number that no backend flushes to zero.
+    return ops.log(ops.maximum(probabilities, 1e-37))
 
 
 def margin(labels, scores):
@@ -39,6 +45,7 @@ def margin(labels, scores):
 
 
 def cross_entropy(labels, scores):
+    """Minus the logarithm of the probability of the label."""
     return ops.logsumexp(scores, axis=-1) - ops.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
 
 
@@ -68,10 +75,10 @@ class Objective:
     def _compiled(self):
         return example_losses.compiled(self.loss)
 
-    def __call__(self, y, outputs):
-        """The objective, and how bad the outputs are: the larger, the worse; of classes, above 0 where they are wrong."""
+    def __call__(self, y, outputs, is_sigmoid=False):
+        """The objective, and how bad the outputs are: larger is worse; of classes, above 0 where they are wrong."""
         if self.is_named:
-            scores = classifier_scores(outputs)
+            scores = classifier_scores(outputs, is_sigmoid)
             labels = class_labels(y, outputs.shape[-1])
             margins = self.sign * margin(labels, scores)
             return (margins if self.loss == "margin" else self.sign * cross_entropy(labels, scores)), margins

@@ -53,19 +53,18 @@ class PGD(GradientAttack):
             return 2.5 / self.steps
         return self.step_size / self.epsilon if self.epsilon else 0.0
 
-    def _attacked(self, ascent, x, y, epsilon):
-        return self.worst(ascent, x, y, epsilon)[0]
+    def _attacker(self, ascent):
+        seeds = seeds_from(self.seed)
+        return lambda x, y, epsilon: self.worst(ascent, x, y, epsilon, seeds)[0]
 
-    def worst(self, ascent, x, y, epsilon):
+    def worst(self, ascent, x, y, epsilon, seeds):
         """The worst examples, and how bad they are: above 0 where a classifier errs (or answers as it is meant to)."""
-        if not hasattr(self, "_seeds"):
-            self._seeds = seeds_from(self.seed)
         runs = []
         for _ in range(self.restarts):
             for objective in self.objectives:
                 start = ops.zeros_like(x)
                 if self.random_start:
-                    start = norm_balls.random_points(x, epsilon, self.norm, self._seeds.randrange(2**31))
+                    start = norm_balls.random_points(x, epsilon, self.norm, seeds.randrange(2**31))
                 runs.append((objective, start))
         return ascent.worst(runs, x, y, epsilon, self.steps, self.rate)
 
@@ -109,7 +108,13 @@ def pgd(
     attack has broken is lost.
 
     Args:
-        model, x, y, epsilon, norm, clip, targeted, batch_size, verbose: as in `kg.attacks.fgsm`.
+        model: a classifier, or with a `loss` of your own any model or function, as in `kg.attacks.fgsm`.
+        x: examples of shape `(batch, ...)`, floating-point numbers within `clip`.
+        y: classes of shape `(batch,)`, or one-hot rows; one class for all, if you like.
+        epsilon: how far each example may be moved, in units of `x`.
+        norm: `"inf"` (or `float("inf")`: the largest change of a pixel) or 2.
+        clip: the range of the data, `(smallest, largest)`, numbers or arrays that broadcast to an example; None for no
+            range.
         loss: what is made large: `"cross_entropy"`, `"margin"` (the best other logit minus that of the label, whose
             gradient does not vanish where the model is sure), by default both; a Keras loss, or a function
             `(y, y_pred)` that returns one number for each example.
@@ -119,6 +124,9 @@ def pgd(
         random_start: whether runs begin at a random point of the ball, not at `x`.
         seed: an integer that makes the random starts repeat. Without one they come from Python's generator, as
             elsewhere in Keras. Different backends draw different points.
+        targeted: whether `y` is what the model shall answer; the loss is made small then.
+        batch_size: how many examples go together; with random starts, they are others for another size.
+        verbose: 1 or `"auto"` for a progress bar, 0 for none.
 
     Returns:
         The perturbed examples, a NumPy array like `x`.

@@ -1,5 +1,6 @@
 """Keras models that train with gradients of their own."""
 
+from keras_gradtools.models.adversarial_training import AdversarialTraining
 from keras_gradtools.models.input_gradient_regularized import InputGradientRegularized
 
-__all__ = ["InputGradientRegularized"]
+__all__ = ["AdversarialTraining", "InputGradientRegularized"]

@@ -10,8 +10,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import validation
 from keras_gradtools.backend import example_losses
+from keras_gradtools.models.wrapped_model import WrappedModel
 from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions
 from keras_gradtools.regularization.penalty import Penalty, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
@@ -23,7 +24,7 @@ NAME = "InputGradientRegularized"
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
-class InputGradientRegularized(keras.Model):
+class InputGradientRegularized(WrappedModel):
     r"""Trains a model on its loss and on the size of the gradient by its inputs.
 
     $$\text{loss} + \text{weight} \cdot \frac1N \sum_i w_i \, \text{pen}(g_i),
@@ -140,14 +141,10 @@ class InputGradientRegularized(keras.Model):
         seed=None,
         **kwargs,
     ):
-        _check_model(model)
         penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
         strength = Strength(NAME, weight, every)
         inputs = checked_choice(NAME, inputs)
-        kwargs.setdefault("dtype", model.dtype_policy)
-        # Without autocasting the gradient is by the inputs as they come, not by a copy in half precision.
-        super().__init__(autocast=False, **kwargs)
-        self.model = model
+        super().__init__(NAME, model, **kwargs)
         self.penalty_tracker = keras.metrics.Mean(name="input_gradient_penalty")
         self.norm_tracker = keras.metrics.Mean(name="input_gradient_norm")
         self._penalty, self._strength = penalty, strength
@@ -158,9 +155,7 @@ class InputGradientRegularized(keras.Model):
         self._seeds = keras.random.SeedGenerator(seed) if target == "outputs" and penalty.may_draw else None
         self._inputs, self._seed = inputs, seed
         self._choice = None
-        self._forward = self._call_model
         self._step = _Step()
-        self.built = True
         penalty.check_precision(self.compute_dtype)
 
     @property
@@ -180,29 +175,16 @@ class InputGradientRegularized(keras.Model):
         self._strength = strength
 
     @property
-    def output_names(self):
-        # What losses and metrics that are given by name go by.
-        return self.model.output_names
-
-    @property
     def method(self):
         """The method in use, `"auto"` having been settled."""
         return self._settled().method
 
-    @keras.Model.jit_compile.setter
+    @WrappedModel.jit_compile.setter
     def jit_compile(self, value):
         choice = self._penalty.choose(self.model, bool(value))
         self._penalty.check_compiled(choice, value)
-        keras.Model.jit_compile.fset(self, value)
+        WrappedModel.jit_compile.fset(self, value)
         self._choice = choice
-        self._forward = backend.compiled(self._call_model) if value else self._call_model
-
-    def _should_torch_compile(self):
-        # Keras would compile the whole step, and stumble over the tape in it.
-        return False
-
-    def _call_model(self, inputs, training):
-        return self.model(inputs, training=training)
 
     def _settled(self):
         if self._choice is None:
@@ -216,10 +198,6 @@ class InputGradientRegularized(keras.Model):
         (bound.arguments.get("print_fn") or print)(
             f" Input-gradient penalty: {self._penalty.describe(self._settled())}"
         )
-
-    def export(self, *args, **kwargs):
-        """Exports the wrapped model, as `keras.Model.export` does."""
-        return self.model.export(*args, **kwargs)
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args, **kwargs):
@@ -321,7 +299,6 @@ class InputGradientRegularized(keras.Model):
     def get_config(self):
         return {
             **super().get_config(),
-            "model": keras.saving.serialize_keras_object(self.model),
             **self._strength.get_config(),
             **self._penalty.get_config(),
             "inputs": self._inputs,
@@ -362,16 +339,3 @@ class _DrownedLoss(keras.callbacks.Callback):
                 "to train.",
                 stacklevel=2,
             )
-
-
-def _check_model(model):
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            f"{NAME} expects a keras.Model as `model`. Received: {validation.describe(model)}. Put layers into a "
-            "keras.Sequential with a keras.Input first."
-        )
-    if not model.built:
-        raise ValueError(
-            f"{NAME} expects a built model. Received: the unbuilt model {model.name!r}. Give it a keras.Input, call "
-            "`model.build(input_shape)`, or call it on data once."
-        )
