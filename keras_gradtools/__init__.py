@@ -1,6 +1,6 @@
 """Advanced gradient utilities for Keras 3, the same on TensorFlow, JAX and PyTorch."""
 
-from keras_gradtools import attacks, layers, models, plots, regularization, testing
+from keras_gradtools import attacks, callbacks, layers, models, plots, regularization, testing
 from keras_gradtools.custom_gradients import custom_gradient
 from keras_gradtools.gradient_ops import (
     clip_gradient_norm,
@@ -35,6 +35,7 @@ __all__ = [
     "GradientTape",
     "attacks",
     "batch_jacobian",
+    "callbacks",
     "clip_gradient_norm",
     "clip_gradient_value",
     "custom_gradient",

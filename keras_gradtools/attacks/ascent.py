@@ -64,9 +64,19 @@ def constant_weights(model):
 
 def look(model, objective, norm, moved, y, best, worst):
     """The worse of the examples known and of those at hand, and how bad these are."""
+    return _worse(measure_badness(model, objective, norm, moved, y), moved, best, worst)
+
+
+def measure_gradients(model, objective, norm, x, y):
+    """The l2 norm of each gradient, whatever the attack's, and how bad each example is."""
+    gradients, badness = input_gradients(model, objective, x, y)
+    return norm_balls.lengths(ops.cast(gradients, badness.dtype), 2), badness
+
+
+def measure_badness(model, objective, norm, x, y):
+    """How bad each example is."""
     with constant_weights(model):
-        _, badness = objective(y, called(model, moved), ends_in_sigmoid(model))
-    return _worse(badness, moved, best, worst)
+        return objective(y, called(model, x), ends_in_sigmoid(model))[1]
 
 
 def ascend_and_look(model, objective, norm, moved, x, y, best, worst, *options):
@@ -96,6 +106,14 @@ class CompiledAscent:
     def step(self, objective, x, y, epsilon):
         """The end of one step of length `epsilon` from `x`."""
         return self._run(just_ascend, objective, x, x, y, epsilon, epsilon, *bounds(self._clip, x.dtype))
+
+    def gradient_lengths(self, objective, x, y):
+        """The l2 norm of each gradient, and how bad each example is."""
+        return self._run(measure_gradients, objective, x, y)
+
+    def badness(self, objective, x, y):
+        """How bad each example is."""
+        return self._run(measure_badness, objective, x, y)
 
     def worst(self, runs, x, y, epsilon, steps, rate):
         """The worst examples on the way of several runs, and how bad they are; `x` itself is among them.

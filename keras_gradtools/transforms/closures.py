@@ -98,7 +98,7 @@ def _parts(x):
     # What the function assigns itself, such as a counter of its calls, tells nothing of its surroundings.
     parts += [cell.cell_contents for name, cell in cells if name not in stored and _is_filled(cell)]
     if library != "keras_gradtools":
-        parts += [x.__globals__[name] for name in loaded if name in x.__globals__ and name not in stored]
+        parts += [x.__globals__[name] for name in sorted(loaded) if name in x.__globals__ and name not in stored]
     return parts
 
 
@@ -116,7 +116,7 @@ def _names(code):
         if isinstance(inner, types.CodeType):
             inner_loaded, inner_stored = _names(inner)
             loaded, stored = loaded | inner_loaded, stored | inner_stored
-    return sorted(loaded), stored
+    return frozenset(loaded), frozenset(stored)
 
 
 def _is_filled(cell):

@@ -46,6 +46,20 @@ class TestTraces:
         transform(fun)(tensor(X[:2]))
         assert len(calls) > traced
 
+    def test_of_a_function_with_functions_in_it(self, backend):
+        if backend == "torch":
+            pytest.skip("torch has no compiler that differentiates twice")
+        calls = []
+
+        def fun(x):
+            calls.append(1)
+            return sum(power(x) for power in [lambda x, n=n: x**n for n in range(1, 3)])
+
+        close(kg.jacobian(fun)(2.0), 5.0)
+        traced = len(calls)
+        close(kg.jacobian(fun)(3.0), 7.0)
+        assert len(calls) == traced
+
     def test_of_a_hessian(self, backend):
         if backend == "torch":
             pytest.skip("torch has no compiler that differentiates twice")

@@ -1,0 +1,210 @@
+"""Accuracies under attack and sizes of gradients, as numbers to log."""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import validation
+from keras_gradtools.attacks import norm_balls
+from keras_gradtools.attacks.ascent import CompiledAscent, called, constant_weights
+from keras_gradtools.attacks.batches import check_batching, check_labels, checked_examples, map_batches, seeds_from
+from keras_gradtools.attacks.data_range import bounds
+from keras_gradtools.attacks.masked_gradients import signs_of_masking
+from keras_gradtools.attacks.objectives import Objective
+from keras_gradtools.attacks.pgd import PGD
+from keras_gradtools.transforms import batch_jacobian
+
+DRAWS_OF_NOISE = 10
+# Where the data has no range, this many times the largest strength.
+HUGE = 10.0
+
+
+class RobustnessMetrics:
+    """The measurement of `kg.attacks.robustness_metrics` with its options, for many models or many epochs.
+
+    The options are described there.
+    """
+
+    def __init__(
+        self,
+        epsilons,
+        norm="inf",
+        clip=(0.0, 1.0),
+        steps=20,
+        restarts=1,
+        jacobian=True,
+        seed=0,
+        batch_size=128,
+        owner="robustness_metrics",
+    ):
+        self._owner = owner
+        self._epsilons = _checked_epsilons(owner, epsilons)
+        check_batching(owner, batch_size, 0)
+        if not isinstance(jacobian, bool):
+            raise ValueError(
+                f"{owner} expects True or False as `jacobian`. Received: jacobian={validation.describe(jacobian)}."
+            )
+        self._pgd = PGD(0.0, norm, clip, None, steps, restarts, seed=seed)
+        self._has_jacobian, self._seed, self._batch_size = jacobian, seed, batch_size
+
+    def measure(self, model, x, y, verbose=0):
+        """The numbers by name, and the signs of masked gradients, sentences."""
+        check_batching(self._owner, self._batch_size, verbose)
+        x, y = checked_examples(self._owner, model, x, y, self._pgd.clip)
+        check_labels(self._owner, model, x, y)
+        strengths = [*self._epsilons, self._huge(x)]
+        rows = map_batches(self._measure_batch(model, strengths), (x, y), self._batch_size, verbose, "batch")
+        clean, lengths, squares, *by_strength = rows
+        of_attack = [by_strength[i::3] for i in range(3)]
+        fgsm, pgd, noise = (
+            {e: float((badness < 0).mean()) for e, badness in zip(strengths, of_one, strict=True)}
+            for of_one in of_attack
+        )
+        metrics = {"clean_accuracy": float((clean < 0).mean())}
+        for kind, accuracies in (("fgsm", fgsm), ("pgd", pgd), ("noise", noise)):
+            metrics |= {f"{kind}_{e:g}_accuracy": accuracies[e] for e in self._epsilons}
+        metrics |= {
+            "gradient_norm_mean": float(lengths.mean()),
+            "gradient_norm_median": float(np.median(lengths)),
+            "gradient_norm_max": float(lengths.max()),
+            "gradient_zero_share": float((lengths == 0).mean()),
+        }
+        if self._has_jacobian:
+            metrics["jacobian_norm"] = math.sqrt(squares.mean())
+        huge = pgd.pop(strengths[-1])
+        signs = signs_of_masking(pgd, fgsm, noise, huge, self._chance(model, x))
+        return metrics | {"masked_gradients": float(len(signs))}, signs
+
+    def _measure_batch(self, model, strengths):
+        ascent = CompiledAscent(model, self._pgd.norm, self._pgd.clip)
+        objective = Objective("cross_entropy", 1.0)
+        seeds = seeds_from(self._seed)
+        jacobian = batch_jacobian(model) if self._has_jacobian else None
+
+        def measure(x, y):
+            x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+            lengths, clean = ascent.gradient_lengths(objective, x, y)
+            squares = ops.zeros_like(lengths)
+            if jacobian is not None:
+                squares = ops.sum(
+                    ops.square(ops.cast(jacobian(x), lengths.dtype)), axis=tuple(range(1, len(x.shape) + 1))
+                )
+            results = [clean, lengths, squares]
+            for strength in strengths:
+                epsilon = ops.full((len(x),), strength, dtype=x.dtype)
+                one_step = ascent.badness(objective, ascent.step(objective, x, y, epsilon), y)
+                results += [one_step, self._pgd.worst(ascent, x, y, epsilon, seeds)[1]]
+                results += [self._noisy(ascent, objective, x, y, epsilon, seeds)]
+            return [ops.convert_to_numpy(result) for result in results]
+
+        return measure
+
+    def _noisy(self, ascent, objective, x, y, epsilon, seeds):
+        """How bad the worst of some random perturbations of the full length is."""
+        norm = self._pgd.norm
+        low, high = bounds(self._pgd.clip, x.dtype)
+        worst = None
+        for _ in range(DRAWS_OF_NOISE):
+            drawn = norm_balls.random_points(x, epsilon, norm, seeds.randrange(2**31))
+            noise = norm_balls.for_each(epsilon, x) * norm_balls.steepest(drawn, norm)
+            badness = ascent.badness(objective, ops.clip(x + noise, low, high), y)
+            worst = badness if worst is None else ops.maximum(worst, badness)
+        return worst
+
+    def _huge(self, x):
+        """A strength that reaches all of the range from anywhere in it."""
+        clip = self._pgd.clip
+        if clip is None:
+            return HUGE * max(self._epsilons)
+        extent = np.broadcast_to(np.subtract(clip[1], clip[0]), x.shape[1:])
+        return float(np.max(extent) if self._pgd.norm == "inf" else np.linalg.norm(extent))
+
+    def _chance(self, model, x):
+        with constant_weights(model):
+            outputs = called(model, ops.convert_to_tensor(x[:1]))
+        return 1.0 / max(outputs.shape[-1], 2)
+
+
+def robustness_metrics(
+    model,
+    x,
+    y,
+    epsilons=(0.1,),
+    *,
+    norm="inf",
+    clip=(0.0, 1.0),
+    steps=20,
+    restarts=1,
+    jacobian=True,
+    seed=0,
+    batch_size=128,
+    verbose="auto",
+):
+    r"""Measures a classifier under attack, and looks for signs that it hides its gradients.
+
+    With $\ell_i$ the cross-entropy of example $i$ and $z_i$ the outputs of the model, the sizes are
+    $\lVert \partial \ell_i / \partial x_i \rVert_2$ and, for all examples together,
+
+    $$\sqrt{\tfrac1N \textstyle\sum_i \lVert \partial z_i / \partial x_i \rVert_F^2}.$$
+
+    Gradients are masked where they do not lead to the errors of a model: attacks fail then, and the model is not robust
+    for it. Signs of that are PGD above FGSM or above random noise of the same strength, by more than one point, and an
+    accuracy above that of a guess where the attack may replace the example by any other.
+
+    Args:
+        model: a classifier that returns logits or probabilities, as in `kg.attacks.fgsm`. It is called in inference
+            mode, and nothing of it changes.
+        x: examples of shape `(batch, ...)`, floating-point numbers within `clip`; kept out of training.
+        y: classes of shape `(batch,)`, or one-hot rows.
+        epsilons: the strengths of the attacks, in units of `x`.
+        norm: `"inf"` or 2, what the strength is measured by.
+        clip: the range of the data, `(smallest, largest)`, or None for none.
+        steps: those of PGD, which runs on the cross-entropy and on the margin.
+        restarts: the runs of PGD on each.
+        jacobian: whether to measure the Jacobian of the outputs, at one gradient for each class and example.
+        seed: an integer, for random starts and noise: two calls draw the same. None draws anew.
+        batch_size: how many examples go together.
+        verbose: 1 or `"auto"` for a progress bar, 0 for none.
+
+    Returns:
+        A dict of numbers: `clean_accuracy`; for each strength, as in `pgd_0.1_accuracy`, those under `fgsm`, `pgd` and
+        `noise` (the worst of ten perturbations of the full length); `gradient_norm_mean`, `gradient_norm_median`,
+        `gradient_norm_max`, `gradient_zero_share` (how many are exactly zero); `jacobian_norm`; and
+        `masked_gradients`, how many signs there are.
+
+    Raises:
+        ValueError: for options, examples or labels that do not fit; each is named.
+
+    Cost:
+        For each strength and one more, `2 * steps * restarts + 1` gradients and 13 forward passes for each example.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
+    >>> model.set_weights([np.array([[1.0, 0.0], [0.0, 1.0]], "float32")])  # class 0 where x[0] > x[1]
+    >>> x = np.array([[0.75, 0.5], [1.0, 0.0]], "float32")
+    >>> metrics = kg.attacks.robustness_metrics(model, x, [0, 0], epsilons=(0.25,), verbose=0)
+    >>> metrics["clean_accuracy"], metrics["pgd_0.25_accuracy"], metrics["masked_gradients"]
+    (1.0, 0.5, 0.0)
+
+    Source: the signs are those of Athalye, Carlini & Wagner, "Obfuscated gradients give a false sense of security"
+    (arXiv:1802.00420, 2018), section 3.1, and Carlini et al., "On evaluating adversarial robustness"
+    (arXiv:1902.06705, 2019).
+    """
+    metrics = RobustnessMetrics(epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size)
+    return metrics.measure(model, x, y, verbose)[0]
+
+
+def _checked_epsilons(owner, epsilons):
+    numbers_given = list(epsilons) if isinstance(epsilons, (list, tuple, np.ndarray)) else [epsilons]
+    is_right = numbers_given and all(validation.is_number(e) and 0 < e < math.inf for e in numbers_given)
+    if not is_right or len({f"{e:g}" for e in numbers_given}) < len(numbers_given):
+        raise ValueError(
+            f"{owner} expects a list of different positive numbers as `epsilons`, the strengths of the attacks. "
+            f"Received: epsilons={validation.describe(epsilons)}."
+        )
+    return [float(e) for e in numbers_given]
