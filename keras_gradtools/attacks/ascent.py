@@ -73,6 +73,20 @@ def measure_gradients(model, objective, norm, x, y):
     return norm_balls.lengths(ops.cast(gradients, badness.dtype), 2), badness
 
 
+def measure_slopes(model, objective, norm, x, y):
+    """The objective, the dual norm of its gradient, and the perturbation of length 1 that goes up fastest."""
+    gradients, _ = input_gradients(model, objective, x, y)
+    values = measure_values(model, objective, norm, x, y)
+    gradients = ops.cast(gradients, values.dtype)
+    return values, norm_balls.dual_lengths(gradients, norm), norm_balls.steepest(gradients, norm)
+
+
+def measure_values(model, objective, norm, x, y):
+    """The objective of each example."""
+    with constant_weights(model):
+        return objective(y, called(model, x), ends_in_sigmoid(model))[0]
+
+
 def measure_badness(model, objective, norm, x, y):
     """How bad each example is."""
     with constant_weights(model):
@@ -110,6 +124,14 @@ class CompiledAscent:
     def gradient_lengths(self, objective, x, y):
         """The l2 norm of each gradient, and how bad each example is."""
         return self._run(measure_gradients, objective, x, y)
+
+    def slopes(self, objective, x, y):
+        """The objective, the dual norm of its gradient, and the perturbation of length 1 that goes up fastest."""
+        return self._run(measure_slopes, objective, x, y)
+
+    def values(self, objective, x, y):
+        """The objective of each example."""
+        return self._run(measure_values, objective, x, y)
 
     def badness(self, objective, x, y):
         """How bad each example is."""

@@ -23,6 +23,12 @@ def checked_clip(owner, clip):
     return low.tolist(), high.tolist()
 
 
+def extent(clip, x, norm):
+    """The strength that reaches all of the range from anywhere in it."""
+    sides = np.broadcast_to(np.subtract(clip[1], clip[0]), x.shape[1:])
+    return float(np.max(sides) if norm == "inf" else np.linalg.norm(sides))
+
+
 def bounds(clip, dtype):
     """The smallest and the largest value as tensors, infinite where there is no range."""
     low, high = (-np.inf, np.inf) if clip is None else clip

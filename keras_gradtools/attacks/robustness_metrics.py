@@ -9,7 +9,7 @@ from keras_gradtools import validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent, called, constant_weights
 from keras_gradtools.attacks.batches import check_batching, check_labels, checked_examples, map_batches, seeds_from
-from keras_gradtools.attacks.data_range import bounds
+from keras_gradtools.attacks.data_range import bounds, extent
 from keras_gradtools.attacks.masked_gradients import signs_of_masking
 from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
@@ -113,12 +113,8 @@ class RobustnessMetrics:
         return worst
 
     def _huge(self, x):
-        """A strength that reaches all of the range from anywhere in it."""
         clip = self._pgd.clip
-        if clip is None:
-            return HUGE * max(self._epsilons)
-        extent = np.broadcast_to(np.subtract(clip[1], clip[0]), x.shape[1:])
-        return float(np.max(extent) if self._pgd.norm == "inf" else np.linalg.norm(extent))
+        return HUGE * max(self._epsilons) if clip is None else extent(clip, x, self._pgd.norm)
 
     def _chance(self, model, x):
         with constant_weights(model):
