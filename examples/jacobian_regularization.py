@@ -88,35 +88,10 @@ def noisy(x, deviation):
     return x + np.random.default_rng(1).normal(0.0, deviation, x.shape).astype("float32")
 
 
-def attacker(model, steps):
-    """Gradient ascent of the loss, projected onto the l2 ball around each image (Madry et al., arXiv:1706.06083)."""
-
-    @kg.jit
-    def step(adversarial, x, y, radius):
-        with kg.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(adversarial)
-            loss = ops.sum(keras.losses.sparse_categorical_crossentropy(y, model(adversarial), from_logits=True))
-        change = adversarial + 2.5 * radius / steps * unit(tape.gradient(loss, adversarial)) - x
-        change = change * ops.minimum(1.0, radius / ops.maximum(lengths(change), 1e-12))
-        # The clipping only shortens the change, since the pixels of x itself are between 0 and 1.
-        return ops.stop_gradient(ops.clip(x + change, 0.0, 1.0))
-
-    def pgd(x, y, radius):
-        x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
-        adversarial = x
-        for _ in range(steps):
-            adversarial = step(adversarial, x, y, radius)
-        return ops.convert_to_numpy(adversarial)
-
-    return pgd
-
-
-def lengths(images):
-    return ops.sqrt(ops.sum(ops.square(images), axis=(1, 2, 3), keepdims=True))
-
-
-def unit(images):
-    return images / ops.maximum(lengths(images), 1e-12)
+def attacked(model, x, y, radius, steps):
+    return kg.attacks.pgd(
+        model, x, y, radius, norm=2, loss="cross_entropy", steps=steps, seed=0, batch_size=len(x), verbose=0
+    )
 
 
 def jacobian_norm(model, x):
@@ -126,10 +101,9 @@ def jacobian_norm(model, x):
 
 
 def evaluate(model, x, y, attack_steps):
-    pgd = attacker(model, attack_steps)
     return {
         "noise": [accuracy(model, noisy(x, deviation), y) for deviation in NOISES],
-        "attack": [accuracy(model, pgd(x, y, radius), y) for radius in ATTACKS],
+        "attack": [accuracy(model, attacked(model, x, y, radius, attack_steps), y) for radius in ATTACKS],
         "jacobian": jacobian_norm(model, x),
     }
 
