@@ -5,7 +5,7 @@ import functools
 import time
 from typing import Any
 
-STRENGTHS = (0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
+STRENGTHS = (0.05, 0.1, 0.15, 0.2)
 STRENGTH = 0.1
 ATTACK = {"steps": 40, "restarts": 2}  # on cross-entropy and margin, as is the default
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 64, 2e-3

@@ -70,20 +70,21 @@ def draw(backend, path):
 
     times = json.loads((RESULTS / f"robustness_times_{backend}.json").read_text())
     records, methods = records_of(backend), chosen()
+    strengths, at = (0.0, *STRENGTHS), AT + 1
     figure, (curves, prices) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained", width_ratios=(6, 5))
     styles = {"plain": ":", "penalty": "-", "noise": "--", "fgsm": "--", "pgd": "--"}
     for number, (name, of_seeds) in enumerate(records.items()):
         color = pyplot.get_cmap("tab20")((2 * number) % 20 + (number >= 10))
-        rows = [[100 * a for a in r["pgd"]] for r in of_seeds.values()]
+        rows = [[100 * a for a in (r["clean"], *r["pgd"])] for r in of_seeds.values()]
         mean = [statistics.mean(column) for column in zip(*rows, strict=True)]
-        curves.plot(STRENGTHS, mean, styles[methods[name].kind], color=color, marker="o", markersize=3, label=name)
+        curves.plot(strengths, mean, styles[methods[name].kind], color=color, marker="o", markersize=3, label=name)
         lowest, highest = ([f(column) for column in zip(*rows, strict=True)] for f in (min, max))
-        curves.fill_between(STRENGTHS, lowest, highest, color=color, alpha=0.12, linewidth=0)
+        curves.fill_between(strengths, lowest, highest, color=color, alpha=0.12, linewidth=0)
         price = times[name]["ratio"] if name in times else 1.0
         prices.errorbar(
             price,
-            mean[AT],
-            [[mean[AT] - lowest[AT]], [highest[AT] - mean[AT]]],
+            mean[at],
+            [[mean[at] - lowest[at]], [highest[at] - mean[at]]],
             color=color,
             marker="os"[styles[methods[name].kind] == "--"],
             markersize=7,

@@ -125,7 +125,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the pictures")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    epochs, shown_at_most = (5, 50) if options.quick else (30, 500)
+    epochs, shown_at_most = (12, 50) if options.quick else (30, 500)
 
     console = Console()
     data, watched, test = load_data()

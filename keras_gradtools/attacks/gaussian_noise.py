@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.attacks.attack import Attack
-from keras_gradtools.attacks.data_range import checked_clip
+from keras_gradtools.attacks.data_range import bounds, checked_clip
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -42,7 +42,7 @@ class GaussianNoise(Attack):
         """Noisy examples; nothing depends on the model or the labels."""
         x = ops.convert_to_tensor(x)
         noisy = x + ops.cast(keras.random.normal(ops.shape(x), stddev=self.stddev, seed=seed), x.dtype)
-        return noisy if self.clip is None else ops.clip(noisy, *self.clip)
+        return noisy if self.clip is None else ops.clip(noisy, *bounds(self.clip, noisy.dtype))
 
     def get_config(self):
         return {"stddev": self.stddev, "clip": self.clip}

@@ -32,6 +32,7 @@ def lengths(perturbations, norm):
     flat = ops.reshape(perturbations, (ops.shape(perturbations)[0], -1))
     if norm == "inf":
         return ops.max(ops.abs(flat), axis=1)
+    flat = _in_full_precision(flat)
     # The squares of small gradients would be rounded to zero.
     largest = ops.maximum(ops.max(ops.abs(flat), axis=1), 1e-37)
     return largest * ops.sqrt(ops.sum(ops.square(flat / largest[:, None]), axis=1))
@@ -48,17 +49,22 @@ def steepest(gradients, norm):
     """For each gradient the perturbation of length 1 that goes up fastest; zero where the gradient is."""
     if norm == "inf":
         return ops.sign(gradients)
+    gradients = _in_full_precision(gradients)
     return gradients / for_each(ops.maximum(lengths(gradients, 2), 1e-37), gradients)
 
 
 def projected(perturbations, epsilon, norm):
     """The nearest perturbations of length `epsilon` or less."""
-    epsilon = ops.cast(epsilon, perturbations.dtype)
     if norm == "inf":
-        bound = for_each(epsilon, perturbations)
+        bound = for_each(ops.cast(epsilon, perturbations.dtype), perturbations)
         return ops.clip(perturbations, -bound, bound)
     length = ops.maximum(lengths(perturbations, 2), 1e-37)
-    return perturbations * for_each(ops.minimum(epsilon / length, 1.0), perturbations)
+    share = ops.minimum(ops.cast(epsilon, length.dtype) / length, 1.0)
+    return ops.cast(_in_full_precision(perturbations) * for_each(share, perturbations), perturbations.dtype)
+
+
+def _in_full_precision(x):
+    return ops.cast(x, keras.backend.result_type(validation.dtype_of(x), "float32"))
 
 
 def random_points(like, epsilon, norm, seed):

@@ -19,7 +19,8 @@ def classifier_scores(outputs, is_sigmoid=False):
     """The outputs of a classifier as logits, one for each class, in float32 or better.
 
     Where the outputs of an example are probabilities, as after a softmax, these are their logarithms: the gradient
-    through both is that of the logits, also where the largest probability is rounded to 1. A single output is the logit
+    through both is that of the logits, also where the largest probability is rounded to 1, until the others are
+    rounded to 0. A single output is the logit
     of class 1, or with `is_sigmoid` its probability.
     """
     scores = ops.cast(outputs, keras.backend.result_type(validation.dtype_of(outputs), "float32"))
@@ -46,7 +47,10 @@ def margin(labels, scores):
 
 def cross_entropy(labels, scores):
     """Minus the logarithm of the probability of the label."""
-    return ops.logsumexp(scores, axis=-1) - ops.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
+    is_label = ops.one_hot(labels, scores.shape[-1], dtype="bool")
+    own = ops.sum(ops.where(is_label, scores, 0.0), axis=-1, keepdims=True)
+    # As a difference of two logarithms, its gradient by the label's score would be lost where the model is sure.
+    return ops.softplus(ops.logsumexp(ops.where(is_label, float("-inf"), scores - own), axis=-1))
 
 
 def class_labels(y, classes):

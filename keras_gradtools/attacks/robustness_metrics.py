@@ -56,11 +56,8 @@ class RobustnessMetrics:
         strengths = [*self._epsilons, self._huge(x)]
         rows = map_batches(self._measure_batch(model, strengths), (x, y), self._batch_size, verbose, "batch")
         clean, lengths, squares, *by_strength = rows
-        of_attack = [by_strength[i::3] for i in range(3)]
-        fgsm, pgd, noise = (
-            {e: float((badness < 0).mean()) for e, badness in zip(strengths, of_one, strict=True)}
-            for of_one in of_attack
-        )
+        *attacked, _, huge, _ = [float((badness < 0).mean()) for badness in by_strength]
+        fgsm, pgd, noise = (dict(zip(self._epsilons, attacked[i::3], strict=True)) for i in range(3))
         metrics = {"clean_accuracy": float((clean < 0).mean())}
         for kind, accuracies in (("fgsm", fgsm), ("pgd", pgd), ("noise", noise)):
             metrics |= {f"{kind}_{e:g}_accuracy": accuracies[e] for e in self._epsilons}
@@ -72,7 +69,6 @@ class RobustnessMetrics:
         }
         if self._has_jacobian:
             metrics["jacobian_norm"] = math.sqrt(squares.mean())
-        huge = pgd.pop(strengths[-1])
         signs = signs_of_masking(pgd, fgsm, noise, huge, self._chance(model, x))
         return metrics | {"masked_gradients": float(len(signs))}, signs
 

@@ -20,6 +20,8 @@ LEAST_LOSS_OF_AN_ERROR = math.log(2)
 HALVINGS = 12
 # Where on the way to the attacked example the loss and its slope are sampled.
 SAMPLED = (0.25, 0.5, 1.0)
+# The shortest of these ways, as a share of the largest strength: on a shorter one, a second difference is rounding.
+LEAST_WAY = 1 / 128
 LINES = {
     "first_order": "first order, margin / ||g||",
     "lipschitz_bound": "bound by the slope L",
@@ -113,9 +115,9 @@ def robustness_report(
       direction $d$;
     - as the size of the smallest perturbation that PGD finds, by halving the interval in which its strength must lie.
 
-    The second and the third would be lower bounds if L and C held everywhere. They are the largest that were met in
-    all examples, on the way that the steepest direction takes to the distance of the attack: estimates, which promise
-    nothing. The attack's distance is an upper bound of the true one.
+    The second and the third would be lower bounds if L and C held everywhere. They are the largest that were met, over
+    all examples, in the steepest direction up to the distance of the attack: estimates, which promise nothing. The
+    attack's distance is an upper bound of the true one.
 
     Args:
         model: a classifier that returns logits or probabilities, as in `kg.attacks.fgsm`. It is called in inference
@@ -216,8 +218,8 @@ def _measure_batch(model, attack, most):
         loss, slope, direction = ascent.slopes(loss_objective, x, y)
         found = _distances(ascent, attack, x, y, most, seeds)
         largest_slope, curvature = slope, ops.zeros_like(slope)
-        # An error needs no way.
-        way = np.where((found > 0) & np.isfinite(found), found, most).astype("float32")
+        is_right = ops.convert_to_numpy(margin) > 0
+        way = np.where(is_right, found, 0.0).clip(LEAST_WAY * most, most).astype("float32")
         for share in SAMPLED:
             h = ops.convert_to_tensor(share * way)
             moved = x + ops.cast(norm_balls.for_each(h, x) * direction, x.dtype)

@@ -67,13 +67,13 @@ class AdversarialTraining(WrappedModel):
 
     def train_step(self, *args):
         x, y, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
-        self._step.labels = (y,)
         if len(nesting.flatten(x)) != 1 or y is None:
             raise ValueError(
                 f"{NAME} trains models of one input, on labels. Received: {len(nesting.flatten(x))} inputs and "
                 f"{'no labels' if y is None else 'labels'}. Of several inputs, wrap the part of the model that comes "
                 "after those that stay as they are."
             )
+        self._step.labels = (y,)
         try:
             return super().train_step(*args)
         finally:
