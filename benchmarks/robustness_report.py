@@ -37,7 +37,7 @@ def table(backend):
     path = RESULTS / f"robustness_times_{backend}.json"
     times = json.loads(path.read_text()) if path.exists() else {}
     records, methods = records_of(backend), chosen()
-    plain = records["plain"]
+    plain = {m.activation: records[name] for name, m in methods.items() if m.kind == "plain" and name in records}
     lines = [
         "| method | setting | clean | change | FGSM | PGD | gain | time of a step |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -48,16 +48,18 @@ def table(backend):
         of_seeds = records[name]
         clean = [r["clean"] for r in of_seeds.values()]
         attacked = {kind: [r[kind][AT] for r in of_seeds.values()] for kind in ("fgsm", "pgd")}
-        pairs = [seed for seed in of_seeds if seed in plain]
-        gains = [of_seeds[seed]["pgd"][AT] - plain[seed]["pgd"][AT] for seed in pairs]
-        changes = [of_seeds[seed]["clean"] - plain[seed]["clean"] for seed in pairs]
-        compared = ["", ""] if name == "plain" else [shown(changes, sign="+"), shown(gains, sign="+")]
-        time = f"{times[name]['ratio']:.2f}" if name in times else "1" if methods[name].kind == "plain" else ""
+        others = plain[methods[name].activation]
+        pairs = [seed for seed in of_seeds if seed in others]
+        gains = [of_seeds[seed]["pgd"][AT] - others[seed]["pgd"][AT] for seed in pairs]
+        changes = [of_seeds[seed]["clean"] - others[seed]["clean"] for seed in pairs]
+        is_plain = methods[name].kind == "plain"
+        compared = ["", ""] if is_plain else [shown(changes, sign="+"), shown(gains, sign="+")]
+        time = f"{times[name]['ratio']:.2f}" if name in times else "1" if is_plain else ""
         lines.append(
             f"| {name} | {setting_of(methods[name])} | {shown(clean)} | {compared[0]} | {shown(attacked['fgsm'])} | "
             f"{shown(attacked['pgd'])} | {compared[1]} | {time} |"
         )
-    seeds = len(plain)
+    seeds = len(records["plain"])
     return f"### {TITLES[backend]}, {seeds} seeds\n\n" + "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ def input_gradients(model, objective, x, y):
         record.enter()
         try:
             record.watch(x)
-            values, badness = objective(y, called(model, x), ends_in_sigmoid(model))
+            values, badness = objective(y, called(model, x), output_activation(model))
         finally:
             record.exit()
         (gradients,) = backend.constant_pullback(record, [values], [x], [ops.ones_like(values)])
@@ -46,10 +46,16 @@ def called(model, x):
     return model(x, training=False) if isinstance(model, keras.Layer) else model(x)
 
 
-def ends_in_sigmoid(model):
-    """Whether the last layer of a model is a sigmoid: what it returns for an example does not tell."""
-    layers = state.layers_of(model)
-    return bool(layers) and getattr(layers[-1], "activation", None) is keras.activations.sigmoid
+def output_activation(model):
+    """The activation that the outputs of `model` come from; None where that cannot be seen."""
+    while isinstance(model, keras.Model):
+        parts = model.layers if isinstance(model, keras.Sequential) else getattr(model, "operations", None)
+        if not parts:
+            # What a `call` of its own does after its last layer is not seen, but a sigmoid is mostly the end.
+            last = getattr(state.layers_of(model)[-1], "activation", None)
+            return last if last is keras.activations.sigmoid else None
+        model = parts[-1]
+    return getattr(model, "activation", None)
 
 
 @contextlib.contextmanager
@@ -84,13 +90,13 @@ def measure_slopes(model, objective, norm, x, y):
 def measure_values(model, objective, norm, x, y):
     """The objective of each example."""
     with constant_weights(model):
-        return objective(y, called(model, x), ends_in_sigmoid(model))[0]
+        return objective(y, called(model, x), output_activation(model))[0]
 
 
 def measure_badness(model, objective, norm, x, y):
     """How bad each example is."""
     with constant_weights(model):
-        return objective(y, called(model, x), ends_in_sigmoid(model))[1]
+        return objective(y, called(model, x), output_activation(model))[1]
 
 
 def ascend_and_look(model, objective, norm, moved, x, y, best, worst, *options):

@@ -15,19 +15,22 @@ NAMED = ("cross_entropy", "margin")
 _ROUNDING = 1e-2
 
 
-def classifier_scores(outputs, is_sigmoid=False):
+def classifier_scores(outputs, activation=None):
     """The outputs of a classifier as logits, one for each class, in float32 or better.
 
-    Where the outputs of an example are probabilities, as after a softmax, these are their logarithms: the gradient
+    `activation` is what the outputs are known to come from: after a linear one they are logits. If it is another or not
+    known, and the outputs of an example are probabilities, as after a softmax, these are their logarithms: the gradient
     through both is that of the logits, also where the largest probability is rounded to 1, until the others are
     rounded to 0. A single output is the logit
-    of class 1, or with `is_sigmoid` its probability.
+    of class 1, or after a sigmoid its probability.
     """
     scores = ops.cast(outputs, keras.backend.result_type(validation.dtype_of(outputs), "float32"))
     if scores.shape[-1] == 1:
-        other = 1.0 - scores if is_sigmoid else ops.zeros_like(scores)
-        scores = ops.concatenate([other, scores], axis=-1)
-        return _logarithms(scores) if is_sigmoid else scores
+        if activation is keras.activations.sigmoid:
+            return _logarithms(ops.concatenate([1.0 - scores, scores], axis=-1))
+        return ops.concatenate([ops.zeros_like(scores), scores], axis=-1)
+    if activation is keras.activations.linear:
+        return scores
     total = ops.sum(scores, axis=-1, keepdims=True)
     is_simplex = (ops.min(scores, axis=-1, keepdims=True) >= 0) & (ops.abs(total - 1.0) < _ROUNDING)
     return ops.where(is_simplex, _logarithms(scores), scores)
@@ -79,10 +82,10 @@ class Objective:
     def _compiled(self):
         return example_losses.compiled(self.loss)
 
-    def __call__(self, y, outputs, is_sigmoid=False):
+    def __call__(self, y, outputs, activation=None):
         """The objective, and how bad the outputs are: larger is worse; of classes, above 0 where they are wrong."""
         if self.is_named:
-            scores = classifier_scores(outputs, is_sigmoid)
+            scores = classifier_scores(outputs, activation)
             labels = class_labels(y, outputs.shape[-1])
             margins = self.sign * margin(labels, scores)
             return (margins if self.loss == "margin" else self.sign * cross_entropy(labels, scores)), margins

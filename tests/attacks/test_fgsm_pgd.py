@@ -11,6 +11,8 @@ import pytest
 from keras import layers, ops
 
 from keras_gradtools.attacks import FGSM, PGD, GaussianNoise, fgsm, pgd
+from keras_gradtools.attacks.ascent import CompiledAscent
+from keras_gradtools.attacks.objectives import Objective
 from tests.cases import close, tensor
 
 RNG = np.random.default_rng(1)
@@ -543,3 +545,44 @@ def test_noise_is_clipped_to_arrays(dtype):
     assert keras.backend.standardize_dtype(found.dtype) == dtype
     noise = ops.convert_to_numpy(found).astype("float64") - 0.5
     assert 0.09 < np.abs(noise).max() < 0.1005
+
+
+class Subclassed(keras.Model):
+    def __init__(self, activation):
+        super().__init__()
+        self.dense, self.activation_of_call = layers.Dense(2, use_bias=False), activation
+        self.build((None, 2))
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, x):
+        return self.activation_of_call(self.dense(x))
+
+
+def functional(make):
+    x = keras.Input((2,))
+    return keras.Model(x, make(x))
+
+
+ENDS = {
+    "functional, a softmax operation": (lambda: functional(lambda x: ops.softmax(layers.Dense(2)(x))), True),
+    "a softmax layer": (lambda: keras.Sequential([keras.Input((2,)), layers.Dense(2), layers.Softmax()]), True),
+    "a nested softmax": (lambda: functional(keras.Sequential([layers.Dense(2, activation="softmax")])), True),
+    "a softmax in `call`": (lambda: Subclassed(ops.softmax), True),
+    "functional, linear": (lambda: functional(layers.Dense(2)), False),
+    "a nested linear layer": (lambda: functional(keras.Sequential([layers.Dense(2)])), False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_logits_that_look_like_probabilities_are_told_from_them(name):
+    make, is_softmax = ENDS[name]
+    model = make()
+    model.set_weights([np.eye(2, dtype="float32"), np.zeros(2, "float32")][: len(model.weights)])
+    x = np.array([[0.75, 0.25]], "float32")  # is its own vector of logits, and sums to 1
+    seen = CompiledAscent(model, "inf", None).values(Objective("margin", 1.0), tensor(x), tensor([0], "int32"))
+    # The margin in logits is -1/2, with or without a softmax; as logarithms of these logits it would be -log 3.
+    close(seen, [-0.5], atol=1e-5)
+    assert is_softmax != np.allclose(model.predict(x, verbose=0), x)
