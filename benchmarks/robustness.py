@@ -32,8 +32,10 @@ MOST_CLEAN_LOST = 0.005
 EVERYWHERE = (
     "plain",
     "plain, gelu",
+    "plain, softplus",
     "exact, l2 squared, relu",
     "exact, l2 squared, gelu",
+    "exact, l2 squared, softplus",
     "finite differences, l2 squared, h = 0.1",
     "finite differences, l1 squared, h = 0.1",
 )
