@@ -18,6 +18,9 @@ def records_of(backend):
     found: dict = {}
     for name, method in chosen().items():
         records = [r for r in kept(results_of(backend)) if is_same(r, method, r["seed"])]
+        for record in records:
+            if any(pgd > fgsm for pgd, fgsm in zip(record["pgd"], record["fgsm"], strict=True)):
+                raise ValueError(f"PGD is above FGSM, a sign of masked gradients: {record}")
         if records:
             found[name] = {r["seed"]: r for r in records}
     return found

@@ -13,7 +13,7 @@ from keras_gradtools.transforms import compiled
 
 
 def input_gradients(model, objective, x, y):
-    """The gradient of the objective of each example by the example, a constant, and how bad each is."""
+    """The gradient of the objective of each example by the example, a constant, the objective, and how bad each is."""
     x = backend.alias(x)
     with constant_weights(model):
         record = backend.Tape(watch_accessed_variables=False)
@@ -29,12 +29,12 @@ def input_gradients(model, objective, x, y):
             "An attack needs outputs that depend differentiably on the input. Received: a model without a gradient by "
             f"its input of dtype {validation.dtype_of(x)} and shape {tuple(x.shape)}."
         )
-    return gradients, badness
+    return gradients, values, badness
 
 
 def ascend(model, objective, norm, moved, x, y, epsilon, step_size, low, high):
     """One step up from `moved`: where it leads, and how bad it was before."""
-    gradients, badness = input_gradients(model, objective, moved, y)
+    gradients, _, badness = input_gradients(model, objective, moved, y)
     step = norm_balls.for_each(step_size, x) * ops.cast(norm_balls.steepest(gradients, norm), x.dtype)
     further = x + norm_balls.projected(moved + step - x, epsilon, norm)
     # Where x is in the range, going back into it leads no further away from x.
@@ -75,22 +75,15 @@ def look(model, objective, norm, moved, y, best, worst):
 
 def measure_gradients(model, objective, norm, x, y):
     """The l2 norm of each gradient, whatever the attack's, and how bad each example is."""
-    gradients, badness = input_gradients(model, objective, x, y)
+    gradients, _, badness = input_gradients(model, objective, x, y)
     return norm_balls.lengths(ops.cast(gradients, badness.dtype), 2), badness
 
 
 def measure_slopes(model, objective, norm, x, y):
     """The objective, the dual norm of its gradient, and the perturbation of length 1 that goes up fastest."""
-    gradients, _ = input_gradients(model, objective, x, y)
-    values = measure_values(model, objective, norm, x, y)
+    gradients, values, _ = input_gradients(model, objective, x, y)
     gradients = ops.cast(gradients, values.dtype)
     return values, norm_balls.dual_lengths(gradients, norm), norm_balls.steepest(gradients, norm)
-
-
-def measure_values(model, objective, norm, x, y):
-    """The objective of each example."""
-    with constant_weights(model):
-        return objective(y, called(model, x), output_activation(model))[0]
 
 
 def measure_badness(model, objective, norm, x, y):
@@ -134,10 +127,6 @@ class CompiledAscent:
     def slopes(self, objective, x, y):
         """The objective, the dual norm of its gradient, and the perturbation of length 1 that goes up fastest."""
         return self._run(measure_slopes, objective, x, y)
-
-    def values(self, objective, x, y):
-        """The objective of each example."""
-        return self._run(measure_values, objective, x, y)
 
     def badness(self, objective, x, y):
         """How bad each example is."""

@@ -169,7 +169,8 @@ def robustness_metrics(
         ValueError: for options, examples or labels that do not fit; each is named.
 
     Cost:
-        For each strength and one more, `2 * steps * restarts + 1` gradients and 13 forward passes for each example.
+        For each example, at each strength and one more, `2 * steps * restarts + 1` gradients and `2 * restarts + 12`
+        forward passes; and once a gradient, and one for each output.
 
     Example:
 

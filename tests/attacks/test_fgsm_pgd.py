@@ -582,7 +582,30 @@ def test_logits_that_look_like_probabilities_are_told_from_them(name):
     model = make()
     model.set_weights([np.eye(2, dtype="float32"), np.zeros(2, "float32")][: len(model.weights)])
     x = np.array([[0.75, 0.25]], "float32")  # is its own vector of logits, and sums to 1
-    seen = CompiledAscent(model, "inf", None).values(Objective("margin", 1.0), tensor(x), tensor([0], "int32"))
+    seen = CompiledAscent(model, "inf", None).slopes(Objective("margin", 1.0), tensor(x), tensor([0], "int32"))[0]
     # The margin in logits is -1/2, with or without a softmax; as logarithms of these logits it would be -log 3.
     close(seen, [-0.5], atol=1e-5)
     assert is_softmax != np.allclose(model.predict(x, verbose=0), x)
+
+
+def test_a_second_attack_runs_no_python_of_the_model(backend):
+    if backend == "torch":
+        pytest.skip("torch has no compiler that differentiates twice")
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return x
+
+    model = Subclassed(counted)
+    attack = functools.partial(pgd, model, np.full((4, 2), 0.5, "float32"), [0, 1, 0, 1], steps=3, verbose=0)
+    attack(epsilon=0.1)
+    traced = len(calls)
+    calls.clear()
+    model.set_weights([-2 * w for w in model.get_weights()])
+    moved = attack(epsilon=0.2)
+    # Whether the labels are classes of the model is looked at once for each attack.
+    assert traced > len(calls) == 1
+    # The weights of the moment were used, and the strength.
+    gradient = np.diff(ops.convert_to_numpy(model.dense.kernel), axis=1)[:, 0]
+    np.testing.assert_allclose(moved[0], 0.5 + 0.2 * np.sign(gradient), atol=1e-6)
