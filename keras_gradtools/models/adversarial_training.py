@@ -80,7 +80,7 @@ class AdversarialTraining(WrappedModel):
             self._step.labels = None
 
     def call(self, inputs, training=None):
-        if self._step.labels is not None and training:
+        if self._step.labels is not None:
             (y,) = self._step.labels
             inputs = nesting.map_structure(lambda x: self.attack.perturb(self.model, x, y, self._seeds), inputs)
         return self._forward(inputs, training)
