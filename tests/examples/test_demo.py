@@ -36,6 +36,11 @@ def test_every_way_reads_the_digits_and_the_penalty_withstands_attacks(quick):
     assert np.all(np.less_equal(row(printed, "under PGD, 0.1"), row(printed, "under FGSM, 0.1")))
 
 
+def test_the_penalty_makes_the_input_gradient_small(quick):
+    plain, *_, penalized = row(quick[1], "input gradient, mean norm")
+    assert penalized < 0.9 * plain
+
+
 def test_steps_are_compared_with_the_plain_one(quick):
     _, printed = quick
     times, ratios = row(printed, "training step"), row(printed, "in plain steps")

@@ -1,15 +1,11 @@
 """`InputGradientRegularized` against closed forms and central differences, inside Keras' own loops."""
 
 import copy
-import pathlib
-import re
-import runpy
 
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from matplotlib import pyplot
 
 from keras_gradtools import backend as kernels
 from keras_gradtools.models import InputGradientRegularized
@@ -434,18 +430,3 @@ def test_a_compiler_that_cannot_differentiate_twice_is_refused_before_training()
     else:
         with pytest.raises(ValueError, match="Received: jit_compile=True. Use method='finite_difference'"):
             wrapped.compile("sgd", "mse", jit_compile=True)
-
-
-# --- the demo ---
-
-
-def test_demo(tmp_path, capsys):
-    demo = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "examples" / "demo.py"))
-    demo["main"](["--quick", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    for attack in ("FGSM, 0.05", "PGD, 0.05", "FGSM, 0.1", "PGD, 0.1"):
-        assert f"accuracy under {attack} " in printed
-    norms = re.search(r"mean norm of the input gradient \S +([\d.]+) \S +([\d.]+)", printed)
-    assert float(norms[2]) < 0.9 * float(norms[1])
-    for picture in ("robustness.png", "batch_jacobian.png"):
-        assert pyplot.imread(tmp_path / picture).std() > 0.05
