@@ -20,13 +20,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
 NO_TESTS_COLLECTED = 5
 
-# The processes share the cores: each framework would otherwise start a thread for every core.
+# The processes share the cores: each framework would otherwise start a thread for every core. On JAX most of the time
+# goes into compiling programs that run a few times, a quarter of it into making them fast.
 FEW_THREADS = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
 }
 
 _printing = threading.Lock()
