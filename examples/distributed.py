@@ -172,7 +172,7 @@ def on_torch(options, work):
             return work(Devices())
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
         torchrun.append(f"--nproc-per-node={options.devices}")
-        sys.exit(subprocess.call([sys.executable, *torchrun, __file__, *options.arguments]))
+        sys.exit(subprocess.call([sys.executable, *torchrun, options.script, *options.arguments]))
 
     import torch
 
@@ -246,6 +246,7 @@ def main(arguments=None):
     parser.add_argument("--compare", type=pathlib.Path, help="results to print the differences from")
     options = parser.parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else arguments
+    options.script = __file__
 
     def work(devices):
         results = {f"{run}/{k}": v for run in options.runs for k, v in train(RUNS[run], devices).items()}

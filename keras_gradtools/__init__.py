@@ -1,6 +1,6 @@
 """Advanced gradient utilities for Keras 3, the same on TensorFlow, JAX and PyTorch."""
 
-from keras_gradtools import attacks, callbacks, layers, models, plots, regularization, testing
+from keras_gradtools import attacks, callbacks, curvature, diagnostics, layers, models, plots, regularization, testing
 from keras_gradtools.custom_gradients import custom_gradient
 from keras_gradtools.gradient_ops import (
     clip_gradient_norm,
@@ -38,7 +38,9 @@ __all__ = [
     "callbacks",
     "clip_gradient_norm",
     "clip_gradient_value",
+    "curvature",
     "custom_gradient",
+    "diagnostics",
     "flatten_hessian",
     "functionalize",
     "ggnvp",

@@ -24,6 +24,9 @@ which exists once for all backends.
 | `can_make_variables()`                              | whether variables can be made here: not in a replica |
 | `random_state()`                                    | the state of what draws random numbers past Keras' seeds |
 | `with_random_state(state)`                          | a block in which it is `state` again              |
+| `spread(x)`                                         | examples on the devices that share them           |
+| `summed_over_replicas(fun, batch, variable)`        | the sum of `fun(part)` over the replicas' parts |
+| `summed_over_processes(total, count)`               | both summed over the processes that train together |
 | `may_compile()`                                     | whether a function called now may be compiled by itself |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
 | `HESSIAN_MODE`                                      | the cheaper way through a gradient, as measured   |
@@ -50,6 +53,11 @@ def _load():
             "KERAS_BACKEND to one of the three before Keras is imported."
         )
     return importlib.import_module(f"keras_gradtools.backend.{_MODULES[name]}")
+
+
+def name():
+    """The name of the backend, for people to read: no code goes by it."""
+    return keras.backend.backend()
 
 
 def __getattr__(kernel):

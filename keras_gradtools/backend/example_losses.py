@@ -33,14 +33,14 @@ def compiled(loss):
     return CompileLoss(loss)
 
 
-def total_loss(compile_loss, y, y_pred):
-    """The compiled loss without sample weights; what Keras tracks of it is dropped."""
+def total_loss(compile_loss, y, y_pred, sample_weight=None):
+    """The compiled loss; what Keras tracks of it is dropped."""
     if not compile_loss.built:
         # It has variables, which must outlive what is traced or scoped around this.
         with backend.eagerly(), outside_scopes():
             compile_loss.build(*keras.tree.map_structure(_symbolic, (y, y_pred)))
     with StateScope():
-        return compile_loss(y, y_pred)
+        return compile_loss(y, y_pred, sample_weight)
 
 
 def _symbolic(x):

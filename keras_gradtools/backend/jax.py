@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import keras
 
 from keras_gradtools.backend import chunks, jax_keras_ops, jax_linearize, jax_sweep, jax_trace, recording
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
@@ -29,6 +30,9 @@ __all__ = [
     "pushforward_batch",
     "random_state",
     "settled",
+    "spread",
+    "summed_over_processes",
+    "summed_over_replicas",
     "with_random_state",
 ]
 
@@ -191,6 +195,26 @@ def _by_input(part, tangents):
 def _by_target(part, pushed):
     pushed = iter(pushed)
     return [None if slot is None else next(pushed) for slot in part.target_slots]
+
+
+def spread(x):
+    distribution = keras.distribution.distribution()
+    if distribution is None or jax_trace.is_traced([x]):
+        return x
+    layout = distribution.get_data_layout(x.shape)
+    try:
+        return keras.distribution.distribute_tensor(x, layout)
+    except ValueError:
+        # A last batch that the devices cannot share evenly goes to each of them as a whole.
+        return x
+
+
+def summed_over_replicas(fun, batch, variable):
+    return fun(batch)
+
+
+def summed_over_processes(total, count):
+    return total, count
 
 
 def random_state():

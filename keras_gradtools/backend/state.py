@@ -24,6 +24,7 @@ __all__ = [
     "is_overridden",
     "layers_of",
     "outside_scopes",
+    "regularization_losses",
     "set_keras_mask",
     "state_variables",
 ]
@@ -160,6 +161,11 @@ def outside_scopes():
 def in_scope():
     """Whether what is assigned here will be dropped, or taken over by whoever opened the scope."""
     return get_stateless_scope() is not None
+
+
+def regularization_losses(layer):
+    """What the regularizers of the weights of `layer`, and of all layers in it, add to the loss."""
+    return layer._get_regularization_losses()
 
 
 def is_assigned_in_scope(variable):

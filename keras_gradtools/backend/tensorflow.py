@@ -10,6 +10,7 @@ import warnings
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
+from keras_gradtools import nesting
 from keras_gradtools.backend import chunks, recording, tensorflow_resizing
 from keras_gradtools.backend.tensorflow_jit import jit
 
@@ -34,6 +35,9 @@ __all__ = [
     "pushforward_batch",
     "random_state",
     "settled",
+    "spread",
+    "summed_over_processes",
+    "summed_over_replicas",
     "with_random_state",
 ]
 
@@ -219,6 +223,32 @@ def pullback_batch(tape, targets, sources, cotangents):
 
 def pushforward_batch(tape, targets, sources, tangents):
     return _map_connected(lambda rows: pushforward(tape, targets, sources, rows), tangents)
+
+
+def spread(x):
+    return x
+
+
+def summed_over_replicas(fun, batch, variable):
+    strategy = getattr(variable._value, "distribute_strategy", None)
+    is_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
+    if strategy is None or is_replica:
+        return fun(batch)
+    count, size = strategy.num_replicas_in_sync, nesting.flatten(batch)[0].shape[0]
+    if count == 1 or size is None or size < count:
+        return fun(batch)
+
+    def on_replica():
+        i = int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
+        places = slice(i * size // count, (i + 1) * size // count)
+        return fun(nesting.map_structure(lambda x: x if x is None else x[places], batch))
+
+    with strategy.scope():
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(on_replica), axis=None)
+
+
+def summed_over_processes(total, count):
+    return total, count
 
 
 def random_state():

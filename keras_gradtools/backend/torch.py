@@ -34,6 +34,9 @@ __all__ = [
     "pushforward_batch",
     "random_state",
     "settled",
+    "spread",
+    "summed_over_processes",
+    "summed_over_replicas",
     "with_random_state",
 ]
 
@@ -226,6 +229,24 @@ def settled(tensors):
     if not attached or _may_be_recorded(lambda: torch_graph.is_used_outside(_nodes(attached))):
         return tensors
     return [t.detach() if t.requires_grad else t for t in tensors]
+
+
+def spread(x):
+    return x
+
+
+def summed_over_replicas(fun, batch, variable):
+    return fun(batch)
+
+
+def summed_over_processes(total, count):
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return total, count
+    total, count = total.contiguous().clone(), torch.tensor(count, dtype=torch.int64, device=total.device)
+    distributed.all_reduce(total)
+    distributed.all_reduce(count)
+    return total, int(count)
 
 
 def random_state():

@@ -18,6 +18,11 @@ class WrappedModel(keras.Model):
         self.built = True
 
     @property
+    def wrapped_model(self):
+        """The model whose weights are trained."""
+        return self.model
+
+    @property
     def output_names(self):
         # What losses and metrics that are given by name go by.
         return self.model.output_names

@@ -1,9 +1,8 @@
-"""Pictures of gradients and Jacobians, drawn with matplotlib (`pip install "keras-gradtools[plots]"`)."""
+"""Pictures of matrices and Jacobians, with zero in the middle of the colours."""
 
-import keras
 import numpy as np
 
-from keras_gradtools import validation
+from keras_gradtools.plots.drawing import numbers, pyplot_or_error
 
 
 def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r"):
@@ -32,7 +31,7 @@ def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r")
     >>> [float(c) for c in ax.images[-1].get_clim()]
     [-3.0, 3.0]
     """
-    image = _numbers(image, "imshow_zero_center", "(height, width)", (2,))
+    image = numbers(image, "imshow_zero_center", "(height, width)", (2,))
     if limit is None:
         magnitudes = np.abs(image[np.isfinite(image)])
         limit = magnitudes.max(initial=0.0) or 1.0
@@ -41,7 +40,7 @@ def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r")
             "imshow_zero_center expects a positive number as `limit`, or None for the largest value of the image. "
             f"Received: limit={limit!r}."
         )
-    pyplot = _pyplot()
+    pyplot = pyplot_or_error()
     ax = pyplot.gca() if ax is None else ax
     colors = pyplot.get_cmap(cmap).with_extremes(bad="0.8")
     picture = ax.imshow(image, vmin=-limit, vmax=limit, cmap=colors, interpolation="nearest")
@@ -89,7 +88,7 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
 
     Source: the pictures of TensorFlow's guide "Advanced automatic differentiation".
     """
-    jacobian = _numbers(jacobian, "plot_as_patches", "(batch, out, in) or (batch, out, batch, in)", (3, 4))
+    jacobian = numbers(jacobian, "plot_as_patches", "(batch, out, in) or (batch, out, batch, in)", (3, 4))
     grid = _as_grid(jacobian, patch_axes)
     if not isinstance(pad, int) or pad < 0:
         raise ValueError(f"plot_as_patches expects 0 or more pixels as `pad`. Received: pad={pad!r}.")
@@ -102,78 +101,6 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
     ax.set_xticks(np.arange(columns) * (width + pad) + (width - 1) / 2, range(columns))
     ax.set_yticks(np.arange(rows) * (height + pad) + (height - 1) / 2, range(rows))
     return ax
-
-
-def plot_robustness(report, figure=None):
-    """Shows how far examples are from an error, as `kg.attacks.robustness_report` estimates it.
-
-    On the left, the share of all examples whose distance exceeds a strength: for the attack, that is the accuracy under
-    it. On the right, each example's estimates against the distance of the attack; below the diagonal, the attack needed
-    more than was estimated.
-
-    Args:
-        report: a `kg.attacks.RobustnessReport`.
-        figure: the matplotlib Figure to draw on; a new one by default.
-
-    Returns:
-        The matplotlib Figure, with two Axes.
-
-    Raises:
-        ValueError: if `report` is none, or the model is right on none of its examples.
-        ImportError: without matplotlib.
-
-    Example:
-
-    >>> import matplotlib
-    >>> matplotlib.use("agg")
-    >>> import keras
-    >>> import numpy as np
-    >>> import keras_gradtools as kg
-    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
-    >>> model.set_weights([np.array([[1.0, 0.0], [0.0, 1.0]], "float32")])
-    >>> report = kg.attacks.robustness_report(model, np.array([[0.75, 0.25]], "float32"), [0], verbose=0)
-    >>> len(kg.plots.plot_robustness(report).axes)
-    2
-    """
-    if not hasattr(report, "first_order"):
-        raise ValueError(
-            "plot_robustness expects what kg.attacks.robustness_report returns. Received: "
-            f"{validation.describe(report)}."
-        )
-    right = report.correct
-    if not right.any():
-        raise ValueError("plot_robustness expects a report of a model that is right on an example. Received: on none.")
-    figure = _pyplot().figure(figsize=(11, 4.2), layout="constrained") if figure is None else figure
-    shares, pairs = figure.subplots(1, 2)
-    finite = np.isfinite(report.attack)
-    end = 1.1 * max(report.attack[finite].max(initial=0.0), np.quantile(report.first_order, 0.95, method="lower"))
-    for (name, label), color in zip(_DISTANCES.items(), ("tab:blue", "tab:green", "tab:orange", "black"), strict=True):
-        distances = getattr(report, name)
-        # What lies beyond the picture may be infinite.
-        shares.ecdf(np.minimum(distances, 2 * end), complementary=True, color=color, label=label)
-        shown = right & finite
-        if name != "attack":
-            pairs.plot(report.attack[shown], distances[shown], ".", color=color, markersize=4, label=label)
-    norm = "largest change of a number" if report.norm == "inf" else "l2 norm of the change"
-    shares.set(
-        xlim=(0, end), ylim=(0, 1.02), xlabel=f"strength: {norm}", ylabel="share of the examples further from an error"
-    )
-    shares.set_title("How far are the examples from an error?")
-    pairs.axline((0, 0), slope=1, color="0.6", linewidth=1)
-    pairs.set(xlim=(0, end), ylim=(0, end), xlabel="distance that the attack found", ylabel="estimated distance")
-    pairs.set_title("Estimates against the attack, one point an example")
-    for axes in (shares, pairs):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return figure
-
-
-_DISTANCES = {
-    "first_order": "first order, margin / ||g||",
-    "curvature_bound": "bound by curvature (sampled)",
-    "lipschitz_bound": "bound by slope (sampled)",
-    "attack": "attack",
-}
 
 
 def _as_grid(jacobian, patch_axes):
@@ -190,25 +117,3 @@ def _as_grid(jacobian, patch_axes):
     others = [a for a in range(rank) if a not in axes]
     grid = jacobian.transpose(*others, *axes)
     return grid if rank == 4 else grid[None]
-
-
-def _numbers(values, name, shape, ranks):
-    array = keras.ops.convert_to_numpy(values)
-    # numpy's own kinds do not tell bfloat16 from anything else.
-    real = validation.dtype_of(array).startswith(("float", "bfloat", "int", "uint", "bool"))
-    if array.ndim not in ranks or array.size == 0 or not real:
-        raise ValueError(
-            f"{name} expects real numbers of shape {shape}, no axis of which is empty. "
-            f"Received: {validation.describe(array)}. Reshape it, or take the part that is to be shown."
-        )
-    return array.astype("float64")
-
-
-def _pyplot():
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            'keras_gradtools.plots draws with matplotlib, which is not installed: pip install "keras-gradtools[plots]"'
-        ) from error
-    return pyplot

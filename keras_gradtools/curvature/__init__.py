@@ -1,0 +1,27 @@
+"""Matrices of second derivatives by the weights of a model, at any size: products, spectra, traces, solutions."""
+
+from keras_gradtools.curvature.conjugate_gradients import ConjugateGradientsResult, conjugate_gradients
+from keras_gradtools.curvature.damped_solve import DampedSolution, damped_solve
+from keras_gradtools.curvature.eigenvalues import EigenvalueConvergenceError
+from keras_gradtools.curvature.estimate import Estimate
+from keras_gradtools.curvature.fisher import Fisher
+from keras_gradtools.curvature.gauss_newton import GaussNewton
+from keras_gradtools.curvature.hessian import Hessian
+from keras_gradtools.curvature.loss_surface import LossSurface
+from keras_gradtools.curvature.operator import CurvatureOperator
+from keras_gradtools.curvature.spectral_density import SpectralDensity
+
+__all__ = [
+    "ConjugateGradientsResult",
+    "CurvatureOperator",
+    "DampedSolution",
+    "EigenvalueConvergenceError",
+    "Estimate",
+    "Fisher",
+    "GaussNewton",
+    "Hessian",
+    "LossSurface",
+    "SpectralDensity",
+    "conjugate_gradients",
+    "damped_solve",
+]

@@ -1,0 +1,120 @@
+"""The loss of a batch as a function of some of a model's weights."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_gradtools import backend, nesting, validation
+from keras_gradtools.backend import example_losses
+from keras_gradtools.backend.state import StateScope, get_keras_mask, regularization_losses, set_keras_mask
+from keras_gradtools.transforms.closures import Identity
+
+
+class BatchLoss:
+    """A loss as `compile` takes it, and how the model is called for it.
+
+    Every call draws the same random numbers, and leaves no statistics and no losses in the model. It holds the
+    variables, and not the model, so that a program made of it can be kept with the model.
+
+    Attributes:
+        loss: what was given for it, or was compiled.
+        key: equal for two of them where the same program computes both.
+    """
+
+    def __init__(self, owner, model, loss, variables, training):
+        if not isinstance(training, bool):
+            raise ValueError(f"{owner} expects True or False as `training`. Received: {validation.describe(training)}.")
+        self._owner, self._variables, self._training = owner, variables, training
+        self._random_state = backend.random_state()
+        self._outputs_of = _as_they_are
+        if loss is None:
+            self._compile_loss = getattr(model, "_compile_loss", None)
+            if self._compile_loss is None:
+                raise ValueError(
+                    f"{owner} expects a loss, or a compiled model. Received: loss=None and the model {model.name!r}, "
+                    "which has none. Give it a `loss` as in `compile`."
+                )
+            self.loss = model.loss
+            what: Any = Identity(self._compile_loss)
+        else:
+            self._compile_loss = example_losses.compiled(loss)
+            self.loss = loss
+            what = loss if isinstance(loss, str) else Identity(loss)
+        self.key: tuple = (what, training, tuple(map(Identity, variables)))
+
+    def of_logits(self, likelihood):
+        """The same loss of the logits, where a model returns the probabilities of classes: these are then a detour."""
+        if likelihood is None or likelihood.logits_of is None:
+            return self
+        changed = BatchLoss.__new__(BatchLoss)
+        changed.__dict__ |= self.__dict__
+        changed._compile_loss = example_losses.compiled(likelihood.loss_of_logits)
+        changed._outputs_of = likelihood.logits_of
+        changed.key = (*self.key, "logits")
+        return changed
+
+    def outputs(self, model, weights, x):
+        """What the loss is a function of: the outputs of the model with these weights."""
+        return self._called(model, weights, x)[0]
+
+    def _called(self, model, weights, x):
+        mapping = list(zip(self._variables, weights, strict=True))
+        with StateScope(mapping), backend.with_random_state(self._random_state):
+            outputs = model(x, training=self._training)
+            return self._outputs_of(outputs), list(model.losses)
+
+    def of_outputs(self, outputs, y, sample_weight):
+        """The mean loss of a batch."""
+        loss = example_losses.total_loss(self._compile_loss, y, outputs, sample_weight)
+        return example_losses.off_replica(loss)
+
+    def total(self, model, weights, x, y, sample_weight):
+        """The mean loss of a batch, and what the layers and regularizers of the model add to it."""
+        outputs, added = self._called(model, weights, x)
+        loss = self.of_outputs(outputs, y, sample_weight)
+        return loss + sum(ops.cast(ops.sum(a), loss.dtype) for a in added) if added else loss
+
+    def regularization(self, model, weights):
+        """What the regularizers of the weights add to the loss; None if there are none."""
+        with StateScope(list(zip(self._variables, weights, strict=True))):
+            losses = regularization_losses(model)
+            return sum(ops.cast(a, losses[0].dtype) for a in losses) if losses else None
+
+    def of_examples(self, model, weights, x, y):
+        """The loss of each example, without sample weights, of shape `(batch,)`."""
+        losses = example_losses.example_losses(self._compile_loss, y, self.outputs(model, weights, x))
+        if losses is None:
+            raise ValueError(
+                f"{self._owner} needs a loss with one value for each example. Received: "
+                f"loss={validation.describe(self.loss)}, which returned one number for the whole batch. Return the "
+                "values of shape (batch,), and leave their mean to Keras."
+            )
+        return losses
+
+
+def with_masks_of(outputs, originals):
+    """`outputs` with the Keras masks of `originals`, which tell a loss what is padding."""
+    for output, original in zip(nesting.flatten(outputs), nesting.flatten(originals), strict=True):
+        mask = get_keras_mask(original)
+        if mask is not None:
+            set_keras_mask(output, mask)
+    return outputs
+
+
+def checked_model(owner, model):
+    """The model whose weights these are, out of what may wrap it; `ValueError` if there is none that is built."""
+    while isinstance(getattr(model, "wrapped_model", None), keras.Model):
+        model = model.wrapped_model
+    if not isinstance(model, keras.Layer):
+        raise ValueError(f"{owner} expects a keras.Model as `model`. Received: {validation.describe(model)}.")
+    if not model.built:
+        raise ValueError(
+            f"{owner} expects a built model. Received: the unbuilt model {model.name!r}. Give it a keras.Input, or "
+            "call it on data once."
+        )
+    return model
+
+
+def _as_they_are(outputs):
+    return outputs

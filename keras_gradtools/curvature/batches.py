@@ -1,0 +1,124 @@
+"""Data as batches that can be gone through again and again."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools import nesting, validation
+
+
+class Batches:
+    """The batches of a data set, as `(x, y, sample_weight)` in tensors; the same ones at each pass.
+
+    Attributes:
+        count: how many they are, None where the data does not say.
+    """
+
+    def __init__(self, owner, data, batch_size):
+        self._owner = owner
+        self._data = data
+        self._size = batch_size
+        self._examples = None
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(
+                f"{owner} expects a positive integer as `batch_size`. Received: {validation.describe(batch_size)}."
+            )
+        if isinstance(data, tuple):
+            self._data = tuple(nesting.map_structure(self._array, part) for part in data)
+            self._examples = self._number_of_examples(self._data)
+            self.count = math.ceil(self._examples / batch_size)
+        elif isinstance(data, keras.utils.PyDataset):
+            self.count = data.num_batches
+            if self.count is None:
+                raise ValueError(f"{owner} needs a finite data set. Received: a PyDataset without `num_batches`.")
+        else:
+            self.count = self._checked_length(data)
+        if self.count == 0:
+            raise ValueError(f"{owner} needs examples. Received: an empty data set, {validation.describe(data)}.")
+
+    def __iter__(self):
+        is_empty = True
+        for batch in self._raw():
+            yield self._checked(batch)
+            is_empty = False
+        if is_empty:
+            raise ValueError(
+                f"{self._owner} needs examples. Received: an empty data set, {validation.describe(self._data)}."
+            )
+
+    def _raw(self):
+        if self._examples is not None:
+            for start in range(0, self._examples, self._size):
+                yield nesting.map_structure(lambda a: a[start : start + self._size], self._data)  # noqa: B023
+        elif isinstance(self._data, keras.utils.PyDataset):
+            yield from (self._data[i] for i in range(self.count))
+        else:
+            yield from self._data
+
+    def _checked(self, batch):
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            what = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else validation.describe(batch)
+            raise ValueError(
+                f"{self._owner} expects batches (x, y) or (x, y, sample_weight). Received: a batch of {what}."
+            )
+        x, y, sample_weight = (*batch, None)[:3]
+        tensors = tuple(nesting.map_structure(_tensor, part) for part in (x, y, sample_weight))
+        self._number_of_examples(tensors)
+        return tensors
+
+    def _number_of_examples(self, parts):
+        if len(parts) not in (2, 3):
+            raise ValueError(
+                f"{self._owner} expects as `data` (x, y) or (x, y, sample_weight), a tf.data.Dataset, a "
+                f"keras.utils.PyDataset or a torch DataLoader. Received: a tuple of {len(parts)}."
+            )
+        shapes = [tuple(a.shape) for a in nesting.flatten(parts) if a is not None]
+        sizes = {shape[0] if shape else None for shape in shapes}
+        if len(sizes) != 1 or None in sizes:
+            raise ValueError(
+                f"{self._owner} expects arrays of shape (batch, ...) with the same number of examples. Received: the "
+                f"shapes {shapes}."
+            )
+        return sizes.pop()
+
+    def _array(self, x):
+        if x is None or ops.is_tensor(x):
+            return x
+        array = np.asarray(x)
+        if array.dtype.kind not in "fiub" and validation.dtype_of(array) != "bfloat16":
+            raise ValueError(f"{self._owner} expects arrays of numbers as `data`. Received: {validation.describe(x)}.")
+        return array
+
+    def _checked_length(self, data):
+        if hasattr(data, "shape") or isinstance(data, (str, dict)) or not hasattr(data, "__iter__"):
+            raise ValueError(
+                f"{self._owner} expects as `data` (x, y) or (x, y, sample_weight), a tf.data.Dataset, a "
+                f"keras.utils.PyDataset or a torch DataLoader. Received: {validation.describe(data)}."
+            )
+        if hasattr(data, "__next__"):
+            raise ValueError(
+                f"{self._owner} goes through the data at every product, and cannot go through a generator twice. "
+                f"Received: {validation.describe(data)}. Give a list of its batches, or a keras.utils.PyDataset."
+            )
+        cardinality = getattr(data, "cardinality", None)
+        if callable(cardinality):
+            known = int(cardinality())
+            if known == -1:
+                raise ValueError(f"{self._owner} needs a finite data set. Received: an infinite one. Use `take`.")
+            return known if known >= 0 else None
+        try:
+            return len(data)
+        except TypeError:
+            return None
+
+
+def batch_size_of(batch):
+    """The number of examples of a batch."""
+    return nesting.flatten(batch[0])[0].shape[0]
+
+
+def _tensor(x):
+    # Other frameworks' tensors, as a DataLoader or a `tf.data.Dataset` has them, are arrays to NumPy.
+    return x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(np.asarray(x))

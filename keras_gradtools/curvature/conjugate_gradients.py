@@ -1,0 +1,176 @@
+"""Linear equations with a matrix of which only products are known."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import validation
+from keras_gradtools.curvature.krylov_basis import dot, norm
+
+# How far back the decrease of the quadratic is looked for: at least so many iterations, or this share of them.
+_LEAST_WINDOW = 10
+_WINDOW_SHARE = 0.1
+
+
+class ConjugateGradientsResult(NamedTuple):
+    """What conjugate gradients came to.
+
+    Attributes:
+        x: the solution, or the best that was found, of the shape and kind of `b`.
+        reason: why it stopped: `"converged"`, `"progress"` (too slow to go on), `"negative_curvature"`,
+            `"max_iterations"` or `"not_finite"`.
+        iterations: how many products were taken in the iteration.
+        residual_norm: the length of `b - (A + damping) x`, as the iteration knows it.
+        negative_curvature: a direction `d` with `d'(A + damping) d <= 0`, if that was the reason; else None.
+        curvature: that number over `d'd`; else None.
+    """
+
+    x: Any
+    reason: str
+    iterations: int
+    residual_norm: float
+    negative_curvature: Any
+    curvature: float | None
+
+
+def conjugate_gradients(
+    a, b, x0=None, *, damping=0.0, preconditioner=None, rtol=1e-5, atol=0.0, progress_tol=None, max_iterations=None
+):
+    r"""Solves $(A + \lambda I) x = b$ for a symmetric positive definite matrix, by products with it alone.
+
+    It minimizes $q(x) = \tfrac12 x^\top (A + \lambda I) x - b^\top x$ over growing Krylov spaces, and stops where
+
+    - the residual $\lVert b - (A + \lambda I) x \rVert$ is at most `max(rtol * norm(b), atol)`;
+    - with `progress_tol`, over the last $k = \max(10, 0.1 i)$ of $i$ iterations $q$ has become smaller by less than
+      `k * progress_tol` of what it has in all (Martens' rule, which stops long before the residual is small);
+    - a direction of zero or negative curvature is met: the matrix is not positive definite, and the solution has no
+      meaning. The direction is returned, and the last $x$ before it;
+    - a number is not finite.
+
+    Vectors are kept in the precision of `b`, and all scalars in double precision.
+
+    Args:
+        a: the matrix: a curvature operator, a NumPy array, a SciPy `LinearOperator`, or anything else with `a @ v`.
+        b: a vector of shape `(n,)`, an array or a tensor.
+        x0: where to begin; zeros by default.
+        damping: $\lambda$, 0 or more.
+        preconditioner: a function of a NumPy vector that returns about $(A + \lambda I)^{-1} v$, symmetric and positive
+            definite; or an array, the diagonal of that. None for none.
+        rtol: see above.
+        atol: see above.
+        progress_tol: see above; Martens takes 5e-4. None leaves it out.
+        max_iterations: at most so many products; by default `n`.
+
+    Returns:
+        A named tuple, `ConjugateGradientsResult`.
+
+    Raises:
+        ValueError: for a vector, a matrix or an option that does not fit.
+
+    Cost:
+        A product for each iteration, one more with `x0`, and five vectors of memory.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> result = kg.curvature.conjugate_gradients(np.diag([1.0, 4.0]), np.array([1.0, 2.0]))
+    >>> result.x.round(6), result.reason, result.iterations
+    (array([1. , 0.5]), 'converged', 2)
+
+    Source: Hestenes & Stiefel, "Methods of conjugate gradients for solving linear systems" (1952); the rule of progress
+    is that of Martens, "Deep learning via Hessian-free optimization" (2010), section 4.4.
+    """
+    b_given, b = b, _vector("b", b)
+    n = len(b)
+    shape = tuple(getattr(a, "shape", (n, n)))
+    if shape != (n, n):
+        raise ValueError(f"conjugate_gradients expects a square matrix for b of shape ({n},). Received: shape {shape}.")
+    options = (("damping", damping), ("rtol", rtol), ("atol", atol), ("progress_tol", progress_tol or 0.0))
+    for name, value in options:
+        if not validation.is_number(value) or not 0 <= value < np.inf:
+            raise ValueError(f"conjugate_gradients expects a number of 0 or more as `{name}`. Received: {value!r}.")
+    if max_iterations is not None and (not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0):
+        raise ValueError(f"conjugate_gradients expects 0 or more as `max_iterations`. Received: {max_iterations!r}.")
+    precondition = _preconditioner(preconditioner, n)
+
+    def product(v):
+        found = np.array(ops.convert_to_numpy(a @ v), dtype=b.dtype).reshape(-1)
+        if damping:
+            found += b.dtype.type(damping) * v
+        return found
+
+    def in_kind(v):
+        return ops.convert_to_tensor(v, dtype=b_given.dtype) if ops.is_tensor(b_given) else v
+
+    def result(reason, direction=None, curvature=None):
+        direction = None if direction is None else in_kind(direction)
+        return ConjugateGradientsResult(in_kind(x), reason, i, float(length), direction, curvature)
+
+    limit = n if max_iterations is None else max_iterations
+    i, x = 0, np.zeros_like(b) if x0 is None else _vector("x0", x0, n).astype(b.dtype)
+    residual = b.copy() if x0 is None else b - product(x)
+    length = norm(residual)
+    threshold = max(rtol * norm(b), atol)
+    direction = preconditioned = precondition(residual)
+    slope = dot(residual, preconditioned)
+    values = [-0.5 * (dot(b, x) + dot(residual, x))]
+    while True:
+        if not np.isfinite(length) or not np.isfinite(slope):
+            return result("not_finite")
+        if length <= threshold:
+            return result("converged")
+        if i == limit:
+            return result("max_iterations")
+        curved = product(direction)
+        curvature = dot(direction, curved)
+        if not np.isfinite(curvature):
+            return result("not_finite")
+        i += 1
+        size = dot(direction, direction)
+        # Below what rounding makes of zero, a curvature is none.
+        if curvature <= np.finfo(b.dtype).eps * norm(direction) * norm(curved) * 1e-2 or slope <= 0:
+            return result("negative_curvature", direction, curvature / size)
+        step = slope / curvature
+        x = x + b.dtype.type(step) * direction
+        residual = residual - b.dtype.type(step) * curved
+        length = norm(residual)
+        values.append(-0.5 * (dot(b, x) + dot(residual, x)))
+        if progress_tol and _is_slow(values, progress_tol):
+            return result("progress")
+        preconditioned = precondition(residual)
+        slope, before = dot(residual, preconditioned), slope
+        direction = preconditioned + b.dtype.type(slope / before) * direction
+
+
+def _is_slow(values, tol):
+    i = len(values) - 1
+    k = max(_LEAST_WINDOW, int(_WINDOW_SHARE * i))
+    return i > k and values[-1] < 0 and (values[-1] - values[-1 - k]) / values[-1] < k * tol
+
+
+def _preconditioner(given, n):
+    if given is None:
+        return lambda v: v
+    if callable(given):
+        return lambda v: np.asarray(ops.convert_to_numpy(given(v)), dtype=v.dtype)
+    diagonal = np.asarray(ops.convert_to_numpy(given))
+    if diagonal.shape != (n,) or not np.all(diagonal > 0):
+        raise ValueError(
+            f"conjugate_gradients expects as `preconditioner` a function, or {n} positive numbers. Received: "
+            f"{validation.describe(given)}."
+        )
+    return lambda v: (diagonal * v).astype(v.dtype)
+
+
+def _vector(role, given, n=None):
+    array = ops.convert_to_numpy(given)
+    is_right = array.ndim == 1 and array.dtype.kind in "fiu" and (n is None or len(array) == n)
+    if not is_right or not len(array):
+        expected = "(n,)" if n is None else f"({n},)"
+        raise ValueError(
+            f"conjugate_gradients expects real numbers of shape {expected} as `{role}`. Received: "
+            f"{validation.describe(given)}."
+        )
+    return array if array.dtype.kind == "f" and array.itemsize >= 4 else array.astype("float64")

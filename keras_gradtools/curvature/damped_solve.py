@@ -1,0 +1,96 @@
+"""Linear equations with a matrix that may not be positive definite, by as much damping as it needs."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import validation
+
+# The first damping of a matrix that needs some, of its largest entry.
+_SMALLEST_SHARE = 1e-10
+MAX_ATTEMPTS = 30
+
+
+class DampedSolution(NamedTuple):
+    """The solution of a damped equation.
+
+    Attributes:
+        x: the solution, of the shape and kind of `b`.
+        damping: the number that had to be added to the diagonal.
+        attempts: how many factorizations that took.
+    """
+
+    x: Any
+    damping: float
+    attempts: int
+
+
+def damped_solve(a, b, damping=0.0, *, factor=10.0):
+    r"""Solves $(A + \lambda I) x = b$ by Cholesky's factorization, with the first $\lambda$ that makes it possible.
+
+    $\lambda$ is `damping`, and then, as long as the matrix is not positive definite, `factor` times the last one (a
+    tiny share of the matrix after 0). No inverse is formed, and it is solved in double precision.
+
+    Args:
+        a: a symmetric matrix of shape `(n, n)`, an array or a tensor; only its lower triangle is read.
+        b: of shape `(n,)` or `(n, columns)`, an array or a tensor.
+        damping: the first $\lambda$, 0 or more.
+        factor: what it grows by, above 1.
+
+    Returns:
+        A named tuple, `DampedSolution`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a number is not finite.
+        ImportError: without SciPy.
+
+    Cost:
+        $n^3 / 3$ multiplications for each $\lambda$, and two matrices of memory.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> kg.curvature.damped_solve(np.diag([2.0, 4.0]), np.array([2.0, 2.0])).x
+    array([1. , 0.5])
+    >>> solution = kg.curvature.damped_solve(np.diag([-1.0, 4.0]), np.array([1.0, 1.0]), damping=0.5)
+    >>> solution.damping, solution.attempts
+    (5.0, 2)
+
+    Source: Nocedal & Wright, "Numerical Optimization" (2006), algorithm 3.3.
+    """
+    try:
+        from scipy.linalg import LinAlgError, cho_factor, cho_solve
+    except ImportError:
+        raise ImportError('`damped_solve` needs SciPy: pip install "keras-gradtools[solvers]".') from None
+    b_given = b
+    matrix, b = (np.array(ops.convert_to_numpy(x), dtype="float64") for x in (a, b))
+    if matrix.ndim != 2 or len(set(matrix.shape)) != 1 or b.ndim not in (1, 2) or len(b) != len(matrix):
+        raise ValueError(
+            "damped_solve expects a matrix of shape (n, n) and `b` of shape (n,) or (n, columns). Received: "
+            f"{validation.describe(a)} and {validation.describe(b_given)}."
+        )
+    if not np.isfinite(matrix).all() or not np.isfinite(b).all():
+        raise ValueError("damped_solve expects finite numbers. Received: NaN or infinity in the matrix or in `b`.")
+    if not validation.is_number(damping) or not 0 <= damping < np.inf:
+        raise ValueError(f"damped_solve expects a number of 0 or more as `damping`. Received: damping={damping!r}.")
+    if not validation.is_number(factor) or not 1 < factor < np.inf:
+        raise ValueError(f"damped_solve expects a number above 1 as `factor`. Received: factor={factor!r}.")
+    diagonal = np.diag_indices_from(matrix)
+    undamped = matrix[diagonal].copy()
+    scale = np.abs(matrix).max(initial=0.0) or 1.0
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        matrix[diagonal] = undamped + damping
+        try:
+            x = cho_solve(cho_factor(matrix, lower=True, check_finite=False), b, check_finite=False)
+        except LinAlgError:
+            damping = max(factor * damping, _SMALLEST_SHARE * scale)
+            continue
+        dtype = getattr(b_given, "dtype", b.dtype)
+        x = ops.convert_to_tensor(x, dtype=dtype) if ops.is_tensor(b_given) else x
+        return DampedSolution(x, float(damping), attempt)
+    raise ValueError(
+        f"damped_solve expects a symmetric matrix. Received: one that a damping of {damping:.1g} does not make "
+        "positive definite."
+    )

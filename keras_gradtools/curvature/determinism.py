@@ -1,0 +1,47 @@
+"""Whether the curvature of a model is the same when it is asked for twice, and which layer is the cause if not."""
+
+import numpy as np
+
+from keras_gradtools.backend import layer_calls
+from keras_gradtools.backend.layer_calls import class_path, path_of
+
+# Sums in another order differ by rounding, a drawn number by far more.
+_TOLERANCE = 1e-3
+
+
+def check(owner, model, loss, parameters, batch, product):
+    """Raises `ValueError` if two products with the first batch differ, or the loss is not one of each example."""
+    x, y, _ = batch
+    loss.of_examples(model, parameters.variables_as_tensors(), x, y)
+    first, second = product(batch), product(batch)
+    if _agree(first, second):
+        return
+    culprit = _first_difference(model, loss, parameters, x)
+    where = f"the layer {culprit}" if culprit else "the loss, or what the model computes outside of its layers"
+    difference = np.linalg.norm(first - second) / (np.linalg.norm(first) or 1.0)
+    raise ValueError(
+        f"{owner} needs a model that computes the same twice: two products with the same vector and the same weights "
+        f"differ by {difference:.1g} of their length. The cause is {where}. Draw random numbers with keras.random and "
+        "a keras.random.SeedGenerator, which is replayed, or use training=False if that turns them off."
+    )
+
+
+def _agree(first, second):
+    if not np.all(np.isfinite(first) == np.isfinite(second)):
+        return False
+    kept = np.isfinite(first)
+    difference = np.linalg.norm((first - second)[kept].astype("float64"))
+    return difference <= _TOLERANCE * np.linalg.norm(first[kept].astype("float64"))
+
+
+def _first_difference(model, loss, parameters, x):
+    """The path of the innermost layer that first returns other values for the same input."""
+    runs = []
+    for _ in range(2):
+        with layer_calls.recorded(model) as calls:
+            loss.outputs(model, parameters.variables_as_tensors(), x)
+        runs.append(calls)
+    for a, b in zip(*runs, strict=False):
+        if not all(np.array_equal(p, q, equal_nan=True) for p, q in zip(a.outputs, b.outputs, strict=False)):
+            return f"{path_of(a.layer)!r} of class {class_path(a.layer)}"
+    return None

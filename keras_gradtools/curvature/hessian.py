@@ -1,0 +1,68 @@
+"""The Hessian of a training loss."""
+
+from keras_gradtools.curvature.linear_maps import SecondDerivative
+from keras_gradtools.curvature.operator import CurvatureOperator
+
+
+class Hessian(CurvatureOperator):
+    r"""The Hessian of a training loss by the weights of a model, $H = \partial^2 L / \partial \theta^2$.
+
+    $$L(\theta) = \frac{1}{N} \sum_b n_b L_b(\theta)$$
+
+    with $L_b$ the loss that `fit` would minimize on batch $b$ of $n_b$ examples, sample weights, regularizers and
+    `add_loss` included, and $N = \sum_b n_b$: for Keras' usual losses, the loss of all examples as one batch. A loss
+    with `reduction="sum"` depends on the batch size, as in `fit`.
+
+    It is never formed: `operator @ v` is computed from $H v = \nabla (\nabla L \cdot v)$, batch by batch, with the
+    weights of the moment; `dense()` forms it. The model is called in inference mode, or with `training=True` as in a
+    training step; what it draws is the same at each call, and nothing in it changes.
+
+    Args:
+        model: a built Keras model or layer; a wrapper of `kg.models` stands for the model in it.
+        loss: what `compile` takes as `loss`; None for the loss that the model was compiled with.
+        data: `(x, y)` or `(x, y, sample_weight)` of arrays or tensors; or batches of these: a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, a torch `DataLoader`, a list. It is gone through once for each product.
+        variables: trainable variables of the model in a list or any nesting, or one of its layers; all by default.
+        training: whether the model is called as in training: dropout on, BatchNormalization by the batch.
+        batch_size: of arrays; what data that comes in batches has its own of. The last batch may be smaller.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for one where it takes long.
+
+    Attributes:
+        shape, dtype, variables, slices: see `kg.curvature.CurvatureOperator`.
+
+    Raises:
+        ValueError: for options and data that do not fit; at the first product, for a loss without a value for each
+            example, and for a model that does not compute the same twice, naming the layer.
+
+    Cost:
+        A product costs two to three gradients over the data, and one compilation for each shape of a batch.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
+    >>> x, y = np.array([[1.0, 2.0], [3.0, 4.0]], "float32"), np.zeros((2, 1), "float32")
+    >>> hessian = kg.curvature.Hessian(model, "mse", (x, y))  # 2 x'x / N
+    >>> hessian @ np.array([1.0, 0.0], "float32")
+    array([10., 14.], dtype=float32)
+    >>> [round(float(e), 3) for e in hessian.eigsh(k=1)[0]], round(hessian.trace().value, 3)
+    ([29.866], 30.0)
+
+    Source: Pearlmutter, "Fast exact multiplication by the Hessian" (1994), equation 3.
+    """
+
+    def _make_spec(self):
+        return _HessianOfBatch(self._loss)
+
+
+class _HessianOfBatch:
+    seed = 0
+
+    def __init__(self, loss):
+        self._loss = loss
+        self.key = loss.key
+
+    def of_batch(self, model, weights, batch, seed):
+        return SecondDerivative("Hessian", lambda w: self._loss.total(model, w, *batch), weights)

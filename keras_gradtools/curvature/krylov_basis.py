@@ -1,0 +1,88 @@
+"""Orthonormal vectors that a symmetric matrix is projected on, in one block of memory that does not grow."""
+
+import numpy as np
+
+# Elements that are converted to double precision at once.
+_BLOCK = 1 << 16
+# A vector that loses this much of its length to the basis is orthogonalized again; twice is always enough.
+_PASSES = 2
+
+
+class KrylovBasis:
+    """Up to `capacity` orthonormal vectors of length `size`, stored in `dtype`, with products in double precision."""
+
+    def __init__(self, capacity, size, dtype):
+        self._rows = np.empty((capacity, size), dtype)
+        self.count = 0
+
+    def __getitem__(self, i):
+        return self._rows[i]
+
+    def orthogonalize(self, w):
+        """Takes out of `w`, in place, its parts along the basis; returns these and the length of what is left."""
+        parts = np.zeros(self.count)
+        for _ in range(_PASSES):
+            found = self._products(w)
+            self._subtract(found, w)
+            parts += found
+        return parts, norm(w)
+
+    def append(self, w, length):
+        """Takes `w / length` in."""
+        np.divide(w, length, out=self._rows[self.count], casting="same_kind")
+        self.count += 1
+
+    def append_random(self, generator):
+        """Takes in a random vector that is orthogonal to all others."""
+        w = generator.standard_normal(self._rows.shape[1], dtype=self._rows.dtype.type)
+        w /= norm(w)
+        _, length = self.orthogonalize(w)
+        self.append(w, length)
+
+    def replace(self, combinations):
+        """Takes, in place, the vectors `combinations.T @ basis` for the former ones."""
+        kept = combinations.shape[1]
+        for block in self._blocks():
+            part = self._rows[: self.count, block].astype("float64")
+            self._rows[:kept, block] = combinations.T @ part
+        self.count = kept
+
+    def combined(self, combinations):
+        """`basis.T @ combinations`: vectors in columns."""
+        columns = np.empty((self._rows.shape[1], combinations.shape[1]), self._rows.dtype)
+        for block in self._blocks():
+            columns[block] = self._rows[: self.count, block].astype("float64").T @ combinations
+        return columns
+
+    def move(self, source, target):
+        """Copies one vector into the place of another."""
+        self._rows[target] = self._rows[source]
+
+    def _products(self, w):
+        total = np.zeros(self.count)
+        for block in self._blocks():
+            total += self._rows[: self.count, block].astype("float64") @ w[block].astype("float64")
+        return total
+
+    def _subtract(self, parts, w):
+        for block in self._blocks():
+            w[block] -= (parts @ self._rows[: self.count, block].astype("float64")).astype(w.dtype)
+
+    def _blocks(self):
+        size = self._rows.shape[1]
+        return (slice(start, start + _BLOCK) for start in range(0, size, _BLOCK))
+
+
+def dot(a, b):
+    """The product of two vectors, summed in double precision."""
+    return float(
+        sum(
+            np.dot(a[start : start + _BLOCK].astype("float64"), b[start : start + _BLOCK].astype("float64"))
+            for start in range(0, len(a), _BLOCK)
+        )
+    )
+
+
+def norm(a):
+    """The length of a vector, summed in double precision."""
+    return dot(a, a) ** 0.5

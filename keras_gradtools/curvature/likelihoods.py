@@ -1,0 +1,117 @@
+"""The distributions of which a Keras loss is the negative log-likelihood."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+_CATEGORICAL = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
+_BERNOULLI = ("BinaryCrossentropy",)
+_GAUSSIAN = ("MeanSquaredError",)
+NAMES = (*_CATEGORICAL, *_BERNOULLI, *_GAUSSIAN)
+# As Keras clips probabilities before it takes their logarithms.
+_SMALLEST = 1e-7
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """A distribution of the labels, given the outputs of a model.
+
+    Attributes:
+        sampled: a function of the logits (of the outputs, if Gaussian) that draws labels.
+        scores: a function of these labels and logits, the gradient of the loss of each element by its logits.
+        logits_of: a function of the model's outputs; None where the loss takes them as they are.
+        loss_of_logits: the loss of these logits.
+    """
+
+    sampled: Callable
+    scores: Callable
+    logits_of: Callable | None
+    loss_of_logits: Any
+
+
+def likelihood_of(loss):
+    """The likelihood that `loss`, as in `compile`, is minus the logarithm of; None where it is of none known here."""
+    loss = _as_loss(loss)
+    name = type(loss).__name__
+    if name not in NAMES or type(loss) is not getattr(keras.losses, name):
+        return None
+    config = loss.get_config()
+    if name in _GAUSSIAN:
+        return Likelihood(_sample_gaussian, _gaussian_scores, None, loss)
+    if config.get("axis", -1) != -1 or config.get("ignore_class") is not None:
+        return None
+    of_logits = loss if config["from_logits"] else type(loss).from_config({**config, "from_logits": True})
+    logits_of = None
+    if name in _BERNOULLI:
+        if not config["from_logits"]:
+            logits_of = _log_odds
+        return Likelihood(_sample_bernoulli, _bernoulli_scores, logits_of, of_logits)
+    if not config["from_logits"]:
+        logits_of = _log_probabilities
+    is_sparse = name == "SparseCategoricalCrossentropy"
+    sampled = _sample_class if is_sparse else _sample_one_hot
+    return Likelihood(sampled, _class_scores if is_sparse else _one_hot_scores, logits_of, of_logits)
+
+
+def _as_loss(loss):
+    """The loss as an object of Keras' class, from its name or function too."""
+    if isinstance(loss, (list, tuple)) and len(loss) == 1:
+        (loss,) = loss
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    for name in NAMES:
+        cls = getattr(keras.losses, name)
+        if loss is cls:
+            return cls()
+        if not isinstance(loss, keras.Loss) and callable(loss) and getattr(cls(), "fn", None) is loss:
+            return cls()
+    return loss
+
+
+def _log_probabilities(p):
+    return ops.log(ops.clip(p, _SMALLEST, 1.0))
+
+
+def _log_odds(p):
+    p = ops.clip(p, _SMALLEST, 1.0 - _SMALLEST)
+    return ops.log(p) - ops.log(1.0 - p)
+
+
+def _sample_class(logits, seed):
+    noise = keras.random.uniform(logits.shape, dtype=logits.dtype, seed=seed)
+    # The largest of independent Gumbel variables around the logits is distributed as their softmax.
+    gumbel = -ops.log(-ops.log(ops.clip(noise, 1e-20, 1.0 - 1e-7)))
+    return ops.argmax(logits + gumbel, axis=-1)
+
+
+def _class_scores(labels, logits):
+    return ops.softmax(logits) - ops.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+
+
+def _sample_one_hot(logits, seed):
+    return ops.one_hot(_sample_class(logits, seed), logits.shape[-1], dtype=logits.dtype)
+
+
+def _one_hot_scores(labels, logits):
+    return ops.softmax(logits) - labels
+
+
+def _sample_bernoulli(logits, seed):
+    noise = keras.random.uniform(logits.shape, dtype=logits.dtype, seed=seed)
+    return ops.cast(noise < ops.sigmoid(logits), logits.dtype)
+
+
+def _bernoulli_scores(labels, logits):
+    return ops.sigmoid(logits) - labels
+
+
+def _sample_gaussian(outputs, seed):
+    # The square (y - f)^2 is minus the logarithm of a Gaussian of variance 1/2.
+    return outputs + keras.random.normal(outputs.shape, stddev=0.5**0.5, dtype=outputs.dtype, seed=seed)
+
+
+def _gaussian_scores(labels, outputs):
+    return 2.0 * (outputs - labels)

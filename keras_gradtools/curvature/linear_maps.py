@@ -1,0 +1,125 @@
+"""The curvature of one batch as a linear map, by the records of its evaluation.
+
+Each map takes and returns a tensor for each variable: `apply` those of one vector, `apply_stack` those of a stack of
+vectors on axis 0, and `rows` those of the map that belong to some elements of one variable.
+"""
+
+from keras import ops
+
+from keras_gradtools import backend, nesting
+from keras_gradtools.transforms.first_order import grad
+from keras_gradtools.transforms.taped_call import TapedCall
+
+
+class SecondDerivative:
+    """The Hessian of `fun(sources)`, a scalar; `sources` are tensors, in any nesting."""
+
+    def __init__(self, name, fun, sources):
+        call = TapedCall(name, grad(fun), (sources,))
+        call.record.keeps_graph = False
+        self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
+        self._is_forward = backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient
+
+    def apply(self, vector):
+        if self._is_forward:
+            found = backend.pushforward(self._record, self._targets, self._sources, vector)
+        else:
+            found = backend.pullback(self._record, self._targets, self._sources, vector)
+        return filled(found, self._sources)
+
+    def apply_stack(self, stack):
+        batch = backend.pushforward_batch if self._is_forward else backend.pullback_batch
+        return filled(batch(self._record, self._targets, self._sources, stack), self._sources, stack[0].shape[0])
+
+    def rows(self, place, units):
+        if self._is_forward:
+            found = backend.pushforward_batch(self._record, self._targets, [self._sources[place]], [units])
+        else:
+            found = backend.pullback_batch(self._record, [self._targets[place]], self._sources, [units])
+        return filled(found, self._sources, units.shape[0])
+
+
+class Sandwich:
+    """The map $J^T B J$, with $J$ the Jacobian of a call and $B$ a map of what the call returns."""
+
+    def __init__(self, call, middle):
+        call.record.keeps_graph = True
+        self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
+        self._middle = middle
+
+    def apply(self, vector):
+        pushed = backend.pushforward(self._record, self._targets, self._sources, vector)
+        upstream = self._middle.apply(filled(pushed, self._targets))
+        return filled(backend.pullback(self._record, self._targets, self._sources, upstream), self._sources)
+
+    def apply_stack(self, stack):
+        return self._pulled(
+            backend.pushforward_batch(self._record, self._targets, self._sources, stack), stack[0].shape[0]
+        )
+
+    def rows(self, place, units):
+        sources = [self._sources[place]]
+        return self._pulled(backend.pushforward_batch(self._record, self._targets, sources, [units]), units.shape[0])
+
+    def _pulled(self, pushed, count):
+        upstream = self._middle.apply_stack(filled(pushed, self._targets, count))
+        found = backend.pullback_batch(self._record, self._targets, self._sources, upstream)
+        return filled(found, self._sources, count)
+
+
+class OuterProducts:
+    r"""The mean of the maps $v \mapsto a_b (c_b \cdot v)$ for each $b$, the product over the last axis.
+
+    Without that axis, $a_b$ and $c_b$ are numbers.
+    """
+
+    def __init__(self, pairs, has_last_axis):
+        self._pairs, self._has_last_axis = pairs, has_last_axis
+
+    def apply(self, vector):
+        (v,) = vector
+        products = [a * self._contracted(c * v) for a, c in self._pairs]
+        return [sum(products) / len(products)]
+
+    apply_stack = apply
+
+    def _contracted(self, x):
+        return ops.sum(x, axis=-1, keepdims=True) if self._has_last_axis else x
+
+
+class Sum:
+    """The sum of maps."""
+
+    def __init__(self, *maps):
+        self._maps = maps
+
+    def apply(self, vector):
+        return _added([part.apply(vector) for part in self._maps])
+
+    def apply_stack(self, stack):
+        return _added([part.apply_stack(stack) for part in self._maps])
+
+    def rows(self, place, units):
+        return _added([part.rows(place, units) for part in self._maps])
+
+
+def filled(found, like, count=None):
+    """`found` with zeros in place of None, behind an axis of `count` in a stack."""
+    stack = () if count is None else (count,)
+    return [
+        ops.zeros((*stack, *ops.shape(x)), dtype=x.dtype) if y is None else y for y, x in zip(found, like, strict=True)
+    ]
+
+
+def taped(name, fun, weights):
+    """The record of `fun(weights)`."""
+    return TapedCall(name, fun, (weights,))
+
+
+def packed_like(call, flat):
+    """Flat tensors in the structure of what a call returned."""
+    return nesting.pack_as(call.target, flat)
+
+
+def _added(results):
+    return [sum(column[1:], column[0]) for column in zip(*results, strict=True)]

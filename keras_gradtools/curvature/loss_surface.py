@@ -1,0 +1,49 @@
+"""The loss over a plane of weights."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_gradtools import validation
+
+
+class LossSurface(NamedTuple):
+    """Losses on a grid around the weights of a model.
+
+    Attributes:
+        first: how far along the first direction, of shape `(points,)`.
+        second: how far along the second one.
+        loss: the losses, of shape `(points, points)`: `loss[i, j]` at `first[i]` and `second[j]`.
+        curvatures: the second derivative of the loss along each direction at the weights, by the operator's matrix.
+    """
+
+    first: Any
+    second: Any
+    loss: Any
+    curvatures: Any
+
+
+def loss_surface(operator, directions, distance, points, seed, progress):
+    """The loss over a plane: see `Hessian.loss_surface`."""
+    if not validation.is_number(distance) or not 0 < distance < np.inf:
+        raise ValueError(f"loss_surface expects a positive number as `distance`. Received: distance={distance!r}.")
+    if isinstance(points, bool) or not isinstance(points, (int, np.integer)) or points < 2:
+        raise ValueError(f"loss_surface expects an integer from 2 on as `points`. Received: points={points!r}.")
+    if directions is None:
+        directions = operator.eigsh(2, seed=seed)[1][:, ::-1]
+    directions = np.asarray(directions)
+    lengths = np.linalg.norm(directions.astype("float64"), axis=0)
+    if directions.shape != (operator.shape[0], 2) or not np.all(lengths > 0):
+        raise ValueError(
+            f"loss_surface expects `directions` of shape ({operator.shape[0]}, 2), none of them zero. Received: "
+            f"{validation.describe(directions)}."
+        )
+    directions = (directions / lengths).astype(directions.dtype)
+    curvatures = np.sum(directions * (operator @ directions), axis=0, dtype="float64")
+    line = np.linspace(-distance, distance, points)
+    losses = np.empty((points, points))
+    with progress(points**2) as bar:
+        for i, a in enumerate(line):
+            for j, b in enumerate(line):
+                losses[i, j] = bar.after(operator.loss(directions @ np.array([a, b], directions.dtype)))
+    return LossSurface(line, line.copy(), losses, curvatures)

@@ -1,0 +1,422 @@
+"""What the curvature operators have in common: products, summed over a data set, and what is made of them."""
+
+import functools
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import backend, jacobians, nesting
+from keras_gradtools.curvature import dense_memory, determinism
+from keras_gradtools.curvature.batch_loss import BatchLoss, checked_model
+from keras_gradtools.curvature.batches import Batches, batch_size_of
+from keras_gradtools.curvature.diagonal import estimate_diagonal
+from keras_gradtools.curvature.eigenvalues import eigsh
+from keras_gradtools.curvature.loss_surface import loss_surface
+from keras_gradtools.curvature.parameters import Parameters
+from keras_gradtools.curvature.progress import Progress
+from keras_gradtools.curvature.spectral_density import spectral_density
+from keras_gradtools.curvature.trace import estimate_trace
+from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.first_order import grad
+
+# Columns of a matrix that go through the data together.
+COLUMNS = 64
+
+
+class CurvatureOperator:
+    """A symmetric matrix of second derivatives by the weights of a model, which is never formed.
+
+    Attributes:
+        model: the model whose weights they are; of a wrapper of `kg.models`, the wrapped one.
+        variables: the variables that it is by, in a list.
+        slices: for each of them the slice of its elements in a flat vector, in the order of
+            `keras.ops.reshape(v, -1)`.
+        shape: `(n, n)`, with n the number of their elements.
+        dtype: that of the products, the name of the variables' common one.
+    """
+
+    def __init__(self, model, loss, data, variables=None, training=False, *, batch_size=256, verbose="auto"):
+        owner = self._owner = type(self).__name__
+        if verbose not in ("auto", 0, 1):
+            raise ValueError(f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={verbose!r}.")
+        self._verbose = verbose
+        self._given_model = model
+        self.model = checked_model(owner, model)
+        self._parameters = Parameters(owner, self.model, variables)
+        # The loss that a wrapper was compiled with is the one that is trained.
+        self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
+        self._batches = Batches(owner, data, batch_size)
+        self._spec = self._make_spec()
+        self._programs = {}
+        self._is_checked = False
+        self.variables = list(self._parameters.variables)
+        self.slices = list(self._parameters.slices)
+        self.shape = (self._parameters.size, self._parameters.size)
+        self.dtype = self._parameters.dtype
+
+    # NumPy would multiply element by element; so it leaves `array @ operator` to Python, which refuses it.
+    __array_ufunc__ = None
+
+    def _make_spec(self):
+        """What computes the map of one batch: an object with a `key` and `of_batch(model, weights, batch, seed)`."""
+        raise NotImplementedError
+
+    def __matmul__(self, vector):
+        """The product with a flat vector, with a matrix of columns, or with tensors nested as the variables are."""
+        vectors, in_kind = self._parameters.received(vector)
+        if len(vectors.shape) == 1 or len(vectors) <= COLUMNS:
+            return in_kind(self._product(vectors))
+        with Progress(math.ceil(len(vectors) / COLUMNS), f"{self._owner} @ matrix", self._verbose) as progress:
+            parts = [vectors[start : start + COLUMNS] for start in range(0, len(vectors), COLUMNS)]
+            return in_kind(ops.concatenate([progress.after(self._product(part)) for part in parts], axis=0))
+
+    def dense(self, chunk_size=None):
+        """The matrix itself, a NumPy array of shape `(n, n)`: the mean of what was computed and its transpose.
+
+        Args:
+            chunk_size: how many rows to compute at once; by default all that belong to one variable. It bounds the
+                memory and changes no value.
+
+        Raises:
+            MemoryError: if the matrix would not fit into half of the machine's memory.
+        """
+        chunk_size = jacobians.checked_chunk_size(chunk_size)
+        n, dtype = self._parameters.size, _array_dtype(self.dtype)
+        dense_memory.check(self._owner, n, dtype)
+        matrix = np.empty((n, n), dtype)
+        tasks = [
+            (place, start, min(chunk_size or count, count))
+            for place, count in enumerate(s.stop - s.start for s in self.slices)
+            for start in range(0, count, chunk_size or max(count, 1))
+        ]
+        with Progress(len(tasks), f"{self._owner}.dense", self._verbose) as progress:
+            for place, start, size in tasks:
+                first, last = self.slices[place].start + start, self.slices[place].stop
+                rows = ops.convert_to_numpy(self._rows(place, start, size))[: last - first]
+                matrix[first : first + len(rows)] = rows
+                progress.update()
+        matrix += matrix.T.copy()
+        matrix *= 0.5
+        return matrix
+
+    def blocks(self, chunk_size=None):
+        """The matrix as the nested blocks that `kg.hessian` returns, NumPy arrays of shape `(*in_i, *in_j)`.
+
+        `blocks[i][j]` is that of the i-th and the j-th variable.
+        """
+        matrix = self.dense(chunk_size)
+        shapes = self._parameters.shapes
+        rows = [
+            [matrix[a, b].reshape(*s, *t) for b, t in zip(self.slices, shapes, strict=True)]
+            for a, s in zip(self.slices, shapes, strict=True)
+        ]
+        structure = self._parameters.structure
+        return nesting.pack_as(structure, [nesting.pack_as(structure, row) for row in rows])
+
+    def trace(self, matvecs=99, method="hutch++", seed=0):
+        r"""The trace, from products with random vectors of signs $v_i$.
+
+        Hutchinson's estimator is the mean of $v_i^\top A v_i$. Hutch++ takes a third of the products to find the
+        directions $Q$ of the largest eigenvalues, has the trace on these exactly, and samples the rest:
+        $\operatorname{tr}(Q^\top A Q) + \overline{v_i^\top (I - QQ^\top) A (I - QQ^\top) v_i}$. It is closer where a
+        few eigenvalues are far larger than the others, as those of trained models are.
+
+        Args:
+            matvecs: how many products are taken. From `n` on the trace is computed exactly, with `n` products.
+            method: `"hutch++"` or `"hutchinson"`.
+            seed: of the random vectors.
+
+        Returns:
+            An `Estimate` of the trace, with its standard error: that of the mean over the samples.
+
+        Cost:
+            `matvecs` products; for Hutch++ the memory of a third as many vectors.
+
+        Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1989); Meyer, Musco, Musco &
+        Woodruff, "Hutch++" (arXiv:2010.09649, 2020), algorithm 1.
+        """
+        dtype = _array_dtype(self.dtype)
+        return estimate_trace(self._matvec(), self.shape[0], matvecs, method, seed, dtype, self._progress("trace"))
+
+    def diagonal(self, matvecs=99, seed=0):
+        r"""The diagonal, the mean of $v_i \odot A v_i$ over random vectors of signs $v_i$.
+
+        Args:
+            matvecs: how many products are taken. From `n` on the diagonal is computed exactly, with `n` products.
+            seed: of the random vectors.
+
+        Returns:
+            An `Estimate` with arrays of shape `(n,)` in double precision: the diagonal, and the standard error of each
+            of its elements.
+
+        Cost:
+            `matvecs` products; the error of an element is that of the other elements of its row, over the square root
+            of `matvecs`.
+
+        Source: Bekas, Kokiopoulou & Saad, "An estimator for the diagonal of a matrix" (2007), equation 2.
+        """
+        return estimate_diagonal(self._matvec(), self.shape[0], matvecs, seed, self._progress("diagonal"))
+
+    def eigsh(self, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
+        r"""Some eigenvalues and their eigenvectors, as `scipy.sparse.linalg.eigsh` returns them.
+
+        Lanczos' method with full reorthogonalization and thick restarts: the basis has `ncv` vectors whatever the
+        number of products, and no eigenvalue is found a second time because of rounding. Several equal eigenvalues are
+        found as often as they are needed only by chance, as by any method with a single starting vector.
+
+        Args:
+            k: how many.
+            which: `"LA"` the largest, `"SA"` the smallest, `"LM"` those of largest magnitude, `"BE"` half of them from
+                each end.
+            ncv: the vectors of the basis, more than `k`; `max(2 * k + 1, 20)` by default. More of them need fewer
+                products.
+            max_restarts: after how many restarts to give up; 100 by default.
+            tol: an eigenvalue has converged where $\lVert A v - \lambda v \rVert \le$ `tol` $\lvert \lambda \rvert$. By
+                default the precision of `dtype` to the power of two thirds: 2e-5 in float32, 4e-11 in float64.
+            seed: of the vector that it begins with.
+
+        Returns:
+            `(eigenvalues, eigenvectors)`: ascending, of shape `(k,)`, and orthonormal in columns, of shape `(n, k)`.
+            A column can go back to `@`.
+
+        Raises:
+            EigenvalueConvergenceError: after `max_restarts`; it has the approximations in its attributes.
+            FloatingPointError: if a product is not finite.
+            ValueError: for options that do not fit.
+
+        Cost:
+            Some ten to a few hundred products; the memory of `ncv + 1` vectors and a few more.
+
+        Source: Wu & Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000), algorithm 1.
+        """
+        return eigsh(
+            self._matvec(),
+            self.shape[0],
+            k,
+            which,
+            ncv=ncv,
+            max_restarts=max_restarts,
+            tol=tol,
+            seed=seed,
+            dtype=_array_dtype(self.dtype),
+            progress=self._progress("eigsh"),
+        )
+
+    def spectral_density(self, probes=10, steps=50, *, points=1000, width=None, seed=0):
+        r"""The density of the eigenvalues, $\frac1n \sum_i \mathcal{N}(t; \lambda_i, \sigma^2)$, without these.
+
+        Each probe runs Lanczos' method from a random vector; its nodes and weights are a Gauss quadrature of the
+        density.
+
+        Args:
+            probes: how many random vectors, 2 or more.
+            steps: products for each of them.
+            points: of the grid on which the density is returned.
+            width: $\sigma$; a hundredth of the range of the eigenvalues by default.
+            seed: of the random vectors.
+
+        Returns:
+            A `SpectralDensity`: the grid, the density, which integrates to 1 on it, its standard error over the probes,
+            and nodes and weights. `kg.plots.plot_spectral_density` draws it.
+
+        Cost:
+            `probes * steps` products, and the memory of `steps` vectors.
+
+        Source: Ghorbani, Krishnan & Xiao, "An investigation into neural net optimization via Hessian eigenvalue
+        density" (arXiv:1901.10159, 2019), section 2.
+        """
+        return spectral_density(
+            self._matvec(),
+            self.shape[0],
+            probes,
+            steps,
+            points=points,
+            width=width,
+            seed=seed,
+            dtype=_array_dtype(self.dtype),
+            progress=self._progress("spectral_density"),
+        )
+
+    def loss(self, offset=None):
+        """The loss $L$ that the curvature is of, a float; with `offset`, at the weights plus this.
+
+        Args:
+            offset: a vector as `@` takes one; None for the weights as they are. They are not changed.
+        """
+        if offset is None:
+            offset = ops.zeros((self.shape[0],), dtype=self.dtype)
+        else:
+            offset, _ = self._parameters.received(offset)
+            if len(offset.shape) != 1:
+                raise ValueError(f"loss expects one vector as `offset`. Received: {len(offset)} columns.")
+        add = functools.partial(_add_loss, self._loss)
+        return float(self._over_data("loss", add, ops.zeros((), dtype=self.dtype), offset))
+
+    def gradient(self):
+        """The gradient of that loss by the variables, a NumPy array of shape `(n,)`."""
+        zeros = ops.zeros((self.shape[0],), dtype=self.dtype)
+        add = functools.partial(_add_gradient, self._loss)
+        return ops.convert_to_numpy(self._over_data("gradient", add, zeros, zeros))
+
+    def loss_surface(self, directions=None, distance=1.0, points=21, seed=0):
+        r"""The loss $L(\theta + a \, u_1 + b \, u_2)$ over a plane through the weights.
+
+        Args:
+            directions: a NumPy array of shape `(n, 2)`, the directions in its columns, which are scaled to length 1; by
+                default the eigenvectors of the two largest eigenvalues.
+            distance: how far $a$ and $b$ go, in the units of the weights.
+            points: how many values each of them takes, an odd number to have 0 among them.
+            seed: of `eigsh`.
+
+        Returns:
+            A `LossSurface`, which `kg.plots.plot_loss_surface` draws. The weights are not changed.
+
+        Cost:
+            `points**2` evaluations of the loss over the data, two products, and those of `eigsh`.
+
+        Source: Yao, Gholami, Keutzer & Mahoney, "PyHessian" (arXiv:1912.07145, 2019), figure 1.
+        """
+        return loss_surface(self, directions, distance, points, seed, self._progress("loss_surface"))
+
+    def to_scipy(self):
+        """This operator as a `scipy.sparse.linalg.LinearOperator`, for SciPy's own solvers.
+
+        Raises:
+            ImportError: without SciPy.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError:
+            raise ImportError('`to_scipy` needs SciPy: pip install "keras-gradtools[solvers]".') from None
+
+        def matmat(matrix):
+            # `@` takes real vectors, of shape (n,) or in columns.
+            return self @ matrix
+
+        return LinearOperator(
+            self.shape, matvec=lambda v: self @ v.reshape(-1), matmat=matmat, rmatvec=lambda v: self @ v.reshape(-1),
+            rmatmat=matmat, dtype=_array_dtype(self.dtype),
+        )  # fmt: skip
+
+    def __repr__(self):
+        names = ", ".join(v.path for v in self.variables[:3]) + (", ..." if len(self.variables) > 3 else "")
+        return f"<{self._owner} of {self.model.name!r} by {names}, shape {self.shape}, dtype {self.dtype}>"
+
+    # --- products over the data ---
+
+    def _matvec(self):
+        """The product with a flat NumPy vector, a NumPy vector."""
+        return lambda vector: self @ vector
+
+    def _progress(self, what):
+        return functools.partial(Progress, title=f"{self._owner}.{what}", verbose=self._verbose)
+
+    def _product(self, vectors):
+        if 0 in vectors.shape:
+            return vectors
+        return self._over_data("product", _add_product, vectors, vectors)
+
+    def _rows(self, place, start, size):
+        total = ops.zeros((size, self.shape[0]), dtype=self.dtype)
+        index = ops.convert_to_tensor(np.arange(start, start + size, dtype="int32"))
+        return self._over_data(("rows", place), functools.partial(_add_rows, place), total, index)
+
+    def _over_data(self, what, add, like, vectors):
+        """The mean over all examples of what `add` adds for each batch."""
+        self._sync()
+        if not self._is_checked:
+            self._check()
+        total, count = ops.zeros_like(like), 0
+        for number, batch in enumerate(self._batches):
+            count += batch_size_of(batch)
+            batch = nesting.map_structure(_spread, batch)
+            # Weights that it is not taken by may have a graph of their own on torch.
+            total = ops.stop_gradient(self._run(what, add, total, vectors, batch, self._seed(number)))
+        total, count = backend.summed_over_processes(total, count)
+        return total / count
+
+    def _run(self, what, add, *args):
+        # The spec is all that the body may hold: what is compiled is kept with the model.
+        body = functools.partial(add, self._spec, self._parameters)
+        key = (self._owner, what, self._spec.key)
+        return compiled.run(self._owner, self.model, body, key, args, {})[0]
+
+    def _seed(self, number):
+        return ops.convert_to_tensor(np.array([self._spec.seed, number], "int32"))
+
+    def _sync(self):
+        # Between the steps of a training on JAX, the weights are not in the variables.
+        for model in (self._given_model, self.model):
+            sync = getattr(model, "jax_state_sync", None)
+            if sync is not None:
+                sync()
+
+    def _check(self):
+        """Looks at the first batch: whether the loss has a value for each example, and whether products repeat."""
+        batch = next(iter(self._batches))
+        determinism.check(self._owner, self.model, self._loss, self._parameters, batch, self._first_product)
+        self._is_checked = True
+
+    def _first_product(self, batch):
+        v = np.random.default_rng(0).choice([-1.0, 1.0], self.shape[0])
+        v = ops.convert_to_tensor(v, dtype=self.dtype)
+        product = self._run("product", _add_product, ops.zeros_like(v), v, batch, self._seed(0))
+        return ops.convert_to_numpy(product)
+
+
+def _spread(x):
+    return x if x is None else backend.spread(x)
+
+
+# Each adds what a batch has of something, times the number of its examples. `of_part` sees a part of the batch where
+# replicas share it, and the sum over the parts is that of the batch.
+
+
+def _add_product(spec, parameters, model, total, vectors, batch, seed):
+    def of_part(part):
+        linear = spec.of_batch(model, parameters.variables_as_tensors(), part, seed)
+        parts = parameters.split(vectors)
+        if len(vectors.shape) == 1:
+            return parameters.joined(linear.apply(parts))
+        return parameters.joined(linear.apply_stack(parts), (vectors.shape[0],))
+
+    return total + _summed(of_part, batch, parameters), None
+
+
+def _add_rows(place, spec, parameters, model, total, index, batch, seed):
+    shape, dtype = parameters.shapes[place], parameters.variables[place].dtype
+
+    def of_part(part):
+        linear = spec.of_batch(model, parameters.variables_as_tensors(), part, seed)
+        units = ops.equal(index[:, None], ops.arange(math.prod(shape), dtype="int32")[None, :])
+        rows = linear.rows(place, ops.reshape(ops.cast(units, dtype), (-1, *shape)))
+        return parameters.joined(rows, (index.shape[0],))
+
+    return total + _summed(of_part, batch, parameters), None
+
+
+def _add_loss(loss, spec, parameters, model, total, offset, batch, seed):
+    def of_part(part):
+        weights = [w + d for w, d in zip(parameters.variables_as_tensors(), parameters.split(offset), strict=True)]
+        return ops.cast(loss.total(model, weights, *part), total.dtype)
+
+    return total + _summed(of_part, batch, parameters), None
+
+
+def _add_gradient(loss, spec, parameters, model, total, _, batch, seed):
+    def of_part(part):
+        return parameters.joined(grad(lambda w: loss.total(model, w, *part))(parameters.variables_as_tensors()))
+
+    return total + _summed(of_part, batch, parameters), None
+
+
+def _summed(of_part, batch, parameters):
+    return backend.summed_over_replicas(
+        lambda part: batch_size_of(part) * of_part(part), batch, parameters.variables[0]
+    )
+
+
+def _array_dtype(dtype):
+    # NumPy has no bfloat16, and half precision is no precision to solve in.
+    return np.dtype("float64" if dtype == "float64" else "float32")

@@ -1,0 +1,121 @@
+"""The variables that a curvature is taken by, and vectors over them: flat, as columns, or in their structure."""
+
+import itertools
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools import nesting, validation
+
+
+class Parameters:
+    """Some trainable variables of a model, in an order, as one flat vector of length `size`.
+
+    The elements of the i-th variable are those of `slices[i]`, in the order of `keras.ops.reshape(v, -1)`.
+    """
+
+    def __init__(self, owner, model, variables):
+        self._owner = owner
+        chosen = _chosen(owner, model, variables)
+        self.structure = nesting.map_structure(lambda _: 0, chosen)
+        self.variables = nesting.flatten(chosen)
+        self.shapes = [tuple(v.shape) for v in self.variables]
+        sizes = [math.prod(shape) for shape in self.shapes]
+        ends = list(itertools.accumulate(sizes))
+        self.slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self.size = ends[-1]
+        self.dtype = keras.backend.result_type(*(v.dtype for v in self.variables))
+        if not keras.backend.is_float_dtype(self.dtype):
+            raise ValueError(f"{owner} differentiates by floating-point variables. Received: dtype {self.dtype}.")
+
+    def variables_as_tensors(self):
+        """The values of the moment, a tensor for each variable."""
+        return [ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.variables]
+
+    def split(self, vectors):
+        """A vector `(n,)`, or a stack of them `(k, n)`, as a tensor for each variable, behind the axis of the stack."""
+        stack = tuple(vectors.shape[:-1])
+        return [
+            ops.cast(ops.reshape(vectors[..., place], (*stack, *shape)), v.dtype)
+            for place, shape, v in zip(self.slices, self.shapes, self.variables, strict=True)
+        ]
+
+    def joined(self, parts, stack=()):
+        """The inverse of `split`."""
+        flat = [ops.cast(ops.reshape(part, (*stack, -1)), self.dtype) for part in parts]
+        return flat[0] if len(flat) == 1 else ops.concatenate(flat, axis=-1)
+
+    def received(self, given):
+        """What stands to the right of `@` as vectors `(n,)` or `(k, n)`, and what turns a product into its kind."""
+        if nesting.is_nested(given):
+            return self._received_structure(given)
+        is_array = not ops.is_tensor(given)
+        array = np.asarray(given) if is_array and not validation.is_variable(given) else ops.convert_to_tensor(given)
+        shape = tuple(array.shape)
+        is_real = validation.dtype_of(array) == "bool" or keras.backend.standardize_dtype(array.dtype)[:1] in "bfiu"
+        if not is_real or len(shape) not in (1, 2) or shape[0] != self.size:
+            raise ValueError(
+                f"{self._owner} multiplies a vector of shape ({self.size},), a matrix of shape ({self.size}, columns), "
+                f"or tensors nested and shaped as its {len(self.variables)} variables are. Received: "
+                f"{validation.describe(given)}."
+            )
+        vectors = ops.convert_to_tensor(array, dtype=self.dtype)
+        if len(shape) == 2:
+            vectors = ops.transpose(vectors)
+
+        def in_kind(product):
+            product = ops.transpose(product) if len(shape) == 2 else product
+            return ops.convert_to_numpy(product) if is_array else product
+
+        return vectors, in_kind
+
+    def _received_structure(self, given):
+        leaves = nesting.flatten(given)
+        if not nesting.same_structure(given, self.structure) and all(map(validation.is_number, leaves)):
+            return self.received(np.asarray(given))
+        validation.require_same_structure(given, self.structure, "A nested vector", "the variables")
+        is_array = not any(map(ops.is_tensor, leaves))
+        parts = [ops.convert_to_tensor(leaf, dtype=v.dtype) for leaf, v in zip(leaves, self.variables, strict=True)]
+        for part, v in zip(parts, self.variables, strict=True):
+            validation.require_shape(part, v.shape, "Each entry of a nested vector", f"its variable {v.path!r}")
+
+        def in_kind(product):
+            parts = self.split(product)
+            return nesting.pack_as(given, map(ops.convert_to_numpy, parts) if is_array else parts)
+
+        return self.joined(parts), in_kind
+
+
+def _chosen(owner, model, variables):
+    if variables is None:
+        chosen = list(model.trainable_variables)
+        what = f"the model {model.name!r}"
+    elif isinstance(variables, keras.Layer):
+        chosen = list(variables.trainable_variables)
+        what = f"the layer {variables.name!r}"
+    else:
+        chosen, what = variables, "`variables`"
+    flat = nesting.flatten(chosen)
+    if not flat:
+        raise ValueError(
+            f"{owner} needs at least one trainable variable. Received: none in {what}. Build it first, or set its "
+            "`trainable` to True."
+        )
+    known = {id(v) for v in model.variables}
+    trainable = {id(v) for v in model.trainable_variables}
+    for v in flat:
+        if not validation.is_variable(v) or id(v) not in known:
+            raise ValueError(
+                f"{owner} expects as `variables` keras.Variables of the model {model.name!r}, in any nesting, or one "
+                f"of its layers. Received: {validation.describe(v)}."
+            )
+        if id(v) not in trainable:
+            raise ValueError(
+                f"{owner} expects trainable variables. Received: {validation.describe(v)}, which is frozen. Set "
+                "`trainable` to True on its layer, or leave it out."
+            )
+    if len({id(v) for v in flat}) < len(flat):
+        raise ValueError(f"{owner} expects each variable once. Received: {[v.path for v in flat]}.")
+    return chosen

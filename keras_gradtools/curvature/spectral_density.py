@@ -1,0 +1,92 @@
+"""The density of the eigenvalues of a symmetric matrix, by stochastic Lanczos quadrature."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.curvature.krylov_basis import KrylovBasis
+from keras_gradtools.curvature.trace import mean_of
+
+# Of the range of the eigenvalues: the width of a peak, and how far the grid goes beyond it in widths.
+_RELATIVE_WIDTH = 0.01
+_MARGIN = 5.0
+
+
+class SpectralDensity(NamedTuple):
+    """A density of eigenvalues, which integrates to 1.
+
+    Attributes:
+        grid: eigenvalues, equidistant, of shape `(points,)`.
+        density: the density there, per unit of eigenvalue.
+        standard_error: that of the density, from probe to probe.
+        nodes: the nodes of the quadrature, of shape `(probes, steps)`; padded with NaN where fewer steps were enough.
+        weights: their weights, the sum over each probe being 1; padded with zeros.
+        width: the standard deviation of the Gaussian that each eigenvalue is drawn as.
+    """
+
+    grid: Any
+    density: Any
+    standard_error: Any
+    nodes: Any
+    weights: Any
+    width: float
+
+
+def spectral_density(matvec, n, probes, steps, *, points, width, seed, dtype, progress):
+    """The density by stochastic Lanczos quadrature: see `Hessian.spectral_density`."""
+    for name, given, least in (("probes", probes, 2), ("steps", steps, 1), ("points", points, 2)):
+        if isinstance(given, bool) or not isinstance(given, (int, np.integer)) or given < least:
+            raise ValueError(
+                f"spectral_density expects an integer of at least {least} as `{name}`. Received: {given!r}."
+            )
+    if width is not None and not (validation.is_number(width) and width > 0):
+        raise ValueError(f"spectral_density expects a positive number as `width`. Received: width={width!r}.")
+    steps = min(steps, n)
+    generator = np.random.default_rng(seed)
+    nodes, weights = np.full((probes, steps), np.nan), np.zeros((probes, steps))
+    with progress(probes * steps) as bar:
+        for i in range(probes):
+            values, vectors = np.linalg.eigh(_tridiagonal(matvec, n, steps, generator, dtype, bar))
+            nodes[i, : len(values)], weights[i, : len(values)] = values, vectors[0] ** 2
+    low, high = np.nanmin(nodes), np.nanmax(nodes)
+    if width is None:
+        # A multiple of the identity has one eigenvalue, and its scale is all there is to go by.
+        width = _RELATIVE_WIDTH * ((high - low) or abs(high) or 1.0)
+    grid = np.linspace(low - _MARGIN * width, high + _MARGIN * width, points)
+    of_each = np.stack([_smoothed(grid, t, w, width) for t, w in zip(nodes, weights, strict=True)])
+    density, error = mean_of(of_each)
+    return SpectralDensity(grid, density, error, nodes, weights, float(width))
+
+
+def _tridiagonal(matvec, n, steps, generator, dtype, bar):
+    basis = KrylovBasis(steps, n, dtype)
+    basis.append_random(generator)
+    projected = np.zeros((steps, steps))
+    for j in range(steps):
+        product = np.array(matvec(basis[j]), dtype=dtype)
+        length = np.linalg.norm(product)
+        parts, remainder = basis.orthogonalize(product)
+        bar.update()
+        projected[j, j] = parts[j]
+        if j + 1 == steps:
+            break
+        if remainder <= 10 * np.finfo(dtype).eps * length:
+            return projected[: j + 1, : j + 1]
+        projected[j, j + 1] = projected[j + 1, j] = remainder
+        basis.append(product, remainder)
+    return projected
+
+
+def _smoothed(grid, nodes, weights, width):
+    """Gaussians of the given weights; each integrates to its weight on this grid, however coarse that is."""
+    density = np.zeros_like(grid)
+    spacing = grid[1] - grid[0]
+    for node, weight in zip(nodes[weights > 0], weights[weights > 0], strict=True):
+        peak = np.exp(-0.5 * ((grid - node) / width) ** 2)
+        total = spacing * (peak.sum() - 0.5 * (peak[0] + peak[-1]))  # the trapezoidal rule
+        if total > 0:
+            density += weight * peak / total
+        else:
+            density[np.argmin(np.abs(grid - node))] += weight / spacing
+    return density

@@ -1,0 +1,82 @@
+"""The trace of a symmetric matrix from products with random vectors."""
+
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.curvature.estimate import Estimate
+from keras_gradtools.curvature.krylov_basis import KrylovBasis, dot
+
+METHODS = ("hutch++", "hutchinson")
+
+
+def estimate_trace(matvec, n, matvecs, method, seed, dtype, progress):
+    """The trace by Hutchinson's estimator or Hutch++: see `Hessian.trace`."""
+    if method not in METHODS:
+        raise ValueError(f"trace expects 'hutch++' or 'hutchinson' as `method`. Received: method={method!r}.")
+    least = 6 if method == "hutch++" else 2
+    matvecs = checked_budget("trace", matvecs, least)
+    with progress(min(matvecs, n)) as bar:
+        if matvecs >= n:
+            return Estimate(float(sum(bar.after(matvec(unit))[i] for i, unit in enumerate(units(n)))), 0.0)
+        generator = np.random.default_rng(seed)
+        if method == "hutchinson":
+            samples = []
+            for _ in range(matvecs):
+                v = random_signs(generator, n)
+                samples.append(dot(v, bar.after(matvec(v))))
+            return mean_of(samples)
+        return _hutch_plus_plus(matvec, n, matvecs, generator, dtype, bar)
+
+
+def _hutch_plus_plus(matvec, n, matvecs, generator, dtype, bar):
+    """A third of the products finds the large eigenvalues, another is exact on them, the rest samples what is left."""
+    rank = matvecs // 3
+    basis = KrylovBasis(rank, n, dtype)
+    for _ in range(rank):
+        sketched = np.array(bar.after(matvec(random_signs(generator, n))), dtype)
+        size = dot(sketched, sketched) ** 0.5
+        _, length = basis.orthogonalize(sketched)
+        # Of a matrix of lower rank, the rest is nothing but rounding.
+        if length > 100 * np.finfo(dtype).eps * size:
+            basis.append(sketched, length)
+    exact = sum(dot(basis[i], bar.after(matvec(basis[i]))) for i in range(basis.count))
+    samples = []
+    for _ in range(matvecs - rank - basis.count):
+        v = random_signs(generator, n).astype(dtype)
+        basis.orthogonalize(v)
+        samples.append(dot(v, bar.after(matvec(v))))
+    rest = mean_of(samples)
+    return Estimate(exact + rest.value, rest.standard_error)
+
+
+def mean_of(samples):
+    """The mean of some samples, numbers or arrays, and its standard error."""
+    samples = np.asarray(samples, "float64")
+    error = samples.std(axis=0, ddof=1) / len(samples) ** 0.5
+    if samples.ndim == 1:
+        return Estimate(float(samples.mean()), float(error))
+    return Estimate(samples.mean(axis=0), error)
+
+
+def random_signs(generator, n):
+    """A vector of independent signs, of least variance among all random vectors that such estimates can take."""
+    return (2.0 * generator.integers(0, 2, n, dtype="int8") - 1.0).astype("float32")
+
+
+def units(n):
+    """The unit vectors, one after the other, in one array."""
+    unit = np.zeros(n, "float32")
+    for i in range(n):
+        unit[i] = 1.0
+        yield unit
+        unit[i] = 0.0
+
+
+def checked_budget(name, matvecs, least):
+    """Returns the number of products that may be taken, and raises `ValueError` if it is too small."""
+    if not validation.is_number(matvecs) or int(matvecs) != matvecs or matvecs < least:
+        raise ValueError(
+            f"{name} expects at least {least} as `matvecs`, the number of products: an error takes more than one "
+            f"sample. Received: matvecs={matvecs!r}."
+        )
+    return int(matvecs)

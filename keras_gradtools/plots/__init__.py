@@ -1,0 +1,20 @@
+"""Pictures of gradients, Jacobians and curvature, drawn with matplotlib (`pip install "keras-gradtools[plots]"`)."""
+
+from keras_gradtools.plots.curvature import (
+    plot_eigenvalue_history,
+    plot_hessian,
+    plot_loss_surface,
+    plot_spectral_density,
+)
+from keras_gradtools.plots.matrices import imshow_zero_center, plot_as_patches
+from keras_gradtools.plots.robustness import plot_robustness
+
+__all__ = [
+    "imshow_zero_center",
+    "plot_as_patches",
+    "plot_eigenvalue_history",
+    "plot_hessian",
+    "plot_loss_surface",
+    "plot_robustness",
+    "plot_spectral_density",
+]

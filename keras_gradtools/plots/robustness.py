@@ -1,0 +1,78 @@
+"""Pictures of how far examples are from an error."""
+
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.plots.drawing import pyplot_or_error
+
+
+def plot_robustness(report, figure=None):
+    """Shows how far examples are from an error, as `kg.attacks.robustness_report` estimates it.
+
+    On the left, the share of all examples whose distance exceeds a strength: for the attack, that is the accuracy under
+    it. On the right, each example's estimates against the distance of the attack; below the diagonal, the attack needed
+    more than was estimated.
+
+    Args:
+        report: a `kg.attacks.RobustnessReport`.
+        figure: the matplotlib Figure to draw on; a new one by default.
+
+    Returns:
+        The matplotlib Figure, with two Axes.
+
+    Raises:
+        ValueError: if `report` is none, or the model is right on none of its examples.
+        ImportError: without matplotlib.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
+    >>> model.set_weights([np.array([[1.0, 0.0], [0.0, 1.0]], "float32")])
+    >>> report = kg.attacks.robustness_report(model, np.array([[0.75, 0.25]], "float32"), [0], verbose=0)
+    >>> len(kg.plots.plot_robustness(report).axes)
+    2
+    """
+    if not hasattr(report, "first_order"):
+        raise ValueError(
+            "plot_robustness expects what kg.attacks.robustness_report returns. Received: "
+            f"{validation.describe(report)}."
+        )
+    right = report.correct
+    if not right.any():
+        raise ValueError("plot_robustness expects a report of a model that is right on an example. Received: on none.")
+    figure = pyplot_or_error().figure(figsize=(11, 4.2), layout="constrained") if figure is None else figure
+    shares, pairs = figure.subplots(1, 2)
+    finite = np.isfinite(report.attack)
+    end = 1.1 * max(report.attack[finite].max(initial=0.0), np.quantile(report.first_order, 0.95, method="lower"))
+    for (name, label), color in zip(_DISTANCES.items(), ("tab:blue", "tab:green", "tab:orange", "black"), strict=True):
+        distances = getattr(report, name)
+        # What lies beyond the picture may be infinite.
+        shares.ecdf(np.minimum(distances, 2 * end), complementary=True, color=color, label=label)
+        shown = right & finite
+        if name != "attack":
+            pairs.plot(report.attack[shown], distances[shown], ".", color=color, markersize=4, label=label)
+    norm = "largest change of a number" if report.norm == "inf" else "l2 norm of the change"
+    shares.set(
+        xlim=(0, end), ylim=(0, 1.02), xlabel=f"strength: {norm}", ylabel="share of the examples further from an error"
+    )
+    shares.set_title("How far are the examples from an error?")
+    pairs.axline((0, 0), slope=1, color="0.6", linewidth=1)
+    pairs.set(xlim=(0, end), ylim=(0, end), xlabel="distance that the attack found", ylabel="estimated distance")
+    pairs.set_title("Estimates against the attack, one point an example")
+    for axes in (shares, pairs):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+_DISTANCES = {
+    "first_order": "first order, margin / ||g||",
+    "curvature_bound": "bound by curvature (sampled)",
+    "lipschitz_bound": "bound by slope (sampled)",
+    "attack": "attack",
+}
