@@ -29,6 +29,7 @@ which exists once for all backends.
 | `summed_over_processes(total, count)`               | both summed over the processes that train together |
 | `may_compile()`                                     | whether a function called now may be compiled by itself |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
+| `LINEARIZES_ONCE`                                   | whether many products are cheaper by one record   |
 | `HESSIAN_MODE`                                      | the cheaper way through a gradient, as measured   |
 
 `pullback` and `pushforward` return `None` where nothing that the tape recorded connects a source

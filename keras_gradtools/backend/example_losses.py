@@ -28,9 +28,23 @@ on_replica = keras_loss.scale_loss_for_distribution
 off_replica = keras_loss.unscale_loss_for_distribution
 
 
-def compiled(loss):
-    """The loss that `compile(loss=loss)` would make."""
-    return CompileLoss(loss)
+def compiled(loss, loss_weights=None):
+    """The loss that `compile(loss=loss)` would make, in the precision of `loss` where that has one."""
+    made = CompileLoss(loss, loss_weights)
+    if isinstance(loss, keras.Loss):
+        # Keras makes it in `floatx`, whatever it is made of.
+        made._dtype_policy, made._dtype = keras.DTypePolicy(loss.dtype), loss.dtype
+    return made
+
+
+def loss_weights_of(compile_loss):
+    """The weights that a compiled loss was given for its parts; None for none."""
+    return compile_loss._user_loss_weights
+
+
+def arguments_of(loss):
+    """The arguments that one of Keras' own losses passes on to its function."""
+    return dict(loss._fn_kwargs)
 
 
 def total_loss(compile_loss, y, y_pred, sample_weight=None):

@@ -12,6 +12,7 @@ from keras_gradtools.backend.jax_jit import jit
 __all__ = [
     "COMPILES_SECOND_ORDER",
     "HESSIAN_MODE",
+    "LINEARIZES_ONCE",
     "Tape",
     "alias",
     "can_make_variables",
@@ -38,6 +39,7 @@ __all__ = [
 
 COMPILES_SECOND_ORDER = True
 HESSIAN_MODE = "forward"
+LINEARIZES_ONCE = False
 
 
 class Tape(recording.Recording):

@@ -17,6 +17,7 @@ from keras_gradtools.backend.tensorflow_jit import jit
 __all__ = [
     "COMPILES_SECOND_ORDER",
     "HESSIAN_MODE",
+    "LINEARIZES_ONCE",
     "Tape",
     "alias",
     "can_make_variables",
@@ -43,6 +44,7 @@ __all__ = [
 
 COMPILES_SECOND_ORDER = True
 HESSIAN_MODE = "reverse"
+LINEARIZES_ONCE = False
 
 
 class Tape(recording.Recording):

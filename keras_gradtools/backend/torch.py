@@ -16,6 +16,7 @@ from keras_gradtools.backend.torch_tape import Tape
 __all__ = [
     "COMPILES_SECOND_ORDER",
     "HESSIAN_MODE",
+    "LINEARIZES_ONCE",
     "Tape",
     "alias",
     "can_make_variables",
@@ -43,6 +44,7 @@ __all__ = [
 # torch.compile cannot differentiate what it has compiled a second time.
 COMPILES_SECOND_ORDER = False
 HESSIAN_MODE = "reverse"
+LINEARIZES_ONCE = True
 
 torch_tape.install()
 torch_fused.install()

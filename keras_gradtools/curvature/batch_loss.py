@@ -28,6 +28,7 @@ class BatchLoss:
         self._owner, self._variables, self._training = owner, variables, training
         self._random_state = backend.random_state()
         self._outputs_of = _as_they_are
+        self._loss_weights = None
         if loss is None:
             self._compile_loss = getattr(model, "_compile_loss", None)
             if self._compile_loss is None:
@@ -36,6 +37,7 @@ class BatchLoss:
                     "which has none. Give it a `loss` as in `compile`."
                 )
             self.loss = model.loss
+            self._loss_weights = example_losses.loss_weights_of(self._compile_loss)
             what: Any = Identity(self._compile_loss)
         else:
             self._compile_loss = example_losses.compiled(loss)
@@ -44,13 +46,16 @@ class BatchLoss:
         self.key: tuple = (what, training, tuple(map(Identity, variables)))
 
     def of_logits(self, likelihood):
-        """The same loss of the logits, where a model returns the probabilities of classes: these are then a detour."""
-        if likelihood is None or likelihood.logits_of is None:
+        """The same loss of the logits, where a model returns the probabilities of classes: these are then a detour.
+
+        It has no smoothed labels, which are none that the model's distribution has, and change no curvature.
+        """
+        if likelihood is None or likelihood.is_as_given:
             return self
         changed = BatchLoss.__new__(BatchLoss)
         changed.__dict__ |= self.__dict__
-        changed._compile_loss = example_losses.compiled(likelihood.loss_of_logits)
-        changed._outputs_of = likelihood.logits_of
+        changed._compile_loss = example_losses.compiled(likelihood.loss_of_logits, self._loss_weights)
+        changed._outputs_of = likelihood.logits_of or _as_they_are
         changed.key = (*self.key, "logits")
         return changed
 

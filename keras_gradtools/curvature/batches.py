@@ -21,7 +21,7 @@ class Batches:
         self._data = data
         self._size = batch_size
         self._examples = None
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
             raise ValueError(
                 f"{owner} expects a positive integer as `batch_size`. Received: {validation.describe(batch_size)}."
             )
@@ -41,8 +41,10 @@ class Batches:
     def __iter__(self):
         is_empty = True
         for batch in self._raw():
-            yield self._checked(batch)
-            is_empty = False
+            batch = self._checked(batch)
+            if batch_size_of(batch):
+                yield batch
+                is_empty = False
         if is_empty:
             raise ValueError(
                 f"{self._owner} needs examples. Received: an empty data set, {validation.describe(self._data)}."
@@ -51,7 +53,8 @@ class Batches:
     def _raw(self):
         if self._examples is not None:
             for start in range(0, self._examples, self._size):
-                yield nesting.map_structure(lambda a: a[start : start + self._size], self._data)  # noqa: B023
+                places = slice(start, start + self._size)
+                yield nesting.map_structure(lambda a: None if a is None else a[places], self._data)  # noqa: B023
         elif isinstance(self._data, keras.utils.PyDataset):
             yield from (self._data[i] for i in range(self.count))
         else:

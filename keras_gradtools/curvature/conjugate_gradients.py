@@ -7,10 +7,13 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import dot, norm
+from keras_gradtools.curvature.solver_vectors import in_kind_of, real_numbers
 
 # How far back the decrease of the quadratic is looked for: at least so many iterations, or this share of them.
 _LEAST_WINDOW = 10
 _WINDOW_SHARE = 0.1
+# Of the lengths of a direction and of its product, in units of the precision.
+_ROUNDING = 1e-2
 
 
 class ConjugateGradientsResult(NamedTuple):
@@ -91,9 +94,12 @@ def conjugate_gradients(
     for name, value in options:
         if not validation.is_number(value) or not 0 <= value < np.inf:
             raise ValueError(f"conjugate_gradients expects a number of 0 or more as `{name}`. Received: {value!r}.")
-    if max_iterations is not None and (not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0):
+    if max_iterations is not None and (
+        isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0
+    ):
         raise ValueError(f"conjugate_gradients expects 0 or more as `max_iterations`. Received: {max_iterations!r}.")
     precondition = _preconditioner(preconditioner, n)
+    a = a.linearized() if hasattr(a, "linearized") else a
 
     def product(v):
         found = np.array(ops.convert_to_numpy(a @ v), dtype=b.dtype).reshape(-1)
@@ -102,7 +108,7 @@ def conjugate_gradients(
         return found
 
     def in_kind(v):
-        return ops.convert_to_tensor(v, dtype=b_given.dtype) if ops.is_tensor(b_given) else v
+        return in_kind_of(b_given, v)
 
     def result(reason, direction=None, curvature=None):
         direction = None if direction is None else in_kind(direction)
@@ -129,8 +135,13 @@ def conjugate_gradients(
             return result("not_finite")
         i += 1
         size = dot(direction, direction)
+        if slope <= 0:
+            raise ValueError(
+                "conjugate_gradients expects a positive definite `preconditioner`. Received: one with a product "
+                f"r'P r = {slope:.3g} for the residual r."
+            )
         # Below what rounding makes of zero, a curvature is none.
-        if curvature <= np.finfo(b.dtype).eps * norm(direction) * norm(curved) * 1e-2 or slope <= 0:
+        if curvature <= _ROUNDING * float(np.finfo(b.dtype).eps) * norm(direction) * norm(curved):
             return result("negative_curvature", direction, curvature / size)
         step = slope / curvature
         x = x + b.dtype.type(step) * direction
@@ -165,12 +176,12 @@ def _preconditioner(given, n):
 
 
 def _vector(role, given, n=None):
-    array = ops.convert_to_numpy(given)
-    is_right = array.ndim == 1 and array.dtype.kind in "fiu" and (n is None or len(array) == n)
+    array = real_numbers(given)
+    is_right = array is not None and array.ndim == 1 and (n is None or len(array) == n)
     if not is_right or not len(array):
         expected = "(n,)" if n is None else f"({n},)"
         raise ValueError(
             f"conjugate_gradients expects real numbers of shape {expected} as `{role}`. Received: "
             f"{validation.describe(given)}."
         )
-    return array if array.dtype.kind == "f" and array.itemsize >= 4 else array.astype("float64")
+    return array

@@ -3,20 +3,19 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.curvature.solver_vectors import in_kind_of, lower_triangle, real_numbers
 
 # The first damping of a matrix that needs some, of its largest entry.
 _SMALLEST_SHARE = 1e-10
-MAX_ATTEMPTS = 30
 
 
 class DampedSolution(NamedTuple):
     """The solution of a damped equation.
 
     Attributes:
-        x: the solution, of the shape and kind of `b`.
+        x: the solution, of the shape of `b`: a tensor of its dtype, or an array in double precision.
         damping: the number that had to be added to the diagonal.
         attempts: how many factorizations that took.
     """
@@ -64,33 +63,31 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
         from scipy.linalg import LinAlgError, cho_factor, cho_solve
     except ImportError:
         raise ImportError('`damped_solve` needs SciPy: pip install "keras-gradtools[solvers]".') from None
-    b_given = b
-    matrix, b = (np.array(ops.convert_to_numpy(x), dtype="float64") for x in (a, b))
-    if matrix.ndim != 2 or len(set(matrix.shape)) != 1 or b.ndim not in (1, 2) or len(b) != len(matrix):
+    matrix, columns = real_numbers(a), real_numbers(b)
+    fits = matrix is not None and columns is not None and matrix.ndim == 2 and columns.ndim in (1, 2)
+    if not fits or len(set(matrix.shape)) != 1 or len(columns) != len(matrix):
         raise ValueError(
-            "damped_solve expects a matrix of shape (n, n) and `b` of shape (n,) or (n, columns). Received: "
-            f"{validation.describe(a)} and {validation.describe(b_given)}."
+            "damped_solve expects a matrix of shape (n, n) and `b` of shape (n,) or (n, columns), of real numbers. "
+            f"Received: {validation.describe(a)} and {validation.describe(b)}."
         )
-    if not np.isfinite(matrix).all() or not np.isfinite(b).all():
-        raise ValueError("damped_solve expects finite numbers. Received: NaN or infinity in the matrix or in `b`.")
     if not validation.is_number(damping) or not 0 <= damping < np.inf:
         raise ValueError(f"damped_solve expects a number of 0 or more as `damping`. Received: damping={damping!r}.")
     if not validation.is_number(factor) or not 1 < factor < np.inf:
         raise ValueError(f"damped_solve expects a number above 1 as `factor`. Received: factor={factor!r}.")
+    matrix, columns = lower_triangle(matrix), columns.astype("float64")
+    if not np.isfinite(matrix).all() or not np.isfinite(columns).all():
+        raise ValueError("damped_solve expects finite numbers. Received: NaN or infinity in the matrix or in `b`.")
     diagonal = np.diag_indices_from(matrix)
     undamped = matrix[diagonal].copy()
     scale = np.abs(matrix).max(initial=0.0) or 1.0
-    for attempt in range(1, MAX_ATTEMPTS + 1):
+    attempts = 0
+    while True:
+        attempts += 1
         matrix[diagonal] = undamped + damping
         try:
-            x = cho_solve(cho_factor(matrix, lower=True, check_finite=False), b, check_finite=False)
+            x = cho_solve(cho_factor(matrix, lower=True, check_finite=False), columns, check_finite=False)
         except LinAlgError:
+            # It ends: by Gershgorin's circles, no eigenvalue is below -n times the largest entry.
             damping = max(factor * damping, _SMALLEST_SHARE * scale)
             continue
-        dtype = getattr(b_given, "dtype", b.dtype)
-        x = ops.convert_to_tensor(x, dtype=dtype) if ops.is_tensor(b_given) else x
-        return DampedSolution(x, float(damping), attempt)
-    raise ValueError(
-        f"damped_solve expects a symmetric matrix. Received: one that a damping of {damping:.1g} does not make "
-        "positive definite."
-    )
+        return DampedSolution(in_kind_of(b, x), float(damping), attempts)

@@ -5,12 +5,13 @@ import contextlib
 import numpy as np
 
 from keras_gradtools import validation
-from keras_gradtools.curvature.krylov_basis import KrylovBasis
+from keras_gradtools.curvature.krylov_basis import KrylovBasis, checked_length
 
 WHICH = ("LA", "SA", "LM", "BE")
 MAX_RESTARTS = 100
 # Ritz vectors that a restart keeps beyond those that are asked for, of the room that is left.
 _EXTRA_SHARE = 0.5
+_ROUNDING = 10.0
 
 
 class EigenvalueConvergenceError(RuntimeError):
@@ -36,8 +37,8 @@ def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0,
     _check(n, k, which, ncv, max_restarts, tol)
     ncv = min(n, max(2 * k + 1, 20) if ncv is None else ncv)
     max_restarts = MAX_RESTARTS if max_restarts is None else max_restarts
-    eps = np.finfo(dtype).eps ** (2 / 3)
-    tol = tol or eps
+    eps = np.finfo(dtype).eps
+    tol = tol or eps ** (2 / 3)
     generator = np.random.default_rng(seed)
     basis = KrylovBasis(ncv + 1, n, dtype)
     projected = np.zeros((ncv, ncv))
@@ -48,8 +49,9 @@ def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0,
             values, vectors = np.linalg.eigh(projected)
             wanted = np.sort(_order(values, which)[:k])
             residuals = remainder * np.abs(vectors[-1, wanted])
-            scale = np.maximum(np.abs(values[wanted]), eps * np.abs(values).max(initial=0.0))
-            if np.all(residuals <= tol * scale) or ncv == n:
+            # Products are no more precise than the largest eigenvalue allows.
+            allowed = np.maximum(tol * np.abs(values[wanted]), _ROUNDING * eps * np.abs(values).max())
+            if np.all(residuals <= allowed) or ncv == n:
                 basis.count = ncv
                 return values[wanted].astype(dtype), basis.combined(vectors[:, wanted])
             kept = np.sort(_order(values, which)[: k + int(_EXTRA_SHARE * (ncv - 1 - k))])
@@ -58,7 +60,7 @@ def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0,
     inside = np.isin(kept, wanted)
     found = values[kept][inside].astype(dtype)
     raise EigenvalueConvergenceError(
-        f"{int((residuals > tol * scale).sum())} of {k} eigenvalues did not converge to the relative residual "
+        f"{int((residuals > allowed).sum())} of {k} eigenvalues did not converge to the relative residual "
         f"{tol:.1g} in {max_restarts} restarts: the residuals are {np.array2string(residuals, precision=2)}. Allow a "
         "larger `ncv`, more `max_restarts` or a larger `tol`; the error has the approximations in its attributes.",
         found,
@@ -72,12 +74,7 @@ def _extend(matvec, basis, projected, ncv, n, generator, bar):
     remainder = 0.0
     for j in range(basis.count - 1, ncv):
         product = np.array(matvec(basis[j]), dtype=basis[j].dtype)
-        length = np.linalg.norm(product)
-        if not np.isfinite(length):
-            raise FloatingPointError(
-                "A product with the matrix is not finite. Received: NaN or infinity in the curvature of the loss, at "
-                "these weights and this data."
-            )
+        length = checked_length(product)
         parts, remainder = basis.orthogonalize(product)
         projected[: j + 1, j] = projected[j, : j + 1] = parts
         if bar is not None:

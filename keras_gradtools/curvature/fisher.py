@@ -123,12 +123,13 @@ class _MonteCarloOfBatch:
         z = ops.stop_gradient(call.value)
         state = self._generator.state
         first = ops.stack([seed[0], seed[1] * self._samples])
-        pairs = []
+        samples = []
         with StateScope([(state, ops.cast(first, state.dtype))]):
             for _ in range(self._samples):
                 labels = self._likelihood.sampled(z, self._generator)
-                pairs.append((self._pulled(labels, z, call.target, sample_weight), self._likelihood.scores(labels, z)))
-        return Sandwich(call, OuterProducts(pairs, has_last_axis=len(z.shape) > 1))
+                gradient = self._pulled(labels, z, call.target, sample_weight)
+                samples.append((gradient, self._likelihood.scores(labels, z)))
+        return Sandwich(call, OuterProducts(samples, has_last_axis=len(z.shape) > 1))
 
     def _pulled(self, labels, z, original, sample_weight):
         """The gradient of the loss with these labels, in which weights, masks and means have their part."""

@@ -73,6 +73,17 @@ class KrylovBasis:
         return (slice(start, start + _BLOCK) for start in range(0, size, _BLOCK))
 
 
+def checked_length(product):
+    """The length of a product with the matrix; `FloatingPointError` if it is not finite."""
+    length = norm(product)
+    if not np.isfinite(length):
+        raise FloatingPointError(
+            "A product with the matrix is not finite. Received: NaN or infinity in the curvature of the loss, at these "
+            "weights and this data."
+        )
+    return length
+
+
 def dot(a, b):
     """The product of two vectors, summed in double precision."""
     return float(

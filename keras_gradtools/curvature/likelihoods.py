@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_gradtools.backend.example_losses import arguments_of
+
 _CATEGORICAL = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
 _BERNOULLI = ("BinaryCrossentropy",)
 _GAUSSIAN = ("MeanSquaredError",)
@@ -24,12 +26,14 @@ class Likelihood:
         scores: a function of these labels and logits, the gradient of the loss of each element by its logits.
         logits_of: a function of the model's outputs; None where the loss takes them as they are.
         loss_of_logits: the loss of these logits.
+        is_as_given: whether that is the given loss itself.
     """
 
     sampled: Callable
     scores: Callable
     logits_of: Callable | None
     loss_of_logits: Any
+    is_as_given: bool
 
 
 def likelihood_of(loss):
@@ -38,22 +42,23 @@ def likelihood_of(loss):
     name = type(loss).__name__
     if name not in NAMES or type(loss) is not getattr(keras.losses, name):
         return None
-    config = loss.get_config()
     if name in _GAUSSIAN:
-        return Likelihood(_sample_gaussian, _gaussian_scores, None, loss)
-    if config.get("axis", -1) != -1 or config.get("ignore_class") is not None:
+        return Likelihood(_sample_gaussian, _gaussian_scores, None, loss, is_as_given=True)
+    # The configuration of some of them lacks the axis.
+    options = arguments_of(loss)
+    if options.get("axis", -1) != -1 or options.get("ignore_class") is not None:
         return None
-    of_logits = loss if config["from_logits"] else type(loss).from_config({**config, "from_logits": True})
-    logits_of = None
-    if name in _BERNOULLI:
-        if not config["from_logits"]:
-            logits_of = _log_odds
-        return Likelihood(_sample_bernoulli, _bernoulli_scores, logits_of, of_logits)
-    if not config["from_logits"]:
-        logits_of = _log_probabilities
+    is_as_given = options["from_logits"] and not options.get("label_smoothing", 0)
+    plain = {**options, "from_logits": True} | ({"label_smoothing": 0.0} if "label_smoothing" in options else {})
+    of_logits = loss if is_as_given else type(loss)(**plain, reduction=loss.reduction, dtype=loss.dtype)
+    is_bernoulli = name in _BERNOULLI
+    logits_of = None if options["from_logits"] else _log_odds if is_bernoulli else _log_probabilities
+    if is_bernoulli:
+        return Likelihood(_sample_bernoulli, _bernoulli_scores, logits_of, of_logits, is_as_given)
     is_sparse = name == "SparseCategoricalCrossentropy"
     sampled = _sample_class if is_sparse else _sample_one_hot
-    return Likelihood(sampled, _class_scores if is_sparse else _one_hot_scores, logits_of, of_logits)
+    scores = _class_scores if is_sparse else _one_hot_scores
+    return Likelihood(sampled, scores, logits_of, of_logits, is_as_given)
 
 
 def _as_loss(loss):

@@ -20,6 +20,10 @@ class SecondDerivative:
         self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
         self._is_forward = backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient
 
+    def keep(self):
+        """Keeps what `apply` goes by, to be called again."""
+        self._record.keeps_graph = True
+
     def apply(self, vector):
         if self._is_forward:
             found = backend.pushforward(self._record, self._targets, self._sources, vector)
@@ -47,6 +51,9 @@ class Sandwich:
         self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
         self._middle = middle
 
+    def keep(self):
+        self._middle.keep()
+
     def apply(self, vector):
         pushed = backend.pushforward(self._record, self._targets, self._sources, vector)
         upstream = self._middle.apply(filled(pushed, self._targets))
@@ -68,23 +75,31 @@ class Sandwich:
 
 
 class OuterProducts:
-    r"""The mean of the maps $v \mapsto a_b (c_b \cdot v)$ for each $b$, the product over the last axis.
+    r"""The mean over some samples of the maps $v \mapsto a (c \cdot v)$, the product over the last axis.
 
-    Without that axis, $a_b$ and $c_b$ are numbers.
+    Args:
+        samples: pairs of tensors, a and c.
+        has_last_axis: whether there is that axis; else, the elements of both are numbers of one example each.
     """
 
-    def __init__(self, pairs, has_last_axis):
-        self._pairs, self._has_last_axis = pairs, has_last_axis
+    def __init__(self, samples, has_last_axis):
+        self._samples, self._has_last_axis = samples, has_last_axis
+
+    def keep(self):
+        pass
 
     def apply(self, vector):
         (v,) = vector
-        products = [a * self._contracted(c * v) for a, c in self._pairs]
-        return [sum(products) / len(products)]
-
-    apply_stack = apply
+        return [sum(a * self._contracted(c * v) for a, c in self._samples) / len(self._samples)]
 
     def _contracted(self, x):
         return ops.sum(x, axis=-1, keepdims=True) if self._has_last_axis else x
+
+    def apply_stack(self, stack):
+        (v,) = stack
+        # One after the other: of a sum over products of a whole stack, XLA on the processor (JAX 0.10) was seen to make
+        # a program that has the last vectors wrong.
+        return [ops.stack([self.apply([v[i]])[0] for i in range(v.shape[0])])]
 
 
 class Sum:
@@ -92,6 +107,10 @@ class Sum:
 
     def __init__(self, *maps):
         self._maps = maps
+
+    def keep(self):
+        for part in self._maps:
+            part.keep()
 
     def apply(self, vector):
         return _added([part.apply(vector) for part in self._maps])

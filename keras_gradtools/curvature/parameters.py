@@ -26,9 +26,7 @@ class Parameters:
         ends = list(itertools.accumulate(sizes))
         self.slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         self.size = ends[-1]
-        self.dtype = keras.backend.result_type(*(v.dtype for v in self.variables))
-        if not keras.backend.is_float_dtype(self.dtype):
-            raise ValueError(f"{owner} differentiates by floating-point variables. Received: dtype {self.dtype}.")
+        self.dtype = _common_dtype(owner, {v.dtype for v in self.variables})
 
     def variables_as_tensors(self):
         """The values of the moment, a tensor for each variable."""
@@ -50,11 +48,13 @@ class Parameters:
     def received(self, given):
         """What stands to the right of `@` as vectors `(n,)` or `(k, n)`, and what turns a product into its kind."""
         if nesting.is_nested(given):
-            return self._received_structure(given)
-        is_array = not ops.is_tensor(given)
-        array = np.asarray(given) if is_array and not validation.is_variable(given) else ops.convert_to_tensor(given)
+            if not all(map(validation.is_number, nesting.flatten(given))):
+                return self._received_structure(given)
+            given = np.asarray(nesting.flatten(given))
+        is_array = not _is_tensor(given)
+        array = np.asarray(given) if is_array else ops.convert_to_tensor(given)
         shape = tuple(array.shape)
-        is_real = validation.dtype_of(array) == "bool" or keras.backend.standardize_dtype(array.dtype)[:1] in "bfiu"
+        is_real = validation.dtype_of(array).startswith(("float", "bfloat", "int", "uint", "bool"))
         if not is_real or len(shape) not in (1, 2) or shape[0] != self.size:
             raise ValueError(
                 f"{self._owner} multiplies a vector of shape ({self.size},), a matrix of shape ({self.size}, columns), "
@@ -73,10 +73,8 @@ class Parameters:
 
     def _received_structure(self, given):
         leaves = nesting.flatten(given)
-        if not nesting.same_structure(given, self.structure) and all(map(validation.is_number, leaves)):
-            return self.received(np.asarray(given))
         validation.require_same_structure(given, self.structure, "A nested vector", "the variables")
-        is_array = not any(map(ops.is_tensor, leaves))
+        is_array = not any(map(_is_tensor, leaves))
         parts = [ops.convert_to_tensor(leaf, dtype=v.dtype) for leaf, v in zip(leaves, self.variables, strict=True)]
         for part, v in zip(parts, self.variables, strict=True):
             validation.require_shape(part, v.shape, "Each entry of a nested vector", f"its variable {v.path!r}")
@@ -86,6 +84,19 @@ class Parameters:
             return nesting.pack_as(given, map(ops.convert_to_numpy, parts) if is_array else parts)
 
         return self.joined(parts), in_kind
+
+
+def _is_tensor(x):
+    return ops.is_tensor(x) or validation.is_variable(x)
+
+
+def _common_dtype(owner, dtypes):
+    """The widest of some dtypes; Keras' own rule knows none wider than `floatx`."""
+    if not all(map(keras.backend.is_float_dtype, dtypes)):
+        raise ValueError(f"{owner} differentiates by floating-point variables. Received: the dtypes {sorted(dtypes)}.")
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return "float64" if "float64" in dtypes else "float32"
 
 
 def _chosen(owner, model, variables):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_gradtools import validation
-from keras_gradtools.curvature.krylov_basis import KrylovBasis
+from keras_gradtools.curvature.krylov_basis import KrylovBasis, checked_length
 from keras_gradtools.curvature.trace import mean_of
 
 # Of the range of the eigenvalues: the width of a peak, and how far the grid goes beyond it in widths.
@@ -40,7 +40,7 @@ def spectral_density(matvec, n, probes, steps, *, points, width, seed, dtype, pr
             raise ValueError(
                 f"spectral_density expects an integer of at least {least} as `{name}`. Received: {given!r}."
             )
-    if width is not None and not (validation.is_number(width) and width > 0):
+    if width is not None and not (validation.is_number(width) and 0 < width < np.inf):
         raise ValueError(f"spectral_density expects a positive number as `width`. Received: width={width!r}.")
     steps = min(steps, n)
     generator = np.random.default_rng(seed)
@@ -51,8 +51,9 @@ def spectral_density(matvec, n, probes, steps, *, points, width, seed, dtype, pr
             nodes[i, : len(values)], weights[i, : len(values)] = values, vectors[0] ** 2
     low, high = np.nanmin(nodes), np.nanmax(nodes)
     if width is None:
+        spread, scale = high - low, max(abs(high), abs(low))
         # A multiple of the identity has one eigenvalue, and its scale is all there is to go by.
-        width = _RELATIVE_WIDTH * ((high - low) or abs(high) or 1.0)
+        width = _RELATIVE_WIDTH * (spread if spread > 100 * np.finfo(dtype).eps * scale else scale or 1.0)
     grid = np.linspace(low - _MARGIN * width, high + _MARGIN * width, points)
     of_each = np.stack([_smoothed(grid, t, w, width) for t, w in zip(nodes, weights, strict=True)])
     density, error = mean_of(of_each)
@@ -65,7 +66,7 @@ def _tridiagonal(matvec, n, steps, generator, dtype, bar):
     projected = np.zeros((steps, steps))
     for j in range(steps):
         product = np.array(matvec(basis[j]), dtype=dtype)
-        length = np.linalg.norm(product)
+        length = checked_length(product)
         parts, remainder = basis.orthogonalize(product)
         bar.update()
         projected[j, j] = parts[j]
@@ -80,13 +81,10 @@ def _tridiagonal(matvec, n, steps, generator, dtype, bar):
 
 def _smoothed(grid, nodes, weights, width):
     """Gaussians of the given weights; each integrates to its weight on this grid, however coarse that is."""
-    density = np.zeros_like(grid)
+    kept = weights > 0
+    exponents = 0.5 * ((grid - nodes[kept, None]) / width) ** 2
+    # Relative to the point that is nearest, so that no peak falls between two of them.
+    peaks = np.exp(exponents.min(axis=1, keepdims=True) - exponents)
     spacing = grid[1] - grid[0]
-    for node, weight in zip(nodes[weights > 0], weights[weights > 0], strict=True):
-        peak = np.exp(-0.5 * ((grid - node) / width) ** 2)
-        total = spacing * (peak.sum() - 0.5 * (peak[0] + peak[-1]))  # the trapezoidal rule
-        if total > 0:
-            density += weight * peak / total
-        else:
-            density[np.argmin(np.abs(grid - node))] += weight / spacing
-    return density
+    totals = spacing * (peaks.sum(axis=1) - 0.5 * (peaks[:, 0] + peaks[:, -1]))  # the trapezoidal rule
+    return (weights[kept] / totals) @ peaks

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from keras_gradtools import validation
 from keras_gradtools.curvature.estimate import Estimate
 from keras_gradtools.curvature.krylov_basis import KrylovBasis, dot
 
@@ -74,7 +73,7 @@ def units(n):
 
 def checked_budget(name, matvecs, least):
     """Returns the number of products that may be taken, and raises `ValueError` if it is too small."""
-    if not validation.is_number(matvecs) or int(matvecs) != matvecs or matvecs < least:
+    if not isinstance(matvecs, (int, np.integer)) or isinstance(matvecs, bool) or matvecs < least:
         raise ValueError(
             f"{name} expects at least {least} as `matvecs`, the number of products: an error takes more than one "
             f"sample. Received: matvecs={matvecs!r}."
