@@ -18,14 +18,20 @@ class SecondDerivative:
         call = TapedCall(name, grad(fun), (sources,))
         call.record.keeps_graph = False
         self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
-        self._is_forward = backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient
+        # A Hessian is its own transpose, if no custom gradient has made a field of it that is no gradient.
+        self._is_symmetric = not call.record.has_custom_gradient
+        self._is_forward = backend.HESSIAN_MODE == "forward" or not self._is_symmetric
+        self._linear = None
 
     def keep(self):
-        """Keeps what `apply` goes by, to be called again."""
+        """Does the work that `apply` needs no vector for, once."""
         self._record.keeps_graph = True
+        self._linear = backend.linearize(self._record, self._targets, self._sources, self._is_symmetric)
 
     def apply(self, vector):
-        if self._is_forward:
+        if self._linear is not None:
+            found = self._linear(vector)
+        elif self._is_forward:
             found = backend.pushforward(self._record, self._targets, self._sources, vector)
         else:
             found = backend.pullback(self._record, self._targets, self._sources, vector)

@@ -316,10 +316,14 @@ class CurvatureOperator:
 
     def _matvec(self):
         """The product with a flat NumPy vector, a NumPy vector, at the weights of the moment."""
-        if not backend.LINEARIZES_ONCE or self._batches.count != 1:
-            return lambda vector: self @ vector
+        if backend.LINEARIZES_ONCE and self._batches.count == 1:
+            return self._matvec_by_one_record()
+        return lambda vector: self @ vector
+
+    def _matvec_by_one_record(self):
         self._prepare()
         (batch,) = self._batches
+        batch = nesting.map_structure(_spread, batch)
         linear = self._spec.of_batch(self.model, self._parameters.variables_as_tensors(), batch, self._seed(0))
         linear.keep()
 
