@@ -54,6 +54,11 @@ def _small_mlp():
     return keras.Sequential([layers.Input((64,)), *hidden, layers.Dense(CLASSES)])
 
 
+def _digits_classifier():
+    # 2,410 weights.
+    return keras.Sequential([layers.Input((64,)), layers.Dense(32, activation="tanh"), layers.Dense(CLASSES)])
+
+
 def _decoder():
     # Many more outputs than inputs: forward mode is the cheaper one.
     hidden = [layers.Dense(512, activation="tanh") for _ in range(2)]
@@ -78,6 +83,7 @@ _MODELS = {
     "image conv net, ReLU": lambda: _image_conv_net("relu", layers.MaxPooling2D),
     "wide MLP": _wide_mlp,
     "small MLP": _small_mlp,
+    "digits classifier": _digits_classifier,
     "decoder": _decoder,
     "demo's model": _demo,
     "guide's layer": lambda: _guide(10, activation="relu"),

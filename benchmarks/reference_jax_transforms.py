@@ -6,10 +6,12 @@ Jacobian by its smaller side, a Hessian in chunks that fit into the cache.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, direction, loss
 from benchmarks.reference_jax import _apply, _weights, _with_weights
 from benchmarks.rows import with_preparation
+from benchmarks.rows.curvature import batches_of
 
 
 def _loss(model):
@@ -73,19 +75,75 @@ def linearized_hvp(model, compiler):
     return with_preparation(prepare)
 
 
-def ggnvp(model, compiler):
-    v = direction(model)
-
+def _ggn_product(model):
     def product(w, v, x, y):
         outputs, pushed = jax.jvp(lambda w: _apply(model, w, x), (w,), (v,))
         _, pullback = jax.vjp(lambda w: _apply(model, w, x), w)
         _, curved = jax.jvp(jax.grad(lambda outputs: loss(y, outputs)), (outputs,), (pushed,))
         return pullback(curved)[0]
 
-    product = compiler(product)
+    return product
+
+
+def ggnvp(model, compiler):
+    v, product = direction(model), compiler(_ggn_product(model))
     return lambda x, y: product(_weights(model), v, x, y)
 
 
 def per_example_gradients(model, compiler):
     gradient = jax.grad(lambda w, x, y: loss(y[None], _apply(model, w, x[None])))
     return _with_weights(model, compiler(jax.vmap(gradient, in_axes=(None, 0, 0))))
+
+
+def _over_batches(model, product):
+    """The mean over all examples of a product of each batch; what is added up is in the same program."""
+    v = direction(model)
+
+    def add(totals, w, v, x, y):
+        return jax.tree.map(lambda total, p: total + len(x) * p, totals, product(w, v, x, y))
+
+    add = jax.jit(add)
+    divide = jax.jit(lambda totals, count: jax.tree.map(lambda total: total / count, totals))
+
+    def prepare(x, y):
+        batches = batches_of(x, y)
+        count = sum(len(x) for x, _ in batches)
+
+        def run():
+            totals = jax.tree.map(jnp.zeros_like, v)
+            for x, y in batches:
+                totals = add(totals, _weights(model), v, x, y)
+            return divide(totals, count)
+
+        return run
+
+    return with_preparation(prepare)
+
+
+def accumulated_hvp(model, compiler):
+    gradient = jax.grad(_loss(model))
+    return _over_batches(model, lambda w, v, x, y: jax.jvp(lambda w: gradient(w, x, y), (w,), (v,))[1])
+
+
+def accumulated_ggnvp(model, compiler):
+    return _over_batches(model, _ggn_product(model))
+
+
+def dense_hessian(model, compiler):
+    """In chunks, the columns of one variable after those of another."""
+    gradient = jax.grad(_loss(model))
+
+    def columns(w, x, y):
+        parts = []
+        for i, part in enumerate(w):
+
+            def by_part(part, i=i):
+                return jnp.concatenate([g.reshape(-1) for g in gradient([*w[:i], part, *w[i + 1 :]], x, y)])
+
+            _, push = jax.linearize(by_part, part)
+            basis = jnp.eye(part.size).reshape(-1, *part.shape)
+            parts.append(jax.lax.map(push, basis, batch_size=HESSIAN_CHUNK))
+        return jnp.concatenate(parts)
+
+    compiled = _with_weights(model, compiler(columns))
+    return lambda x, y: np.asarray(compiled(x, y))

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, direction, loss
 from benchmarks.rows import with_preparation
+from benchmarks.rows.curvature import batches_of
 
 
 def _weights(model):
@@ -158,6 +159,64 @@ def per_example_gradients(model, compiler):
         return tape.gradient(value, weights)
 
     return compiler(lambda x, y: tf.vectorized_map(one, (x, y)))
+
+
+def _over_batches(model, product):
+    """The mean over all examples of a product of each batch; what is added up is in the same program."""
+    zeros = [tf.zeros_like(v) for v in direction(model)]
+
+    @tf.function
+    def add(totals, x, y):
+        return [total + float(len(x)) * p for total, p in zip(totals, product(x, y), strict=True)]
+
+    def prepare(x, y):
+        batches = batches_of(x, y)
+        count = sum(len(x) for x, _ in batches)
+
+        def run():
+            totals = zeros
+            for x, y in batches:
+                totals = add(totals, x, y)
+            return [total / count for total in totals]
+
+        return run
+
+    return with_preparation(prepare)
+
+
+def accumulated_hvp(model, compiler):
+    return _over_batches(model, hvp(model, compiler))
+
+
+def accumulated_ggnvp(model, compiler):
+    return _over_batches(model, ggnvp(model, compiler))
+
+
+def dense_hessian(model, compiler):
+    """In chunks, the rows of one variable after those of another."""
+    weights = _weights(model)
+
+    @compiler
+    def rows(x, y):
+        with tf.GradientTape(watch_accessed_variables=False, persistent=True) as outer:
+            outer.watch(weights)
+            with tf.GradientTape(watch_accessed_variables=False) as inner:
+                inner.watch(weights)
+                value = loss(y, model(x))
+            gradient = inner.gradient(value, weights)
+        parts = []
+        for part in gradient:
+
+            def one(v, part=part):
+                return outer.gradient(part, weights, output_gradients=v, unconnected_gradients="zero")
+
+            basis = _basis(part.shape)
+            for start in range(0, len(basis), HESSIAN_CHUNK):
+                found = tf.vectorized_map(one, basis[start : start + HESSIAN_CHUNK])
+                parts.append(tf.concat([tf.reshape(f, (f.shape[0], -1)) for f in found], 1))
+        return tf.concat(parts, 0)
+
+    return lambda x, y: rows(x, y).numpy()
 
 
 def guide_batch_jacobian(model, compiler):

@@ -11,6 +11,7 @@ import torch
 from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, direction, loss
 from benchmarks.reference_torch import _parameters
 from benchmarks.rows import with_preparation
+from benchmarks.rows.curvature import batches_of
 
 
 def _basis(x):
@@ -115,3 +116,48 @@ def per_example_gradients(model, compiler):
 
     vectorized = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0, 0))
     return lambda x, y: vectorized(parameters, x, y)
+
+
+def _over_batches(product):
+    """The mean over all examples of a product of each batch, the weights' in a list."""
+
+    def prepare(x, y):
+        batches = batches_of(x, y)
+        count = sum(len(x) for x, _ in batches)
+
+        def run():
+            totals = None
+            for x, y in batches:
+                found = [len(x) * p for p in product(x, y)]
+                totals = found if totals is None else [a.add_(b) for a, b in zip(totals, found, strict=True)]
+            return [a.div_(count) for a in totals]
+
+        return run
+
+    return with_preparation(prepare)
+
+
+def accumulated_hvp(model, compiler):
+    return _over_batches(hvp(model, compiler))
+
+
+def accumulated_ggnvp(model, compiler):
+    return _over_batches(ggnvp(model, compiler))
+
+
+def dense_hessian(model, compiler):
+    """The rows of one variable after those of another: fewer paths than for all of them at once."""
+    parameters = _parameters(model)
+
+    def matrix(x, y):
+        rows = []
+        gradient = torch.autograd.grad(loss(y, model(x)), parameters, create_graph=True)
+        for part in gradient:
+            for units in _basis(part).split(HESSIAN_CHUNK):
+                found = torch.autograd.grad(
+                    part, parameters, units, is_grads_batched=True, retain_graph=True, materialize_grads=True
+                )
+                rows.append(torch.cat([f.reshape(len(units), -1) for f in found], 1))
+        return torch.cat(rows).numpy()
+
+    return matrix

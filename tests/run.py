@@ -21,14 +21,22 @@ BACKENDS = ("tensorflow", "jax", "torch")
 NO_TESTS_COLLECTED = 5
 
 # The processes share the cores: each framework would otherwise start a thread for every core. On JAX most of the time
-# goes into compiling programs that run a few times, a quarter of it into making them fast.
+# goes into compiling programs that run a few times, much of it into making them fast.
 FEW_THREADS = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
+    "XLA_FLAGS": " ".join(
+        (
+            "--xla_cpu_multi_thread_eigen=false",
+            "--xla_backend_optimization_level=0",
+            "--xla_cpu_use_fusion_emitters=false",
+        )
+    ),
 }
+# Many tests come to the same programs: compiled once, for this run alone.
+JAX_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 _printing = threading.Lock()
 
@@ -73,6 +81,7 @@ def run(job, paths):
     environment |= {"KERAS_BACKEND": job.backend, "PYTHONUNBUFFERED": "1", **job.environment}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(folder, "jax")), **JAX_CACHE, **environment}
         report = pathlib.Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-m", job.marker, f"--junit-xml={report}"]
         # One cache each: processes that end together would overwrite one another's list of failures.

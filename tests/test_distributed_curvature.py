@@ -60,5 +60,5 @@ def test_on_one_device_nothing_is_shared():
     seen = []
     total = kernels.summed_over_replicas(lambda batch: seen.append(batch) or batch[0], (x,), v)
     assert len(seen) == 1 and total is x
-    total, count = kernels.summed_over_processes(x, 3)
+    (total,), count = kernels.summed_over_processes([x], 3)
     assert total is x and count == 3

@@ -21,6 +21,7 @@ FILES = (
     "jacobians",
     "hessians",
     "products",
+    "curvature",
     "over_one_gradient",
     "guide",
     "order_of_modes",

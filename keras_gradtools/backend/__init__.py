@@ -26,7 +26,7 @@ which exists once for all backends.
 | `with_random_state(state)`                          | a block in which it is `state` again              |
 | `spread(x)`                                         | examples on the devices that share them           |
 | `summed_over_replicas(fun, batch, variable)`        | the sum of `fun(part)` over the replicas' parts |
-| `summed_over_processes(total, count)`               | both summed over the processes that train together |
+| `summed_over_processes(totals, count)`              | tensors and a number summed over the processes that train |
 | `may_compile()`                                     | whether a function called now may be compiled by itself |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
 | `LINEARIZES_ONCE`                                   | whether many products are cheaper by one record   |

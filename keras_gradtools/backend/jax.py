@@ -215,8 +215,8 @@ def summed_over_replicas(fun, batch, variable):
     return fun(batch)
 
 
-def summed_over_processes(total, count):
-    return total, count
+def summed_over_processes(totals, count):
+    return totals, count
 
 
 def random_state():

@@ -249,8 +249,8 @@ def summed_over_replicas(fun, batch, variable):
         return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(on_replica), axis=None)
 
 
-def summed_over_processes(total, count):
-    return total, count
+def summed_over_processes(totals, count):
+    return totals, count
 
 
 def random_state():

@@ -241,14 +241,15 @@ def summed_over_replicas(fun, batch, variable):
     return fun(batch)
 
 
-def summed_over_processes(total, count):
+def summed_over_processes(totals, count):
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return total, count
-    total, count = total.contiguous().clone(), torch.tensor(count, dtype=torch.int64, device=total.device)
-    distributed.all_reduce(total)
-    distributed.all_reduce(count)
-    return total, int(count)
+        return totals, count
+    totals = [total.contiguous().clone() for total in totals]
+    count = torch.tensor(count, dtype=torch.int64, device=totals[0].device)
+    for x in (*totals, count):
+        distributed.all_reduce(x)
+    return totals, int(count)
 
 
 def random_state():

@@ -1,11 +1,13 @@
-"""Whether a matrix fits into memory, said before it is computed."""
+"""What a matrix needs of the memory: whether it fits, said before it is computed, and no second one beside it."""
 
 import os
 
 import numpy as np
 
-# Beside the matrix, its transpose and what is computed need room.
+# Beside the matrix, what is computed needs room, and whatever is made of it.
 _SHARE = 0.5
+# Of a square that fits into the cache together with its mirror image.
+_TILE = 256
 
 
 def check(owner, n, dtype):
@@ -17,6 +19,16 @@ def check(owner, n, dtype):
             f"machine has {_gigabytes(there)}. Use it without forming it: `operator @ vector`, `eigsh`, `trace`, "
             "`diagonal` or `kg.curvature.conjugate_gradients`; or take fewer variables, one layer's for example."
         )
+
+
+def symmetrize(matrix):
+    """Replaces a square array by the mean of it and its transpose, in place."""
+    n = len(matrix)
+    for i in range(0, n, _TILE):
+        for j in range(i, n, _TILE):
+            upper, lower = matrix[i : i + _TILE, j : j + _TILE], matrix[j : j + _TILE, i : i + _TILE]
+            mean = 0.5 * (upper + lower.T)
+            upper[:], lower[:] = mean, mean.T
 
 
 def _physical_memory():

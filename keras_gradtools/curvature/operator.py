@@ -20,8 +20,11 @@ from keras_gradtools.curvature.trace import estimate_trace
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.first_order import grad
 
-# Columns of a matrix that go through the data together.
+# Columns of a matrix that go through the data together. More of them at a time were slower on every backend: what a
+# layer computes for all of them no longer fits into the cache.
 COLUMNS = 64
+# Numbers in the rows that one program computes, of a few chunks that share the evaluation of the model.
+_NUMBERS_OF_A_CALL = 2**24
 
 
 class CurvatureOperator:
@@ -64,40 +67,44 @@ class CurvatureOperator:
 
     def __matmul__(self, vector):
         """The product with a flat vector, with a matrix of columns, or with tensors nested as the variables are."""
-        vectors, in_kind = self._parameters.received(vector)
-        if len(vectors.shape) == 1 or len(vectors) <= COLUMNS:
-            return in_kind(self._product(vectors))
-        with Progress(math.ceil(len(vectors) / COLUMNS), f"{self._owner} @ matrix", self._verbose) as progress:
-            parts = [vectors[start : start + COLUMNS] for start in range(0, len(vectors), COLUMNS)]
-            return in_kind(ops.concatenate([progress.after(self._product(part)) for part in parts], axis=0))
+        parts, count, in_kind = self._parameters.received(vector)
+        if count is None or count <= COLUMNS:
+            return in_kind(self._product(parts, count))
+        chunks = []
+        with Progress(math.ceil(count / COLUMNS), f"{self._owner} @ matrix", self._verbose) as progress:
+            for start in range(0, count, COLUMNS):
+                chunk = [part[start : start + COLUMNS] for part in parts]
+                chunks.append(progress.after(self._product(chunk, chunk[0].shape[0])))
+        return in_kind([ops.concatenate(of_variable, axis=0) for of_variable in zip(*chunks, strict=True)])
 
     def dense(self, chunk_size=None):
         """The matrix itself, a NumPy array of shape `(n, n)`: the mean of what was computed and its transpose.
 
         Args:
-            chunk_size: how many rows to compute at once; by default all that belong to one variable. It bounds the
-                memory and changes no value.
+            chunk_size: how many rows to compute at once, 64 by default. It bounds the memory and changes no value.
 
         Raises:
             MemoryError: if the matrix would not fit into half of the machine's memory.
         """
-        chunk_size = jacobians.checked_chunk_size(chunk_size)
+        chunk_size = jacobians.checked_chunk_size(chunk_size) or COLUMNS
         n, dtype = self._parameters.size, _array_dtype(self.dtype)
         dense_memory.check(self._owner, n, dtype)
         matrix = np.empty((n, n), dtype)
+        per_call = max(_NUMBERS_OF_A_CALL // max(n, 1) // chunk_size, 1) * chunk_size
         tasks = [
-            (place, start, min(chunk_size or count, count))
-            for place, count in enumerate(s.stop - s.start for s in self.slices)
-            for start in range(0, count, chunk_size or max(count, 1))
+            (place, start, min(per_call, s.stop - s.start))
+            for place, s in enumerate(self.slices)
+            for start in range(0, s.stop - s.start, per_call)
         ]
         with Progress(len(tasks), f"{self._owner}.dense", self._verbose) as progress:
             for place, start, size in tasks:
                 first, last = self.slices[place].start + start, self.slices[place].stop
-                rows = ops.convert_to_numpy(self._rows(place, start, size))[: last - first]
-                matrix[first : first + len(rows)] = rows
+                totals, count = self._rows(place, start, size, chunk_size)
+                for total, columns in zip(totals, self.slices, strict=True):
+                    rows = ops.convert_to_numpy(total)[: last - first].reshape(-1, columns.stop - columns.start)
+                    np.divide(rows, count, out=matrix[first : first + len(rows), columns])
                 progress.update()
-        matrix += matrix.T.copy()
-        matrix *= 0.5
+        dense_memory.symmetrize(matrix)
         return matrix
 
     def blocks(self, chunk_size=None):
@@ -245,19 +252,20 @@ class CurvatureOperator:
             offset: a vector as `@` takes one; None for the weights as they are. They are not changed.
         """
         if offset is None:
-            offset = ops.zeros((self.shape[0],), dtype=self.dtype)
+            parts = self._parameters.zeros()
         else:
-            offset, _ = self._parameters.received(offset)
-            if len(offset.shape) != 1:
-                raise ValueError(f"loss expects one vector as `offset`. Received: {len(offset)} columns.")
+            parts, count, _ = self._parameters.received(offset)
+            if count is not None:
+                raise ValueError(f"loss expects one vector as `offset`. Received: {count} columns.")
         add = functools.partial(_add_loss, self._loss)
-        return float(self._over_data("loss", add, ops.zeros((), dtype=self.dtype), offset))
+        (total,), count = self._over_data("loss", add, [ops.zeros((), dtype=self.dtype)], parts)
+        return float(total) / count
 
     def gradient(self):
         """The gradient of that loss by the variables, a NumPy array of shape `(n,)`."""
-        zeros = ops.zeros((self.shape[0],), dtype=self.dtype)
         add = functools.partial(_add_gradient, self._loss)
-        return ops.convert_to_numpy(self._over_data("gradient", add, zeros, zeros))
+        totals, count = self._over_data("gradient", add, self._parameters.zeros(), ())
+        return self._parameters.joined_in_numpy([total / count for total in totals])
 
     def loss_surface(self, directions=None, distance=1.0, points=21, seed=0):
         r"""The loss $L(\theta + a \, u_1 + b \, u_2)$ over a plane through the weights.
@@ -327,39 +335,39 @@ class CurvatureOperator:
         linear = self._spec.of_batch(self.model, self._parameters.variables_as_tensors(), batch, self._seed(0))
         linear.keep()
 
+        size = batch_size_of(batch)
+
         def product(vector):
-            parts = self._parameters.split(ops.convert_to_tensor(vector, dtype=self.dtype))
-            total = ops.stop_gradient(self._parameters.joined(linear.apply(parts)))
-            size = batch_size_of(batch)
-            total, count = backend.summed_over_processes(size * total, size)
-            return ops.convert_to_numpy(total / count)
+            products = linear.apply(self._parameters.split(np.asarray(vector)))
+            totals, count = backend.summed_over_processes([size * ops.stop_gradient(p) for p in products], size)
+            return self._parameters.joined_in_numpy([total / count for total in totals])
 
         return product
 
     def _progress(self, what):
         return functools.partial(Progress, title=f"{self._owner}.{what}", verbose=self._verbose)
 
-    def _product(self, vectors):
-        if 0 in vectors.shape:
+    def _product(self, vectors, columns):
+        if columns == 0:
             return vectors
-        return self._over_data("product", _add_product, vectors, vectors)
+        zeros = self._parameters.zeros(() if columns is None else (columns,))
+        totals, count = self._over_data("product", _add_product, zeros, vectors)
+        return [total / count for total in totals]
 
-    def _rows(self, place, start, size):
-        total = ops.zeros((size, self.shape[0]), dtype=self.dtype)
-        index = ops.convert_to_tensor(np.arange(start, start + size, dtype="int32"))
-        return self._over_data(("rows", place), functools.partial(_add_rows, place), total, index)
+    def _rows(self, place, start, size, chunk_size):
+        add = functools.partial(_add_rows, place, size, chunk_size)
+        start = ops.convert_to_tensor(np.int32(start))
+        return self._over_data(("rows", place, size, chunk_size), add, self._parameters.zeros((size,)), start)
 
-    def _over_data(self, what, add, like, vectors):
-        """The mean over all examples of what `add` adds for each batch."""
+    def _over_data(self, what, add, totals, vectors):
+        """The sums over all batches of what `add` adds for one, from zeros as `totals`; and the number of examples."""
         self._prepare()
-        total, count = ops.zeros_like(like), 0
+        count = 0
         for number, batch in enumerate(self._batches):
             count += batch_size_of(batch)
             batch = nesting.map_structure(_spread, batch)
-            # Weights that it is not taken by may have a graph of their own on torch.
-            total = ops.stop_gradient(self._run(what, add, total, vectors, batch, self._seed(number)))
-        total, count = backend.summed_over_processes(total, count)
-        return total / count
+            totals = self._run(what, add, totals, vectors, batch, self._seed(number))
+        return backend.summed_over_processes(totals, count)
 
     def _run(self, what, add, *args):
         # The spec is all that the body may hold: what is compiled is kept with the model.
@@ -386,10 +394,9 @@ class CurvatureOperator:
         self._is_checked = True
 
     def _first_product(self, batch):
-        v = np.random.default_rng(0).choice([-1.0, 1.0], self.shape[0])
-        v = ops.convert_to_tensor(v, dtype=self.dtype)
-        product = self._run("product", _add_product, ops.zeros_like(v), v, batch, self._seed(0))
-        return ops.convert_to_numpy(product)
+        v = self._parameters.split(np.random.default_rng(0).choice([-1.0, 1.0], self.shape[0]))
+        product = self._run("product", _add_product, self._parameters.zeros(), v, batch, self._seed(0))
+        return self._parameters.joined_in_numpy(product)
 
 
 def _spread(x):
@@ -408,52 +415,61 @@ class LinearizedOperator:
         return self._matvec(vector)
 
 
-# Each adds what a batch has of something, times the number of its examples. `of_part` sees a part of the batch where
-# replicas share it, and the sum over the parts is that of the batch.
+# Each adds to `totals` what a batch has of something, times the number of its examples. `of_part` sees a part of the
+# batch where replicas share it, and its `size`, which multiplies the vectors where they are fewer than the products;
+# the sum over the parts is that of the batch.
 
 
-def _add_product(spec, parameters, model, total, vectors, batch, seed):
-    def of_part(part):
+def _add_product(spec, parameters, model, totals, vectors, batch, seed):
+    def of_part(part, size):
         linear = spec.of_batch(model, parameters.variables_as_tensors(), part, seed)
-        parts = parameters.split(vectors)
-        if len(vectors.shape) == 1:
-            return parameters.joined(linear.apply(parts))
-        return parameters.joined(linear.apply_stack(parts), (vectors.shape[0],))
+        is_stack = len(vectors[0].shape) > len(parameters.shapes[0])
+        return (linear.apply_stack if is_stack else linear.apply)([size * v for v in vectors])
 
-    return total + _summed(of_part, batch, parameters), None
+    return _added(totals, of_part, batch, parameters)
 
 
-def _add_rows(place, spec, parameters, model, total, index, batch, seed):
+def _add_rows(place, count, chunk_size, spec, parameters, model, totals, start, batch, seed):
     shape, dtype = parameters.shapes[place], parameters.variables[place].dtype
+    every = ops.arange(math.prod(shape), dtype="int32")
 
-    def of_part(part):
+    def of_part(part, size):
         linear = spec.of_batch(model, parameters.variables_as_tensors(), part, seed)
-        units = ops.equal(index[:, None], ops.arange(math.prod(shape), dtype="int32")[None, :])
-        rows = linear.rows(place, ops.reshape(ops.cast(units, dtype), (-1, *shape)))
-        return parameters.joined(rows, (index.shape[0],))
 
-    return total + _summed(of_part, batch, parameters), None
+        def rows(numbers):
+            units = size * ops.cast(ops.equal((start + numbers)[:, None], every[None, :]), dtype)
+            return linear.rows(place, ops.reshape(units, (-1, *shape)))
 
+        if count <= chunk_size:
+            return rows(ops.arange(count, dtype="int32"))
+        return backend.map_chunks(rows, count, chunk_size)
 
-def _add_loss(loss, spec, parameters, model, total, offset, batch, seed):
-    def of_part(part):
-        weights = [w + d for w, d in zip(parameters.variables_as_tensors(), parameters.split(offset), strict=True)]
-        return ops.cast(loss.total(model, weights, *part), total.dtype)
-
-    return total + _summed(of_part, batch, parameters), None
+    return _added(totals, of_part, batch, parameters)
 
 
-def _add_gradient(loss, spec, parameters, model, total, _, batch, seed):
-    def of_part(part):
-        return parameters.joined(grad(lambda w: loss.total(model, w, *part))(parameters.variables_as_tensors()))
+def _add_loss(loss, spec, parameters, model, totals, offset, batch, seed):
+    def of_part(part, size):
+        weights = [w + d for w, d in zip(parameters.variables_as_tensors(), offset, strict=True)]
+        return [size * loss.total(model, weights, *part)]
 
-    return total + _summed(of_part, batch, parameters), None
+    return _added(totals, of_part, batch, parameters)
 
 
-def _summed(of_part, batch, parameters):
-    return backend.summed_over_replicas(
-        lambda part: batch_size_of(part) * of_part(part), batch, parameters.variables[0]
+def _add_gradient(loss, spec, parameters, model, totals, _, batch, seed):
+    def of_part(part, size):
+        gradient = grad(lambda w: loss.total(model, w, *part))(parameters.variables_as_tensors())
+        return [size * g for g in gradient]
+
+    return _added(totals, of_part, batch, parameters)
+
+
+def _added(totals, of_part, batch, parameters):
+    of_batch = backend.summed_over_replicas(
+        lambda part: of_part(part, batch_size_of(part)), batch, parameters.variables[0]
     )
+    # Weights that it is not taken by may have a graph of their own on torch.
+    sums = [ops.stop_gradient(t + ops.cast(b, t.dtype)) for t, b in zip(totals, of_batch, strict=True)]
+    return sums, None
 
 
 def _array_dtype(dtype):

@@ -35,41 +35,61 @@ class Parameters:
     def split(self, vectors):
         """A vector `(n,)`, or a stack of them `(k, n)`, as a tensor for each variable, behind the axis of the stack."""
         stack = tuple(vectors.shape[:-1])
+        reshape = np.reshape if isinstance(vectors, np.ndarray) else ops.reshape
         return [
-            ops.cast(ops.reshape(vectors[..., place], (*stack, *shape)), v.dtype)
+            ops.convert_to_tensor(reshape(vectors[..., place], (*stack, *shape)), dtype=v.dtype)
             for place, shape, v in zip(self.slices, self.shapes, self.variables, strict=True)
         ]
 
     def joined(self, parts, stack=()):
         """The inverse of `split`."""
-        flat = [ops.cast(ops.reshape(part, (*stack, -1)), self.dtype) for part in parts]
+        flat = [
+            ops.cast(ops.reshape(part, (*stack, place.stop - place.start)), self.dtype)
+            for part, place in zip(parts, self.slices, strict=True)
+        ]
         return flat[0] if len(flat) == 1 else ops.concatenate(flat, axis=-1)
 
+    def joined_in_numpy(self, parts, stack=()):
+        """The same as a NumPy array."""
+        flat = [
+            # Not -1: a stack may be empty.
+            ops.convert_to_numpy(ops.cast(part, self.dtype)).reshape(*stack, place.stop - place.start)
+            for part, place in zip(parts, self.slices, strict=True)
+        ]
+        return np.concatenate(flat, axis=-1)
+
+    def zeros(self, stack=()):
+        """Where products are summed up: a tensor for each variable, in the common dtype."""
+        return [ops.zeros((*stack, *shape), dtype=self.dtype) for shape in self.shapes]
+
     def received(self, given):
-        """What stands to the right of `@` as vectors `(n,)` or `(k, n)`, and what turns a product into its kind."""
+        """What stands to the right of `@`: its tensors, how many columns they are, and how to give them back in kind.
+
+        The columns, of a matrix, are the first axis of the tensors; a single vector has None of them.
+        """
         if nesting.is_nested(given):
             if not all(map(validation.is_number, nesting.flatten(given))):
                 return self._received_structure(given)
             given = np.asarray(nesting.flatten(given))
         is_array = not _is_tensor(given)
-        array = np.asarray(given) if is_array else ops.convert_to_tensor(given)
-        shape = tuple(array.shape)
-        is_real = validation.dtype_of(array).startswith(("float", "bfloat", "int", "uint", "bool"))
+        vectors = np.asarray(given) if is_array else ops.convert_to_tensor(given)
+        shape = tuple(vectors.shape)
+        is_real = validation.dtype_of(vectors).startswith(("float", "bfloat", "int", "uint", "bool"))
         if not is_real or len(shape) not in (1, 2) or shape[0] != self.size:
             raise ValueError(
                 f"{self._owner} multiplies a vector of shape ({self.size},), a matrix of shape ({self.size}, columns), "
                 f"or tensors nested and shaped as its {len(self.variables)} variables are. Received: "
                 f"{validation.describe(given)}."
             )
-        vectors = ops.convert_to_tensor(array, dtype=self.dtype)
-        if len(shape) == 2:
-            vectors = ops.transpose(vectors)
+        transpose = np.transpose if is_array else ops.transpose
+        columns = shape[1:]
 
-        def in_kind(product):
-            product = ops.transpose(product) if len(shape) == 2 else product
-            return ops.convert_to_numpy(product) if is_array else product
+        def in_kind(parts):
+            product = (self.joined_in_numpy if is_array else self.joined)(parts, columns)
+            return transpose(product) if columns else product
 
-        return vectors, in_kind
+        parts = self.split(transpose(vectors) if columns else vectors)
+        return parts, columns[0] if columns else None, in_kind
 
     def _received_structure(self, given):
         leaves = nesting.flatten(given)
@@ -79,11 +99,11 @@ class Parameters:
         for part, v in zip(parts, self.variables, strict=True):
             validation.require_shape(part, v.shape, "Each entry of a nested vector", f"its variable {v.path!r}")
 
-        def in_kind(product):
-            parts = self.split(product)
+        def in_kind(parts):
+            parts = [ops.cast(part, v.dtype) for part, v in zip(parts, self.variables, strict=True)]
             return nesting.pack_as(given, map(ops.convert_to_numpy, parts) if is_array else parts)
 
-        return self.joined(parts), in_kind
+        return parts, None, in_kind
 
 
 def _is_tensor(x):

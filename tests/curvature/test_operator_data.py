@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_gradtools.curvature import Fisher, GaussNewton, Hessian, progress
+from keras_gradtools.curvature import Fisher, GaussNewton, Hessian, operator, progress
 
 RNG = np.random.default_rng(5)
 N, D, K, SIZE = 17, 3, 2, 5
@@ -253,7 +253,9 @@ class TestProgress:
         out = capsys.readouterr().out
         assert "Hessian @ matrix" in out and "3/3" in out
 
-    def test_a_bar_of_dense(self, capsys):
+    def test_a_bar_of_dense(self, capsys, monkeypatch):
+        # Two rows for each program.
+        monkeypatch.setattr(operator, "_NUMBERS_OF_A_CALL", 2 * D * K)
         GaussNewton(linear(), "mse", (X, T), batch_size=SIZE, verbose=1).dense(chunk_size=2)
         out = capsys.readouterr().out
         assert "GaussNewton.dense" in out and "3/3" in out
@@ -278,5 +280,6 @@ class TestProgress:
 
     def test_one_for_what_takes_long(self, capsys, monkeypatch):
         monkeypatch.setattr(progress.Progress, "QUIET_SECONDS", 0.0)
+        monkeypatch.setattr(operator, "_NUMBERS_OF_A_CALL", 2 * D * K)
         Hessian(linear(), "mse", (X, T), batch_size=SIZE).dense(chunk_size=2)
         assert "Hessian.dense" in capsys.readouterr().out

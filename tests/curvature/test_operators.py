@@ -679,7 +679,10 @@ class TestMonteCarlo:
             curvature = curvature_of_cross_entropies(z)
         return of_linear(self.FEW, curvature)
 
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize(
+        "case",
+        ["sparse", "mse", *[pytest.param(c, marks=pytest.mark.slow) for c in ("sparse logits", "one-hot", "binary")]],
+    )
     def test_converges_to_the_exact_one(self, case):
         # 16800 draws: an error of sqrt(2 / 16800) = 1% is to be expected of a single element.
         found, exact = matrix_of(self.fisher(case, samples=8)), self.exact(case)
@@ -896,7 +899,7 @@ def use(operator):
     operator.eigsh(k=1, max_restarts=1, tol=1.0)
 
 
-@pytest.mark.parametrize("cls", [Hessian, GaussNewton, Fisher])
+@pytest.mark.parametrize("cls", [Hessian, pytest.param(GaussNewton, marks=pytest.mark.slow), Fisher])
 def test_nothing_in_the_model_changes(cls):
     model = with_much_state()
     model(X, training=True)

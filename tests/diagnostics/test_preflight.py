@@ -71,7 +71,11 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
+# The two that take long are compositions of others.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("Bidirectional", "TimeDistributed") else n for n in RIGHT],
+)
 def test_a_layer_that_is_right(name):
     shape = (4,) if name.startswith("Dense") else (6, 4)
     verdict = of_one(RIGHT[name](), shape)

@@ -670,16 +670,19 @@ class TestSeeds:
 
     def test_the_same_number_gives_the_same_value(self, method):
         a, b, c = self.estimates(method, [3, 3, 4])
-        assert a == b != c
+        # Not equal: a sum's last bit follows where its operands lie in memory.
+        assert a == pytest.approx(b, rel=1e-6)
+        assert a != pytest.approx(c, rel=1e-3)
 
     @pytest.mark.parametrize("seed", [None, "generator"])
     def test_a_generator_goes_on(self, method, seed):
         seed = keras.random.SeedGenerator(1) if seed else None
-        assert len(set(self.estimates(method, [seed] * 3))) == 3
+        one, two, three = self.estimates(method, [seed] * 3)
+        assert min(abs(one - two), abs(one - three), abs(two - three)) > 1e-3 * abs(one)
 
     def test_equal_generators_give_equal_values(self, method):
         one, two = (self.estimates(method, [keras.random.SeedGenerator(5)] * 2) for _ in range(2))
-        assert one == two
+        assert one == pytest.approx(two, rel=1e-6)
 
 
 # --- how it is called ---

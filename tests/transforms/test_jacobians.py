@@ -136,13 +136,19 @@ def _models():
     yield "depthwise convolution", (5, 5, 2), [layers.DepthwiseConv2D(3), layers.GlobalAveragePooling2D()]
     yield "transposed convolution", (3, 3, 1), [layers.Conv2DTranspose(1, 2), layers.GlobalMaxPooling2D()]
     yield "convolution in time", (6, 2), [layers.Conv1D(3, 3, activation="tanh"), layers.Flatten()]
+    yield "simple rnn", (4, 2), [layers.SimpleRNN(3)]
     yield "lstm", (4, 2), [layers.LSTM(3)]
     yield "gru", (4, 2), [layers.GRU(3)]
     yield "normalization", (4, 3), [layers.LayerNormalization(), layers.Flatten(), layers.Dense(2)]
     yield "batch normalization", (4,), [layers.Dense(3), layers.BatchNormalization(), layers.Dense(2)]
 
 
-MODELS = list(_models())
+# Compiling their loops takes TensorFlow half a minute each.
+LONG = ("lstm", "gru")
+MODELS = [
+    pytest.param(*model, id=name.replace(" ", "_"), marks=[pytest.mark.slow] if name in LONG else [])
+    for name, *model in _models()
+]
 
 
 def attention():
@@ -161,7 +167,7 @@ def built(shape, stack):
 
 class TestBatchJacobian:
     @pytest.mark.parametrize("mode", ["forward", "reverse"])
-    @pytest.mark.parametrize("shape, stack", [m[1:] for m in MODELS], ids=[m[0].replace(" ", "_") for m in MODELS])
+    @pytest.mark.parametrize("shape, stack", MODELS)
     def test_layers(self, shape, stack, mode):
         self.check(built(shape, stack), shape, mode)
 

@@ -40,10 +40,14 @@ def shared():
     return keras.Model(x, layers.Dense(2)(layer(x) * layer(ops.sin(x)))), layer
 
 
-def in_time():
+def in_time(recurrent=layers.SimpleRNN):
     layer = layers.Dense(2, activation="tanh")
     x = keras.Input((4, 3))
-    return keras.Model(x, layers.Dense(2)(layers.LSTM(3)(layer(x)))), layer
+    return keras.Model(x, layers.Dense(2)(recurrent(3)(layer(x)))), layer
+
+
+def before_lstm():
+    return in_time(layers.LSTM)
 
 
 def nested():
@@ -62,7 +66,9 @@ def first():
     return keras.Sequential([layers.Input((3,)), layer, layers.Dense(4, activation="tanh"), layers.Dense(2)]), layer
 
 
-@pytest.mark.parametrize("make", [first, last, nested, shared, in_time])
+@pytest.mark.parametrize(
+    "make", [first, last, nested, shared, in_time, pytest.param(before_lstm, marks=pytest.mark.slow)]
+)
 def test_equals_the_hessian(make):
     model, layer = make()
     x, y = tensor(normal(5, *model.input_shape[1:])), ops.convert_to_tensor(np.array([0, 1, 1, 0, 1]))

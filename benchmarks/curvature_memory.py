@@ -1,0 +1,97 @@
+"""Peak memory of the top eigenvalue of a model of 10 million weights: `python -m benchmarks.curvature_memory`.
+
+Of a gradient, and of Lanczos' method with a basis of 8 vectors after 1 and after 6 restarts, each in a process of its
+own. Writes benchmarks/results/BACKEND_curvature_memory.json. For Linux.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
+
+UNITS, BATCH, BASIS = (1000, 2000, 2000, 2000, 10), 64, 8
+RESTARTS = (1, 6)
+# In bytes of the weights: what eigenvalues may need more than a gradient.
+TARGET = 16
+
+
+def build():
+    """Returns the Hessian of the loss of a network with tanh."""
+    import keras
+    import numpy as np
+    from keras import layers
+
+    import keras_gradtools as kg
+
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(n, activation="tanh") for n in UNITS[1:-1]]
+    model = keras.Sequential([layers.Input(UNITS[:1]), *hidden, layers.Dense(UNITS[-1])])
+    random = np.random.default_rng(0)
+    x = random.normal(size=(BATCH, UNITS[0])).astype("float32")
+    y = random.integers(0, UNITS[-1], BATCH).astype("int32")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return kg.curvature.Hessian(model, loss, (x, y), batch_size=BATCH, verbose=0)
+
+
+def eigenvalue(hessian, restarts):
+    """The largest eigenvalue as it is after so many restarts."""
+    from keras_gradtools.curvature import EigenvalueConvergenceError
+
+    try:
+        # A tolerance that is never met.
+        hessian.eigsh(k=1, ncv=BASIS, max_restarts=restarts, tol=1e-14)
+    except EigenvalueConvergenceError as error:
+        return float(error.eigenvalues[-1])
+    raise AssertionError("The eigenvalue has converged before the memory of so many restarts could be seen.")
+
+
+def measure_here(restarts):
+    """Prints the peak of a gradient, or of Lanczos' method with so many restarts."""
+    from benchmarks import measure_backend, memory
+
+    measure_backend.reference().use_one_thread()
+    hessian = build()
+    block = measure_backend.reference().block
+    if restarts is None:
+        print(memory.peak_mib(hessian.gradient, block, warm_ups=2, runs=2))
+    else:
+        hessian.gradient()
+        eigenvalue(hessian, 1)
+        print(memory.peak_mib(lambda: eigenvalue(hessian, restarts), block, warm_ups=0, runs=1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
+    parser.add_argument("--of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.of is not None:
+        return measure_here(None if options.of == "gradient" else int(options.of))
+    parameters = sum(a * b + b for a, b in zip(UNITS, UNITS[1:], strict=False))
+    weights_mib = round(4 * parameters / 2**20, 1)
+    for backend in options.backend or BACKENDS:
+        peaks = {}
+        for of in ("gradient", *map(str, RESTARTS)):
+            environment = {**os.environ, **environment_of(backend), "MALLOC_MMAP_THRESHOLD_": "65536"}
+            command = [sys.executable, "-m", "benchmarks.curvature_memory", f"--of={of}"]
+            done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+            peaks[of] = float(done.stdout.split()[-1])
+            over = (peaks[of] - peaks["gradient"]) / weights_mib
+            print(f"{backend}: {of}: peak {peaks[of]:.0f} MiB, {over:.1f} times the weights over a gradient", flush=True)
+        result = {
+            "backend": backend,
+            "parameters": parameters,
+            "weights_mib": weights_mib,
+            "basis": BASIS,
+            "gradient_mib": peaks.pop("gradient"),
+            "by_restarts_mib": peaks,
+            "target_in_weights": TARGET,
+        }
+        (RESULTS / f"{backend}_curvature_memory.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
