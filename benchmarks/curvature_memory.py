@@ -80,7 +80,8 @@ def main():
             done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
             peaks[of] = float(done.stdout.split()[-1])
             over = (peaks[of] - peaks["gradient"]) / weights_mib
-            print(f"{backend}: {of}: peak {peaks[of]:.0f} MiB, {over:.1f} times the weights over a gradient", flush=True)
+            what = of if of == "gradient" else f"eigenvalue, restarts {of}"
+            print(f"{backend}, {what}: {peaks[of]:.0f} MiB, over a gradient {over:.1f} times the weights", flush=True)
         result = {
             "backend": backend,
             "parameters": parameters,
