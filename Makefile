@@ -48,7 +48,7 @@ types: $(INSTALLED)  ## check the types of the package
 	@$(BIN)/mypy
 
 bench: $(INSTALLED)  ## measure against hand-written code, one backend after the other
-	@for backend in $(or $(BACKEND),$(BACKENDS)); do KERAS_BACKEND=$$backend $(BIN)/python benchmarks/run.py || exit 1; done
+	@$(BIN)/python -m benchmarks.run $(addprefix --backend ,$(BACKEND))
 
 docs: $(INSTALLED)  ## build the API reference into site/
 	@$(BIN)/pdoc --docformat google --math -o site keras_gradtools '!keras_gradtools.backend'

@@ -1,15 +1,16 @@
 """A product by one record that is kept, the compiled product, and a gradient: `python -m benchmarks.curvature_modes`.
 
-Interleaved in one process for each backend; medians of the runs, and their ratios.
+Interleaved in one process for each backend; medians. Writes benchmarks/results/BACKEND_curvature_modes.json.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 
-from benchmarks.run import BACKENDS, ROOT, environment_of
+from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
 
 BATCHES = {"MLP": 256, "conv net": 64, "wide MLP": 512, "small MLP": 256}
 WARM_UPS = 3
@@ -23,6 +24,7 @@ def measure(runs):
     from benchmarks import models
     from keras_gradtools.backend import name
 
+    results = []
     for model_name, batch in BATCHES.items():
         model = models.build(model_name)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -45,6 +47,9 @@ def measure(runs):
             f"product / gradient {ms['product'] / ms['gradient']:.2f}; they differ by {error:.0e}",
             flush=True,
         )
+        in_ms = {f"{way.replace(' ', '_')}_ms": round(value, 3) for way, value in ms.items()}
+        results.append({"model": model_name, "batch": batch, **in_ms})
+    (RESULTS / f"{name()}_curvature_modes.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main():

@@ -32,10 +32,10 @@ def hand_written(name):
     raise LookupError(f"There is no hand-written {name!r} for {keras.backend.backend()}.")
 
 
-def cases(containing=""):
+def cases(part, containing=""):
     """Every row in every mode, model and batch size, as tuples."""
     backend = keras.backend.backend()
-    for row in rows.rows_of(backend, containing):
+    for row in rows.rows_of(backend, part, containing):
         for mode in row.modes_on(backend):
             if mode in reference().MODES:
                 for model, batches in row.batches.items():
@@ -157,6 +157,7 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--part", required=True)
     parser.add_argument("--rows", default="")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--memory", action="store_true")
@@ -169,7 +170,9 @@ def main():
         # In a file rich would take it for 80 columns, which are too few for the table.
         console = Console(width=170)
     # A row's memory takes two processes of its own, and it is in Jacobians that memory decides what can be done.
-    todo = list(cases(options.rows or ("Jacobian" if options.memory else "")))
+    todo = list(cases(options.part, options.rows or ("Jacobian" if options.memory else "")))
+    if not todo:
+        return
     result = {"backend": backend, "machine": machine(), "rows": []}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(backend, total=len(todo))
@@ -180,12 +183,12 @@ def main():
             else:
                 result["rows"].append(_measure(row, mode, model, batch, options.quick))
             progress.advance(task)
-    if not options.memory and not options.rows:
+    if options.part == "gradients" and not options.memory and not options.rows:
         result["overheads"] = _overheads(options.quick)
 
     tables.show(console, result)
     if not options.rows and not options.quick:
-        path = RESULTS / f"{backend}{'_memory' if options.memory else ''}.json"
+        path = RESULTS / f"{backend}_{'memory' if options.memory else options.part}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"Saved to {path.relative_to(ROOT)}; python -m benchmarks.report writes the page")
 

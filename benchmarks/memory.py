@@ -80,7 +80,7 @@ def _main():
     by_hand.use_one_thread()
     row, mode, model, batch = next(
         case
-        for case in measure_backend.cases(options.row)
+        for case in measure_backend.cases("gradients", options.row)
         if (case[0].name, *case[1:]) == (options.row, options.mode, options.model, int(options.batch))
     )
     ours, theirs = measure_backend.prepare(row, mode, model, batch)

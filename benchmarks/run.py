@@ -1,15 +1,18 @@
 """Runs the benchmarks, one process for each backend: `python -m benchmarks.run`.
 
-A run of everything writes benchmarks/results/BACKEND.json (or BACKEND_memory.json, with --memory), which
-`python -m benchmarks.report` turns into docs/benchmarks.md. A part of it (--rows) or a rough one (--quick)
-is shown and not saved, so that a file always holds one whole run.
+A run of a part of `rows.PARTS` writes benchmarks/results/BACKEND_PART.json (or BACKEND_memory.json, with --memory),
+which `python -m benchmarks.report` turns into docs/benchmarks.md. Some rows alone (--rows) or a rough run (--quick) are
+shown and not saved, so that a file always holds one whole run.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import subprocess
 import sys
+
+from benchmarks.rows import PARTS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,6 +37,7 @@ def environment_of(backend):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
+    parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated; all where none is named")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--quick", action="store_true", help="a few runs of each, to see that it works")
     parser.add_argument("--memory", action="store_true", help="measure the Jacobians' peak memory instead of time")
@@ -44,10 +48,12 @@ def main():
     flags = [f"--rows={options.rows}"]
     flags += [f"--{name}" for name in ("quick", "memory") if getattr(options, name)]
     failed = []
-    for backend in backends:
-        command = [sys.executable, "-m", "benchmarks.measure_backend", *flags]
+    # Memory is measured of Jacobians, which are in the first part.
+    parts = ["gradients"] if options.memory else options.part or PARTS
+    for backend, part in itertools.product(backends, parts):
+        command = [sys.executable, "-m", "benchmarks.measure_backend", f"--part={part}", *flags]
         if subprocess.run(command, cwd=ROOT, env=environment_of(backend), check=False).returncode:
-            failed.append(backend)
+            failed.append(f"{backend} ({part})")
     if failed:
         sys.exit(f"Failed on {', '.join(failed)}")
 

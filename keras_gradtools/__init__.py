@@ -1,6 +1,17 @@
 """Advanced gradient utilities for Keras 3, the same on TensorFlow, JAX and PyTorch."""
 
-from keras_gradtools import attacks, callbacks, curvature, diagnostics, layers, models, plots, regularization, testing
+from keras_gradtools import (
+    attacks,
+    callbacks,
+    curvature,
+    diagnostics,
+    layers,
+    models,
+    optimizers,
+    plots,
+    regularization,
+    testing,
+)
 from keras_gradtools.custom_gradients import custom_gradient
 from keras_gradtools.gradient_ops import (
     clip_gradient_norm,
@@ -54,6 +65,7 @@ __all__ = [
     "layers",
     "linearize",
     "models",
+    "optimizers",
     "per_example_grad",
     "plots",
     "regularization",

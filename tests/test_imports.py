@@ -18,7 +18,8 @@ LEVELS = [
     {"transforms"},
     {"finite_differences"},
     {"curvature", "regularization", "attacks", "diagnostics", "plots", "testing"},
-    {"layers", "models", "callbacks", "optimizers"},
+    {"optimizers"},
+    {"layers", "models", "callbacks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # These belong to the adapters alone: the frameworks, Keras' internals, and the question which backend it is.

@@ -10,22 +10,25 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 
-# In the order of the tables.
-FILES = (
-    "gradients",
-    "double_backward",
-    "batch_jacobian",
-    "bare_tape",
-    "eager_tape",
-    "regularized_step",
-    "jacobians",
-    "hessians",
-    "products",
-    "curvature",
-    "over_one_gradient",
-    "guide",
-    "order_of_modes",
-)
+# The files of rows in the order of the tables, by the part of the benchmarks that they belong to. A part is
+# measured, and its result kept, whole.
+PARTS = {
+    "gradients": (
+        "gradients",
+        "double_backward",
+        "batch_jacobian",
+        "bare_tape",
+        "eager_tape",
+        "regularized_step",
+        "jacobians",
+        "hessians",
+        "products",
+        "over_one_gradient",
+        "guide",
+        "order_of_modes",
+    ),
+    "curvature": ("curvature",),
+}
 
 # The modes of a row that is about compiled code, and of one whose transform compiles by itself: on torch,
 # which has no compiler here, both run eagerly.
@@ -112,9 +115,9 @@ def row(
     return add
 
 
-def rows_of(backend, containing=""):
-    modules = [importlib.import_module(f"benchmarks.rows.{file}").__name__ for file in FILES]
-    found = [r for r in _rows if backend in r.backends and containing in r.name]
+def rows_of(backend, part, containing=""):
+    modules = [importlib.import_module(f"benchmarks.rows.{file}").__name__ for file in PARTS[part]]
+    found = [r for r in _rows if r.ours.__module__ in modules and backend in r.backends and containing in r.name]
     return sorted(found, key=lambda r: modules.index(r.ours.__module__))
 
 

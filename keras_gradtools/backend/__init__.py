@@ -14,7 +14,7 @@ which exists once for all backends.
 | `pushforward_batch(tape, targets, sources, tangents)`| the same for a stack of tangents on axis 0       |
 | `linearize(tape, targets, sources, is_symmetric)`   | `tangents -> pushforward`, its other work done once |
 | `map_chunks(fun, count, chunk_size)`                | `fun(numbers)` on the numbers below `count`, a chunk at a time |
-| `per_example_gradients(fun, weights, examples)`     | the gradient for each example, vectorized         |
+| `per_example_gradients(fun, weights, examples, must_vectorize)` | each example's gradient, vectorized if possible |
 | `jit(fun)`                                          | the framework's compiler, Keras variables as state|
 | `compiled(fun)`                                     | compiled by itself where no training step can be  |
 | `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
@@ -26,6 +26,8 @@ which exists once for all backends.
 | `with_random_state(state)`                          | a block in which it is `state` again              |
 | `spread(x)`                                         | examples on the devices that share them           |
 | `summed_over_replicas(fun, batch, variable)`        | the sum of `fun(part)` over the replicas' parts |
+| `replica_results(fun, batch, variable)`             | `fun(part)` for each replica's part, in a list    |
+| `train_function(model, step)`                       | what `fit` calls, for a `step(batch)` in plain Python |
 | `summed_over_processes(totals, count)`              | tensors and a number summed over the processes that train |
 | `may_compile()`                                     | whether a function called now may be compiled by itself |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |

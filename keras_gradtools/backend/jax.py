@@ -30,10 +30,12 @@ __all__ = [
     "pushforward",
     "pushforward_batch",
     "random_state",
+    "replica_results",
     "settled",
     "spread",
     "summed_over_processes",
     "summed_over_replicas",
+    "train_function",
     "with_random_state",
 ]
 
@@ -215,6 +217,36 @@ def summed_over_replicas(fun, batch, variable):
     return fun(batch)
 
 
+def replica_results(fun, batch, variable):
+    return [fun(batch)]
+
+
+def train_function(model, step):
+    """Between steps, Keras has the state in arrays, and none in the variables, which `step` reads and assigns."""
+
+    def function(state, iterator):
+        stores = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+        for variables, values in zip(stores, state, strict=True):
+            for variable, value in zip(variables, values, strict=True):
+                if variable._value is not value:
+                    variable.assign(value)
+        model._jax_state_synced = True
+        logs = step(next(iterator))
+        for _ in range(model.steps_per_execution - 1):
+            try:
+                logs = step(next(iterator))
+            except StopIteration:
+                break
+        return logs, tuple([v.value for v in variables] for variables in stores)
+
+    return function
+
+
 def summed_over_processes(totals, count):
     return totals, count
 
@@ -256,5 +288,5 @@ def map_chunks(fun, count, chunk_size):
     return present.restore([x.reshape(-1, *x.shape[2:])[:count] for x in mapped])
 
 
-def per_example_gradients(fun, weights, examples):
+def per_example_gradients(fun, weights, examples, must_vectorize=False):
     return jax.vmap(jax.grad(fun), in_axes=(None, 0))(weights, examples)

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 
+import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
@@ -35,10 +36,12 @@ __all__ = [
     "pushforward",
     "pushforward_batch",
     "random_state",
+    "replica_results",
     "settled",
     "spread",
     "summed_over_processes",
     "summed_over_replicas",
+    "train_function",
     "with_random_state",
 ]
 
@@ -232,21 +235,62 @@ def spread(x):
 
 
 def summed_over_replicas(fun, batch, variable):
+    strategy = _sharing_strategy(batch, variable)
+    if strategy is None:
+        return fun(batch)
+    with strategy.scope():
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, _on_replicas(strategy, fun, batch), axis=None)
+
+
+def replica_results(fun, batch, variable):
+    strategy = _sharing_strategy(batch, variable)
+    if strategy is None:
+        return [fun(batch)]
+    with strategy.scope():
+        found = _on_replicas(strategy, fun, batch)
+    leaves = [strategy.experimental_local_results(x) for x in nesting.flatten(found)]
+    return [nesting.pack_as(found, list(of_replica)) for of_replica in zip(*leaves, strict=True)]
+
+
+def _sharing_strategy(batch, variable):
+    """The strategy whose replicas share a batch; None where nobody does."""
     strategy = getattr(variable._value, "distribute_strategy", None)
-    is_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
-    if strategy is None or is_replica:
-        return fun(batch)
+    if strategy is None or (tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()):
+        return None
     count, size = strategy.num_replicas_in_sync, nesting.flatten(batch)[0].shape[0]
-    if count == 1 or size is None or size < count:
-        return fun(batch)
+    return None if count == 1 or size is None or size < count else strategy
+
+
+def _on_replicas(strategy, fun, batch):
+    count, size = strategy.num_replicas_in_sync, nesting.flatten(batch)[0].shape[0]
 
     def on_replica():
         i = int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
         places = slice(i * size // count, (i + 1) * size // count)
         return fun(nesting.map_structure(lambda x: x if x is None else x[places], batch))
 
-    with strategy.scope():
-        return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(on_replica), axis=None)
+    return strategy.run(on_replica)
+
+
+def train_function(model, step):
+    """What `fit` calls: a batch that Keras has split for replicas is put together again."""
+    strategy = model.distribute_strategy
+
+    def whole(x):
+        if isinstance(x, tf.experimental.Optional):
+            return None
+        parts = strategy.experimental_local_results(x)
+        return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+
+    def function(iterator):
+        logs = None
+        for _, batch in zip(range(model.steps_per_execution), iterator, strict=False):
+            logs = step(keras.tree.map_structure(whole, batch))
+        if logs is None:
+            raise StopIteration
+        return logs
+
+    return function
 
 
 def summed_over_processes(totals, count):
@@ -301,14 +345,17 @@ def _merged(chunks_of_rows):
     return tf.reshape(chunks_of_rows, tf.concat([[-1], tf.shape(chunks_of_rows)[2:]], 0))
 
 
-def per_example_gradients(fun, weights, examples):
+def per_example_gradients(fun, weights, examples, must_vectorize=False):
     def gradients(example):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
             value = fun(weights, example)
         return tape.gradient(value, weights, unconnected_gradients="zero")
 
-    return _map_rows(gradients, examples)
+    if not must_vectorize:
+        return _map_rows(gradients, examples)
+    with _without_the_log_of_the_vectorizer():
+        return _vectorize(gradients, examples)
 
 
 def _map_connected(fun, stacks):

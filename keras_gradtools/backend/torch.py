@@ -34,10 +34,12 @@ __all__ = [
     "pushforward",
     "pushforward_batch",
     "random_state",
+    "replica_results",
     "settled",
     "spread",
     "summed_over_processes",
     "summed_over_replicas",
+    "train_function",
     "with_random_state",
 ]
 
@@ -241,11 +243,22 @@ def summed_over_replicas(fun, batch, variable):
     return fun(batch)
 
 
+def replica_results(fun, batch, variable):
+    return [fun(batch)]
+
+
+def train_function(model, step):
+    def function(data):
+        return step(data[0])
+
+    return function
+
+
 def summed_over_processes(totals, count):
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return totals, count
-    totals = [total.contiguous().clone() for total in totals]
+    totals = [torch.as_tensor(total, device=get_device()).contiguous().clone() for total in totals]
     count = torch.tensor(count, dtype=torch.int64, device=totals[0].device)
     for x in (*totals, count):
         distributed.all_reduce(x)
@@ -291,12 +304,14 @@ def map_chunks(fun, count, chunk_size):
     return chunks.loop(fun, count, chunk_size)
 
 
-def per_example_gradients(fun, weights, examples):
+def per_example_gradients(fun, weights, examples, must_vectorize=False):
     # A tape cannot follow what is inside `torch.vmap`, and `torch.func` goes by its own rules there.
     try:
         mapped = torch.vmap(torch.func.grad(fun), in_dims=(None, 0), randomness="same")
         return mapped(weights, examples)
     except (RuntimeError, AttributeError) as error:
+        if must_vectorize:
+            raise
         rows = [_gradients(fun, weights, [x[i] for x in examples]) for i in range(len(examples[0]))]
         _warn_unvectorized(str(error).strip().splitlines()[0])
         return [torch.stack(column) for column in zip(*rows, strict=True)]

@@ -8,6 +8,7 @@ from keras_gradtools.curvature.fisher import Fisher
 from keras_gradtools.curvature.gauss_newton import GaussNewton
 from keras_gradtools.curvature.hessian import Hessian
 from keras_gradtools.curvature.loss_surface import LossSurface
+from keras_gradtools.curvature.newton_step import NewtonStepResult, StepReason
 from keras_gradtools.curvature.operator import CurvatureOperator
 from keras_gradtools.curvature.spectral_density import SpectralDensity
 
@@ -21,7 +22,9 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "LossSurface",
+    "NewtonStepResult",
     "SpectralDensity",
+    "StepReason",
     "conjugate_gradients",
     "damped_solve",
 ]

@@ -117,6 +117,32 @@ class Batches:
             return None
 
 
+class OneBatch:
+    """A single batch, already checked."""
+
+    count = 1
+
+    def __init__(self, batch):
+        self._batch = batch
+
+    def __iter__(self):
+        yield self._batch
+
+
+def refuse_non_finite(owner, batches):
+    """Raises `ValueError` if there is NaN or infinity in some batches."""
+    for number, batch in enumerate(batches):
+        for part, name in zip(batch, ("x", "y", "sample_weight"), strict=True):
+            for leaf in nesting.flatten(part):
+                array = None if leaf is None else ops.convert_to_numpy(leaf)
+                if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
+                    places = np.unique(np.argwhere(~np.isfinite(array))[:, 0])
+                    raise ValueError(
+                        f"{owner} expects finite data. Received: NaN or infinity in `{name}`, in batch {number}, of "
+                        f"{len(places)} examples, the first of them {places[0]}. The weights were not changed."
+                    )
+
+
 def batch_size_of(batch):
     """The number of examples of a batch."""
     return nesting.flatten(batch[0])[0].shape[0]

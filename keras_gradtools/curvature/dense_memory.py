@@ -21,14 +21,21 @@ def check(owner, n, dtype):
         )
 
 
-def symmetrize(matrix):
-    """Replaces a square array by the mean of it and its transpose, in place."""
-    n = len(matrix)
-    for i in range(0, n, _TILE):
-        for j in range(i, n, _TILE):
-            upper, lower = matrix[i : i + _TILE, j : j + _TILE], matrix[j : j + _TILE, i : i + _TILE]
-            mean = 0.5 * (upper + lower.T)
-            upper[:], lower[:] = mean, mean.T
+def symmetrize(matrix, slices):
+    """Makes a square array symmetric, in place: of the blocks by `slices` those below the diagonal are not read.
+
+    Those on the diagonal become the mean of what they are and their transpose.
+    """
+    for place in slices:
+        for i in range(place.start, place.stop, _TILE):
+            rows = slice(i, min(i + _TILE, place.stop))
+            for j in range(i, place.stop, _TILE):
+                columns = slice(j, min(j + _TILE, place.stop))
+                mean = 0.5 * (matrix[rows, columns] + matrix[columns, rows].T)
+                matrix[rows, columns], matrix[columns, rows] = mean, mean.T
+            for j in range(place.stop, len(matrix), _TILE):
+                columns = slice(j, j + _TILE)
+                matrix[columns, rows] = matrix[rows, columns].T
 
 
 def _physical_memory():

@@ -54,18 +54,18 @@ class GaussNewtonOfBatch:
     seed = 0
 
     def __init__(self, loss, with_regularizers):
-        self._loss, self._with_regularizers = loss, with_regularizers
+        self.loss, self._with_regularizers = loss, with_regularizers
         self.key = (loss.key, with_regularizers)
 
     def of_batch(self, model, weights, batch, seed):
         x, y, sample_weight = batch
-        call = taped("GaussNewton", lambda w: self._loss.outputs(model, w, x), weights)
+        call = taped("GaussNewton", lambda w: self.loss.outputs(model, w, x), weights)
 
         def loss_of(outputs):
-            return self._loss.of_outputs(with_masks_of(outputs, call.target), y, sample_weight)
+            return self.loss.of_outputs(with_masks_of(outputs, call.target), y, sample_weight)
 
         gauss_newton = Sandwich(call, SecondDerivative("GaussNewton", loss_of, call.value))
-        if not self._with_regularizers or self._loss.regularization(model, weights) is None:
+        if not self._with_regularizers or self.loss.regularization(model, weights) is None:
             return gauss_newton
-        regularizers = SecondDerivative("GaussNewton", lambda w: self._loss.regularization(model, w), weights)
+        regularizers = SecondDerivative("GaussNewton", lambda w: self.loss.regularization(model, w), weights)
         return Sum(gauss_newton, regularizers)

@@ -1,7 +1,8 @@
 """The curvature of one batch as a linear map, by the records of its evaluation.
 
 Each map takes and returns a tensor for each variable: `apply` those of one vector, `apply_stack` those of a stack of
-vectors on axis 0, and `rows` those of the map that belong to some elements of one variable.
+vectors on axis 0, and `rows` those of the map that belong to some elements of one variable, from that variable on: the
+map is symmetric, and what comes before is in the rows of others.
 """
 
 from keras import ops
@@ -42,11 +43,12 @@ class SecondDerivative:
         return filled(batch(self._record, self._targets, self._sources, stack), self._sources, stack[0].shape[0])
 
     def rows(self, place, units):
+        sources = self._sources[place:]
         if self._is_forward:
-            found = backend.pushforward_batch(self._record, self._targets, [self._sources[place]], [units])
+            found = backend.pushforward_batch(self._record, self._targets[place:], sources[:1], [units])
         else:
-            found = backend.pullback_batch(self._record, [self._targets[place]], self._sources, [units])
-        return filled(found, self._sources, units.shape[0])
+            found = backend.pullback_batch(self._record, [self._targets[place]], sources, [units])
+        return filled(found, sources, units.shape[0])
 
 
 class Sandwich:
@@ -66,18 +68,17 @@ class Sandwich:
         return filled(backend.pullback(self._record, self._targets, self._sources, upstream), self._sources)
 
     def apply_stack(self, stack):
-        return self._pulled(
-            backend.pushforward_batch(self._record, self._targets, self._sources, stack), stack[0].shape[0]
-        )
+        pushed = backend.pushforward_batch(self._record, self._targets, self._sources, stack)
+        return self._pulled(pushed, self._sources, stack[0].shape[0])
 
     def rows(self, place, units):
-        sources = [self._sources[place]]
-        return self._pulled(backend.pushforward_batch(self._record, self._targets, sources, [units]), units.shape[0])
+        sources = self._sources[place:]
+        pushed = backend.pushforward_batch(self._record, self._targets, sources[:1], [units])
+        return self._pulled(pushed, sources, units.shape[0])
 
-    def _pulled(self, pushed, count):
+    def _pulled(self, pushed, sources, count):
         upstream = self._middle.apply_stack(filled(pushed, self._targets, count))
-        found = backend.pullback_batch(self._record, self._targets, self._sources, upstream)
-        return filled(found, self._sources, count)
+        return filled(backend.pullback_batch(self._record, self._targets, sources, upstream), sources, count)
 
 
 class OuterProducts:

@@ -1,5 +1,6 @@
 """What the curvature operators have in common: products, summed over a data set, and what is made of them."""
 
+import copy
 import functools
 import math
 
@@ -9,7 +10,7 @@ from keras import ops
 from keras_gradtools import backend, jacobians, nesting
 from keras_gradtools.curvature import dense_memory, determinism
 from keras_gradtools.curvature.batch_loss import BatchLoss, checked_model
-from keras_gradtools.curvature.batches import Batches, batch_size_of
+from keras_gradtools.curvature.batches import Batches, OneBatch, batch_size_of
 from keras_gradtools.curvature.diagonal import estimate_diagonal
 from keras_gradtools.curvature.eigenvalues import eigsh
 from keras_gradtools.curvature.loss_surface import loss_surface
@@ -18,7 +19,7 @@ from keras_gradtools.curvature.progress import Progress
 from keras_gradtools.curvature.spectral_density import spectral_density
 from keras_gradtools.curvature.trace import estimate_trace
 from keras_gradtools.transforms import compiled
-from keras_gradtools.transforms.first_order import grad
+from keras_gradtools.transforms.first_order import value_and_grad
 
 # Columns of a matrix that go through the data together. More of them at a time were slower on every backend: what a
 # layer computes for all of them no longer fits into the cache.
@@ -49,10 +50,11 @@ class CurvatureOperator:
         self._parameters = Parameters(owner, self.model, variables)
         # The loss that a wrapper was compiled with is the one that is trained.
         self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
-        self._batches = Batches(owner, data, batch_size)
+        self._batches: Batches | OneBatch = Batches(owner, data, batch_size)
         self._spec = self._make_spec()
         self._programs = {}
         self._is_checked = False
+        self._outputs = None
         self.variables = list(self._parameters.variables)
         self.slices = list(self._parameters.slices)
         self.shape = (self._parameters.size, self._parameters.size)
@@ -78,7 +80,10 @@ class CurvatureOperator:
         return in_kind([ops.concatenate(of_variable, axis=0) for of_variable in zip(*chunks, strict=True)])
 
     def dense(self, chunk_size=None):
-        """The matrix itself, a NumPy array of shape `(n, n)`: the mean of what was computed and its transpose.
+        """The matrix itself, a NumPy array of shape `(n, n)`.
+
+        A block of two variables is computed for one order of them only, that of a variable with itself is the mean of
+        what was computed and its transpose: the matrix is exactly symmetric.
 
         Args:
             chunk_size: how many rows to compute at once, 64 by default. It bounds the memory and changes no value.
@@ -100,11 +105,11 @@ class CurvatureOperator:
             for place, start, size in tasks:
                 first, last = self.slices[place].start + start, self.slices[place].stop
                 totals, count = self._rows(place, start, size, chunk_size)
-                for total, columns in zip(totals, self.slices, strict=True):
+                for total, columns in zip(totals, self.slices[place:], strict=True):
                     rows = ops.convert_to_numpy(total)[: last - first].reshape(-1, columns.stop - columns.start)
                     np.divide(rows, count, out=matrix[first : first + len(rows), columns])
                 progress.update()
-        dense_memory.symmetrize(matrix)
+        dense_memory.symmetrize(matrix, self.slices)
         return matrix
 
     def blocks(self, chunk_size=None):
@@ -251,21 +256,28 @@ class CurvatureOperator:
         Args:
             offset: a vector as `@` takes one; None for the weights as they are. They are not changed.
         """
-        if offset is None:
-            parts = self._parameters.zeros()
-        else:
-            parts, count, _ = self._parameters.received(offset)
-            if count is not None:
-                raise ValueError(f"loss expects one vector as `offset`. Received: {count} columns.")
         add = functools.partial(_add_loss, self._loss)
-        (total,), count = self._over_data("loss", add, [ops.zeros((), dtype=self.dtype)], parts)
+        totals = [ops.zeros((), dtype=self.dtype)]
+        (total,), count = self._over_data("loss", add, totals, self._offset("loss", offset))
         return float(total) / count
 
-    def gradient(self):
-        """The gradient of that loss by the variables, a NumPy array of shape `(n,)`."""
-        add = functools.partial(_add_gradient, self._loss)
-        totals, count = self._over_data("gradient", add, self._parameters.zeros(), ())
-        return self._parameters.joined_in_numpy([total / count for total in totals])
+    def gradient(self, offset=None):
+        """The gradient of that loss by the variables, a NumPy array of shape `(n,)`; `offset` as for `loss`."""
+        return self.loss_and_gradient(offset)[1]
+
+    def loss_and_gradient(self, offset=None):
+        """Both at the cost of the gradient; `offset` as for `loss`."""
+        add = functools.partial(_add_loss_and_gradient, self._loss)
+        totals = [ops.zeros((), dtype=self.dtype), *self._parameters.zeros()]
+        totals, count = self._over_data("gradient", add, totals, self._offset("loss_and_gradient", offset))
+        gradient = self._parameters.joined_in_numpy([total / count for total in totals[1:]])
+        return float(totals[0]) / count, gradient
+
+    def move(self, offset):
+        """Adds a vector, as `@` takes one, to the variables."""
+        parts = self._offset("move", offset)
+        for variable, part in zip(self.variables, parts, strict=True):
+            variable.assign(ops.convert_to_tensor(variable) + part)
 
     def loss_surface(self, directions=None, distance=1.0, points=21, seed=0):
         r"""The loss $L(\theta + a \, u_1 + b \, u_2)$ over a plane through the weights.
@@ -320,7 +332,42 @@ class CurvatureOperator:
         names = ", ".join(v.path for v in self.variables[:3]) + (", ..." if len(self.variables) > 3 else "")
         return f"<{self._owner} of {self.model.name!r} by {names}, shape {self.shape}, dtype {self.dtype}>"
 
+    def outputs_of_example(self):
+        """How many numbers the model returns for an example; None where regularizers add to what these tell."""
+        if self._outputs is None:
+            weights = self._parameters.variables_as_tensors()
+            if self._loss.regularization(self.model, weights) is not None:
+                return None
+            x, _, _ = next(iter(self._batches))
+            outputs = self._loss.outputs(self.model, weights, nesting.map_structure(lambda a: a[:1], x))
+            self._outputs = sum(math.prod(o.shape) for o in nesting.flatten(outputs))
+        return self._outputs
+
+    def batches(self):
+        """Goes through the batches of the data, `(x, y, sample_weight)` in tensors."""
+        return iter(self._batches)
+
+    def count_examples(self):
+        """The number of examples of the data."""
+        return sum(map(batch_size_of, self._batches))
+
+    def of_batch(self, batch):
+        """The operator of the same function of the same variables on one batch, `(x, y, sample_weight)` in tensors."""
+        other = copy.copy(self)
+        other._batches = OneBatch(batch)
+        other._prepare()
+        self._is_checked = True
+        return other
+
     # --- products over the data ---
+
+    def _offset(self, name, offset):
+        if offset is None:
+            return self._parameters.zeros()
+        parts, count, _ = self._parameters.received(offset)
+        if count is not None:
+            raise ValueError(f"{name} expects one vector as `offset`. Received: {count} columns.")
+        return parts
 
     def _matvec(self):
         """The product with a flat NumPy vector, a NumPy vector, at the weights of the moment."""
@@ -357,7 +404,7 @@ class CurvatureOperator:
     def _rows(self, place, start, size, chunk_size):
         add = functools.partial(_add_rows, place, size, chunk_size)
         start = ops.convert_to_tensor(np.int32(start))
-        return self._over_data(("rows", place, size, chunk_size), add, self._parameters.zeros((size,)), start)
+        return self._over_data(("rows", place, size, chunk_size), add, self._parameters.zeros((size,))[place:], start)
 
     def _over_data(self, what, add, totals, vectors):
         """The sums over all batches of what `add` adds for one, from zeros as `totals`; and the number of examples."""
@@ -455,10 +502,11 @@ def _add_loss(loss, spec, parameters, model, totals, offset, batch, seed):
     return _added(totals, of_part, batch, parameters)
 
 
-def _add_gradient(loss, spec, parameters, model, totals, _, batch, seed):
+def _add_loss_and_gradient(loss, spec, parameters, model, totals, offset, batch, seed):
     def of_part(part, size):
-        gradient = grad(lambda w: loss.total(model, w, *part))(parameters.variables_as_tensors())
-        return [size * g for g in gradient]
+        weights = [w + d for w, d in zip(parameters.variables_as_tensors(), offset, strict=True)]
+        value, gradient = value_and_grad(lambda w: loss.total(model, w, *part))(weights)
+        return [size * x for x in (value, *gradient)]
 
     return _added(totals, of_part, batch, parameters)
 

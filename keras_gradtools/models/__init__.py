@@ -2,5 +2,6 @@
 
 from keras_gradtools.models.adversarial_training import AdversarialTraining
 from keras_gradtools.models.input_gradient_regularized import InputGradientRegularized
+from keras_gradtools.models.second_order import SecondOrder
 
-__all__ = ["AdversarialTraining", "InputGradientRegularized"]
+__all__ = ["AdversarialTraining", "InputGradientRegularized", "SecondOrder"]

@@ -1,0 +1,182 @@
+"""A step of Newton's method now and then while `fit` trains by another optimizer."""
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.callbacks.schedule import Schedule
+from keras_gradtools.curvature.batches import refuse_non_finite
+from keras_gradtools.curvature.newton_step import (
+    CURVATURES,
+    ConjugateGradientsSolver,
+    DenseSolver,
+    StepReason,
+    newton_step,
+    require_enough_outputs,
+)
+from keras_gradtools.curvature.normal_equations import NormalEquations
+
+NAME = "NewtonStep"
+SOLVERS = ("cg", "dense")
+
+
+class NewtonStep(keras.callbacks.Callback):
+    r"""Takes a damped step of Newton's method on some weights, $p = -(B + \lambda I)^{-1} g$, at the end of an epoch.
+
+    For what an optimizer of first order leaves undone: the last layer of a classifier, say, or all weights at the end
+    of training. Loss, gradient $g$, curvature $B$ and the loss after the step are all of the same data, in the same
+    mode. The step is taken only if it lowers the loss; if it does not, the damping is raised by 2, 4, 8, ... and the
+    equation solved anew, up to `max_attempts`, and then the weights stay exactly as they were. After a step the damping
+    follows the ratio of the actual to the predicted decrease: see `kg.models.SecondOrder`. The state of the optimizer
+    of `fit` is left alone.
+
+    The logs get `newton_step_length`, `newton_damping` (of the next step), `newton_ratio` (NaN without a step),
+    `newton_decrease` of the loss, `newton_cg_iterations` and `newton_step_reason` (0 accepted, 1 rejected, 2 the
+    gradient is zero to rounding, 3 not finite); callbacks that come after it in the list see them. `last_step` has them
+    all, and in words.
+
+    Args:
+        data: what the loss is of: see `kg.curvature.Hessian`. It is gone through for each evaluation and each product.
+        variables: trainable variables in a list, or a layer; all of the model's by default.
+        every: `"epoch"`, or a number n for a step after every n batches.
+        solver: `"cg"`, conjugate gradients by products alone, or `"dense"`, which forms and factorizes the matrix.
+        curvature: `"hessian"`, or `"gauss_newton"`, which has no negative curvature for convex losses.
+        damping: the first $\lambda$, 0 or more. The attribute `damping` is that of the next step.
+        loss: what `compile` takes as `loss`; the compiled one by default. What a wrapper of `kg.models` adds to it, a
+            penalty say, is no part of it; regularizers are.
+        training: whether the model is called as in training: dropout on, with the same mask throughout a step.
+        max_iterations: of conjugate gradients for each damping.
+        max_attempts: how many dampings a step tries.
+        allow_underdetermined: whether `"dense"` takes data with fewer outputs than there are weights.
+        batch_size: of arrays.
+        verbose: 1 to print a line for each step.
+
+    Raises:
+        ValueError: for options that do not fit; in `fit`, for a model without a loss, for data that are not finite or
+            too few for `"dense"`, and for a model that does not compute the same twice; the weights are as they were.
+
+    Cost:
+        A gradient over the data, for each damping an evaluation of the loss, and for `"cg"` up to `max_iterations`
+        products, some 2.5 gradients each; for `"dense"` n products, for n weights, and $n^3 / 3$ multiplications.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x = np.linspace(0, 1, 10, dtype="float32")[:, None]
+    >>> step = kg.callbacks.NewtonStep((x, 3 * x - 1), solver="dense", damping=0.0)
+    >>> history = model.fit(x, 3 * x - 1, epochs=1, verbose=0, callbacks=[step])
+    >>> [round(w.item(), 3) for w in model.get_weights()], step.last_step.message
+    ([3.0, -1.0], 'the loss went down')
+
+    Source: Nocedal & Wright, "Numerical Optimization" (2006), chapters 3 and 7; Martens, "Deep learning via
+    Hessian-free optimization" (2010); TensorFlow's guide "Advanced automatic differentiation", "Newton's method".
+    """
+
+    def __init__(
+        self,
+        data,
+        variables=None,
+        every="epoch",
+        solver="cg",
+        curvature="hessian",
+        damping=1e-3,
+        *,
+        loss=None,
+        training=False,
+        max_iterations=100,
+        max_attempts=10,
+        allow_underdetermined=False,
+        batch_size=256,
+        verbose=0,
+    ):
+        super().__init__()
+        for name, value, choices in (("solver", solver, SOLVERS), ("curvature", curvature, tuple(CURVATURES))):
+            if value not in choices:
+                raise ValueError(f"{NAME} expects one of {list(choices)} as `{name}`. Received: {name}={value!r}.")
+        if not validation.is_number(damping) or not 0 <= damping < np.inf:
+            raise ValueError(f"{NAME} expects a number of 0 or more as `damping`. Received: damping={damping!r}.")
+        for name, value in (("max_iterations", max_iterations), ("max_attempts", max_attempts)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{NAME} expects a positive integer as `{name}`. Received: {name}={value!r}.")
+        self.damping = float(damping)
+        self.last_step: Any = None
+        self._schedule = Schedule(NAME, every)
+        self._data, self._variables, self._loss, self._training = data, variables, loss, training
+        self._solver, self._curvature, self._batch_size = solver, curvature, batch_size
+        self._max_iterations, self._max_attempts = max_iterations, max_attempts
+        self._allow_underdetermined, self._verbose = allow_underdetermined, verbose
+        self._operator: Any = None
+
+    def on_train_begin(self, logs=None):
+        self._has_warned = False
+        cls = CURVATURES[self._curvature]
+        self._operator = cls(
+            self.model,
+            self._loss,
+            self._data,
+            self._variables,
+            self._training,
+            batch_size=self._batch_size,
+            verbose=0,
+        )
+        self._equations = NormalEquations(self._operator)
+        if self._solver == "dense" and not self._allow_underdetermined:
+            require_enough_outputs(NAME, self._operator, self._operator.count_examples())
+        self._schedule.begin()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._schedule.is_due_after_batch():
+            self._take_step(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._schedule.is_due_after_epoch():
+            self._take_step(logs)
+        elif self.last_step is not None and logs is not None:
+            logs.update(self._logs())
+
+    def on_train_end(self, logs=None):
+        # What is compiled for it is kept with the model.
+        self._operator = None
+
+    def _take_step(self, logs):
+        operator = self._operator
+        if self._solver == "cg":
+            solver: Any = ConjugateGradientsSolver(operator, self._max_iterations)
+        else:
+            solver = DenseSolver(lambda: self._equations.of(operator), operator.dtype)
+        found = newton_step(operator, solver, self.damping, max_attempts=self._max_attempts)
+        if found.reason == StepReason.NOT_FINITE:
+            refuse_non_finite(NAME, operator.batches())
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{NAME} took no step, since {found.message}. The weights are as they were before it.", stacklevel=2
+                )
+        if found.step is not None:
+            operator.move(found.step.astype(operator.dtype))
+        self.damping, self.last_step = found.damping, found
+        if self._verbose:
+            print(
+                f"{NAME}: {found.message}, from {found.loss:.6g} by {found.decrease:.3g}; step of length "
+                f"{found.step_length:.3g}, ratio {found.ratio:.3g}, damping {found.damping:.3g}"
+            )
+        if logs is not None:
+            logs.update(self._logs())
+
+    def _logs(self):
+        found = self.last_step
+        return {
+            "newton_step_length": found.step_length,
+            "newton_damping": found.damping,
+            "newton_ratio": found.ratio,
+            "newton_decrease": found.decrease,
+            "newton_cg_iterations": found.iterations,
+            "newton_step_reason": int(found.reason),
+        }

@@ -1,0 +1,31 @@
+"""When a callback does its work: after epochs, or after so many batches."""
+
+from keras_gradtools import validation
+
+
+class Schedule:
+    """`every`, as callbacks take it: `"epoch"`, or a number of batches."""
+
+    def __init__(self, owner, every):
+        is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        if every != "epoch" and not is_count:
+            raise ValueError(
+                f"{owner} expects 'epoch', or a positive number of batches, as `every`. Received: "
+                f"every={validation.describe(every)}."
+            )
+        self._every, self._batches = every, 0
+
+    def begin(self):
+        """Counts batches from here."""
+        self._batches = 0
+
+    def is_due_after_batch(self):
+        """Whether the batch that has just ended is one after which the work is due."""
+        if self._every == "epoch":
+            return False
+        self._batches += 1
+        return self._batches % self._every == 0
+
+    def is_due_after_epoch(self):
+        """Whether it is due after each epoch."""
+        return self._every == "epoch"

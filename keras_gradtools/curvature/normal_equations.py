@@ -1,0 +1,160 @@
+"""The Gauss-Newton matrix and the gradient of a small model, by the Jacobians of its examples."""
+
+import functools
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import backend, nesting
+from keras_gradtools.curvature.batch_loss import with_masks_of
+from keras_gradtools.curvature.batches import batch_size_of
+from keras_gradtools.curvature.gauss_newton import GaussNewton
+from keras_gradtools.curvature.linear_maps import SecondDerivative
+from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.first_order import value_and_grad
+
+# Above these, products with unit vectors are the better way: an output is a pullback of the whole batch, the Jacobian
+# is kept, and so many multiplications in double precision take a second or two.
+_MOST_OUTPUTS = 16
+_MOST_NUMBERS = 2**24
+_MOST_MULTIPLICATIONS = 2**32
+# By how much a product with the matrix may differ from that of the operator, which assumes less about the model.
+_TOLERANCE = 1e-3
+
+
+class NormalEquations:
+    r"""The loss, the gradient and the matrix of an operator, for steps that factorize the matrix.
+
+    For a `GaussNewton` operator these are $G = \sum_i J_i^\top H_i J_i$ and $g = \sum_i J_i^\top r_i$, where $J_i$ is
+    the Jacobian of the outputs for one example by the weights, and $r_i$ and $H_i$ are the derivatives of the loss by
+    these outputs. The sums are taken in double precision: the condition number of $G$ is the square of that of the
+    Jacobian.
+
+    That holds where an example does not depend on the others, and where a backend can compute the Jacobians of all
+    examples at once. Where it does not, they are too large, or the operator is another one, it is `dense()`.
+
+    Args:
+        operator: a curvature operator; `of` takes those that `of_batch` makes of it, too.
+    """
+
+    def __init__(self, operator):
+        self._operator = operator
+        # Of the logits behind probabilities, the loss may be another one.
+        is_gauss_newton = isinstance(operator, GaussNewton)
+        self._is_possible = is_gauss_newton and operator._spec.loss is operator._loss
+        self._is_checked = False
+
+    def of(self, operator):
+        """The loss, the gradient and the matrix at the weights of the moment."""
+        found = self._summed(operator) if self._is_possible else None
+        if found is None:
+            return (*operator.loss_and_gradient(), operator.dense())
+        return found
+
+    def _summed(self, operator):
+        sums, count = None, 0
+        for batch in operator._batches:
+            if not self._fits(batch):
+                return None
+            try:
+                of_batch = self._sums(batch)
+                if not self._is_checked:
+                    self._is_possible = self._agrees(operator.of_batch(batch), batch, of_batch)
+                    self._is_checked = True
+            except Exception:
+                # What is wrong with the model, and not with this way, products with unit vectors will say.
+                self._is_possible = False
+            if not self._is_possible:
+                return None
+            sums = of_batch if sums is None else [a + b for a, b in zip(sums, of_batch, strict=True)]
+            count += batch_size_of(batch)
+        return _means(sums, count)
+
+    def _fits(self, batch):
+        # Outputs are known only once they were computed.
+        n, p = batch_size_of(batch), self._operator.shape[0]
+        return n * p <= _MOST_NUMBERS and n * p * p <= _MOST_MULTIPLICATIONS
+
+    def _sums(self, batch):
+        operator = self._operator
+        batch = nesting.map_structure(lambda x: x if x is None else backend.spread(x), batch)
+        key = ("NormalEquations", operator._spec.key)
+        body = functools.partial(_of_batch, operator._spec.loss, operator._parameters)
+        parts, _ = compiled.run("NormalEquations", operator.model, body, key, (batch,), {})
+        total, gradient, matrix = np.zeros(()), 0.0, 0.0
+        for part in parts:
+            jacobian, curved, residual, loss = (ops.convert_to_numpy(x).astype("float64", copy=False) for x in part)
+            matrix = matrix + jacobian.T @ curved
+            gradient = gradient + residual @ jacobian
+            total = total + loss
+        return [total, gradient, matrix]
+
+    def _agrees(self, operator, batch, sums):
+        _, _, matrix = _means(sums, batch_size_of(batch))
+        v = np.random.default_rng(0).choice([-1.0, 1.0], len(matrix))
+        expected = np.asarray(operator @ v.astype(operator.dtype), "float64")
+        # Written so that NaN agrees with nothing.
+        return bool(np.linalg.norm(matrix @ v - expected) <= _TOLERANCE * np.linalg.norm(expected))
+
+
+def _means(sums, count):
+    sums, count = backend.summed_over_processes(sums, count)
+    total, gradient, matrix = (ops.convert_to_numpy(x) / count for x in sums)
+    return float(total), gradient, 0.5 * (matrix + matrix.T)
+
+
+def _of_batch(loss, parameters, model, batch):
+    """For each replica, of its part: the Jacobian, its product with the curvature of the loss, its gradient, the loss.
+
+    The rows of a Jacobian are those of all outputs of all examples; everything but the Jacobian is multiplied by the
+    number of examples of the part.
+    """
+
+    def of_part(part):
+        x, y, sample_weight = part
+        size = batch_size_of(part)
+        weights = parameters.variables_as_tensors()
+        outputs = loss.outputs(model, weights, x)
+        if nesting.is_nested(outputs) or outputs.shape[0] != size or loss.regularization(model, weights) is not None:
+            raise NotImplementedError("The model has several outputs, a batch axis of its own, or regularizers.")
+        shape = tuple(outputs.shape)
+        count = math.prod(shape[1:])
+        if count > _MOST_OUTPUTS:
+            raise NotImplementedError("The model has many outputs.")
+
+        def loss_of(outputs_):
+            return loss.of_outputs(with_masks_of(outputs_, outputs), y, sample_weight)
+
+        given = ops.stop_gradient(outputs)
+        value, gradient = value_and_grad(loss_of)(given)
+        units = ops.eye(count, dtype=given.dtype)
+        stack = ops.broadcast_to(ops.reshape(units, (count, 1, *shape[1:])), (count, *shape))
+        # Examples apart from each other: a direction of all of them has a block of each.
+        hessian = SecondDerivative("NormalEquations", loss_of, given).apply_stack([stack])[0]
+        jacobian = ops.stack(
+            [_rows_of_output(loss, parameters, model, weights, x, place) for place in range(count)], axis=1
+        )
+        hessian = ops.reshape(ops.moveaxis(hessian, 0, 1), (size, count, count))
+        curved = size * ops.matmul(hessian, jacobian)
+        n = parameters.size
+        return [
+            ops.reshape(jacobian, (size * count, n)),
+            ops.reshape(curved, (size * count, n)),
+            size * ops.reshape(gradient, (-1,)),
+            size * value,
+        ]
+
+    parts = backend.replica_results(of_part, batch, parameters.variables[0])
+    return [[ops.stop_gradient(x) for x in part] for part in parts], None
+
+
+def _rows_of_output(loss, parameters, model, weights, x, place):
+    """The gradients of one output for each example, of shape `(batch, n)`."""
+
+    def output(weights, examples):
+        example = nesting.pack_as(x, [ops.expand_dims(e, 0) for e in examples])
+        return ops.reshape(loss.outputs(model, weights, example), (-1,))[place]
+
+    found = backend.per_example_gradients(output, weights, nesting.flatten(x), must_vectorize=True)
+    return ops.concatenate([ops.reshape(g, (g.shape[0], -1)) for g in found], axis=1)

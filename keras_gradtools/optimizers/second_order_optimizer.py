@@ -1,0 +1,107 @@
+"""What the second-order optimizers have in common."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_gradtools import validation
+
+
+class SecondOrderOptimizer(keras.optimizers.Optimizer):
+    """The settings and the state of a second-order method: it needs more than gradients, and `SecondOrder` to run it.
+
+    `damping` and the number of steps are variables, which are saved with the model. `learning_rate` multiplies every
+    step.
+    """
+
+    # Whether the matrix is formed, so that a batch must have as many examples as determine it.
+    forms_matrix = True
+
+    def __init__(self, damping, max_attempts, learning_rate, name):
+        owner = type(self).__name__
+        if not validation.is_number(damping) or not 0 <= damping < math.inf:
+            raise ValueError(f"{owner} expects a number of 0 or more as `damping`. Received: damping={damping!r}.")
+        self._check_count("max_attempts", max_attempts)
+        if validation.is_number(learning_rate):
+            learning_rate = float(learning_rate)
+            if not 0 < learning_rate <= 1:
+                raise ValueError(
+                    f"{owner} expects a number above 0, and at most 1, as `learning_rate`. Received: "
+                    f"learning_rate={learning_rate!r}."
+                )
+        super().__init__(learning_rate, name=name)
+        self.initial_damping, self.max_attempts = float(damping), max_attempts
+        initial = keras.initializers.Constant(self.initial_damping)
+        self._damping = self.add_variable((), initial, aggregation="only_first_replica", name="damping")
+        self.has_trainer = False
+
+    def _check_count(self, name, value):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{type(self).__name__} expects a positive integer as `{name}`. Received: {name}="
+                f"{validation.describe(value)}."
+            )
+
+    def _check_choice(self, name, value, choices):
+        if value not in choices:
+            raise ValueError(
+                f"{type(self).__name__} expects one of {list(choices)} as `{name}`. Received: {name}={value!r}."
+            )
+
+    @property
+    def damping(self):
+        """The damping of the next step, a float; it can be set."""
+        return float(ops.convert_to_numpy(self._damping))
+
+    @damping.setter
+    def damping(self, value):
+        self._damping.assign(value)
+
+    def operator_class(self):
+        """The curvature operator that it goes by."""
+        raise NotImplementedError
+
+    def solver(self, operator, equations):
+        """What solves for the step: see `curvature.newton_step`.
+
+        `operator` is that of one batch, `equations` the `NormalEquations` of all.
+        """
+        raise NotImplementedError
+
+    def build(self, variables):
+        if not self.has_trainer:
+            raise ValueError(self._needs_trainer())
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        raise ValueError(self._needs_trainer())
+
+    def update_step(self, gradient, variable, learning_rate):
+        raise ValueError(self._needs_trainer())
+
+    def _needs_trainer(self):
+        owner = type(self).__name__
+        return (
+            f"{owner} is a second-order optimizer, which needs more than the gradients of a training step. "
+            "Received: a model that trains on gradients alone. Wrap it: "
+            f"`keras_gradtools.models.SecondOrder(model).compile(keras_gradtools.optimizers.{owner}(...), loss)`."
+        )
+
+    def get_config(self):
+        learning_rate = super().get_config()["learning_rate"]
+        return {
+            "damping": self.initial_damping,
+            "max_attempts": self.max_attempts,
+            "learning_rate": learning_rate,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        if isinstance(config["learning_rate"], dict):
+            config["learning_rate"] = keras.saving.deserialize_keras_object(
+                config["learning_rate"], custom_objects=custom_objects
+            )
+        return cls(**config)
