@@ -100,6 +100,11 @@ class SecondOrder(WrappedModel):
         super().compile(optimizer, *args, **kwargs)
         self._problem, self._has_warned = None, False
 
+    def compile_from_config(self, config):
+        """As Keras does it for a model whose `compile` is its own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     def make_train_function(self, force=False):
         if force or self.train_function is None:  # type: ignore[has-type]
             self.train_function = backend.train_function(self, self._step_on)
