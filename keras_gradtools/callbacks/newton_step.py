@@ -49,6 +49,8 @@ class NewtonStep(keras.callbacks.Callback):
             penalty say, is no part of it; regularizers are.
         training: whether the model is called as in training: dropout on, with the same mask throughout a step.
         max_iterations: of conjugate gradients for each damping.
+        rtol: the residual, over the gradient, at which they stop; None for the smaller of 1/2 and the root of the
+            gradient's length.
         max_attempts: how many dampings a step tries.
         allow_underdetermined: whether `"dense"` takes data with fewer outputs than there are weights.
         batch_size: of arrays.
@@ -91,6 +93,7 @@ class NewtonStep(keras.callbacks.Callback):
         loss=None,
         training=False,
         max_iterations=100,
+        rtol=None,
         max_attempts=10,
         allow_underdetermined=False,
         batch_size=256,
@@ -105,12 +108,14 @@ class NewtonStep(keras.callbacks.Callback):
         for name, value in (("max_iterations", max_iterations), ("max_attempts", max_attempts)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{NAME} expects a positive integer as `{name}`. Received: {name}={value!r}.")
+        if rtol is not None and not (validation.is_number(rtol) and 0 < rtol < 1):
+            raise ValueError(f"{NAME} expects a number between 0 and 1, or None, as `rtol`. Received: rtol={rtol!r}.")
         self.damping = float(damping)
         self.last_step: Any = None
         self._schedule = Schedule(NAME, every)
         self._data, self._variables, self._loss, self._training = data, variables, loss, training
         self._solver, self._curvature, self._batch_size = solver, curvature, batch_size
-        self._max_iterations, self._max_attempts = max_iterations, max_attempts
+        self._max_iterations, self._rtol, self._max_attempts = max_iterations, rtol, max_attempts
         self._allow_underdetermined, self._verbose = allow_underdetermined, verbose
         self._operator: Any = None
 
@@ -148,7 +153,7 @@ class NewtonStep(keras.callbacks.Callback):
     def _take_step(self, logs):
         operator = self._operator
         if self._solver == "cg":
-            solver: Any = ConjugateGradientsSolver(operator, self._max_iterations)
+            solver: Any = ConjugateGradientsSolver(operator, self._max_iterations, self._rtol)
         else:
             solver = DenseSolver(lambda: self._equations.of(operator), operator.dtype)
         found = newton_step(operator, solver, self.damping, max_attempts=self._max_attempts)
