@@ -4,7 +4,7 @@ import contextlib
 
 from keras import ops
 
-from keras_gradtools import backend, jacobians, nesting, validation, vectors
+from keras_gradtools import backend, independence, jacobians, nesting, validation, vectors
 
 
 class GradientTape:
@@ -248,11 +248,19 @@ class GradientTape:
             (blocks,) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero)
         return nesting.pack_as(sources, blocks)
 
-    def batch_jacobian(self, target, source, unconnected_gradients="none", chunk_size=None, mode="reverse"):
+    def batch_jacobian(
+        self,
+        target,
+        source,
+        unconnected_gradients="none",
+        chunk_size=None,
+        mode="reverse",
+        check_independence=False,
+    ):
         r"""Returns the Jacobian of each example, $J_{b k i} = \partial y_{b k} / \partial x_{b i}$.
 
-        It is right where the examples are independent of one another; it costs one pullback of the whole
-        batch for each element of one example's target.
+        It is right where the examples are independent of one another, which it does not see for itself and
+        `check_independence` does; it costs one pullback of the whole batch for each element of one example's target.
 
         Args:
             target: one tensor of shape `(batch, ...)`.
@@ -261,12 +269,16 @@ class GradientTape:
             chunk_size: how many directions to compute at once, each for the whole batch; all by default. It
                 bounds the memory and changes no value.
             mode: as for `jacobian`, counted in elements of one example.
+            check_independence: whether to look first, by six pullbacks, whether the target of an example depends on
+                the source of another one, and to raise an error if so. Not inside compiled functions. The tape
+                does not know which layer is the cause; `kg.diagnostics.batch_independence` does.
 
         Returns:
             A tensor of shape `(batch, *target.shape[1:], *source.shape[1:])`.
 
         Raises:
-            ValueError: if the batch sizes differ or a rank is below 2; and as `gradient`.
+            ValueError: if the batch sizes differ or a rank is below 2; with `check_independence`, if the examples
+                depend on one another; and as `gradient`.
             RuntimeError: as `gradient`.
         """
         target = self._checked_tensor(target, "batch_jacobian")
@@ -279,6 +291,8 @@ class GradientTape:
         mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
         jacobians.check_batch("GradientTape.batch_jacobian", target, source)
         with self._pulling([target]) as targets:
+            if check_independence:
+                independence.require_of_record("GradientTape.batch_jacobian", self._tape, targets, flat_sources)
             ((block,),) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero, batch_axes=1)
         return block
 

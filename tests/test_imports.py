@@ -12,7 +12,7 @@ LEVELS = [
     {"nesting"},
     {"validation"},
     {"backend"},
-    {"jacobians", "vectors"},
+    {"jacobians", "vectors", "independence"},
     {"tape", "custom_gradients"},
     {"gradient_ops"},
     {"transforms"},

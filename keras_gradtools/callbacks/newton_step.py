@@ -92,7 +92,7 @@ class NewtonStep(keras.callbacks.Callback):
         *,
         loss=None,
         training=False,
-        max_iterations=100,
+        max_iterations=250,
         rtol=None,
         max_attempts=10,
         allow_underdetermined=False,

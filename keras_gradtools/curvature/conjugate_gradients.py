@@ -38,7 +38,17 @@ class ConjugateGradientsResult(NamedTuple):
 
 
 def conjugate_gradients(
-    a, b, x0=None, *, damping=0.0, preconditioner=None, rtol=1e-5, atol=0.0, progress_tol=None, max_iterations=None
+    a,
+    b,
+    x0=None,
+    *,
+    damping=0.0,
+    preconditioner=None,
+    rtol=1e-5,
+    atol=0.0,
+    progress_tol=None,
+    max_iterations=None,
+    callback=None,
 ):
     r"""Solves $(A + \lambda I) x = b$ for a symmetric positive definite matrix, by products with it alone.
 
@@ -64,6 +74,8 @@ def conjugate_gradients(
         atol: see above.
         progress_tol: see above; Martens takes 5e-4. None leaves it out.
         max_iterations: at most so many products; by default `n`.
+        callback: called as `callback(i, x, q)` after each iteration, with its number, a NumPy vector that is not
+            changed afterwards, and $q(x)$.
 
     Returns:
         A named tuple, `ConjugateGradientsResult`.
@@ -148,6 +160,8 @@ def conjugate_gradients(
         residual = residual - b.dtype.type(step) * curved
         length = norm(residual)
         values.append(-0.5 * (dot(b, x) + dot(residual, x)))
+        if callback is not None:
+            callback(i, x, values[-1])
         if progress_tol and _is_slow(values, progress_tol):
             return result("progress")
         preconditioned = precondition(residual)

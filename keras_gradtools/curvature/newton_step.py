@@ -1,7 +1,7 @@
 """One damped step of Newton's method that goes down, or none."""
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,12 +17,16 @@ CURVATURES = {"hessian": Hessian, "gauss_newton": GaussNewton}
 _ROUNDING = 16.0
 # A prediction so many times above that, of which nothing is seen, was wrong.
 _RESOLVED = 4.0
+# The decrease by gradients is believed where it is off from the predicted one by at most this share.
+_AGREEING = 0.25
 # Where nothing is left to gain, so many dampings are tried.
 _POLISHING_ATTEMPTS = 3
 # Nielsen's factors of the damping after a step.
 _LEAST_FACTOR, _FIRST_GROWTH = 1.0 / 3.0, 2.0
 # Of the largest entry of the curvature: the first damping after none.
 _SMALLEST_SHARE = 1e-6
+# Iterates of conjugate gradients are kept whose numbers are so many times apart.
+_KEPT_APART = 1.5
 # Nocedal & Wright's forcing term: the residual of the equation over the gradient is at most this, or its root.
 _LARGEST_RESIDUAL = 0.5
 
@@ -83,11 +87,12 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
     r"""Finds a step $p = -s \, (B + \lambda I)^{-1} g$ that lowers the loss, with as much damping as that needs.
 
     A step is accepted if the loss went down, and never otherwise. Where the difference of the two losses is below
-    their rounding, it is taken from the gradients at both ends, $-\frac12 (g_0 + g_1)^\top p$, and the gradient must
-    have become shorter, too.
+    their rounding, it is taken from the gradients at both ends, $-\frac12 (g_0 + g_1)^\top p$; the gradient must have
+    become shorter, too, or that number be the predicted one, but for a quarter.
 
     The damping follows Nielsen's rule: with $\rho$ the decrease over that of the quadratic model, an accepted step
-    multiplies it by $\max(\frac13, 1 - (2 \rho - 1)^3)$, and the rejected ones in a row by 2, 4, 8, ...
+    multiplies it by $\max(\frac13, 1 - (2 \rho - 1)^3)$, and the rejected ones in a row by 2, 4, 8, ... A shorter step
+    of the solver's, accepted in the place of a rejected one, counts as rejected there.
 
     Args:
         objective: has `loss(offset)` and `loss_and_gradient(offset)`, at the weights plus a NumPy vector; `offset` may
@@ -124,17 +129,22 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
         if proposal.step is None:
             return ended(StepReason.NOT_FINITE, "the curvature is not finite", attempts=attempt)
         damping = max(damping, proposal.damping)
-        # In the precision of the weights, as it will be added to them.
-        step = (scale * proposal.step).astype(solver.dtype)
-        predicted = -scale * proposal.slope - 0.5 * scale**2 * proposal.curved
-        decrease = _decrease(objective, loss, gradient, step, predicted, rounding)
-        if decrease > 0.0:
-            ratio = decrease / predicted if predicted > 0.0 else 1.0
-            damping = damping * max(_LEAST_FACTOR, 1.0 - (2.0 * min(ratio, 1.0) - 1.0) ** 3)
-            return NewtonStepResult(
-                StepReason.ACCEPTED, "the loss went down", step, loss, decrease, ratio, length, float(damping),
-                norm(step), iterations, attempt,
-            )  # fmt: skip
+        candidates = [(proposal.step, proposal.slope, proposal.curved), *proposal.shorter]
+        for place, (step, slope, curved) in enumerate(candidates):
+            # In the precision of the weights, as it will be added to them.
+            step = (scale * step).astype(solver.dtype)
+            predicted = -scale * slope - 0.5 * scale**2 * curved
+            decrease = _decrease(objective, loss, gradient, step, predicted, rounding)
+            if decrease > 0.0:
+                ratio = decrease / predicted if predicted > 0.0 else 1.0
+                factor = growth if place else max(_LEAST_FACTOR, 1.0 - (2.0 * min(ratio, 1.0) - 1.0) ** 3)
+                damping = max(damping * factor, proposal.least_damping)
+                return NewtonStepResult(
+                    StepReason.ACCEPTED, "the loss went down", step, loss, decrease, ratio, length, float(damping),
+                    norm(step), iterations, attempt,
+                )  # fmt: skip
+            if predicted <= rounding:
+                break
         if predicted <= rounding and attempt >= _POLISHING_ATTEMPTS:
             return ended(StepReason.VANISHED, "what a step can gain is below rounding", first_damping, attempt)
         damping = max(damping * growth, _SMALLEST_SHARE * proposal.size)
@@ -151,16 +161,18 @@ def _decrease(objective, loss, gradient, step, predicted, rounding):
         # What was promised would have been seen.
         return 0.0
     _, there = objective.loss_and_gradient(step)
-    if not norm(there) < norm(gradient):
-        return 0.0
-    return -0.5 * (dot(gradient, step) + dot(there, step))
+    decrease = -0.5 * (dot(gradient, step) + dot(there, step))
+    if norm(there) < norm(gradient) or abs(decrease - predicted) <= _AGREEING * predicted:
+        return decrease
+    return 0.0
 
 
 class Proposal(NamedTuple):
     r"""A step before it was tried: None if a number is not finite.
 
     `slope` is $g^\top p$ and `curved` $p^\top B p$, of which the quadratic model consists; `damping` is what the step
-    was damped by, and `size` one of the matrix.
+    was damped by, and `size` one of the matrix. `shorter` has other steps, each with its slope and what is curved in
+    it, to be tried in this order where the loss does not go down; `least_damping` is what the next step needs.
     """
 
     step: np.ndarray | None
@@ -169,6 +181,8 @@ class Proposal(NamedTuple):
     damping: float
     iterations: int
     size: float
+    shorter: tuple = ()
+    least_damping: float = 0.0
 
 
 class DenseSolver:
@@ -230,6 +244,12 @@ class ConjugateGradientsSolver:
             self._linearized = self._operator.linearized()
         length = norm(gradient)
         rtol = min(_LARGEST_RESIDUAL, length**0.5) if self._rtol is None else self._rtol
+        kept: list[Any] = []
+
+        def keep(i, x, value):
+            if not kept or i >= _KEPT_APART * kept[-1][0]:
+                kept.append((i, x, value))
+
         found = conjugate_gradients(
             self._linearized,
             -gradient.astype(self.dtype),
@@ -237,6 +257,7 @@ class ConjugateGradientsSolver:
             rtol=rtol,
             progress_tol=self._progress_tol,
             max_iterations=self._max_iterations,
+            callback=keep,
         )
         x = np.asarray(found.x, "float64")
         if found.reason == "not_finite" or not np.isfinite(x).all():
@@ -249,4 +270,11 @@ class ConjugateGradientsSolver:
             # x'(B + damping) x = x'(b - r), and the residual r of conjugate gradients is orthogonal to x.
             curved = -dot(gradient, x) - damping * dot(x, x)
         size = length if found.curvature is None else max(length, abs(found.curvature - damping))
-        return Proposal(x, dot(gradient, x), curved, damping, found.iterations, size)
+        shorter = []
+        for i, earlier, _ in reversed(kept):
+            if i < found.iterations:
+                slope = dot(gradient, earlier)
+                shorter.append((earlier, slope, -slope - damping * dot(earlier, earlier)))
+        # So much makes the direction of negative curvature one of none.
+        least = damping - found.curvature if found.reason == "negative_curvature" else 0.0
+        return Proposal(x, dot(gradient, x), curved, damping, found.iterations, size, tuple(shorter), least)

@@ -16,7 +16,8 @@ class NewtonCG(SecondOrderOptimizer):
     $B$ is the Hessian or the Gauss-Newton matrix of the batch, known by its products alone, so that the number of
     weights does not matter. Conjugate gradients stop at a residual of $\min(\frac12, \sqrt{\lVert g \rVert})$ of the
     gradient, which makes the method converge faster than linearly, after `max_iterations`, and where they meet negative
-    curvature. For `kg.models.SecondOrder`, which see for how $\lambda$ changes.
+    curvature. Where the step that they come to does not go down, the earlier iterates are tried before the equation is
+    solved anew with more damping. For `kg.models.SecondOrder`, which see for how $\lambda$ changes.
 
     Args:
         damping: the first $\lambda$, 0 or more. `optimizer.damping` is that of the next step, and is saved.
@@ -35,7 +36,7 @@ class NewtonCG(SecondOrderOptimizer):
 
     Cost:
         In each step a gradient, an evaluation of the loss and up to `max_iterations` products, some 2.5 gradients each,
-        the last two again for each further damping; some ten vectors of memory.
+        the last two again for each further damping; some twenty vectors of memory.
 
     Example:
 
@@ -51,7 +52,7 @@ class NewtonCG(SecondOrderOptimizer):
     [2.0, -1.0]
 
     Source: Nocedal & Wright, "Numerical Optimization" (2006), algorithm 7.1; Martens, "Deep learning via Hessian-free
-    optimization" (2010), section 4.
+    optimization" (2010), section 4, also for going back along the iterates.
     """
 
     forms_matrix = False
@@ -60,7 +61,7 @@ class NewtonCG(SecondOrderOptimizer):
         self,
         damping=1e-3,
         curvature="hessian",
-        max_iterations=100,
+        max_iterations=250,
         rtol=None,
         progress_tol=None,
         max_attempts=10,

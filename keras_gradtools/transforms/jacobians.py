@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_gradtools import jacobians, nesting
 from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.batch_independence import examine
 from keras_gradtools.transforms.first_order import grad
 from keras_gradtools.transforms.taped_call import TapedCall, require_function
 
@@ -55,12 +56,12 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None):
     return _transformed("jacobian", fun, argnums, mode, chunk_size)
 
 
-def batch_jacobian(fun, mode="auto", chunk_size=None):
+def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False):
     r"""Turns a function of a batch into each example's Jacobian, $J_{b k i} = \partial f_{b k} / \partial x_{b i}$.
 
-    It is right where the examples are independent of one another, and costs one pullback of the whole batch for
-    each element of *one* example's output. It is compiled and kept as `jacobian` is: of a model the weights of the
-    moment are used, and nothing is traced again.
+    It is right where the examples are independent of one another, which it does not see for itself and
+    `check_independence` does, and costs one pullback of the whole batch for each element of *one* example's output. It
+    is compiled and kept as `jacobian` is: of a model the weights of the moment are used, and nothing is traced again.
 
     Args:
         fun: a function or a Keras model of `(x, ...)`, with `x` of shape `(batch, ...)` or a nesting of such tensors,
@@ -68,6 +69,8 @@ def batch_jacobian(fun, mode="auto", chunk_size=None):
         mode: as for `jacobian`, counted in elements of one example.
         chunk_size: how many directions to compute at once, each for the whole batch; all by default. It bounds the
             memory and changes no value; each chunk evaluates `fun` anew where it is compiled.
+        check_independence: whether each call first asks `kg.diagnostics.batch_independence`, eagerly, and raises an
+            error with its report where the examples depend on one another.
 
     Returns:
         A function with the arguments of `fun` that returns its Jacobian by the first: in the structure of what `fun`
@@ -75,11 +78,12 @@ def batch_jacobian(fun, mode="auto", chunk_size=None):
 
     Raises:
         ValueError: for an unknown option; when called, if the batch sizes differ, a rank is below 2, or an argument
-            has no gradient.
+            has no gradient; with `check_independence`, if the examples depend on one another, and inside a compiled
+            function.
 
     Cost:
         `min(out, in)` vectorized gradients of the whole batch, with `out` and `in` the sizes of one example: time
-        and memory are linear in the number of examples.
+        and memory are linear in the number of examples. `check_independence` adds six gradients.
 
     Example:
 
@@ -92,7 +96,18 @@ def batch_jacobian(fun, mode="auto", chunk_size=None):
 
     Source: TensorFlow's guide "Advanced automatic differentiation", section "Batch Jacobian".
     """
-    return _transformed("batch_jacobian", fun, 0, mode, chunk_size, batch_axes=1)
+    transformed = _transformed("batch_jacobian", fun, 0, mode, chunk_size, batch_axes=1)
+    if not check_independence:
+        return transformed
+
+    @functools.wraps(fun, updated=())
+    def checked(x, *args, **kwargs):
+        report = examine("batch_jacobian", fun, x, args, kwargs)
+        if not report.independent:
+            raise ValueError(f"batch_jacobian: {report}")
+        return transformed(x, *args, **kwargs)
+
+    return checked
 
 
 def _transformed(name, fun, argnums, mode, chunk_size, batch_axes=0):

@@ -325,3 +325,12 @@ class TestErrors:
     def test_options(self, options, message):
         with pytest.raises(ValueError, match="^conjugate_gradients expects .*" + re.escape(message)):
             conjugate_gradients(np.eye(2), np.ones(2), **options)
+
+
+def test_the_callback_sees_each_iterate():
+    a, b, seen = np.diag([1.0, 4.0, 9.0]), np.array([1.0, 2.0, 3.0]), []
+    result = kg.curvature.conjugate_gradients(a, b, callback=lambda i, x, q: seen.append((i, x, q)))
+    assert [i for i, _, _ in seen] == [1, 2, 3]
+    np.testing.assert_array_equal(seen[-1][1], result.x)
+    for _, x, q in seen:
+        np.testing.assert_allclose(q, 0.5 * x @ a @ x - b @ x, rtol=1e-12)

@@ -1,0 +1,256 @@
+"""Second-order training against Adam at equal time: `python -m benchmarks.second_order`.
+
+Two tasks, three seeds each, both methods in `fit`, from the same weights, in turn in one process for each backend:
+
+- sinc: a fit of sinc(10 x) = sin(10 pi x) / (10 pi x) at 20,000 points by a 1-20-1 network with tanh, in batches of
+  1,000; `LevenbergMarquardt` and the mean squared error over all points;
+- digits: a classifier of digits, 64-32-10 with tanh, l2 of 1e-3, all data in one batch; `NewtonCG` and the length of
+  the gradient of its loss.
+
+The second-order method trains for 60 epochs (sinc) or to a gradient of length 2e-7 (digits), with its defaults; Adam
+then has the same wall-clock time, without what it takes to compile, and with twenty steps in one program where the
+backend can. Its learning rate and whether it decays (by a cosine, to zero at the end of that time) are chosen on a seed
+of their own, by the best result. Writes benchmarks/results/BACKEND_second_order.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
+
+SEEDS, TUNING_SEED = (1, 2, 3), 0
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+WARM_UP_STEPS = 60
+
+
+@dataclasses.dataclass
+class Task:
+    name: str
+    data: tuple
+    build: Callable
+    loss: object
+    second_order: Callable
+    epochs: int
+    # To which it goes on, to see where it ends.
+    epochs_in_all: int
+    batch_size: int
+    measure: Callable
+    # Stops at a gradient of this length.
+    gradient_norm: float = 0.0
+    target: float = 100.0
+
+
+def tasks():
+    import keras
+    import numpy as np
+    from keras import layers
+    from sklearn.datasets import load_digits
+
+    import keras_gradtools as kg
+
+    x = np.linspace(-1, 1, 20_000, dtype="float32")[:, None]
+    y = np.sinc(10 * x)
+
+    def fit():
+        return keras.Sequential([keras.Input((1,)), layers.Dense(20, "tanh"), layers.Dense(1)])
+
+    def mean_squared_error(model, loss, data):
+        found = model.predict(data[0], batch_size=len(data[0]), verbose=0).astype("float64")
+        return float(np.mean((found - data[1]) ** 2))
+
+    digits, labels = load_digits(return_X_y=True)
+    l2 = keras.regularizers.L2(1e-3)
+
+    def classifier():
+        parts = [layers.Dense(32, "tanh", kernel_regularizer=l2), layers.Dense(10, kernel_regularizer=l2)]
+        return keras.Sequential([keras.Input((64,)), *parts])
+
+    def gradient_norm(model, loss, data):
+        return float(np.linalg.norm(kg.curvature.Hessian(model, loss, data, batch_size=len(data[0])).gradient()))
+
+    cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    digits = (digits / 16).astype("float32"), labels.astype("int32")
+    marquardt, newton_cg = kg.optimizers.LevenbergMarquardt, kg.optimizers.NewtonCG
+    return [
+        Task("sinc", (x, y), fit, keras.losses.MeanSquaredError(), marquardt, 60, 100, 1000, mean_squared_error),
+        Task("digits", digits, classifier, cross_entropy, newton_cg, 120, 120, len(labels), gradient_norm, 2e-7),
+    ]
+
+
+class Trainer:
+    """One method on one task, compiled once and started anew from given weights."""
+
+    def __init__(self, task, seed, trainer, steps_per_execution=1):
+        self.task, self.seed, self.trainer = task, seed, trainer
+        self.steps_per_execution = steps_per_execution
+        self.state = None
+
+    def start(self, optimizer, epochs_of_warm_up):
+        """Compiles, and goes back to where it began."""
+        import keras
+
+        keras.utils.set_random_seed(self.seed)
+        options = {} if self.steps_per_execution == 1 else {"steps_per_execution": self.steps_per_execution}
+        self.trainer.compile(optimizer, self.task.loss, jit_compile="auto", **options)
+        optimizer.build(self.trainer.trainable_variables)
+        variables = [*self.trainer.variables, *optimizer.variables]
+        before = [keras.ops.convert_to_numpy(v) for v in variables]
+        self.fit(epochs_of_warm_up)
+        for v, value in zip(variables, before, strict=True):
+            v.assign(value)
+
+    def fit(self, epochs, callbacks=()):
+        """Returns the seconds that it took."""
+        start = time.perf_counter()
+        self.trainer.fit(
+            *self.task.data, batch_size=self.task.batch_size, epochs=epochs, verbose=0, callbacks=list(callbacks)
+        )
+        return time.perf_counter() - start
+
+
+def stop_after(seconds):
+    import keras
+
+    class StopAfter(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.end, self.steps = time.perf_counter() + seconds, 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.steps = int(self.model.optimizer.iterations)
+            if time.perf_counter() >= self.end:
+                self.model.stop_training = True
+
+    return StopAfter()
+
+
+def stop_at(gradient_norm):
+    import keras
+
+    class StopAt(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if logs["gradient_norm"] <= gradient_norm:
+                self.model.stop_training = True
+
+    return StopAt()
+
+
+def models_of(task, seed):
+    """Two models of the same weights."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    first, second = task.build(), task.build()
+    second.set_weights(first.get_weights())
+    return first, second
+
+
+def by_second_order(task, model, seed):
+    """Trains; returns the seconds of the first epochs, the results after them and at the end, and the steps."""
+    import keras_gradtools as kg
+
+    trainer = Trainer(task, seed, kg.models.SecondOrder(model))
+    trainer.start(task.second_order(), 1)
+    seconds = trainer.fit(task.epochs, [stop_at(task.gradient_norm)])
+    first = task.measure(model, task.loss, task.data)
+    steps = int(trainer.trainer.optimizer.iterations)
+    if task.epochs_in_all > task.epochs:
+        trainer.fit(task.epochs_in_all - task.epochs)
+    return seconds, first, task.measure(model, task.loss, task.data), steps
+
+
+def by_adam(task, model, seed, seconds, rate, decays):
+    """Trains for so many seconds; returns the result and the steps."""
+    import keras
+
+    # A loop on the device over steps is what makes Keras fastest at small ones; torch has none.
+    at_once = 1 if keras.backend.backend() == "torch" else 20
+    trainer = Trainer(task, seed, model, at_once)
+    steps_per_epoch = -(-len(task.data[0]) // task.batch_size)
+    warm_up = max(WARM_UP_STEPS // steps_per_epoch, 2)
+    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, 10**6) if decays else rate)
+    trainer.start(optimizer, warm_up)
+    if decays:
+        # How many steps the time is enough for is known once some were taken.
+        per_step = trainer.fit(warm_up) / (warm_up * steps_per_epoch)
+        trainer.start(
+            keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, int(seconds / per_step))), warm_up
+        )
+    stop = stop_after(seconds)
+    trainer.fit(10**6, [stop])
+    return task.measure(model, task.loss, task.data), stop.steps
+
+
+def measure(task):
+    import keras
+
+    from keras_gradtools.backend import name
+
+    first, second = models_of(task, TUNING_SEED)
+    initial = second.get_weights()
+    seconds, *_ = by_second_order(task, first, TUNING_SEED)
+    tried = {}
+    for decays in (False, True):
+        for rate in RATES:
+            second.set_weights(initial)
+            tried[rate, decays] = by_adam(task, second, TUNING_SEED, seconds, rate, decays)[0]
+            print(f"{task.name}: Adam, {rate:g}{', decaying' * decays}: {tried[rate, decays]:.2e}", flush=True)
+    rate, decays = min(tried, key=tried.get)
+    found = {
+        "backend": name(),
+        "task": task.name,
+        "method": task.second_order.__name__,
+        "adam": {"learning_rate": rate, "decays": decays},
+        "tuning": [{"learning_rate": r, "decays": d, "result": result} for (r, d), result in tried.items()],
+        "target": task.target,
+        "seeds": [],
+    }
+    for seed in SEEDS:
+        first, second = models_of(task, seed)
+        seconds, result, end, steps = by_second_order(task, first, seed)
+        adam, adam_steps = by_adam(task, second, seed, seconds, rate, decays)
+        found["seeds"].append(
+            {"seed": seed, "seconds": seconds, "second_order": result, "steps": steps, "at_the_end": end}
+            | {"adam": adam, "adam_steps": adam_steps}
+        )
+        print(
+            f"{task.name}, seed {seed}: {seconds:.2f} s, {found['method']} {result:.2e} in {steps} steps, Adam "
+            f"{adam:.2e} in {adam_steps}: {adam / result:.3g} times; {end:.2e} after {task.epochs_in_all} epochs",
+            flush=True,
+        )
+        keras.utils.clear_session()
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, help="the only one")
+    parser.add_argument("--task", choices=("sinc", "digits"), help="the only one")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.here:
+        for backend in [options.backend] if options.backend else BACKENDS:
+            arguments = [sys.executable, "-m", "benchmarks.second_order", "--here", "--backend", backend]
+            arguments += ["--task", options.task] if options.task else []
+            subprocess.run(arguments, cwd=ROOT, env=environment_of(backend), check=True)
+        return
+    if options.backend == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+    path = RESULTS / f"{os.environ['KERAS_BACKEND']}_second_order.json"
+    results = {e["task"]: e for e in json.loads(path.read_text())} if path.exists() else {}
+    for task in tasks():
+        if options.task in (None, task.name):
+            results[task.name] = measure(task)
+            path.write_text(json.dumps(list(results.values()), indent=1) + "\n")
+    print(f"Wrote {path.name}")
+
+
+if __name__ == "__main__":
+    main()
