@@ -24,6 +24,7 @@ from keras_gradtools.gradient_ops import (
 from keras_gradtools.tape import GradientTape
 from keras_gradtools.transforms import (
     batch_jacobian,
+    divergence,
     flatten_hessian,
     functionalize,
     ggnvp,
@@ -34,6 +35,7 @@ from keras_gradtools.transforms import (
     jit,
     jvp,
     kernel_hessian,
+    laplacian,
     linearize,
     per_example_grad,
     value_and_grad,
@@ -52,6 +54,7 @@ __all__ = [
     "curvature",
     "custom_gradient",
     "diagnostics",
+    "divergence",
     "flatten_hessian",
     "functionalize",
     "ggnvp",
@@ -62,6 +65,7 @@ __all__ = [
     "jit",
     "jvp",
     "kernel_hessian",
+    "laplacian",
     "layers",
     "linearize",
     "models",

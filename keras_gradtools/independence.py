@@ -147,8 +147,8 @@ def require_of_record(name, tape, targets, sources):
 
 def require_batch(name, role, tensors):
     """Returns the number of examples of tensors of shape `(batch, ...)`; raises `ValueError` unless it is 2 or more."""
-    sizes = {x.shape[0] if len(x.shape) else None for x in tensors}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {x.shape[0] if len(x.shape) else 0 for x in tensors}
+    if len(sizes) != 1 or not all(len(x.shape) for x in tensors):
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
         raise ValueError(
             f"{name} expects {role} with one batch size, of shape (batch, ...). Received: the shapes {shapes}."

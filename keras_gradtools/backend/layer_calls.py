@@ -104,7 +104,7 @@ def watched(record):
 
 def _watched_call(original, layer, args, kwargs):
     calls, record = _thread.calls, _thread.record
-    if record is None:
+    if calls is None or record is None:
         return original(layer, *args, **kwargs)
     leaves, inputs = nesting.flatten((args, kwargs)), []
     for i, leaf in enumerate(leaves):

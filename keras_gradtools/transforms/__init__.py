@@ -1,5 +1,6 @@
 """Functions of functions: what takes a Keras computation and gives another."""
 
+from keras_gradtools.transforms.differential_operators import divergence, laplacian
 from keras_gradtools.transforms.first_order import grad, jvp, linearize, value_and_grad, vjp
 from keras_gradtools.transforms.functional import functionalize, jit
 from keras_gradtools.transforms.jacobians import batch_jacobian, jacobian
@@ -9,6 +10,7 @@ from keras_gradtools.transforms.second_order import flatten_hessian, ggnvp, hess
 
 __all__ = [
     "batch_jacobian",
+    "divergence",
     "flatten_hessian",
     "functionalize",
     "ggnvp",
@@ -19,6 +21,7 @@ __all__ = [
     "jit",
     "jvp",
     "kernel_hessian",
+    "laplacian",
     "linearize",
     "per_example_grad",
     "value_and_grad",

@@ -1,0 +1,98 @@
+"""Second-order training on one device or on several, and how far the two are apart.
+
+    python examples/distributed_second_order.py --out one.npz
+    python examples/distributed_second_order.py --devices 2 --compare one.npz
+
+with `KERAS_BACKEND=jax` or `torch` before it for another backend. `train` is the same for all of them; how it is
+distributed is said by the launcher of the backend in examples/distributed.py. The devices are those of the processor,
+so that it runs everywhere.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# The devices share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import keras
+import numpy as np
+from keras import layers
+from sklearn.datasets import load_digits
+
+import keras_gradtools as kg
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from distributed import LAUNCHERS
+
+EXAMPLES, STEPS = 240, 5
+OPTIMIZERS = {
+    "Newton": lambda: kg.optimizers.Newton(damping=0.1),
+    "NewtonCG": lambda: kg.optimizers.NewtonCG(damping=0.1, max_iterations=20),
+    "LevenbergMarquardt": lambda: kg.optimizers.LevenbergMarquardt(damping=0.1),
+}
+
+
+def load_data():
+    """Digits of 4 by 4 pixels in a fixed order, and their labels: one batch, which can be split evenly."""
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))[:EXAMPLES]
+    x = digits.images[order].reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16) / 16
+    return x.astype("float32"), digits.target[order].astype("int32")
+
+
+def build_model():
+    """A classifier with a regularizer; the same weights on every backend."""
+    l2 = keras.regularizers.L2(1e-3)
+    parts = [keras.Input((16,)), layers.Dense(8, "tanh", kernel_regularizer=l2), layers.Dense(10)]
+    model, rng = keras.Sequential(parts), np.random.default_rng(1)
+    model.set_weights([0.3 * rng.normal(size=v.shape) for v in model.trainable_variables])
+    return model
+
+
+def train(optimizer, devices):
+    """Loss, damping and accuracy at each of five steps, and the weights after them."""
+    x, y = (devices.share(array) for array in load_data())
+    model = build_model()
+    trainer = kg.models.SecondOrder(model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trainer.compile(OPTIMIZERS[optimizer](), loss, metrics=["accuracy"])
+    history = trainer.fit(x, y, batch_size=len(x), epochs=STEPS, shuffle=False, verbose=0).history
+    results = {name: np.array(history[name]) for name in ("loss", "damping", "gradient_norm")}
+    # A metric is that of the process's own examples.
+    results["accuracy"] = devices.mean(history["accuracy"])
+    return results | {f"weights/{i}": w for i, w in enumerate(model.get_weights())}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--out", type=pathlib.Path, help="where to save the results, a .npz file")
+    parser.add_argument("--compare", type=pathlib.Path, help="a saved file to compare the results with")
+    options = parser.parse_args()
+    options.arguments, options.script = sys.argv[1:], __file__
+
+    def work(devices):
+        results = {f"{name}/{key}": v for name in OPTIMIZERS for key, v in train(name, devices).items()}
+        if devices.rank:
+            return
+        if options.out:
+            np.savez(options.out, **results)
+        expected = np.load(options.compare) if options.compare else None
+        for name in OPTIMIZERS:
+            losses = results[f"{name}/loss"]
+            print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}", end="")
+            if expected is not None:
+                keys = [key for key in results if key.startswith(f"{name}/")]
+                found = [np.abs(results[k] - expected[k]).max() / np.abs(expected[k]).max() for k in keys]
+                print(f", at most {max(found):.0e} of the largest away from {options.compare}", end="")
+            print()
+
+    LAUNCHERS[keras.config.backend()](options, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""What layers that return the Laplacian or the divergence of another one have in common."""
+
+from keras_gradtools.layers.derivative import Derivative
+from keras_gradtools.transforms.differential_operators import checked_axes
+
+
+class DifferentialOperator(Derivative):
+    """A derivative of a layer of points, along some of their axes."""
+
+    def __init__(self, layer, axes=None, return_outputs=False, **kwargs):
+        super().__init__(layer, return_outputs, **kwargs)
+        self.axes = None if axes is None else list(axes)
+
+    def _check_axes(self, inputs):
+        if len(inputs.shape) != 2 or inputs.shape[1] is None:
+            raise ValueError(
+                f"{type(self).__name__} expects an input of shape (batch, n). Received: shape {tuple(inputs.shape)}."
+            )
+        return checked_axes(type(self).__name__, self.axes, inputs.shape[1])
+
+    def get_config(self):
+        return {**super().get_config(), "axes": self.axes}
