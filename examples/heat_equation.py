@@ -34,7 +34,7 @@ from rich.table import Table
 import keras_gradtools as kg
 
 DIFFUSIVITY = 0.1
-POINTS = 1000
+POINTS = 500
 console = Console()
 
 
@@ -49,7 +49,7 @@ def solution(points):
 class Temperature(keras.Model):
     """u(x, t), which is right at the beginning and at both ends whatever the network says."""
 
-    def __init__(self, units=20, **kwargs):
+    def __init__(self, units=16, **kwargs):
         super().__init__(**kwargs)
         self.hidden = [layers.Dense(units, "tanh"), layers.Dense(units, "tanh"), layers.Dense(1)]
 
@@ -162,8 +162,8 @@ def plot(watched, switch, temperature, path):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the picture")
-    parser.add_argument("--adam-epochs", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=150, help="of Levenberg and Marquardt's method")
+    parser.add_argument("--adam-epochs", type=int, default=500)
+    parser.add_argument("--epochs", type=int, default=80, help="of Levenberg and Marquardt's method")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
