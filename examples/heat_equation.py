@@ -195,6 +195,7 @@ def main(arguments=None):
     console.print(table)
     plot(watched, switch, temperature, options.out / "heat_equation.png")
     console.print(f"Picture: heat_equation.png in {options.out}/")
+    return {"Adam": by_adam, "both": both.errors[-1], "Adam alone": found.errors[-1]}
 
 
 if __name__ == "__main__":
