@@ -522,7 +522,7 @@ def batch_normalization(out):
     x = normal(rng, (7, 5))
 
     layer1 = dense(8, "elu", rng)
-    bn = keras.layers.BatchNormalization()
+    bn = keras.layers.BatchNormalization(name="batch_normalization")
     layer2 = dense(6, "elu", rng)
 
     with kg.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
@@ -564,6 +564,19 @@ def batch_normalization(out):
     difference = np.abs(numbers(jb) - own).max()
     console.print(f"difference from the diagonal: {difference:.4f}")
     assert difference > 0.1
+
+    # Asked before, the package says so, and names the layer.
+    model = keras.Sequential([keras.Input((5,)), layer1, bn, layer2], name="guide")
+    report = kg.diagnostics.batch_independence(model, x, training=True)
+    console.print(str(report))
+    assert not report.independent and report.layers == ("batch_normalization",)
+    try:
+        kg.batch_jacobian(model, check_independence=True)(x, training=True)
+    except ValueError as error:
+        assert "batch_normalization" in str(error)
+    else:
+        raise AssertionError("the check must refuse this model")
+    assert kg.diagnostics.batch_independence(model, x).independent
 
 
 def main(arguments=None):

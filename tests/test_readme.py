@@ -12,7 +12,10 @@ import pytest
 
 import keras_gradtools
 
-README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+# Pages whose blocks run as they stand.
+PAGES = [README, ROOT / "docs" / "second_order.md"]
 
 
 def python_blocks(text):
@@ -30,18 +33,21 @@ def modules():
             yield module.name
 
 
-# Without a README there are no blocks to run, and the count below fails.
-BLOCKS = list(python_blocks(README.read_text(encoding="utf-8"))) if README.exists() else []
+BLOCKS = [(page, block) for page in PAGES for block in python_blocks(page.read_text(encoding="utf-8"))]
 
 
-def test_readme_shows_the_tape_and_a_penalty():
-    assert len(BLOCKS) >= 2
+def test_every_page_has_blocks():
+    assert {page for page, _ in BLOCKS} == set(PAGES)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line-{len(block) - len(block.lstrip(chr(10))) + 1}")
-def test_readme_block_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "block"),
+    BLOCKS,
+    ids=[f"{page.stem}-line-{len(block) - len(block.lstrip(chr(10))) + 1}" for page, block in BLOCKS],
+)
+def test_block_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+    exec(compile(block, str(page), "exec"), {"__name__": page.stem})
 
 
 @pytest.mark.parametrize("name", list(modules()))
