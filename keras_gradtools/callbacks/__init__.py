@@ -1,7 +1,8 @@
 """Callbacks that look at gradients and curvature while `fit` runs, and act on them."""
 
+from keras_gradtools.callbacks.batch_jacobian_monitor import BatchJacobianMonitor
 from keras_gradtools.callbacks.curvature_monitor import CurvatureMonitor
 from keras_gradtools.callbacks.newton_step import NewtonStep
 from keras_gradtools.callbacks.robustness_monitor import RobustnessMonitor
 
-__all__ = ["CurvatureMonitor", "NewtonStep", "RobustnessMonitor"]
+__all__ = ["BatchJacobianMonitor", "CurvatureMonitor", "NewtonStep", "RobustnessMonitor"]

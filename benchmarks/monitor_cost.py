@@ -1,0 +1,113 @@
+"""What a monitor adds to an epoch of the digits demo: `python -m benchmarks.monitor_cost`.
+
+The classifier, the data and two of the four ways of examples/demo.py (plainly, and with the penalty) on one core. A
+measurement at the end of an epoch is timed inside `fit`, beside the epoch that it follows; the share is the median over
+epochs of the one over the other. The first epochs, which compile, are left out. Writes
+benchmarks/results/BACKEND_monitor_cost.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
+
+EPOCHS, LEFT_OUT = 14, 4
+TARGET = 0.1
+CURVATURE_EXAMPLES = (16, 64)
+JACOBIAN_EXAMPLES = (8, 16)
+WAYS = ("plain", "penalty")
+
+
+def monitors(x, y):
+    """Each monitor by what is said of it."""
+    import keras_gradtools as kg
+
+    norms = ("spectral_norm", "frobenius_norm", "condition_number", "effective_rank", "dynamical_isometry")
+    return {
+        **{
+            f"CurvatureMonitor, {n} examples": kg.callbacks.CurvatureMonitor((x[:n], y[:n])) for n in CURVATURE_EXAMPLES
+        },
+        **{f"BatchJacobianMonitor, {n} examples": kg.callbacks.BatchJacobianMonitor(x[:n]) for n in JACOBIAN_EXAMPLES},
+        **{
+            f"BatchJacobianMonitor, {n} examples, without local_lipschitz": kg.callbacks.BatchJacobianMonitor(
+                x[:n], quantities=norms
+            )
+            for n in JACOBIAN_EXAMPLES
+        },
+    }
+
+
+def timed(monitor):
+    """A callback that times epochs, and what `monitor` does after them."""
+    import keras
+
+    class Timed(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            monitor.set_model(self.model)
+            monitor.on_train_begin(logs)
+            self.epochs, self.measurements = [], []
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.start = time.perf_counter()
+
+        def on_epoch_end(self, epoch, logs=None):
+            middle = time.perf_counter()
+            monitor.on_epoch_end(epoch, logs)
+            self.epochs.append(middle - self.start)
+            self.measurements.append(time.perf_counter() - middle)
+
+    return Timed()
+
+
+def measure():
+    import keras
+    import numpy as np
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    import demo
+
+    (x, y), _ = demo.load_data()
+    found = {"backend": keras.backend.backend(), "target": TARGET, "rows": []}
+    for way in WAYS:
+        for name, monitor in monitors(x, y).items():
+            keras.utils.set_random_seed(0)
+            model = demo.WAYS[way](demo.build_classifier())
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
+            times = timed(monitor)
+            model.fit(x, y, batch_size=demo.BATCH_SIZE, epochs=EPOCHS, verbose=0, callbacks=[times])
+            epochs, measurements = (np.array(t[LEFT_OUT:]) for t in (times.epochs, times.measurements))
+            low, share, high = np.quantile(measurements / epochs, (0.25, 0.5, 0.75))
+            row = {"way": way, "monitor": name, "epoch_ms": 1e3 * float(np.median(epochs))}
+            row |= {"measurement_ms": 1e3 * float(np.median(measurements))}
+            found["rows"].append(row | {"share": float(share), "quartiles": [float(low), float(high)]})
+            print(f"{way}, {name}: {share:.0%} of an epoch of {row['epoch_ms']:.0f} ms", flush=True)
+            keras.utils.clear_session()
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, help="the only one")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.here:
+        for backend in [options.backend] if options.backend else BACKENDS:
+            arguments = [sys.executable, "-m", "benchmarks.monitor_cost", "--here", "--backend", backend]
+            subprocess.run(arguments, cwd=ROOT, env=environment_of(backend), check=True)
+        return
+    if options.backend == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+    path = RESULTS / f"{os.environ['KERAS_BACKEND']}_monitor_cost.json"
+    path.write_text(json.dumps(measure(), indent=1) + "\n")
+    print(f"Wrote {path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The batch Jacobian of a model in the logs."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_gradtools import nesting, validation
+from keras_gradtools.callbacks.schedule import Schedule
+from keras_gradtools.curvature.batch_loss import checked_model
+from keras_gradtools.diagnostics.batch_independence import batch_independence
+from keras_gradtools.diagnostics.jacobian_spectrum import (
+    ITERATIONS,
+    check_options,
+    checked_examples,
+    chosen_method,
+    spectrum_of,
+)
+from keras_gradtools.diagnostics.local_lipschitz import check_radius, largest_ratios
+
+NAME = "BatchJacobianMonitor"
+OF_ALL_VALUES = ("condition_number", "effective_rank", "dynamical_isometry")
+QUANTITIES = ("spectral_norm", "frobenius_norm", *OF_ALL_VALUES, "local_lipschitz")
+_LIPSCHITZ_ITERATIONS = 5
+
+
+class BatchJacobianMonitor(keras.callbacks.Callback):
+    r"""Measures the Jacobian of the model at fixed examples while `fit` trains, and logs it.
+
+    Of the Jacobian of each example, with singular values $\sigma_1 \ge \dots \ge \sigma_r$, the logs get for
+
+    - `"spectral_norm"`: `jacobian_spectral_norm_mean` and `_max`, of $\sigma_1$ over the examples;
+    - `"frobenius_norm"`: `jacobian_frobenius_norm_mean` and `_max`;
+    - `"condition_number"`: `jacobian_condition_number_median`, of $\sigma_1 / \sigma_r$, which can be infinite;
+    - `"effective_rank"`: `jacobian_effective_rank_mean`, the exponential of the entropy of the singular values;
+    - `"dynamical_isometry"`: `jacobian_dynamical_isometry`, the root mean square of $\sigma_i - 1$, 0 for an isometry;
+    - `"local_lipschitz"`: `jacobian_local_lipschitz_mean` and `_max`: see `kg.diagnostics.local_lipschitz`.
+
+    They are in the `History`, the progress bar, `CSVLogger` and `TensorBoard`, and callbacks that come after it in the
+    list can act on them, given a direction:
+    `keras.callbacks.EarlyStopping("jacobian_spectral_norm_max", mode="min")`. Where it measures every n batches, the
+    logs of an epoch have its last values. Before training it asks `kg.diagnostics.batch_independence` whether these
+    numbers will mean anything. Nothing in the model changes. After the first measurement nothing is traced again. A
+    Jacobian that is not finite is logged as NaN.
+
+    Args:
+        x: the examples, floating-point tensors of shape `(batch, ...)`, in any nesting. A dozen is enough to watch it.
+        every: `"epoch"`, or a number n of batches.
+        quantities: which of the above. By default all; without those of all singular values, where the Jacobian is too
+            large to form.
+        training: the mode in which the model is called.
+        method: `"explicit"`, `"implicit"` or `"auto"`: see `kg.diagnostics.jacobian_spectrum`.
+        radius: that of `"local_lipschitz"`, in units of `x`.
+        seed: of what is random, the same in each measurement.
+
+    Attributes:
+        spectra: the singular values of each measurement, of shape `(batch, r)`, in a list, which
+            `kg.plots.plot_singular_values` draws; empty where the Jacobian is not formed.
+        last: what was logged last.
+
+    Raises:
+        ValueError: for options that do not fit; in `fit`, for examples that do not fit the model, where they depend on
+            one another, and for quantities of all singular values where the Jacobian is too large to form.
+
+    Cost:
+        In each measurement that of `kg.batch_jacobian` at `x`, and five steps of a search for a Lipschitz constant;
+        before training six gradients.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
+    >>> model.compile(keras.optimizers.SGD(0.0), "mse")
+    >>> model.set_weights([np.array([[3.0, 0.0], [0.0, 1.0]])])
+    >>> x = np.ones((4, 2), "float32")
+    >>> monitor = kg.callbacks.BatchJacobianMonitor(x, quantities=("spectral_norm", "effective_rank"))
+    >>> history = model.fit(x, x, epochs=1, verbose=0, callbacks=[monitor]).history
+    >>> history["jacobian_spectral_norm_max"], [round(rank, 3) for rank in history["jacobian_effective_rank_mean"]]
+    ([3.0], [1.755])
+    """
+
+    def __init__(self, x, every="epoch", quantities=None, *, training=False, method="auto", radius=0.1, seed=0):
+        super().__init__()
+        self._schedule = Schedule(NAME, every)
+        check_options(NAME, method, ITERATIONS, seed)
+        check_radius(NAME, radius)
+        chosen = (quantities,) if isinstance(quantities, str) else quantities
+        known = chosen is None or (isinstance(chosen, (tuple, list)) and chosen and set(chosen) <= set(QUANTITIES))
+        if not known:
+            raise ValueError(
+                f"{NAME} expects some of {', '.join(QUANTITIES)} as `quantities`. Received: quantities={quantities!r}."
+            )
+        if not isinstance(training, bool):
+            raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
+        self._given, self._quantities = x, chosen
+        self._kwargs = {"training": training}
+        self._method, self._radius, self._seed = method, radius, seed
+        self._examples: Any = None
+        self._chosen: tuple = ()
+        self.spectra: list = []
+        self.last: dict[str, float] = {}
+
+    def on_train_begin(self, logs=None):
+        model = checked_model(NAME, self.model)
+        self._examples = checked_examples(NAME, self._given)
+        if len(nesting.flatten(self._examples)[0]) > 1:
+            report = batch_independence(model, self._examples, **self._kwargs)
+            if not report.independent:
+                raise ValueError(f"{NAME}: {report}")
+        if self._method == "auto":
+            self._method = chosen_method(model, self._examples, self._kwargs)
+        self._chosen = self._checked_quantities()
+        self._schedule.begin()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._schedule.is_due_after_batch():
+            self._measure(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._schedule.is_due_after_epoch():
+            self._measure(logs)
+        elif logs is not None:
+            logs.update(self.last)
+
+    def _checked_quantities(self):
+        if self._method == "explicit":
+            return self._quantities or QUANTITIES
+        impossible = [q for q in self._quantities or () if q in OF_ALL_VALUES]
+        if impossible:
+            raise ValueError(
+                f"{NAME} has all singular values only of a Jacobian that is formed, and this one is too large, or was "
+                f"not to be. Received: quantities with {', '.join(impossible)}. Leave them out, take fewer examples, "
+                "or give method='explicit'."
+            )
+        return tuple(q for q in self._quantities or QUANTITIES if q not in OF_ALL_VALUES)
+
+    def _measure(self, logs):
+        # Between the steps of a training on JAX, the weights are not in the variables.
+        sync = getattr(self.model, "jax_state_sync", None)
+        if sync is not None:
+            sync()
+        model = checked_model(NAME, self.model)
+        found: dict[str, float] = {}
+        if set(self._chosen) - {"local_lipschitz"}:
+            spectrum = spectrum_of(model, self._examples, self._kwargs, self._method, seed=self._seed)
+            if spectrum.singular_values is not None:
+                self.spectra.append(spectrum.singular_values)
+            for quantity in self._chosen:
+                if quantity != "local_lipschitz":
+                    found |= _summary(quantity, getattr(spectrum, quantity))
+        if "local_lipschitz" in self._chosen:
+            ratios = largest_ratios(
+                model, self._examples, self._kwargs, self._radius, _LIPSCHITZ_ITERATIONS, self._seed
+            )
+            found |= _summary("local_lipschitz", ratios)
+        self.last = found
+        if logs is not None:
+            logs.update(found)
+
+
+def _summary(quantity, values):
+    """The entries of the logs that a quantity of the examples has."""
+    name = f"jacobian_{quantity}"
+    if quantity == "condition_number":
+        return {f"{name}_median": float(np.median(values))}
+    if quantity == "effective_rank":
+        return {f"{name}_mean": float(np.mean(values))}
+    if quantity == "dynamical_isometry":
+        return {name: float(np.sqrt(np.mean(values**2)))}
+    return {f"{name}_mean": float(np.mean(values)), f"{name}_max": float(np.max(values))}

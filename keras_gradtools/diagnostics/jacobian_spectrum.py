@@ -1,0 +1,245 @@
+"""The singular values of each example's Jacobian, their largest one without the others, and what is made of them."""
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools import nesting, validation
+from keras_gradtools.diagnostics.example_vectors import for_each, normalized, numbers, split, squares
+from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.jacobians import batch_jacobian
+from keras_gradtools.transforms.taped_call import TapedCall
+
+NAME = "jacobian_spectrum"
+ITERATIONS = 30
+METHODS = ("auto", "explicit", "implicit")
+# Up to where forming the Jacobians and decomposing them is the cheaper way: numbers of a batch, values of an example.
+_MOST_NUMBERS, _MOST_VALUES = 1 << 22, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class JacobianSpectrum:
+    r"""Numbers of the Jacobian $J_b = \partial f(x_b) / \partial x_b$ of each example.
+
+    Those that take all singular values $\sigma_1 \ge \dots \ge \sigma_r$, with $r$ the smaller of the sizes of an
+    example's input and output, are None where the Jacobian was too large to form.
+
+    Attributes:
+        spectral_norm: $\sigma_1$, of shape `(batch,)`.
+        frobenius_norm: $(\sum_i \sigma_i^2)^{1/2}$, of shape `(batch,)`; where the Jacobian was not formed, an
+            unbiased estimate of its square from some rows or columns.
+        singular_values: of shape `(batch, r)`, descending, or None.
+    """
+
+    spectral_norm: Any
+    frobenius_norm: Any
+    singular_values: Any
+
+    @property
+    def condition_number(self):
+        r"""$\sigma_1 / \sigma_r$, of shape `(batch,)`; infinite where $\sigma_r$ is zero to rounding."""
+        if self.singular_values is None:
+            return None
+        first, last = self.singular_values[:, 0], self.singular_values[:, -1]
+        is_regular = last > self._rounding * first
+        return np.where(is_regular, first / np.where(is_regular, last, 1.0), np.inf)
+
+    @property
+    def effective_rank(self):
+        r"""$\exp(-\sum_i p_i \log p_i)$ with $p_i = \sigma_i / \sum_j \sigma_j$, of shape `(batch,)`; 0 of zeros."""
+        if self.singular_values is None:
+            return None
+        total = self.singular_values.sum(axis=1, keepdims=True)
+        p = self.singular_values / np.where(total > 0, total, 1.0)
+        entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=1)
+        return np.where(total[:, 0] > 0, np.exp(entropy), 0.0)
+
+    @property
+    def dynamical_isometry(self):
+        r"""The distance from an isometry, $(\frac1r \sum_i (\sigma_i - 1)^2)^{1/2}$, of shape `(batch,)`."""
+        if self.singular_values is None:
+            return None
+        return np.sqrt(((self.singular_values - 1) ** 2).mean(axis=1))
+
+    @property
+    def _rounding(self):
+        return np.finfo("float32").eps * self.singular_values.shape[1]
+
+
+def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITERATIONS, seed=0):
+    r"""The singular values of each example's Jacobian, or where these are too many, its norms alone.
+
+    `"explicit"` forms the Jacobians, by `kg.batch_jacobian`, and decomposes them with NumPy. `"implicit"` has the
+    largest singular value by the bidiagonalization of Golub and Kahan, which finds in `iterations` products with $J$
+    and $J^\top$ the best of all that power iteration goes through, and the Frobenius norm from as many random
+    orthonormal directions; all examples go together, and what is kept is a few vectors of the size of the data.
+
+    Args:
+        model: a Keras model or a function of `x` whose examples are independent of one another: see
+            `kg.diagnostics.batch_independence`.
+        x: floating-point tensors of shape `(batch, ...)`, in any nesting.
+        training: the mode in which a model is called.
+        method: `"explicit"`, `"implicit"`, or `"auto"`: explicit up to four million numbers, and 128 singular values of
+            an example.
+        iterations: of the implicit method. It is exact where an example has no more inputs or outputs.
+        seed: of its random vectors.
+
+    Returns:
+        A `JacobianSpectrum`.
+
+    Raises:
+        ValueError: for options, inputs or outputs that do not fit, and Jacobians that are not finite.
+
+    Cost:
+        Explicit: that of `kg.batch_jacobian`. Implicit: for each iteration a product with $J$ and two with $J^\top$,
+        about six gradients in all. Both are compiled once on TensorFlow and JAX, and kept with the model.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
+    >>> model.set_weights([np.array([[3.0, 0.0], [0.0, 0.5]])])
+    >>> spectrum = kg.diagnostics.jacobian_spectrum(model, np.ones((1, 2), "float32"))
+    >>> spectrum.singular_values.tolist(), spectrum.condition_number.tolist()
+    ([[3.0, 0.5]], [6.0])
+
+    Source: Golub & Kahan, "Calculating the singular values and pseudo-inverse of a matrix" (1965); Roy & Vetterli, "The
+    effective rank" (2007); Pennington, Schoenholz & Ganguli, "Resurrecting the sigmoid in deep learning through
+    dynamical isometry" (arXiv:1711.04735, 2017).
+    """
+    check_options(NAME, method, iterations, seed)
+    kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
+    x = checked_examples(NAME, x)
+    if method == "auto":
+        method = chosen_method(model, x, kwargs)
+    spectrum = spectrum_of(model, x, kwargs, method, iterations, seed)
+    if not np.isfinite(spectrum.spectral_norm).all():
+        raise ValueError(
+            f"{NAME} expects examples at which the Jacobian is finite. Received: NaN or infinity in that of "
+            f"{int((~np.isfinite(spectrum.spectral_norm)).sum())} of {len(spectrum.spectral_norm)} examples."
+        )
+    return spectrum
+
+
+def check_options(name, method, iterations, seed):
+    """Raises `ValueError` for options that do not fit."""
+    if method not in METHODS:
+        raise ValueError(f"{name} expects one of {', '.join(METHODS)} as `method`. Received: method={method!r}.")
+    if not _is_count(iterations) or iterations < 1:
+        raise ValueError(f"{name} expects a positive integer as `iterations`. Received: iterations={iterations!r}.")
+    if not _is_count(seed):
+        raise ValueError(f"{name} expects an integer as `seed`. Received: seed={seed!r}.")
+
+
+def checked_examples(name, x):
+    """Returns `x` in tensors."""
+    tensors = nesting.map_structure(ops.convert_to_tensor, x)
+    leaves = nesting.flatten(tensors)
+    is_float = [keras.backend.is_float_dtype(validation.dtype_of(leaf)) for leaf in leaves]
+    if not leaves or not all(is_float) or any(len(leaf.shape) < 2 for leaf in leaves):
+        raise ValueError(
+            f"{name} expects floating-point examples of shape (batch, ...), of rank 2 or more. Received: "
+            f"{', '.join(validation.describe(leaf) for leaf in leaves) or repr(x)}."
+        )
+    return tensors
+
+
+def chosen_method(model, x, kwargs):
+    """The method where the choice is ours."""
+    outputs = nesting.flatten(compiled.run(NAME, model, _outputs, ("outputs",), (x,), kwargs)[0])
+    n, m = (sum(math.prod(a.shape[1:]) for a in tensors) for tensors in (nesting.flatten(x), outputs))
+    is_small = outputs[0].shape[0] * n * m <= _MOST_NUMBERS and min(n, m) <= _MOST_VALUES
+    return "explicit" if is_small else "implicit"
+
+
+def spectrum_of(model, x, kwargs, method, iterations=ITERATIONS, seed=0):
+    """The `JacobianSpectrum` by one of the two methods, NaN where the Jacobian of an example is not finite."""
+    return _explicit(model, x, kwargs) if method == "explicit" else _implicit(model, x, kwargs, iterations, seed)
+
+
+def _explicit(model, x, kwargs):
+    blocks = batch_jacobian(model)(x, **kwargs)
+    count = nesting.flatten(x)[0].shape[0]
+    # Rows are those of the outputs: of each, the blocks by all inputs.
+    structure = len(nesting.flatten(x))
+    flat = [numbers(block) for block in nesting.flatten(blocks)]
+    inputs = [math.prod(a.shape[1:]) for a in nesting.flatten(x)] * (len(flat) // structure)
+    flat = [block.reshape(count, -1, n) for block, n in zip(flat, inputs, strict=True)]
+    rows = [np.concatenate(flat[i : i + structure], axis=2) for i in range(0, len(flat), structure)]
+    jacobian = np.concatenate(rows, axis=1)
+    is_finite = np.isfinite(jacobian).all(axis=(1, 2))
+    values = np.full((count, min(jacobian.shape[1:])), np.nan)
+    values[is_finite] = np.linalg.svd(jacobian[is_finite], compute_uv=False)
+    return JacobianSpectrum(values[:, 0], np.sqrt((values**2).sum(axis=1)), values)
+
+
+def _implicit(model, x, kwargs, iterations, seed):
+    random = np.random.default_rng(seed)
+    inputs = nesting.flatten(x)
+    outputs = nesting.flatten(compiled.run(NAME, model, _outputs, ("outputs",), (x,), kwargs)[0])
+    count = inputs[0].shape[0]
+    n, m = (sum(math.prod(a.shape[1:]) for a in tensors) for tensors in (inputs, outputs))
+
+    start = random.standard_normal((count, n))
+    v = split(start / np.linalg.norm(start, axis=1, keepdims=True), inputs)
+    u = [ops.zeros_like(y) for y in outputs]
+    beta = ops.zeros((count,), dtype=inputs[0].dtype)
+    steps = min(iterations, n, m)
+    bidiagonal = np.zeros((count, steps, steps))
+    for i in range(steps):
+        (u, v, alpha, beta), _ = compiled.run(NAME, model, _bidiagonalize, ("step",), (x, v, u, beta), kwargs)
+        bidiagonal[:, i, i] = numbers(alpha)
+        if i + 1 < steps:
+            bidiagonal[:, i, i + 1] = numbers(beta)
+    is_finite = np.isfinite(bidiagonal).all(axis=(1, 2))
+    largest = np.full(count, np.nan)
+    largest[is_finite] = np.linalg.svd(bidiagonal[is_finite], compute_uv=False)[:, 0]
+
+    # An orthonormal frame of random direction, the same for all examples, on the side that is smaller.
+    smaller, like, body = (m, outputs, _pull) if m <= n else (n, inputs, _push)
+    chosen = min(iterations, smaller)
+    frame, _ = np.linalg.qr(random.standard_normal((smaller, chosen)))
+    total = 0.0
+    for direction in frame.T:
+        along = split(np.broadcast_to(direction, (count, smaller)), like)
+        total = total + numbers(compiled.run(NAME, model, body, (body.__name__,), (x, along), kwargs)[0])
+    return JacobianSpectrum(largest, np.sqrt(total * (smaller / chosen)), None)
+
+
+# --- what is compiled: of a function, its examples, and vectors for each of them ---
+
+
+def _outputs(fun, x, **kwargs):
+    return TapedCall(NAME, fun, (x,), kwargs).value, None
+
+
+def _bidiagonalize(fun, x, v, u, beta, **kwargs):
+    """A step: J v = alpha u' + beta u and J^T u' = alpha v + beta' v', all of length 1."""
+    call = TapedCall(NAME, fun, (x,), kwargs)
+    call.record.keeps_graph = True
+    pushed = nesting.flatten(call.push(nesting.pack_as(x, v)))
+    u, alpha = normalized([p - for_each(beta, p) * old for p, old in zip(pushed, u, strict=True)])
+    pulled = nesting.flatten(call.pull(nesting.pack_as(call.target, u)))
+    v, beta = normalized([p - for_each(alpha, p) * old for p, old in zip(pulled, v, strict=True)])
+    return (u, v, alpha, beta), None
+
+
+def _pull(fun, x, u, **kwargs):
+    call = TapedCall(NAME, fun, (x,), kwargs)
+    return squares(nesting.flatten(call.pull(nesting.pack_as(call.target, u), is_last=True))), None
+
+
+def _push(fun, x, v, **kwargs):
+    call = TapedCall(NAME, fun, (x,), kwargs)
+    call.record.keeps_graph = True
+    return squares(nesting.flatten(call.push(nesting.pack_as(x, v)))), None
+
+
+def _is_count(x):
+    return isinstance(x, int) and not isinstance(x, bool)
