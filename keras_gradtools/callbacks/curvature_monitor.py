@@ -9,8 +9,9 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.callbacks.schedule import Schedule
-from keras_gradtools.curvature.eigenvalues import EigenvalueConvergenceError
+from keras_gradtools.curvature.estimate import Estimate
 from keras_gradtools.curvature.hessian import Hessian
+from keras_gradtools.curvature.spectrum_ends import spectrum_ends
 
 NAME = "CurvatureMonitor"
 
@@ -20,7 +21,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
 
     The logs get:
 
-    - `hessian_max_eigenvalue` (the sharpness) and `hessian_min_eigenvalue`, to `tol`;
+    - `hessian_max_eigenvalue` (the sharpness) and `hessian_min_eigenvalue`, to `tol` of the larger magnitude;
     - `hessian_trace` and `hessian_trace_error`, an estimate and its standard error;
     - `sharpness_times_learning_rate`: gradient descent is stable below 2;
     - `gradient_norm`, the length of the gradient over the data.
@@ -36,8 +37,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
         variables: trainable variables in a list, or a layer; all of the model's by default.
         loss: what `compile` takes as `loss`; the compiled one by default, without what a wrapper of `kg.models` adds.
         training: whether the model is called as in training.
-        tol: the relative precision of the eigenvalues.
-        trace_matvecs: products for the trace, 6 or more; 0 leaves it out.
+        tol: the precision of the eigenvalues, of the larger of their magnitudes.
+        trace_matvecs: products for the trace beside those for the eigenvalues, 2 or more; 0 leaves it out. The
+            eigenvectors that are known are taken out of what they sample.
         seed: of the random vectors, the same ones in each measurement.
         batch_size: of arrays.
 
@@ -45,8 +47,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
         ValueError: for options that do not fit; in `fit`, for a model without a loss, or data that do not fit it.
 
     Cost:
-        In each measurement a gradient, some 10 to 40 products for the eigenvalues, and `trace_matvecs` for the trace,
-        some 2.5 gradients each. An eigenvalue that has not converged after 100 of them is logged as it is.
+        In each measurement a gradient, some 5 to 20 products for the eigenvalues, and `trace_matvecs` for the trace,
+        some 2.5 gradients each. It begins with the eigenvectors of the last measurement. An eigenvalue that has not
+        converged after 60 products is logged as it is.
 
     Example:
 
@@ -74,7 +77,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         loss=None,
         training=False,
         tol=1e-2,
-        trace_matvecs=12,
+        trace_matvecs=4,
         seed=0,
         batch_size=256,
     ):
@@ -82,14 +85,15 @@ class CurvatureMonitor(keras.callbacks.Callback):
         if not validation.is_number(tol) or not 0 < tol < 1:
             raise ValueError(f"{NAME} expects a number between 0 and 1 as `tol`. Received: tol={tol!r}.")
         is_count = isinstance(trace_matvecs, int) and not isinstance(trace_matvecs, bool)
-        if not is_count or (trace_matvecs < 6 and trace_matvecs != 0):
+        if not is_count or (trace_matvecs < 2 and trace_matvecs != 0):
             raise ValueError(
-                f"{NAME} expects 0, or an integer of 6 or more, as `trace_matvecs`. Received: {trace_matvecs!r}."
+                f"{NAME} expects 0, or an integer of 2 or more, as `trace_matvecs`. Received: {trace_matvecs!r}."
             )
         self._schedule = Schedule(NAME, every)
         self._data, self._variables, self._loss, self._training = data, variables, loss, training
         self._tol, self._trace_matvecs, self._seed, self._batch_size = tol, trace_matvecs, seed, batch_size
         self._operator: Any = None
+        self._start: Any = None
         self.last: dict[str, float] = {}
 
     def on_train_begin(self, logs=None):
@@ -102,6 +106,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             batch_size=self._batch_size,
             verbose=0,
         )
+        self._start = None
         self._schedule.begin()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -119,14 +124,13 @@ class CurvatureMonitor(keras.callbacks.Callback):
 
     def _measure(self, logs):
         hessian = self._operator
-        smallest, largest = self._ends(hessian)
+        smallest, largest, trace = self._spectrum(hessian)
         found = {
             "hessian_max_eigenvalue": largest,
             "hessian_min_eigenvalue": smallest,
             "gradient_norm": float(np.linalg.norm(hessian.gradient().astype("float64"))),
         }
-        if self._trace_matvecs:
-            trace = hessian.trace(self._trace_matvecs, seed=self._seed)
+        if trace is not None:
             found |= {"hessian_trace": float(trace.value), "hessian_trace_error": float(trace.standard_error)}
         rate = getattr(self.model.optimizer, "learning_rate", None)
         if rate is not None:
@@ -135,22 +139,29 @@ class CurvatureMonitor(keras.callbacks.Callback):
         if logs is not None:
             logs.update(found)
 
-    def _ends(self, hessian):
-        """The smallest and the largest eigenvalue."""
+    def _spectrum(self, hessian):
+        """The smallest and the largest eigenvalue, and the trace or None."""
         n = hessian.shape[0]
-        if n <= 2:
+        if n <= max(_SMALL, self._trace_matvecs):
             values = np.linalg.eigvalsh(hessian.dense().astype("float64"))
-            return float(values[0]), float(values[-1])
-        basis = min(n, _BASIS)
+            return float(values[0]), float(values[-1]), Estimate(values.sum(), 0.0) if self._trace_matvecs else None
+        product = hessian.linearized()
         try:
-            restarts = math.ceil(_MOST_PRODUCTS / basis)
-            values, _ = hessian.eigsh(2, "BE", ncv=basis, tol=self._tol, max_restarts=restarts, seed=self._seed)
-        except EigenvalueConvergenceError as error:
-            values = error.eigenvalues
+            found = spectrum_ends(
+                lambda v: product @ v,
+                n,
+                tol=self._tol,
+                most=_MOST_PRODUCTS,
+                start=self._start,
+                samples=self._trace_matvecs,
+                seed=self._seed,
+                dtype=hessian.dtype if hessian.dtype == "float64" else "float32",
+            )
         except FloatingPointError:
-            return math.nan, math.nan
-        return float(values[0]), float(values[-1])
+            return math.nan, math.nan, Estimate(math.nan, math.nan) if self._trace_matvecs else None
+        self._start = found.start
+        return found.smallest, found.largest, found.trace
 
 
-# Vectors of the basis of Lanczos' method, and products after which an eigenvalue is taken as it is.
-_BASIS, _MOST_PRODUCTS = 12, 100
+# Matrices up to this size are formed; products after which an eigenvalue is taken as it is.
+_SMALL, _MOST_PRODUCTS = 16, 60

@@ -97,7 +97,7 @@ def test_every_few_batches():
     [
         ({"every": "batch"}, "as `every`"),
         ({"tol": 0.0}, "as `tol`"),
-        ({"trace_matvecs": 3}, "as `trace_matvecs`"),
+        ({"trace_matvecs": 1}, "as `trace_matvecs`"),
         ({"trace_matvecs": True}, "as `trace_matvecs`"),
     ],
 )
