@@ -38,6 +38,7 @@ PICTURES = ("scalar_source", "hessian", "full_hessian", "slice", "patches", "bat
 def guide(tmp_path_factory):
     """The folder and the paragraphs that the guide's example leaves, each paragraph as its lines."""
     out, printed = tmp_path_factory.mktemp("guide") / "out", io.StringIO()
+    pyplot.close("all")
     with contextlib.redirect_stdout(printed):
         runpy.run_path(str(GUIDE))["main"](["--out", str(out)])
     return out, [paragraph.splitlines() for paragraph in printed.getvalue().split("\n\n")]

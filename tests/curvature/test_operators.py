@@ -293,6 +293,25 @@ def test_the_blocks_are_those_of_hessian():
         np.testing.assert_allclose(found[i][j], ops.convert_to_numpy(expected[i][j]), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [256, 10])
+@pytest.mark.parametrize("kind", ["Hessian", "GaussNewton", "Fisher", "empirical"])
+def test_the_linearized_products(kind, batch_size):
+    found = operator(kind, batch_size=batch_size)
+    linearized, matrix = found.linearized(), REFERENCES[kind]("cross-entropy")
+    assert linearized.shape == found.shape
+    for v in (V, -2 * V[::-1].astype("float64"), [1.0] + [0.0] * (SIZE - 1)):
+        product = linearized @ v
+        assert type(product) is np.ndarray and product.dtype == "float32"
+        assert_close(product, matrix @ np.asarray(v))
+
+
+def test_a_linearized_product_of_another_shape_is_refused():
+    linearized = operator("Hessian").linearized()
+    for wrong in (np.ones((SIZE, 2), "float32"), np.ones(SIZE + 1, "float32"), 1.0):
+        with pytest.raises(ValueError, match=rf"a NumPy vector of shape \({SIZE},\). Received: .*The operator itself"):
+            linearized @ wrong
+
+
 def test_chunks_change_no_value():
     found = operator("Hessian")
     np.testing.assert_allclose(found.dense(chunk_size=5), found.dense(), rtol=1e-5, atol=1e-7)

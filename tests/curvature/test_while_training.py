@@ -22,7 +22,7 @@ def compiled():
 
 
 class Losses(keras.callbacks.Callback):
-    """The loss over all data after each step, and the length of its gradient and of a product."""
+    """The loss over all data after each step, and the lengths of its gradient and of products."""
 
     def __init__(self, operator):
         super().__init__()
@@ -30,9 +30,8 @@ class Losses(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         v = np.ones(self.operator.shape[0], "float32")
-        self.seen.append(
-            [self.operator.loss(), np.linalg.norm(self.operator.gradient()), np.linalg.norm(self.operator @ v)]
-        )
+        vectors = self.operator.gradient(), self.operator @ v, self.operator.linearized() @ v
+        self.seen.append([self.operator.loss(), *map(np.linalg.norm, vectors)])
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["model", "wrapper"])
