@@ -476,7 +476,7 @@ class CurvatureOperator:
         self._is_checked = True
 
     def _first_product(self, batch):
-        v = self._parameters.split(np.random.default_rng(0).choice([-1.0, 1.0], self.shape[0]))
+        v = self._parameters.split(np.random.default_rng(0).standard_normal(self.shape[0]))
         totals = None if self._batches.count == 1 else self._parameters.zeros()
         product = self._run("product", _add_product, totals, v, batch, self._seed(0))
         return self._parameters.joined_in_numpy(product)
