@@ -17,8 +17,8 @@ LEVELS = [
     {"gradient_ops"},
     {"transforms"},
     {"finite_differences"},
-    {"curvature", "regularization", "attacks", "diagnostics", "plots", "testing"},
-    {"optimizers"},
+    {"curvature", "regularization", "attacks", "plots", "testing"},
+    {"optimizers", "diagnostics"},
     {"layers", "models", "callbacks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -39,6 +39,7 @@ class WatchedCall(NamedTuple):
 
 
 class _Thread(threading.local):
+    see: Any = None
     calls: list | None = None
     record: Any = None
     around: tuple = ()
@@ -51,26 +52,40 @@ _one_at_a_time = threading.RLock()
 @contextlib.contextmanager
 def recorded(model):
     """A block whose calls of layers of `model`, run eagerly in this thread, are put into a list as they end."""
+    calls: list = []
+
+    def see(layer, args, kwargs, outputs):
+        found = [array_of(y) for y in keras.tree.flatten(outputs) if y is not None]
+        # What a loop of the framework traces, the cell of a recurrent layer for example, has no values.
+        if all(y is not None for y in found):
+            calls.append(LayerCall(layer, args, kwargs, found))
+
+    with seen(model, see):
+        yield calls
+
+
+@contextlib.contextmanager
+def seen(model, see):
+    """A block in which `see(layer, args, kwargs, outputs)` is called as each call of a layer of `model` ends.
+
+    Only calls in this thread are seen. Keeping nothing of the outputs keeps the memory that of a call of the model.
+    """
     inside = {id(layer) for layer in model._flatten_layers()}
     original = Layer.__call__
 
     def __call__(self, *args, **kwargs):
         outputs = original(self, *args, **kwargs)
-        calls = _thread.calls
-        if calls is not None and id(self) in inside:
-            found = [_array(y) for y in keras.tree.flatten(outputs) if y is not None]
-            # What a loop of the framework traces, the cell of a recurrent layer for example, has no values.
-            if all(y is not None for y in found):
-                calls.append(LayerCall(self, args, kwargs, found))
+        if _thread.see is not None and id(self) in inside:
+            _thread.see(self, args, kwargs, outputs)
         return outputs
 
     with _one_at_a_time:
         Layer.__call__ = __call__
-        _thread.calls = calls = []
+        _thread.see = see
         try:
-            yield calls
+            yield
         finally:
-            _thread.calls = None
+            _thread.see = None
             Layer.__call__ = original
 
 
@@ -110,7 +125,7 @@ def _watched_call(original, layer, args, kwargs):
     for i, leaf in enumerate(leaves):
         if _is_float_tensor(leaf) and len(leaf.shape):
             # What a loop of the framework traces has no values.
-            if _array(leaf) is None:
+            if array_of(leaf) is None:
                 return original(layer, *args, **kwargs)
             leaves[i] = backend.alias(leaf)
             record.watch(leaves[i])
@@ -148,7 +163,8 @@ def class_path(layer):
     return f"keras.{kind}.{cls.__name__}" if own else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _array(x):
+def array_of(x):
+    """A tensor as a NumPy array, without its gradient; None where a trace has no value for it."""
     try:
         return ops.convert_to_numpy(ops.stop_gradient(x)) if ops.is_tensor(x) else np.asarray(x)
     except Exception:  # each framework has its own for this

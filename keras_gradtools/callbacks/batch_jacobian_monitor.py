@@ -84,6 +84,8 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
     def __init__(self, x, every="epoch", quantities=None, *, training=False, method="auto", radius=0.1, seed=0):
         super().__init__()
         self._schedule = Schedule(NAME, every)
+        # Keras may go on training while another thread calls what is due after a batch.
+        self.async_safe = self._schedule.is_due_after_epoch()
         check_options(NAME, method, ITERATIONS, seed)
         check_radius(NAME, radius)
         chosen = (quantities,) if isinstance(quantities, str) else quantities

@@ -90,6 +90,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
                 f"{NAME} expects 0, or an integer of 2 or more, as `trace_matvecs`. Received: {trace_matvecs!r}."
             )
         self._schedule = Schedule(NAME, every)
+        # Keras may go on training while another thread calls what is due after a batch.
+        self.async_safe = self._schedule.is_due_after_epoch()
         self._data, self._variables, self._loss, self._training = data, variables, loss, training
         self._tol, self._trace_matvecs, self._seed, self._batch_size = tol, trace_matvecs, seed, batch_size
         self._operator: Any = None

@@ -113,6 +113,8 @@ class NewtonStep(keras.callbacks.Callback):
         self.damping = float(damping)
         self.last_step: Any = None
         self._schedule = Schedule(NAME, every)
+        # Keras may go on training while another thread calls what is due after a batch.
+        self.async_safe = self._schedule.is_due_after_epoch()
         self._data, self._variables, self._loss, self._training = data, variables, loss, training
         self._solver, self._curvature, self._batch_size = solver, curvature, batch_size
         self._max_iterations, self._rtol, self._max_attempts = max_iterations, rtol, max_attempts

@@ -4,7 +4,11 @@ from keras_gradtools import validation
 
 
 class Schedule:
-    """`every`, as callbacks take it: `"epoch"`, or a number of batches."""
+    """`every`, as callbacks take it: `"epoch"`, or a number of batches.
+
+    Attributes:
+        batches: how many there were since `begin`, where they are counted.
+    """
 
     def __init__(self, owner, every):
         is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
@@ -13,18 +17,22 @@ class Schedule:
                 f"{owner} expects 'epoch', or a positive number of batches, as `every`. Received: "
                 f"every={validation.describe(every)}."
             )
-        self._every, self._batches = every, 0
+        self._every, self.batches = every, 0
 
     def begin(self):
         """Counts batches from here."""
-        self._batches = 0
+        self.batches = 0
+
+    def is_due_next(self):
+        """Whether the batch that begins is one after which the work is due."""
+        return self._every != "epoch" and (self.batches + 1) % self._every == 0
 
     def is_due_after_batch(self):
         """Whether the batch that has just ended is one after which the work is due."""
         if self._every == "epoch":
             return False
-        self._batches += 1
-        return self._batches % self._every == 0
+        self.batches += 1
+        return self.batches % self._every == 0
 
     def is_due_after_epoch(self):
         """Whether it is due after each epoch."""

@@ -1,6 +1,8 @@
-"""What can be said about the derivatives of a model before they are relied on."""
+"""What can be said about the derivatives of a model, before they are relied on and while it trains."""
 
 from keras_gradtools.diagnostics.batch_independence import batch_independence
+from keras_gradtools.diagnostics.dead_units import dead_units
+from keras_gradtools.diagnostics.gradient_noise import GradientNoise, gradient_noise_scale
 from keras_gradtools.diagnostics.jacobian_spectrum import JacobianSpectrum, jacobian_spectrum
 from keras_gradtools.diagnostics.local_lipschitz import local_lipschitz
 from keras_gradtools.diagnostics.preflight import LayerVerdict, PreflightReport, preflight
@@ -8,10 +10,13 @@ from keras_gradtools.independence import BatchIndependence
 
 __all__ = [
     "BatchIndependence",
+    "GradientNoise",
     "JacobianSpectrum",
     "LayerVerdict",
     "PreflightReport",
     "batch_independence",
+    "dead_units",
+    "gradient_noise_scale",
     "jacobian_spectrum",
     "local_lipschitz",
     "preflight",

@@ -1,0 +1,156 @@
+"""How far the gradients of single examples are from their mean, and the batch size that this calls for."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import nesting, validation
+from keras_gradtools.curvature.batch_loss import BatchLoss, checked_model
+from keras_gradtools.curvature.batches import Batches, batch_size_of
+from keras_gradtools.curvature.parameters import Parameters
+from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.per_example import per_example_grad
+
+NAME = "gradient_noise_scale"
+# Numbers in the gradients of the examples that go together, and how many these are at most.
+_MOST_NUMBERS, _MOST_EXAMPLES = 1 << 26, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientNoise:
+    r"""What the gradients $g_1, \dots, g_n$ of some examples say of all others like them.
+
+    Attributes:
+        noise_scale: $\operatorname{tr} \Sigma / \lVert G \rVert^2$, in examples: batches far below it are mostly noise,
+            and far above it a larger batch is hardly better. Infinite where these examples show no gradient above the
+            noise.
+        covariance_trace: $\operatorname{tr} \Sigma$ of the gradients of single examples, unbiased.
+        squared_norm: $\lVert G \rVert^2$ of the mean gradient of all, unbiased; it can be negative.
+        examples: $n$.
+    """
+
+    noise_scale: float
+    covariance_trace: float
+    squared_norm: float
+    examples: int
+
+
+def gradient_noise_scale(
+    model, data, loss=None, variables=None, training=False, *, batch_size=_MOST_EXAMPLES, chunk_size=None
+):
+    r"""The gradient noise scale: the batch size at which the noise of the gradient equals the gradient.
+
+    With $\bar g$ the mean of the gradients of the $n$ examples,
+
+    $$\operatorname{tr} \Sigma = \frac{1}{n - 1} \sum_i \lVert g_i - \bar g \rVert^2, \qquad
+    \lVert G \rVert^2 = \lVert \bar g \rVert^2 - \frac1n \operatorname{tr} \Sigma, \qquad
+    \mathcal{B} = \frac{\operatorname{tr} \Sigma}{\lVert G \rVert^2}.$$
+
+    The variance of the gradient of a batch of $B$ examples is $\operatorname{tr} \Sigma / B$. Each example is called as
+    a batch of one, with its sample weight if there is one; layers that mix examples see only that.
+
+    Args:
+        model: a built Keras model; of a wrapper of `kg.models`, the wrapped one.
+        data: two examples or more, as `kg.curvature.Hessian` takes them. The estimate is rough where $n$ is far below
+            the noise scale.
+        loss: what `compile` takes as `loss`; the compiled one by default.
+        variables: trainable variables in a list, or a layer; all of the model's by default.
+        training: whether the model is called as in training.
+        batch_size: of arrays.
+        chunk_size: how many examples are differentiated together, by default as many as have 64 million numbers in
+            their gradients. It bounds the memory and changes no value.
+
+    Returns:
+        A `GradientNoise`.
+
+    Raises:
+        ValueError: for fewer than two examples, and for what does not fit.
+
+    Cost:
+        About three gradients of the data, compiled once on TensorFlow and JAX, and kept with the model.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    >>> model.set_weights([np.array([[0.0]])])
+    >>> x, y = np.ones((2, 1), "float32"), np.array([[1.0], [2.0]], "float32")  # the gradients are -2 and -4
+    >>> noise = kg.diagnostics.gradient_noise_scale(model, (x, y), "mse")
+    >>> noise.covariance_trace, noise.squared_norm, noise.noise_scale
+    (2.0, 8.0, 0.25)
+
+    Source: McCandlish, Kaplan, Amodei & the OpenAI Dota team, "An empirical model of large-batch training"
+    (arXiv:1812.06162, 2018), equations 2.9 and A.2.
+    """
+    return ExampleGradients(NAME, model, data, loss, variables, training, batch_size, chunk_size).noise()
+
+
+class ExampleGradients:
+    """The sums that `GradientNoise` is made of, at the weights of the moment."""
+
+    def __init__(self, owner, model, data, loss, variables, training, batch_size, chunk_size=None):
+        self._owner = owner
+        self._model = checked_model(owner, model)
+        self._parameters = Parameters(owner, self._model, variables)
+        of = model if loss is None else self._model
+        self._loss = BatchLoss(owner, of, loss, self._parameters.variables, training)
+        self._batches = Batches(owner, data, batch_size)
+        if chunk_size is not None and (not validation.is_number(chunk_size) or chunk_size < 1 or chunk_size % 1):
+            raise ValueError(
+                f"{owner} expects a positive integer, or None, as `chunk_size`. Received: chunk_size={chunk_size!r}."
+            )
+        most = _MOST_NUMBERS // max(self._parameters.size, 1)
+        self._chunk_size = min(max(most, 1), _MOST_EXAMPLES) if chunk_size is None else int(chunk_size)
+
+    def noise(self):
+        """The `GradientNoise` of all examples."""
+        count, squares, total = 0, 0.0, np.zeros(self._parameters.size)
+        for batch in self._batches:
+            size = batch_size_of(batch)
+            count += size
+            for start in range(0, size, self._chunk_size):
+                gradient, square = self._sums(_part(batch, start, start + self._chunk_size))
+                total += gradient
+                squares += square
+        if count < 2:
+            raise ValueError(f"{self._owner} expects two examples or more. Received: {count}.")
+        # Of the differences from the mean; in double precision, so that what cancels leaves something.
+        mean_square = float(total @ total) / count**2
+        trace = (squares - count * mean_square) / (count - 1)
+        squared_norm = mean_square - trace / count
+        if not math.isfinite(trace):
+            return GradientNoise(math.nan, math.nan, math.nan, count)
+        return GradientNoise(trace / squared_norm if squared_norm > 0 else math.inf, trace, squared_norm, count)
+
+    def _sums(self, batch):
+        """The sum of the gradients, a flat array, and that of their squared lengths."""
+        body = functools.partial(_sums_of_batch, self._loss, self._parameters)
+        (total, squares), _ = compiled.run(self._owner, self._model, body, (NAME, self._loss.key), (batch,), {})
+        return ops.convert_to_numpy(total).astype("float64"), float(squares)
+
+
+def _part(batch, start, stop):
+    return nesting.map_structure(lambda a: None if a is None else a[start:stop], batch)
+
+
+def _sums_of_batch(loss, parameters, model, batch):
+    leaves = nesting.flatten(batch)
+    places = [i for i, leaf in enumerate(leaves) if leaf is not None]
+
+    def of_example(weights, *present):
+        filled = list(leaves)
+        for place, leaf in zip(places, present, strict=True):
+            filled[place] = leaf
+        return loss.total(model, weights, *nesting.pack_as(batch, filled))
+
+    gradients = per_example_grad(of_example)(parameters.variables_as_tensors(), *(leaves[i] for i in places))
+    # Squares of half precision would overflow.
+    gradients = [ops.cast(g, "float64" if parameters.dtype == "float64" else "float32") for g in gradients]
+    total = ops.concatenate([ops.reshape(ops.sum(g, axis=0), (-1,)) for g in gradients])
+    squares = sum(ops.sum(ops.square(g)) for g in gradients)
+    return (ops.stop_gradient(total), ops.stop_gradient(squares)), None
