@@ -61,8 +61,8 @@ class GradientMonitor(keras.callbacks.Callback):
         ImportError: with a `log_dir`, without tensorboardX.
 
     Cost:
-        In each measurement a gradient, a call of the model that is not compiled, two copies of the weights, and, for
-        the noise scale, some three gradients more. `kg.diagnostics` has the functions for other loops.
+        In each measurement a gradient, a call of the model, two copies of the weights, and, for the noise scale, some
+        three gradients more. `kg.diagnostics` has the functions for other loops.
 
     Example:
 

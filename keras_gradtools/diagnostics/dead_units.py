@@ -1,5 +1,7 @@
 """Units of ReLU layers that are zero on all examples, and learn nothing."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -9,6 +11,7 @@ from keras_gradtools.backend import layer_calls
 from keras_gradtools.backend.state import StateScope, layers_of
 from keras_gradtools.curvature.batch_loss import checked_model
 from keras_gradtools.diagnostics.layer_names import layer_names
+from keras_gradtools.transforms import compiled
 
 NAME = "dead_units"
 
@@ -35,7 +38,7 @@ def dead_units(model, x, training=False):
         ValueError: without a built model, or for an option that does not fit.
 
     Cost:
-        One call of the model, which is not compiled. Nothing in the model changes.
+        One call of the model, compiled on TensorFlow and JAX, and kept with it. Nothing in the model changes.
 
     Example:
 
@@ -57,9 +60,17 @@ def dead_units(model, x, training=False):
 
 def zero_units(model, x, training):
     """The same, of a model and tensors that are known to fit."""
-    names = layer_names(model)
+    # Activations are tried out here: what is compiled has no values.
     rectifying = _rectifying_layers(model)
-    found: dict[str, np.ndarray] = {}
+    body = functools.partial(_zero_units, rectifying)
+    zeros, names = compiled.run(NAME, model, body, ("zero", rectifying), (x,), {"training": training})
+    return {name: ops.convert_to_numpy(is_zero) for name, is_zero in zip(names, zeros, strict=True)}
+
+
+def _zero_units(rectifying, model, x, training):
+    names = layer_names(model)
+    found: dict = {}
+    is_eager = compiled.may_run()
 
     def see(layer, args, kwargs, outputs):
         if id(layer) not in rectifying:
@@ -67,27 +78,29 @@ def zero_units(model, x, training):
         # Behind it a recurrent layer returns its states.
         y = nesting.flatten(outputs)[0]
         axis = _axis_of_units(layer, len(y.shape))
-        if axis is None:
+        # What a loop of the framework traces, inside of what runs eagerly, has no values.
+        if axis is None or (is_eager and layer_calls.array_of(y) is None):
             return
         others = tuple(a for a in range(len(y.shape)) if a != axis)
-        is_zero = layer_calls.array_of(ops.all(ops.equal(y, 0), axis=others))
-        # The cell of a recurrent layer, which a loop of the framework traces, has no values.
-        if is_zero is not None:
-            name = names[id(layer)]
-            # A layer that is called twice is dead where it is in both.
-            same = name in found and found[name].shape == is_zero.shape
-            found[name] = found[name] & is_zero if same else is_zero
+        is_zero = ops.all(ops.equal(y, 0), axis=others)
+        name = names[id(layer)]
+        # A layer that is called twice is dead where it is in both.
+        if name in found and found[name].shape == is_zero.shape:
+            is_zero = ops.logical_and(found[name], is_zero)
+        found[name] = is_zero
 
     with StateScope(), layer_calls.seen(model, see):
         model(x, training=training)
-    return found
+    return list(found.values()), list(found)
 
 
 def _rectifying_layers(model):
     layers = layers_of(model)
-    # Where an activation is itself a layer, it is part of the one that has it.
+    # Where an activation is itself a layer, it is part of the one that has it. The cell of a recurrent layer runs in
+    # a loop, from which nothing but its outputs comes out.
     parts = {id(getattr(layer, "activation", None)) for layer in layers}
-    return {id(layer) for layer in layers if id(layer) not in parts and _is_rectifying(layer)}
+    parts |= {id(part) for layer in layers if isinstance(layer, keras.layers.RNN) for part in layers_of(layer.cell)}
+    return frozenset(id(layer) for layer in layers if id(layer) not in parts and _is_rectifying(layer))
 
 
 def _is_rectifying(layer):

@@ -36,7 +36,7 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
         ValueError: for options or inputs that do not fit.
 
     Cost:
-        For each iteration two evaluations of the model and a gradient by its inputs.
+        For each iteration a gradient by the inputs; and one evaluation of the model.
 
     Example:
 
@@ -55,7 +55,8 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"{NAME} expects a positive integer as `iterations`. Received: iterations={iterations!r}.")
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
-    return largest_ratios(model, checked_examples(NAME, x), kwargs, radius, iterations, seed)
+    x = checked_examples(NAME, x)
+    return largest_ratios(model, x, kwargs, radius, iterations, random_directions(x, radius, seed))[0]
 
 
 def check_radius(name, radius):
@@ -64,25 +65,33 @@ def check_radius(name, radius):
         raise ValueError(f"{name} expects a positive number as `radius`. Received: radius={radius!r}.")
 
 
-def largest_ratios(model, x, kwargs, radius, iterations, seed):
-    """What the search comes to, of examples in tensors."""
+def random_directions(x, radius, seed):
+    """Where the search begins, of examples in tensors."""
     inputs = nesting.flatten(x)
     start = np.concatenate(
         [np.random.default_rng(seed).standard_normal((len(a), int(np.prod(a.shape[1:])))) for a in inputs], axis=1
     )
-    delta = split(radius * start / np.linalg.norm(start, axis=1, keepdims=True), inputs)
-    radius = ops.convert_to_tensor(radius, dtype=inputs[0].dtype)
+    return split(radius * start / np.linalg.norm(start, axis=1, keepdims=True), inputs)
+
+
+def largest_ratios(model, x, kwargs, radius, iterations, delta):
+    """What the search comes to from `delta`, of examples in tensors; and where it ended."""
+    radius = ops.convert_to_tensor(radius, dtype=nesting.flatten(x)[0].dtype)
+    here, _ = compiled.run(NAME, model, _outputs, ("outputs",), (x,), kwargs)
     ratios = []
     for _ in range(iterations):
-        (ratio, delta), _ = compiled.run(NAME, model, _step, ("step",), (x, delta, radius), kwargs)
+        (ratio, delta), _ = compiled.run(NAME, model, _step, ("step",), (x, here, delta, radius), kwargs)
         ratios.append(numbers(ratio))
-    return np.max(ratios, axis=0)
+    return np.max(ratios, axis=0), delta
 
 
-def _step(fun, x, delta, radius, **kwargs):
-    """The ratio at `delta`, and the next one."""
+def _outputs(fun, x, **kwargs):
+    return nesting.flatten(TapedCall(NAME, fun, (x,), kwargs).value), None
+
+
+def _step(fun, x, here, delta, radius, **kwargs):
+    """The ratio at `delta`, and the next one; `here` are the outputs at `x`."""
     moved = [a + d for a, d in zip(nesting.flatten(x), delta, strict=True)]
-    here = nesting.flatten(TapedCall(NAME, fun, (x,), kwargs).target)
     there = TapedCall(NAME, fun, (nesting.pack_as(x, moved),), kwargs)
     change = [b - a for a, b in zip(here, there.flat_targets, strict=True)]
     ratio = ops.sqrt(squares(change) / squares(delta))

@@ -113,7 +113,7 @@ def prepare(name, fun, body, options, args, kwargs):
     for other values. Where tracing fails and the same Python does not, `fun` is taken to depend on values: it
     runs eagerly from then on, and a warning says so.
 
-    `options` are the constants of `body`, as a key.
+    `options` are the constants of `body`, and which of those under this name it is, as a key.
     """
 
     def eager(args, kwargs):
@@ -122,7 +122,7 @@ def prepare(name, fun, body, options, args, kwargs):
     if not may_run():
         return eager
     try:
-        key = _Key(options, state.ambient(), _signature(args, kwargs), surroundings(fun))
+        key = _Key((name, options), state.ambient(), _signature(args, kwargs), surroundings(fun))
         programs = _programs_of(fun)
     except TypeError:
         return eager

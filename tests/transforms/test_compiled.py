@@ -81,6 +81,20 @@ class TestTraces:
         close(fun(tensor([3.0]), power=2), [[6.0]])
         close(fun(tensor([3.0]), power=3), [[27.0]])
 
+    def test_two_names_are_two_programs(self):
+        def fun(x):
+            return 2 * x
+
+        def body(fun, x):
+            return fun(x), None
+
+        def other(fun, x):
+            return -fun(x), None
+
+        x = tensor([1.0])
+        for name, run, value in (("a", body, 2.0), ("b", other, -2.0), ("a", body, 2.0)):
+            close(compiled.run(name, fun, run, ("options",), (x,), {})[0], [value])
+
     def test_programs_are_bounded(self, backend):
         if backend == "torch":
             pytest.skip("torch has no compiler that differentiates twice")
