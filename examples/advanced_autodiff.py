@@ -555,6 +555,13 @@ def batch_normalization(out):
     )
     save(figure, out / "guide_batch_normalization.png")
 
+    without = kg.jacobian(lambda x: layer2(layer1(x)))(x)
+    assert_near(without, closed_form_jacobian(x, layer1, layer2))
+    figure = kg.plots.plot_jacobians({"without BatchNormalization": without, "with BatchNormalization, in training": j})
+    for ax in figure.axes[:2]:
+        ax.set(xlabel="input feature", ylabel="output feature")
+    save(figure, out / "guide_side_by_side.png")
+
     jb = tape.batch_jacobian(y, x)
     console.print(f"jb.shape: {tuple(jb.shape)}")
     assert tuple(jb.shape) == (7, 6, 5)

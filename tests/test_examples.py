@@ -31,7 +31,7 @@ SECTIONS = {
     "Batch Jacobian": ["j.shape: (7, 6, 7, 5)", "j_sum.shape: (7, 6, 5)", "jb.shape: (7, 6, 5)"],
     "Batch Jacobian: where examples are not independent": ["j.shape: (7, 6, 7, 5)", "jb.shape: (7, 6, 5)"],
 }
-PICTURES = ("scalar_source", "hessian", "full_hessian", "slice", "patches", "batch_normalization")
+PICTURES = ("scalar_source", "hessian", "full_hessian", "slice", "patches", "batch_normalization", "side_by_side")
 
 
 @pytest.fixture(scope="module")

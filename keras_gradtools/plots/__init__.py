@@ -6,15 +6,19 @@ from keras_gradtools.plots.curvature import (
     plot_loss_surface,
     plot_spectral_density,
 )
-from keras_gradtools.plots.matrices import imshow_zero_center, plot_as_patches
+from keras_gradtools.plots.matrices import imshow_zero_center, plot_as_patches, plot_jacobians
 from keras_gradtools.plots.robustness import plot_robustness
+from keras_gradtools.plots.training import plot_gradient_flow, plot_singular_values
 
 __all__ = [
     "imshow_zero_center",
     "plot_as_patches",
     "plot_eigenvalue_history",
+    "plot_gradient_flow",
     "plot_hessian",
+    "plot_jacobians",
     "plot_loss_surface",
     "plot_robustness",
+    "plot_singular_values",
     "plot_spectral_density",
 ]

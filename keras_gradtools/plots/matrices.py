@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_gradtools import validation
 from keras_gradtools.plots.drawing import numbers, pyplot_or_error
 
 
@@ -101,6 +102,58 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
     ax.set_xticks(np.arange(columns) * (width + pad) + (width - 1) / 2, range(columns))
     ax.set_yticks(np.arange(rows) * (height + pad) + (height - 1) / 2, range(rows))
     return ax
+
+
+def plot_jacobians(jacobians, figure=None, patch_axes=None, pad=1, limit=None, cmap="RdBu_r"):
+    """Shows several Jacobians side by side, each as `plot_as_patches` does, on one scale of colours.
+
+    Of a full Jacobian `(batch, out, batch, in)` each patch is a (batch, batch) slice: where the examples are
+    independent, it is diagonal; where a layer such as BatchNormalization in training mode mixes them, it is not, and a
+    batch Jacobian has no clear meaning.
+
+    Args:
+        jacobians: a dict of them by the titles to give them.
+        figure: the matplotlib Figure to draw on; a new one by default.
+        patch_axes: as for `plot_as_patches`.
+        pad: as for `plot_as_patches`.
+        limit: as for `imshow_zero_center`; the largest finite absolute value of all of them by default.
+        cmap: as for `imshow_zero_center`.
+
+    Returns:
+        The matplotlib Figure, with an Axes for each Jacobian and one for the colour bar.
+
+    Raises:
+        ValueError: if there are none, and as `plot_as_patches`.
+        ImportError: without matplotlib.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> j = np.einsum("bc,oi->boci", np.eye(4), np.ones((2, 3)))
+    >>> figure = kg.plots.plot_jacobians({"independent": j, "mixed": j + 0.1})
+    >>> [ax.get_title() for ax in figure.axes[:2]]
+    ['independent', 'mixed']
+    """
+    if not isinstance(jacobians, dict) or not jacobians:
+        raise ValueError(
+            "plot_jacobians expects a dict of Jacobians by title. Received: "
+            f"{'an empty one' if isinstance(jacobians, dict) else validation.describe(jacobians)}."
+        )
+    shape = "(batch, out, in) or (batch, out, batch, in)"
+    arrays = {title: numbers(j, "plot_jacobians", shape, (3, 4)) for title, j in jacobians.items()}
+    if limit is None:
+        limit = max(np.abs(a[np.isfinite(a)]).max(initial=0.0) for a in arrays.values()) or 1.0
+    if figure is None:
+        figure = pyplot_or_error().figure(figsize=(5 * len(arrays) + 1, 4.8), layout="constrained")
+    panels = figure.subplots(1, len(arrays), squeeze=False)[0]
+    for (title, array), ax in zip(arrays.items(), panels, strict=True):
+        plot_as_patches(array, ax, patch_axes, pad, limit=limit, cmap=cmap, colorbar=False)
+        ax.set_title(title)
+    figure.colorbar(panels[-1].images[-1], ax=list(panels), label="derivative")
+    return figure
 
 
 def _as_grid(jacobian, patch_axes):

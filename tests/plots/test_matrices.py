@@ -107,3 +107,34 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "keras-gradtools\[plots\]"'):
         plots.imshow_zero_center([[1.0]])
+
+
+def test_jacobians_side_by_side_have_one_scale():
+    independent = np.einsum("bc,oi->boci", np.eye(4), np.ones((2, 3)))
+    figure = plots.plot_jacobians({"a": independent, "b": independent - 3.0})
+    a, b, bar = figure.axes
+    assert (a.get_title(), b.get_title(), bar.get_ylabel()) == ("a", "b", "derivative")
+    assert a.images[-1].get_clim() == b.images[-1].get_clim() == (-3.0, 3.0)
+    assert a.images[-1].get_array().shape == (9, 14)
+    pyplot.close(figure)
+
+
+def test_jacobians_on_a_figure_and_with_a_limit():
+    figure = pyplot.figure()
+    assert plots.plot_jacobians({"one": np.ones((2, 3, 3))}, figure, limit=5.0) is figure
+    assert figure.axes[0].images[-1].get_clim() == (-5.0, 5.0)
+    pyplot.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("jacobians", "match"),
+    [
+        ({}, "an empty one"),
+        ([np.ones((2, 3, 3))], "by title. Received: .*builtins.list"),
+        ({"a": np.ones((2, 2))}, "expects real"),
+    ],
+    ids=["empty", "list", "matrix"],
+)
+def test_jacobians_refuses(jacobians, match):
+    with pytest.raises(ValueError, match=f"(?s){match}"):
+        plots.plot_jacobians(jacobians)

@@ -1,0 +1,201 @@
+"""Pictures of what monitors saw over a training: singular values, and gradients by layer."""
+
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.plots.drawing import pyplot_or_error
+
+# So many curves are named one by one; more of them are told apart by a colour bar.
+_MOST_NAMES = 5
+# What is zero has no place on a logarithmic scale: it is drawn this far below the largest.
+_FLOOR = 1e-8
+
+
+def plot_singular_values(spectra, ax=None):
+    r"""Shows the singular values of Jacobians over a training, on a logarithmic scale.
+
+    For each $i$ a line of the median over the examples of $\sigma_i$, and for the largest and the smallest a band from
+    the least to the greatest of them. At 1, where an isometry has all of them, there is a dotted line. What is not
+    finite leaves a gap.
+
+    Args:
+        spectra: arrays of shape `(batch, r)`, one for each measurement: the `spectra` of a
+            `kg.callbacks.BatchJacobianMonitor`, or the monitor itself.
+        ax: the matplotlib Axes to draw on; the current one by default.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: if there is no measurement, or they are not of one shape.
+        ImportError: without matplotlib.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> ax = kg.plots.plot_singular_values([np.array([[2.0, 0.5]]), np.array([[1.5, 0.8]])])
+    >>> ax.get_yscale(), ax.get_xlabel()
+    ('log', 'measurement')
+
+    Source: Pennington, Schoenholz & Ganguli, "Resurrecting the sigmoid in deep learning through dynamical isometry"
+    (arXiv:1711.04735, 2017).
+    """
+    given = getattr(spectra, "spectra", spectra)
+    is_list = isinstance(given, (list, tuple, np.ndarray)) and len(given)
+    arrays = [np.asarray(values, "float64") for values in given] if is_list else []
+    if not arrays or arrays[0].ndim != 2 or not arrays[0].size or {a.shape for a in arrays} != {arrays[0].shape}:
+        raise ValueError(
+            "plot_singular_values expects the `spectra` of a BatchJacobianMonitor that has measured, arrays of one "
+            f"shape (batch, r). Received: {_described(spectra, given, arrays)}. A monitor has none where it does not "
+            "form the Jacobian: see its `method` and `quantities`."
+        )
+    values = np.stack(arrays)
+    finite = values[np.isfinite(values)]
+    floor = _FLOOR * finite.max(initial=0.0) or _FLOOR
+    values = np.where(np.isfinite(values), np.maximum(values, floor), np.nan)
+    pyplot = pyplot_or_error()
+    ax = pyplot.gca() if ax is None else ax
+    steps, last = np.arange(1, len(values) + 1), values.shape[2] - 1
+    medians = _over_examples(np.median, values)
+    colors = _colors(pyplot, last + 1)
+    for i in sorted({0, last}):
+        ends = [_over_examples(bound, values[:, :, i : i + 1])[:, 0] for bound in (np.min, np.max)]
+        ax.fill_between(steps, *ends, color=colors[i], alpha=0.2, linewidth=0)
+    for i, color in enumerate(colors):
+        label = rf"$\sigma_{{{i + 1}}}$" if last < _MOST_NAMES else None
+        ax.plot(steps, medians[:, i], color=color, linewidth=1.2, marker=".", markersize=4, label=label)
+    ax.axhline(1.0, color="0.5", linewidth=0.8, linestyle=":")
+    ax.set_yscale("log")
+    ax.set(xlabel="measurement", ylabel="singular value, median over the examples")
+    ax.xaxis.set_major_locator(_whole_numbers())
+    ax.grid(alpha=0.3)
+    if last < _MOST_NAMES:
+        ax.legend()
+    else:
+        _color_bar(pyplot, ax, 1, last + 1, "number of the singular value, from the largest")
+    return ax
+
+
+def plot_gradient_flow(layers, ax=None, quantity="gradient_norm"):
+    r"""Shows a number of each layer, from the input to the output, as it changed over a training.
+
+    A line for each measurement, dark at first and light at last. Of gradients, lines that fall towards the input show
+    that they vanish, lines that rise that they explode.
+
+    Args:
+        layers: for each layer, in their order, the values of all measurements, in a dict: one of the `layers` of a
+            `kg.callbacks.GradientMonitor`, or the monitor itself; or what `fit` returns, with the monitor's entries.
+        ax: the matplotlib Axes to draw on; the current one by default.
+        quantity: which of the monitor's to take: `"gradient_norm"`, `"update_to_weight_ratio"` or `"dead_units"`.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+        ImportError: without matplotlib.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import keras_gradtools as kg
+    >>> ax = kg.plots.plot_gradient_flow({"hidden": [0.1, 0.2], "out": [1.0, 0.5]})
+    >>> [label.get_text() for label in ax.get_xticklabels()], ax.get_ylabel()
+    (['hidden', 'out'], 'gradient norm')
+
+    Source: Glorot & Bengio, "Understanding the difficulty of training deep feedforward neural networks" (2010).
+    """
+    curves = _by_layer(layers, quantity)
+    # A layer that was not measured at first, as some dead units are, has fewer of them.
+    count = max(map(len, curves.values()), default=0)
+    if not count:
+        raise ValueError(
+            "plot_gradient_flow expects the values of layers, or a GradientMonitor or history that has "
+            f"{quantity!r} of them. Received: {validation.describe(layers)}. Give `fit` a kg.callbacks.GradientMonitor."
+        )
+    values = np.full((count, len(curves)), np.nan)
+    for place, column in enumerate(curves.values()):
+        values[count - len(column) :, place] = column
+    values[~np.isfinite(values)] = np.nan
+    pyplot = pyplot_or_error()
+    ax = pyplot.gca() if ax is None else ax
+    is_share = quantity == "dead_units"
+    if not is_share:
+        floor = _FLOOR * np.nanmax(values, initial=0.0) or _FLOOR
+        values = np.maximum(values, floor)
+        ax.set_yscale("log")
+    places = np.arange(len(curves))
+    for color, row in zip(_colors(pyplot, count), values, strict=True):
+        ax.plot(places, row, color=color, linewidth=1.2, marker=".", markersize=5)
+    ax.set_xticks(places, list(curves), rotation=40, ha="right", rotation_mode="anchor")
+    ax.set(xlabel="layer, from input to output", ylabel=_LABELS[quantity])
+    ax.set_xlim(-0.5, len(curves) - 0.5)
+    if is_share:
+        ax.set_ylim(-0.02, 1.02)
+    ax.grid(alpha=0.3)
+    if count > 1:
+        _color_bar(pyplot, ax, 1, count, "measurement")
+    return ax
+
+
+_LABELS = {
+    "gradient_norm": "gradient norm",
+    "update_to_weight_ratio": "length of the update / of the weights",
+    "dead_units": "share of dead units",
+}
+
+
+def _by_layer(given, quantity):
+    if quantity not in _LABELS:
+        raise ValueError(
+            f"plot_gradient_flow expects one of {', '.join(_LABELS)} as `quantity`. Received: quantity={quantity!r}."
+        )
+    given = getattr(given, "layers", getattr(given, "history", given))
+    if not isinstance(given, dict):
+        return {}
+    if isinstance(given.get(quantity), dict):
+        return given[quantity]
+    prefix = f"{quantity}/"
+    of_history = {name.removeprefix(prefix): v for name, v in given.items() if str(name).startswith(prefix)}
+    if of_history or quantity in given or not all(isinstance(v, (list, tuple, np.ndarray)) for v in given.values()):
+        return of_history
+    return given
+
+
+def _described(spectra, given, arrays):
+    if arrays:
+        return f"the shapes {sorted({a.shape for a in arrays})}"
+    return "an empty list" if isinstance(given, (list, tuple)) else validation.describe(spectra)
+
+
+def _over_examples(reduce, values):
+    """Of what is finite in the second axis; NaN where nothing is."""
+    masked = np.ma.masked_invalid(values)
+    if reduce is np.median:
+        return np.ma.median(masked, axis=1).filled(np.nan)
+    return getattr(masked, reduce.__name__)(axis=1).filled(np.nan)
+
+
+def _colors(pyplot, count):
+    # The lightest yellow would be lost on white.
+    return pyplot.get_cmap("viridis")(np.linspace(0.0, 0.92, count))
+
+
+def _color_bar(pyplot, ax, first, last, label):
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colors = ListedColormap(_colors(pyplot, 256))
+    bar = ax.figure.colorbar(ScalarMappable(Normalize(first, last), colors), ax=ax, label=label)
+    bar.locator = _whole_numbers()
+    bar.update_ticks()
+
+
+def _whole_numbers():
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
