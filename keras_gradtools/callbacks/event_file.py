@@ -1,5 +1,6 @@
 """Scalars and histograms in the files that TensorBoard reads."""
 
+import math
 import os
 from typing import Any
 
@@ -20,9 +21,10 @@ class EventFile:
         self._writer: Any = SummaryWriter(os.fspath(folder))
 
     def scalars(self, values, step):
-        """Adds a number for each tag."""
+        """Adds a number for each tag, if it is finite: TensorBoard has no place for what is not."""
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            if math.isfinite(value):
+                self._writer.add_scalar(tag, value, step)
 
     def histograms(self, arrays, step):
         """Adds the distribution of the finite numbers of an array for each tag; none where there are none."""

@@ -37,7 +37,8 @@ class GradientMonitor(keras.callbacks.Callback):
     They are in the `History`, `CSVLogger` and `TensorBoard`, and callbacks that come after it in the list can act on
     them, given a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. Where it measures every n
     batches, the logs of an epoch have its last values. With a `log_dir`, TensorBoard shows the same numbers and a
-    histogram of the gradient of each variable. Nothing in the model changes. What is not finite is logged as NaN.
+    histogram of the gradient of each variable. What is not finite is logged as NaN, and left out there. Nothing in the
+    model changes.
 
     Args:
         data: what the loss is of, as `kg.curvature.Hessian` takes it. Some dozens of examples are enough to watch it.

@@ -289,12 +289,13 @@ def test_scalars_and_histograms(tmp_path, every, steps):
     assert np.sqrt(squares) == pytest.approx(monitor.layers["gradient_norm"]["out"], rel=1e-4)
 
 
-def test_histograms_of_numbers_that_are_not_finite(tmp_path):
+def test_numbers_that_are_not_finite_are_left_out(tmp_path, capfd):
     x = X[:12].copy()
     x[0, 0] = np.inf
-    fitted(GradientMonitor((x, Y[:12]), quantities="dead_units", log_dir=str(tmp_path)), epochs=1)
+    fitted(GradientMonitor((x, Y[:12]), quantities=("dead_units", "gradient_norm"), log_dir=str(tmp_path)), epochs=1)
     tags = {value.tag for event in events_of(tmp_path) for value in event.summary.value}
-    assert "dead_units" in tags
+    assert "dead_units" in tags and "gradient_norm" not in tags
+    assert "NaN or Inf" not in "".join(capfd.readouterr())
 
 
 def test_without_tensorboardx(monkeypatch, tmp_path):

@@ -1,0 +1,108 @@
+"""Two deep networks while they learn the digits, one with sigmoids and one with ReLU, watched by the monitors of `fit`.
+
+Through ten layers of sigmoids hardly any gradient comes back to the first, and the outputs hardly depend on the input:
+it does not learn. With ReLU and weights to match it does.
+
+Run `python examples/watch_training.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It leaves
+watch_training.png in out/, and files for TensorBoard in out/logs/.
+"""
+
+import argparse
+import os
+import pathlib
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Models this small gain nothing from several threads, and lose much where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import keras
+import matplotlib
+
+matplotlib.use("agg")
+
+import numpy as np
+from keras import layers
+from matplotlib import pyplot
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import keras_gradtools as kg
+
+DEPTH, UNITS, BATCH_SIZE = 10, 32, 64
+NETWORKS = {"sigmoid": ("sigmoid", "glorot_uniform"), "ReLU": ("relu", "he_uniform")}
+console = Console()
+
+
+def load_data():
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.data))
+    return (digits.data[order] / 16).astype("float32"), digits.target[order].astype("int32")
+
+
+def build_classifier(activation, initializer):
+    keras.utils.set_random_seed(0)
+    hidden = [
+        layers.Dense(UNITS, activation, kernel_initializer=initializer, name=f"hidden_{i}") for i in range(1, DEPTH + 1)
+    ]
+    return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(10, name="out")])
+
+
+def train(name, x, y, epochs, out):
+    """Returns the history of a network, and its two monitors."""
+    model = build_classifier(*NETWORKS[name])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
+    jacobians = kg.callbacks.BatchJacobianMonitor(x[:16])
+    gradients = kg.callbacks.GradientMonitor((x[:128], y[:128]), log_dir=out / "logs" / name)
+    history = model.fit(x, y, batch_size=BATCH_SIZE, epochs=epochs, verbose=0, callbacks=[jacobians, gradients])
+    return history.history, jacobians, gradients
+
+
+def draw(found, path):
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
+    for row, (name, (_, jacobians, gradients)) in zip(axes, found.items(), strict=True):
+        kg.plots.plot_gradient_flow(gradients, row[0]).set_title(f"{name}: gradients by layer")
+        kg.plots.plot_singular_values(jacobians, row[1]).set_title(f"{name}: Jacobians of the outputs by the input")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="where to leave what it makes")
+    parser.add_argument("--epochs", type=int, default=10)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    x, y = load_data()
+    found = {name: train(name, x, y, options.epochs, options.out) for name in NETWORKS}
+
+    table = Table(title=f"{DEPTH} layers on the digits, after {options.epochs} epochs")
+    for column in ("", *NETWORKS):
+        table.add_column(column, justify="right" if column else "left")
+    rows = {
+        "accuracy": "accuracy",
+        "gradient of the first layer": "gradient_norm/hidden_1",
+        "gradient of the last layer": "gradient_norm/out",
+        "spectral norm, mean": "jacobian_spectral_norm_mean",
+        "effective rank, mean": "jacobian_effective_rank_mean",
+        "update to weight ratio": "update_to_weight_ratio",
+        "gradient noise scale": "gradient_noise_scale",
+        "dead units": "dead_units",
+    }
+    for title, key in rows.items():
+        # Of sigmoids none can be dead.
+        table.add_row(
+            title, *(f"{history[key][-1]:.3g}" if key in history else "-" for history, _, _ in found.values())
+        )
+    console.print(table)
+
+    draw(found, options.out / "watch_training.png")
+    console.print(f"Wrote {options.out / 'watch_training.png'}; tensorboard --logdir {options.out / 'logs'} has more")
+    return found
+
+
+if __name__ == "__main__":
+    main()
