@@ -17,9 +17,9 @@ from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
 
 EPOCHS, LEFT_OUT = 14, 4
 TARGET = 0.1
-CURVATURE_EXAMPLES = (16, 64)
+CURVATURE_EXAMPLES = (8, 16, 64)
 JACOBIAN_EXAMPLES = (8, 16)
-GRADIENT_EXAMPLES = (16, 64)
+GRADIENT_EXAMPLES = (8, 16, 64)
 WAYS = ("plain", "penalty")
 
 

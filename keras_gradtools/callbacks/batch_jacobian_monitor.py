@@ -22,7 +22,7 @@ NAME = "BatchJacobianMonitor"
 OF_ALL_VALUES = ("condition_number", "effective_rank", "dynamical_isometry")
 QUANTITIES = ("spectral_norm", "frobenius_norm", *OF_ALL_VALUES, "local_lipschitz")
 # Of the search for a Lipschitz constant: in the first measurement, and in those that begin where the last one ended.
-_FIRST_STEPS, _LIPSCHITZ_STEPS = 5, 2
+_FIRST_STEPS, _LIPSCHITZ_STEPS = 5, 1
 
 
 class BatchJacobianMonitor(keras.callbacks.Callback):
@@ -64,8 +64,8 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
             one another, and for quantities of all singular values where the Jacobian is too large to form.
 
     Cost:
-        In each measurement that of `kg.batch_jacobian` at `x`, and two gradients of the search for a Lipschitz constant
-        (five in the first), which goes on where it ended; before training six gradients.
+        In each measurement that of `kg.batch_jacobian` at `x`, and one step of the search for a Lipschitz constant,
+        which goes on where it ended (five steps in the first); before training six gradients.
 
     Example:
 

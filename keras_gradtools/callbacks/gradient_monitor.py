@@ -13,7 +13,7 @@ from keras_gradtools.callbacks.event_file import EventFile
 from keras_gradtools.callbacks.schedule import Schedule
 from keras_gradtools.curvature.batches import Batches
 from keras_gradtools.curvature.hessian import Hessian
-from keras_gradtools.diagnostics.dead_units import zero_units
+from keras_gradtools.diagnostics.dead_units import rectifying_layers, zero_units
 from keras_gradtools.diagnostics.gradient_noise import ExampleGradients
 from keras_gradtools.diagnostics.layer_names import places_by_layer
 
@@ -114,6 +114,7 @@ class GradientMonitor(keras.callbacks.Callback):
         self._operator: Any = None
         self._examples: Any = None
         self._batches: Any = None
+        self._rectifying: frozenset = frozenset()
         self._events: Any = None
         self._places: dict[str, list[int]] = {}
         self._before: list | None = None
@@ -134,6 +135,7 @@ class GradientMonitor(keras.callbacks.Callback):
             self._examples = ExampleGradients(NAME, self.model, data, loss, variables, training, self._batch_size)
         if "dead_units" in self._quantities:
             self._batches = Batches(NAME, self._data, self._batch_size)
+            self._rectifying = rectifying_layers(self._operator.model)
         if self._log_dir is not None:
             self._events = EventFile(NAME, self._log_dir)
         self._steps, self._before = (self.params or {}).get("steps"), None
@@ -218,7 +220,7 @@ class GradientMonitor(keras.callbacks.Callback):
     def _dead_units(self):
         found: dict[str, np.ndarray] = {}
         for x, _, _ in self._batches:
-            for name, is_dead in zero_units(self._operator.model, x, self._training).items():
+            for name, is_dead in zero_units(self._operator.model, x, self._training, self._rectifying).items():
                 found[name] = found.get(name, True) & is_dead
         if not found:
             return {}

@@ -55,13 +55,11 @@ def dead_units(model, x, training=False):
     model = checked_model(NAME, model)
     if not isinstance(training, bool):
         raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
-    return zero_units(model, nesting.map_structure(ops.convert_to_tensor, x), training)
+    return zero_units(model, nesting.map_structure(ops.convert_to_tensor, x), training, rectifying_layers(model))
 
 
-def zero_units(model, x, training):
-    """The same, of a model and tensors that are known to fit."""
-    # Activations are tried out here: what is compiled has no values.
-    rectifying = _rectifying_layers(model)
+def zero_units(model, x, training, rectifying):
+    """The same, of a model and tensors that are known to fit, and of the `rectifying_layers`."""
     body = functools.partial(_zero_units, rectifying)
     zeros, names = compiled.run(NAME, model, body, ("zero", rectifying), (x,), {"training": training})
     return {name: ops.convert_to_numpy(is_zero) for name, is_zero in zip(names, zeros, strict=True)}
@@ -94,7 +92,8 @@ def _zero_units(rectifying, model, x, training):
     return list(found.values()), list(found)
 
 
-def _rectifying_layers(model):
+def rectifying_layers(model):
+    """The `id` of each layer that can have dead units. Its activations are tried out, which takes values."""
     layers = layers_of(model)
     # Where an activation is itself a layer, it is part of the one that has it. The cell of a recurrent layer runs in
     # a loop, from which nothing but its outputs comes out.
