@@ -19,8 +19,8 @@ _ROUNDING = 16.0
 _RESOLVED = 4.0
 # The decrease by gradients is believed where it is off from the predicted one by at most this share.
 _AGREEING = 0.25
-# Where nothing is left to gain, so many dampings are tried.
-_POLISHING_ATTEMPTS = 3
+# Where what is left to gain is below rounding, so many dampings are tried, each growing faster: in all by 2**15.
+_POLISHING_ATTEMPTS = 6
 # Nielsen's factors of the damping after a step.
 _LEAST_FACTOR, _FIRST_GROWTH = 1.0 / 3.0, 2.0
 # Of the largest entry of the curvature: the first damping after none.
@@ -130,10 +130,12 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
             return ended(StepReason.NOT_FINITE, "the curvature is not finite", attempts=attempt)
         damping = max(damping, proposal.damping)
         candidates = [(proposal.step, proposal.slope, proposal.curved), *proposal.shorter]
+        promised = 0.0
         for place, (step, slope, curved) in enumerate(candidates):
             # In the precision of the weights, as it will be added to them.
             step = (scale * step).astype(solver.dtype)
             predicted = -scale * slope - 0.5 * scale**2 * curved
+            promised = max(promised, predicted)
             decrease = _decrease(objective, loss, gradient, step, predicted, rounding)
             if decrease > 0.0:
                 ratio = decrease / predicted if predicted > 0.0 else 1.0
@@ -143,9 +145,7 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
                     StepReason.ACCEPTED, "the loss went down", step, loss, decrease, ratio, length, float(damping),
                     norm(step), iterations, attempt,
                 )  # fmt: skip
-            if predicted <= rounding:
-                break
-        if predicted <= rounding and attempt >= _POLISHING_ATTEMPTS:
+        if promised <= rounding and attempt >= _POLISHING_ATTEMPTS:
             return ended(StepReason.VANISHED, "what a step can gain is below rounding", first_damping, attempt)
         damping = max(damping * growth, _SMALLEST_SHARE * proposal.size)
         growth *= 2.0
