@@ -172,7 +172,7 @@ def second_order_section():
             f"{e['adam']['learning_rate']:g}{', decaying' if e['adam']['decays'] else ''}",
             *(str(s["seed"]), f"{s['seconds']:.1f}", str(s["steps"])),
             *(f"{s[key]:.1e}" for key in ("second_order", "at_the_end", "adam")),
-            f"{ratio:,.0f}" if (ratio := s['adam'] / s['second_order']) >= 10 else f"{ratio:.1f}",
+            f"{ratio:,.0f}" if (ratio := s["adam"] / s["second_order"]) >= 10 else f"{ratio:.1f}",
             f"{e['target']:g}",
         )
         for e in results
