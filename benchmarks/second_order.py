@@ -170,21 +170,25 @@ def by_second_order(task, model, seed):
     return seconds, first, task.measure(model, task.loss, task.data), steps
 
 
+def with_longer_epochs(task):
+    """A task of one batch with that batch again and again, so that what an epoch costs is not in each step."""
+    import numpy as np
+
+    if len(task.data[0]) > task.batch_size:
+        return task
+    data = tuple(np.concatenate([d] * STEPS_AT_ONCE) for d in task.data)
+    return dataclasses.replace(task, data=data, shuffle=False)
+
+
 def by_adam(task, model, seed, seconds, rate, decays):
     """Trains for so many seconds; returns the result and the steps."""
     import keras
-    import numpy as np
 
     # A loop on the device over steps is what makes Keras fastest at small ones; torch has none.
     at_once = 1 if keras.backend.backend() == "torch" else STEPS_AT_ONCE
-    steps_per_epoch = -(-len(task.data[0]) // task.batch_size)
-    full = task
-    if steps_per_epoch == 1:
-        # The same batch again and again, so that what an epoch costs is not in each step.
-        data = tuple(np.concatenate([d] * STEPS_AT_ONCE) for d in task.data)
-        task = dataclasses.replace(task, data=data, shuffle=False)
-        steps_per_epoch = STEPS_AT_ONCE
-    trainer = Trainer(task, seed, model, at_once)
+    repeated = with_longer_epochs(task)
+    steps_per_epoch = -(-len(repeated.data[0]) // task.batch_size)
+    trainer = Trainer(repeated, seed, model, at_once)
     warm_up = max(WARM_UP_STEPS // steps_per_epoch, 2)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, 10**6) if decays else rate)
     trainer.start(optimizer, warm_up)
@@ -196,7 +200,7 @@ def by_adam(task, model, seed, seconds, rate, decays):
         )
     stop = stop_after(seconds)
     trainer.fit(10**6, [stop])
-    return full.measure(model, full.loss, full.data), stop.steps
+    return task.measure(model, task.loss, task.data), stop.steps
 
 
 def measure(task):
