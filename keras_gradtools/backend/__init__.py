@@ -26,6 +26,7 @@ which exists once for all backends.
 | `with_random_state(state)`                          | a block in which it is `state` again              |
 | `spread(x)`                                         | examples on the devices that share them           |
 | `summed_over_replicas(fun, batch, variable)`        | the sum of `fun(part)` over the replicas' parts |
+| `is_shared_by_replicas(batch, variable)`            | whether several replicas have a part of it each   |
 | `replica_results(fun, batch, variable)`             | `fun(part)` for each replica's part, in a list    |
 | `train_function(model, step)`                       | what `fit` calls, for a `step(batch)` in plain Python |
 | `summed_over_processes(totals, count)`              | tensors and a number summed over the processes that train |

@@ -20,6 +20,7 @@ __all__ = [
     "constant_pullback",
     "custom_gradient",
     "eagerly",
+    "is_shared_by_replicas",
     "jit",
     "linearize",
     "map_chunks",
@@ -215,6 +216,10 @@ def spread(x):
 
 def summed_over_replicas(fun, batch, variable):
     return fun(batch)
+
+
+def is_shared_by_replicas(batch, variable):
+    return False
 
 
 def replica_results(fun, batch, variable):

@@ -26,6 +26,7 @@ __all__ = [
     "constant_pullback",
     "custom_gradient",
     "eagerly",
+    "is_shared_by_replicas",
     "jit",
     "linearize",
     "map_chunks",
@@ -240,6 +241,10 @@ def summed_over_replicas(fun, batch, variable):
         return fun(batch)
     with strategy.scope():
         return strategy.reduce(tf.distribute.ReduceOp.SUM, _on_replicas(strategy, fun, batch), axis=None)
+
+
+def is_shared_by_replicas(batch, variable):
+    return _sharing_strategy(batch, variable) is not None
 
 
 def replica_results(fun, batch, variable):

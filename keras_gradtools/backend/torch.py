@@ -24,6 +24,7 @@ __all__ = [
     "constant_pullback",
     "custom_gradient",
     "eagerly",
+    "is_shared_by_replicas",
     "jit",
     "linearize",
     "map_chunks",
@@ -68,32 +69,43 @@ def pullback_batch(tape, targets, sources, cotangents):
 
 
 def _pull(tape, targets, sources, cotangents, run, is_recorded=None):
-    if get_device() == "meta":
-        # Keras first infers shapes without values, and cuts the graph at every operation: what is connected
-        # would seem not to be. At an error it infers them again with values.
-        raise RuntimeError(
-            "A GradientTape cannot differentiate on the device 'meta', where Keras cuts the graph. Received: "
-            "a call inside `keras.device('meta')`. Use a device that has memory."
-        )
-    target_edges, source_edges = tape.edges(targets, sources)
-    roots = [(edge, u) for edge, u in zip(target_edges, cotangents, strict=True) if edge is not None]
-    wanted = list({edge: None for edge in source_edges if edge is not None})
-    gradients = {}
-    if roots and wanted:
-        part = tape.slice([edge for edge, _ in roots])
-        if is_recorded is None:
-            is_recorded = _is_recorded(part, cotangents)
-        outputs, upstream = zip(*roots, strict=True)
-        with torch_graph.passing(part):
-            given = run(_native(outputs), _native(wanted), upstream, is_recorded)
-        gradients = dict(zip(wanted, map(_dense, given), strict=True))
-    results = [gradients.get(edge) for edge in source_edges]
-    for i, source in enumerate(sources):
-        for target, edge, u in zip(targets, target_edges, cotangents, strict=True):
-            # Derived by itself, also where this tape knows nothing of it.
-            if target is source and (edge is None or source_edges[i] is None):
-                results[i] = u if results[i] is None else results[i] + u
-    return results
+    return _Pullback(tape, targets, sources)(cotangents, run, is_recorded)
+
+
+class _Pullback:
+    """The pullback of a record, as a function of cotangents: the way through the graph is found once."""
+
+    def __init__(self, tape, targets, sources):
+        if get_device() == "meta":
+            # Keras first infers shapes without values, and cuts the graph at every operation: what is connected
+            # would seem not to be. At an error it infers them again with values.
+            raise RuntimeError(
+                "A GradientTape cannot differentiate on the device 'meta', where Keras cuts the graph. Received: "
+                "a call inside `keras.device('meta')`. Use a device that has memory."
+            )
+        self._targets, self._sources = targets, sources
+        self._target_edges, self._source_edges = tape.edges(targets, sources)
+        self._wanted = list({edge: None for edge in self._source_edges if edge is not None})
+        outputs = [edge for edge in self._target_edges if edge is not None]
+        self._part = tape.slice(outputs) if outputs and self._wanted else None
+        self._outputs = _native(outputs)
+
+    def __call__(self, cotangents, run, is_recorded=None):
+        gradients = {}
+        if self._part is not None:
+            if is_recorded is None:
+                is_recorded = _is_recorded(self._part, cotangents)
+            upstream = tuple(u for edge, u in zip(self._target_edges, cotangents, strict=True) if edge is not None)
+            with torch_graph.passing(self._part):
+                given = run(self._outputs, _native(self._wanted), upstream, is_recorded)
+            gradients = dict(zip(self._wanted, map(_dense, given), strict=True))
+        results = [gradients.get(edge) for edge in self._source_edges]
+        for i, source in enumerate(self._sources):
+            for target, edge, u in zip(self._targets, self._target_edges, cotangents, strict=True):
+                # Derived by itself, also where this tape knows nothing of it.
+                if target is source and (edge is None or self._source_edges[i] is None):
+                    results[i] = u if results[i] is None else results[i] + u
+        return results
 
 
 def _dense(gradient):
@@ -177,7 +189,9 @@ def pushforward_batch(tape, targets, sources, tangents):
 def linearize(tape, targets, sources, is_symmetric=False):
     if is_symmetric:
         # One pullback instead of the pullback of one.
-        return lambda tangents: pullback(tape, targets, sources, tangents)
+        _, values, _ = tape.spread(sources, sources)
+        pull = _Pullback(tape, targets, values)
+        return lambda tangents: tape.gather(sources, lambda _: pull(tangents, _run))
     linear = _Linear(tape, targets, sources)
     return lambda tangents: linear.push(tangents, _run)
 
@@ -241,6 +255,10 @@ def spread(x):
 
 def summed_over_replicas(fun, batch, variable):
     return fun(batch)
+
+
+def is_shared_by_replicas(batch, variable):
+    return False
 
 
 def replica_results(fun, batch, variable):

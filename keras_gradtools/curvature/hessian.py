@@ -1,7 +1,17 @@
 """The Hessian of a training loss."""
 
+import functools
+
+from keras import ops
+
+from keras_gradtools import backend
+from keras_gradtools.curvature.batches import batch_size_of
 from keras_gradtools.curvature.linear_maps import SecondDerivative
 from keras_gradtools.curvature.operator import CurvatureOperator
+from keras_gradtools.curvature.spectrum_start import spectrum_start
+
+# Beyond these, a program of many products takes long to compile, and calls take no time beside products.
+_MOST_VARIABLES, _MOST_WEIGHTS, _MOST_SAMPLES = 32, 2**22, 8
 
 
 class Hessian(CurvatureOperator):
@@ -53,6 +63,21 @@ class Hessian(CurvatureOperator):
     Source: Pearlmutter, "Fast exact multiplication by the Hessian" (1994), equation 3.
     """
 
+    def begins_spectra(self, samples):
+        """Whether `spectrum_start` may be called: for small models, data in one batch, and few samples."""
+        if self._batches.count != 1 or samples > _MOST_SAMPLES:
+            return False
+        (batch,) = self._batches
+        is_small = len(self.variables) <= _MOST_VARIABLES and self.shape[0] <= _MOST_WEIGHTS
+        return is_small and not backend.is_shared_by_replicas(batch, self.variables[0])
+
+    def spectrum_start(self, first, bits, share, steps):
+        """See `kg.curvature.spectrum_start`: one program that takes the first steps, the samples and the gradient."""
+        dtype = "float64" if self.dtype == "float64" else "float32"
+        vectors = [ops.convert_to_tensor(first, dtype=dtype), ops.convert_to_tensor(bits)]
+        add = functools.partial(_spectrum_start, share, steps)
+        return self._of_one_batch(("spectrum start", share, steps), add, vectors)
+
     def _make_spec(self):
         return _HessianOfBatch(self._loss)
 
@@ -61,8 +86,39 @@ class _HessianOfBatch:
     seed = 0
 
     def __init__(self, loss):
-        self._loss = loss
+        self.loss = loss
         self.key = loss.key
 
     def of_batch(self, model, weights, batch, seed):
-        return SecondDerivative("Hessian", lambda w: self._loss.total(model, w, *batch), weights)
+        return SecondDerivative("Hessian", lambda w: self.loss.total(model, w, *batch), weights)
+
+
+class _FlatHessian:
+    """The Hessian of one batch by the flat vector of the weights: no product takes one apart, or puts it together."""
+
+    def __init__(self, loss, parameters, model, batch):
+        self._size = batch_size_of(batch)
+        flat = parameters.joined(parameters.variables_as_tensors())
+        self._map = SecondDerivative("Hessian", lambda w: loss.total(model, parameters.split(w), *batch), flat)
+        if backend.LINEARIZES_ONCE:
+            self._map.keep()
+
+    def gradient(self):
+        return self._mean(self._map.gradient()[0])
+
+    def product(self, vector):
+        return self._mean(self._map.apply([vector])[0])
+
+    def quadratic_form(self, vector):
+        return self._mean(self._map.quadratic_form([vector]))
+
+    def _mean(self, x):
+        """That over the processes which train together."""
+        (total,), count = backend.summed_over_processes([self._size * ops.stop_gradient(x)], self._size)
+        return total / count
+
+
+def _spectrum_start(share, steps, spec, parameters, model, vectors, batch, seed):
+    hessian = _FlatHessian(spec.loss, parameters, model, batch)
+    first, bits = vectors
+    return spectrum_start(hessian, hessian.gradient(), first, bits, share, steps), None

@@ -18,6 +18,7 @@ class SecondDerivative:
     def __init__(self, name, fun, sources):
         call = TapedCall(name, grad(fun), (sources,))
         call.record.keeps_graph = False
+        self._name, self._fun, self._given = name, fun, sources
         self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
         # A Hessian is its own transpose, if no custom gradient has made a field of it that is no gradient.
         self._is_symmetric = not call.record.has_custom_gradient
@@ -37,6 +38,25 @@ class SecondDerivative:
         else:
             found = backend.pullback(self._record, self._targets, self._sources, vector)
         return filled(found, self._sources)
+
+    def gradient(self):
+        """The gradient of `fun`, a tensor for each source."""
+        return self._targets
+
+    def quadratic_form(self, vector):
+        """The product of `vector`, a tensor for each source, with what it is mapped to.
+
+        Twice along a vector, a scalar has derivatives that need no pullback, which are half as dear. What was computed
+        once for products is of no use to them.
+        """
+        if self._linear is not None:
+            return sum(ops.sum(v * p) for v, p in zip(vector, self.apply(vector), strict=True))
+        tangents = nesting.pack_as(self._given, vector)
+
+        def along(sources):
+            return TapedCall(self._name, self._fun, (sources,)).push(tangents)
+
+        return TapedCall(self._name, along, (self._given,)).push(tangents)
 
     def apply_stack(self, stack):
         batch = backend.pushforward_batch if self._is_forward else backend.pullback_batch

@@ -451,6 +451,12 @@ class CurvatureOperator:
             totals = self._run(what, add, totals, vectors, batch, self._seed(number))
         return backend.summed_over_processes(totals, count)
 
+    def _of_one_batch(self, what, body, vectors):
+        """What `body(spec, parameters, model, vectors, batch, seed)` makes of data in one batch."""
+        self._prepare()
+        (batch,) = self._batches
+        return self._run(what, body, vectors, nesting.map_structure(_spread, batch), self._seed(0))
+
     def _run(self, what, add, *args):
         # The spec is all that the body may hold: what is compiled is kept with the model.
         body = functools.partial(add, self._spec, self._parameters)

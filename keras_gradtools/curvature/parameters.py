@@ -35,10 +35,14 @@ class Parameters:
     def split(self, vectors):
         """A vector `(n,)`, or a stack of them `(k, n)`, as a tensor for each variable, behind the axis of the stack."""
         stack = tuple(vectors.shape[:-1])
-        reshape = np.reshape if isinstance(vectors, np.ndarray) else ops.reshape
+        is_array = isinstance(vectors, np.ndarray)
+        split, reshape = (np.split, np.reshape) if is_array else (ops.split, ops.reshape)
+        ends = [place.stop for place in self.slices[:-1]]
         return [
-            ops.convert_to_tensor(reshape(vectors[..., place], (*stack, *shape)), dtype=v.dtype)
-            for place, shape, v in zip(self.slices, self.shapes, self.variables, strict=True)
+            ops.convert_to_tensor(reshape(part, (*stack, *shape)), dtype=v.dtype)
+            for part, shape, v in zip(
+                split(vectors, ends, axis=-1) if ends else [vectors], self.shapes, self.variables, strict=True
+            )
         ]
 
     def joined(self, parts, stack=()):

@@ -3,14 +3,17 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from keras import ops
 
 from keras_gradtools.curvature.krylov_basis import KrylovBasis, checked_length, dot, norm
-from keras_gradtools.curvature.trace import mean_of, random_signs
+from keras_gradtools.curvature.trace import mean_of
 
 # What a random direction has of the vector to begin with, so that no eigenvector is missed for good.
 _RANDOM_SHARE = 0.3
 # Products before both ends can be told from what lies between them.
 _FEWEST = 4
+# Of what a product has less beside the former vectors, too much is rounding where it was orthogonalized once.
+_CLEAR_SHARE = 1e-3
 
 
 class SpectrumEnds(NamedTuple):
@@ -30,7 +33,7 @@ class SpectrumEnds(NamedTuple):
     matvecs: int
 
 
-def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=np.float64):
+def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=np.float64, begin=None):
     r"""Both ends by Lanczos' method without restarts, until each is within `tol` of the largest magnitude.
 
     The error of a Ritz value with residual r at a distance d from the other eigenvalues is below $\min(r, r^2 / d)$. Of
@@ -38,52 +41,126 @@ def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=
     is allowed. After `most` products they are taken as they are. The trace is that of the matrix in the basis, which is
     exact, and the mean of `samples` random vectors beside it: what is large in the matrix is in the basis.
 
+    `begin(start, bits, share, steps)` may take the first steps, and the samples beside these; it returns a
+    `SpectrumStart`.
+
     Source: Parlett, "The symmetric eigenvalue problem" (1998), section 11.7; Meyer et al., "Hutch++" (2021).
     """
     most = min(most, n)
     generator = np.random.default_rng(seed)
-    basis = KrylovBasis(most + 1, n, dtype)
-    first = generator.standard_normal(n).astype(dtype)
-    if start is not None:
-        first = start + (_RANDOM_SHARE / norm(first)) * first
-    basis.append(first, norm(first))
-    projected, values = np.zeros((most, most)), np.zeros(0)
-    for j in range(most):
+    bits = _random_bits(generator, 1 + samples, n)
+    start = np.zeros(n, dtype) if start is None else start
+    basis, ritz, trace, is_done = KrylovBasis(most + 1, n, dtype), _RitzValues(most), None, False
+    if begin is None or most <= _FEWEST:
+        signs = _signs(bits[0], dtype)
+        first = start + (_RANDOM_SHARE / norm(signs)) * signs
+        basis.append(first, norm(first))
+    else:
+        begun = begin(start, bits, _RANDOM_SHARE, _FEWEST)
+        diagonal, remainders, sampled = map(_finite, (begun.diagonal, begun.remainders, begun.samples))
+        clear = _count_clear(diagonal, remainders)
+        for step in range(clear):
+            ritz.add(diagonal[step], remainders[step])
+        if clear == _FEWEST:
+            trace = _trace(diagonal, sampled)
+            is_done = ritz.is_enough(tol)
+        rows = ops.convert_to_numpy(begun.rows)
+        if is_done:
+            ends = ritz.vectors[:, [0, -1]].sum(axis=1).astype(dtype)
+            return SpectrumEnds(ritz.smallest, ritz.largest, ends @ rows[:clear], trace, _FEWEST + samples)
+        for row in rows[: clear + 1]:
+            basis.append(row, 1.0)
+    while not is_done:
+        j = ritz.count
         product = np.array(matvec(basis[j]), dtype=dtype)
         length = checked_length(product)
         parts, remainder = basis.orthogonalize(product)
-        projected[j, j] = parts[j]
-        before = values
-        values, vectors = np.linalg.eigh(projected[: j + 1, : j + 1])
-        if j + 1 == n or _is_enough(before, values, remainder * np.abs(vectors[-1]), tol):
-            break
-        if remainder <= 10 * np.finfo(dtype).eps * length:
-            # An invariant subspace: the rest is another one.
+        # Nothing but rounding is left of an invariant subspace.
+        is_invariant = remainder <= 10 * np.finfo(dtype).eps * length
+        ritz.add(parts[j], 0.0 if is_invariant else remainder)
+        is_done = ritz.count == most or ritz.is_enough(tol)
+        if not is_done and is_invariant:
             basis.append_random(generator)
-        elif j + 1 < most:
-            projected[j, j + 1] = projected[j + 1, j] = remainder
+        elif not is_done:
             basis.append(product, remainder)
-    count = len(values)
-    basis.count = count
-    ends = basis.combined(vectors[:, [0, -1]])
-    trace, taken = None, count
-    if samples:
+    if samples and trace is None:
         sampled = []
-        for _ in range(samples):
-            v = random_signs(generator, n).astype(dtype)
+        for row in bits[1:]:
+            v = _signs(row, dtype)
             basis.orthogonalize(v)
             sampled.append(dot(v, matvec(v)))
-        rest = mean_of(sampled)
-        trace, taken = rest._replace(value=float(values.sum()) + rest.value), count + samples
-    return SpectrumEnds(float(values[0]), float(values[-1]), ends.sum(axis=1), trace, taken)
+        trace = _trace(ritz.values, sampled)
+    start = basis.combined(ritz.vectors[:, [0, -1]]).sum(axis=1)
+    return SpectrumEnds(ritz.smallest, ritz.largest, start, trace, ritz.count + samples)
 
 
-def _is_enough(before, values, residuals, tol):
-    """Whether both ends are near enough, and have stopped to move."""
-    if len(values) < _FEWEST:
-        return False
-    allowed = tol * np.abs(values).max()
-    moved = max(before[0] - values[0], values[-1] - before[-1])
-    gaps = values[1] - values[0], values[-1] - values[-2]
-    errors = [min(r, r**2 / d) if d > 0 else r for r, d in zip(residuals[[0, -1]], gaps, strict=True)]
-    return moved <= allowed / 2 and max(errors) <= allowed
+class _RitzValues:
+    """The eigenvalues of a symmetric matrix in the basis that Lanczos' method has found so far, ascending."""
+
+    def __init__(self, most):
+        self._projected = np.zeros((most, most))
+        self._coupling = 0.0
+        self._former = self.values = np.zeros(0)
+        self.vectors = np.zeros((0, 0))
+        self.count = 0
+
+    def add(self, diagonal, coupling):
+        """Takes in one more vector of the basis; `coupling` is that with the next one."""
+        j = self.count
+        self._projected[j, j] = diagonal
+        if j:
+            self._projected[j, j - 1] = self._projected[j - 1, j] = self._coupling
+        self._coupling, self._former, self.count = coupling, self.values, j + 1
+        self.values, self.vectors = np.linalg.eigh(self._projected[: j + 1, : j + 1])
+
+    @property
+    def smallest(self):
+        return float(self.values[0])
+
+    @property
+    def largest(self):
+        return float(self.values[-1])
+
+    def is_enough(self, tol):
+        """Whether both ends are near enough, and have stopped to move."""
+        values, former = self.values, self._former
+        if len(values) < _FEWEST:
+            return False
+        allowed = tol * np.abs(values).max()
+        moved = max(former[0] - values[0], values[-1] - former[-1])
+        residuals = self._coupling * np.abs(self.vectors[-1, [0, -1]])
+        gaps = values[1] - values[0], values[-1] - values[-2]
+        errors = [min(r, r**2 / d) if d > 0 else r for r, d in zip(residuals, gaps, strict=True)]
+        return moved <= allowed / 2 and max(errors) <= allowed
+
+
+def _count_clear(diagonal, remainders):
+    """How many steps have left enough to go on from, the first ones."""
+    lengths = np.sqrt(diagonal**2 + remainders**2 + np.append(0.0, remainders[:-1]) ** 2)
+    short = np.flatnonzero(remainders <= _CLEAR_SHARE * lengths)
+    return int(short[0]) if len(short) else len(remainders)
+
+
+def _trace(diagonal, sampled):
+    """That of the matrix in the basis, and the mean of samples of the rest; None without samples."""
+    if not len(sampled):
+        return None
+    rest = mean_of(sampled)
+    return rest._replace(value=float(np.sum(diagonal)) + rest.value)
+
+
+def _finite(tensor):
+    numbers = np.asarray(ops.convert_to_numpy(tensor), "float64")
+    for number in numbers:
+        checked_length(np.array([number]))
+    return numbers
+
+
+def _random_bits(generator, count, n):
+    """Independent ones and zeros, of shape `(count, n)`."""
+    drawn = np.frombuffer(generator.bytes(-(-count * n // 8)), "uint8")
+    return np.unpackbits(drawn, count=count * n).reshape(count, n)
+
+
+def _signs(bits, dtype):
+    return 2 * bits.astype(dtype) - 1

@@ -64,6 +64,34 @@ def test_values_are_those_of_the_dense_hessian(tmp_path):
         assert history["sharpness_times_learning_rate"][epoch] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [256, 7])
+def test_values_by_few_products(batch_size):
+    model, weights = compiled(hidden=12), Weights()
+    monitor = CurvatureMonitor((X, T), trace_matvecs=8, batch_size=batch_size)
+    history = model.fit(X, T, batch_size=8, epochs=4, verbose=0, callbacks=[monitor, weights]).history
+    hessian = Hessian(model, "mse", (X, T), verbose=0)
+    for epoch, seen in enumerate(weights.seen):
+        model.set_weights(seen)
+        values = np.linalg.eigvalsh(hessian.dense().astype("float64"))
+        size = np.abs(values).max()
+        # The smallest one has neighbours: that of one of them is as good to an estimate by a few products.
+        assert history["hessian_max_eigenvalue"][epoch] == pytest.approx(values[-1], abs=2e-2 * size)
+        assert history["hessian_min_eigenvalue"][epoch] == pytest.approx(values[0], abs=5e-2 * size)
+        error = history["hessian_trace_error"][epoch]
+        assert 0 < error < size and abs(history["hessian_trace"][epoch] - values.sum()) < 5 * error
+        assert history["gradient_norm"][epoch] == pytest.approx(np.linalg.norm(hessian.gradient()), rel=1e-4)
+
+
+def test_curvature_that_is_not_finite():
+    model = compiled(hidden=12)
+    monitor = CurvatureMonitor((X, T))
+    monitor.set_model(model)
+    monitor.on_train_begin()
+    model.layers[0].kernel.assign(np.full((D, 12), np.nan))
+    monitor.on_epoch_end(0, {})
+    assert np.isnan([monitor.last["hessian_max_eigenvalue"], monitor.last["hessian_trace"]]).all()
+
+
 def test_nothing_changes():
     alone, watched = compiled(), compiled()
     alone.fit(X, T, batch_size=8, epochs=2, verbose=0, shuffle=False)
