@@ -12,6 +12,8 @@ from keras_gradtools.curvature.trace import mean_of
 _RANDOM_SHARE = 0.3
 # Products before both ends can be told from what lies between them.
 _FEWEST = 4
+# Steps that `begin` takes: mostly enough, beginning with the eigenvectors of a matrix that has changed by a little.
+_STEPS_AT_ONCE = 5
 # Of what a product has less beside the former vectors, too much is rounding where it was orthogonalized once.
 _CLEAR_SHARE = 1e-3
 
@@ -34,7 +36,7 @@ class SpectrumEnds(NamedTuple):
 
 
 def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=np.float64, begin=None):
-    r"""Both ends by Lanczos' method without restarts, until each is within `tol` of the largest magnitude.
+    r"""Both ends by Lanczos' method without restarts, until each seems to be within `tol` of the largest magnitude.
 
     The error of a Ritz value with residual r at a distance d from the other eigenvalues is below $\min(r, r^2 / d)$. Of
     those only the Ritz values are known, so that the last product must have moved neither end by more than half of what
@@ -51,23 +53,23 @@ def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=
     bits = _random_bits(generator, 1 + samples, n)
     start = np.zeros(n, dtype) if start is None else start
     basis, ritz, trace, is_done = KrylovBasis(most + 1, n, dtype), _RitzValues(most), None, False
-    if begin is None or most <= _FEWEST:
+    if begin is None or most <= _STEPS_AT_ONCE:
         signs = _signs(bits[0], dtype)
         first = start + (_RANDOM_SHARE / norm(signs)) * signs
         basis.append(first, norm(first))
     else:
-        begun = begin(start, bits, _RANDOM_SHARE, _FEWEST)
+        begun = begin(start, bits, _RANDOM_SHARE, _STEPS_AT_ONCE)
         diagonal, remainders, sampled = map(_finite, (begun.diagonal, begun.remainders, begun.samples))
         clear = _count_clear(diagonal, remainders)
         for step in range(clear):
             ritz.add(diagonal[step], remainders[step])
-        if clear == _FEWEST:
+        if clear == _STEPS_AT_ONCE:
             trace = _trace(diagonal, sampled)
             is_done = ritz.is_enough(tol)
         rows = ops.convert_to_numpy(begun.rows)
         if is_done:
             ends = ritz.vectors[:, [0, -1]].sum(axis=1).astype(dtype)
-            return SpectrumEnds(ritz.smallest, ritz.largest, ends @ rows[:clear], trace, _FEWEST + samples)
+            return SpectrumEnds(ritz.smallest, ritz.largest, ends @ rows[:clear], trace, clear + samples)
         for row in rows[: clear + 1]:
             basis.append(row, 1.0)
     while not is_done:
