@@ -18,6 +18,7 @@ from keras_gradtools.curvature.newton_step import (
     require_enough_outputs,
 )
 from keras_gradtools.curvature.normal_equations import NormalEquations
+from keras_gradtools.curvature.recycled_preconditioner import checked_rank, recycled_preconditioner
 
 NAME = "NewtonStep"
 SOLVERS = ("cg", "dense")
@@ -51,6 +52,9 @@ class NewtonStep(keras.callbacks.Callback):
         max_iterations: of conjugate gradients for each damping.
         rtol: the residual, over the gradient, at which they stop; None for the smaller of 1/2 and the root of the
             gradient's length.
+        preconditioner_rank: of the preconditioner, which is made of the products of earlier steps and makes those of
+            the next ones fewer: how many vectors of the weights' length it keeps, and twice that while it works; 0 for
+            none; None for 100, or as many as are 2**24 numbers.
         max_attempts: how many dampings a step tries.
         allow_underdetermined: whether `"dense"` takes data with fewer outputs than there are weights.
         batch_size: of arrays.
@@ -94,6 +98,7 @@ class NewtonStep(keras.callbacks.Callback):
         training=False,
         max_iterations=250,
         rtol=None,
+        preconditioner_rank=None,
         max_attempts=10,
         allow_underdetermined=False,
         batch_size=256,
@@ -118,8 +123,10 @@ class NewtonStep(keras.callbacks.Callback):
         self._data, self._variables, self._loss, self._training = data, variables, loss, training
         self._solver, self._curvature, self._batch_size = solver, curvature, batch_size
         self._max_iterations, self._rtol, self._max_attempts = max_iterations, rtol, max_attempts
+        self._rank = checked_rank(NAME, preconditioner_rank)
         self._allow_underdetermined, self._verbose = allow_underdetermined, verbose
         self._operator: Any = None
+        self._preconditioner: Any = None
 
     def on_train_begin(self, logs=None):
         self._has_warned = False
@@ -134,6 +141,9 @@ class NewtonStep(keras.callbacks.Callback):
             verbose=0,
         )
         self._equations = NormalEquations(self._operator)
+        size, dtype = self._operator.shape[0], "float64" if self._operator.dtype == "float64" else "float32"
+        is_used = self._solver == "cg"
+        self._preconditioner = recycled_preconditioner(size, self._rank, dtype) if is_used else None
         if self._solver == "dense" and not self._allow_underdetermined:
             require_enough_outputs(NAME, self._operator, self._operator.count_examples())
         self._schedule.begin()
@@ -150,12 +160,14 @@ class NewtonStep(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         # What is compiled for it is kept with the model.
-        self._operator = None
+        self._operator = self._preconditioner = None
 
     def _take_step(self, logs):
         operator = self._operator
         if self._solver == "cg":
-            solver: Any = ConjugateGradientsSolver(operator, self._max_iterations, self._rtol)
+            solver: Any = ConjugateGradientsSolver(
+                operator, self._max_iterations, self._rtol, preconditioner=self._preconditioner
+            )
         else:
             solver = DenseSolver(lambda: self._equations.of(operator), operator.dtype)
         found = newton_step(operator, solver, self.damping, max_attempts=self._max_attempts)

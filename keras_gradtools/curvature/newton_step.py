@@ -222,26 +222,32 @@ class ConjugateGradientsSolver:
     """Newton's equation by products alone.
 
     A direction of negative curvature ends the iteration: the step is what was found before it, or, at once, the
-    gradient at the length that its curvature has in absolute value (Nocedal & Wright, algorithm 7.1).
+    first direction at the length that its curvature has in absolute value (Nocedal & Wright, algorithm 7.1).
 
     Args:
         operator: a curvature operator, of which `linearized()` is used.
         max_iterations: products for each damping.
         rtol: of the residual over the gradient; None for the smaller of 1/2 and the root of the gradient's length.
         progress_tol: of `kg.curvature.conjugate_gradients`.
+        preconditioner: a `RecycledPreconditioner`, which learns from each system; None for none.
     """
 
-    def __init__(self, operator, max_iterations, rtol=None, progress_tol=None):
+    def __init__(self, operator, max_iterations, rtol=None, progress_tol=None, preconditioner=None):
         self._operator, self.dtype = operator, np.dtype("float64" if operator.dtype == "float64" else "float32")
         self._max_iterations, self._rtol, self._progress_tol = max_iterations, rtol, progress_tol
+        self._preconditioner = preconditioner
 
     def start(self, objective):
         self._linearized = None
+        if self._preconditioner is not None:
+            self._preconditioner.begin()
         return objective.loss_and_gradient()
 
     def solve(self, gradient, damping):
         if self._linearized is None:
             self._linearized = self._operator.linearized()
+            if self._preconditioner is not None:
+                self._linearized = _Recorded(self._linearized, self._preconditioner)
         length = norm(gradient)
         rtol = min(_LARGEST_RESIDUAL, length**0.5) if self._rtol is None else self._rtol
         kept: list[Any] = []
@@ -254,17 +260,21 @@ class ConjugateGradientsSolver:
             self._linearized,
             -gradient.astype(self.dtype),
             damping=damping,
+            preconditioner=None if self._preconditioner is None else self._preconditioner.of(damping),
             rtol=rtol,
             progress_tol=self._progress_tol,
             max_iterations=self._max_iterations,
             callback=keep,
         )
+        if self._preconditioner is not None:
+            self._preconditioner.finish()
         x = np.asarray(found.x, "float64")
         if found.reason == "not_finite" or not np.isfinite(x).all():
             return Proposal(None, 0.0, 0.0, damping, found.iterations, 0.0)
         if found.reason == "negative_curvature" and not x.any():
-            # Down the gradient, to where a parabola of the same curvature upside down had its bottom.
-            x = -np.asarray(gradient, "float64") / max(abs(found.curvature), _SMALLEST_SHARE)
+            # Down the first direction, to where a parabola of the same curvature upside down had its bottom.
+            x = np.asarray(found.negative_curvature, "float64")
+            x = -dot(gradient, x) / dot(x, x) / max(abs(found.curvature), _SMALLEST_SHARE) * x
             curved = (found.curvature - damping) * dot(x, x)
         else:
             # x'(B + damping) x = x'(b - r), and the residual r of conjugate gradients is orthogonal to x.
@@ -278,3 +288,17 @@ class ConjugateGradientsSolver:
         # So much makes the direction of negative curvature one of none.
         least = damping - found.curvature if found.reason == "negative_curvature" else 0.0
         return Proposal(x, dot(gradient, x), curved, damping, found.iterations, size, tuple(shorter), least)
+
+
+class _Recorded:
+    """A matrix whose products the preconditioner of the next system learns from."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, matrix, preconditioner):
+        self.shape, self._matrix, self._preconditioner = matrix.shape, matrix, preconditioner
+
+    def __matmul__(self, vector):
+        product = self._matrix @ vector
+        self._preconditioner.record(vector, product)
+        return product

@@ -405,18 +405,17 @@ class CurvatureOperator:
         size, seed = batch_size_of(batch), self._seed(0)
         batch = nesting.map_structure(_spread, batch)
 
-        def arguments(vector):
-            return ops.convert_to_tensor(vector, dtype=self.dtype), batch, seed
-
+        dtype = _array_dtype(self.dtype)
         key = (self._owner, "flat product", self._spec.key)
         body = functools.partial(_flat_product, self._spec, self._parameters)
-        example = arguments(np.zeros(self.shape[0], _array_dtype(self.dtype)))
+        example = (np.zeros(self.shape[0], dtype), batch, seed)
         run = compiled.prepare(self._owner, self.model, body, key, example, {})
 
         def product(vector):
-            total, _ = run(arguments(vector), {})
+            # An array, which a program takes sooner than Keras makes a tensor of it.
+            total, _ = run((np.asarray(vector, dtype), batch, seed), {})
             (total,), count = backend.summed_over_processes([total], size)
-            return ops.convert_to_numpy(total / count)
+            return ops.convert_to_numpy(total) / count
 
         return product
 

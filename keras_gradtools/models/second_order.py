@@ -106,6 +106,9 @@ class SecondOrder(WrappedModel):
         self.optimizer.build(self.trainable_variables)
 
     def make_train_function(self, force=False):
+        if not self.optimizer.built:
+            # On TensorFlow, Keras leaves it to the training step, which is another one here.
+            self.optimizer.build(self.trainable_variables)
         if force or self.train_function is None:  # type: ignore[has-type]
             self.train_function = backend.train_function(self, self._step_on)
         return self.train_function
@@ -138,8 +141,7 @@ class SecondOrder(WrappedModel):
         logs = problem.measured(found.loss, batch)
         if found.step is not None:
             operator.move(found.step.astype(operator.dtype))
-        optimizer.damping = found.damping
-        optimizer.iterations.assign_add(1)
+        optimizer.end_step(found.damping)
         self._last.result = found
         return logs | {
             "damping": found.damping,

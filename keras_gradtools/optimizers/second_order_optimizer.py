@@ -69,6 +69,11 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
+    def end_step(self, damping):
+        """Takes note of what the next step needs to know, its damping among it."""
+        self.damping = damping
+        self.iterations.assign_add(1)
+
     def build(self, variables):
         if not self.has_trainer:
             raise ValueError(self._needs_trainer())

@@ -92,6 +92,23 @@ def test_every_few_batches_in_between_steps_of_adam():
     assert history["newton_step_reason"][0] == step.last_step.reason
 
 
+def test_products_of_earlier_steps_save_products():
+    draw = np.random.default_rng(0)
+    # Features of very different size: many iterations of conjugate gradients.
+    x = (draw.normal(size=(200, 30)) * np.geomspace(0.1, 3, 30)).astype("float32")
+    classes = (x.sum(1) > 0).astype("int32")
+    dense = layers.Dense(K, kernel_regularizer=keras.regularizers.L2(1e-3))
+    model = keras.Sequential([keras.Input((30,)), dense])
+    model.compile(keras.optimizers.SGD(0.0), CROSS_ENTROPY)
+    before, taken = model.get_weights(), {}
+    for rank in (0, None):
+        model.set_weights(before)
+        step = NewtonStep((x, classes), rtol=1e-4, preconditioner_rank=rank)
+        history = model.fit(x, classes, epochs=8, verbose=0, callbacks=[step]).history
+        taken[rank] = sum(history["newton_cg_iterations"][1:])
+    assert taken[None] < 0.75 * taken[0]
+
+
 def test_with_a_wrapper():
     model = compiled()
     wrapper = InputGradientRegularized(model, 0.1)
@@ -147,6 +164,7 @@ class TestErrors:
             ({"max_iterations": 0}, "as `max_iterations`"),
             ({"max_attempts": 1.5}, "as `max_attempts`"),
             ({"rtol": 0.0}, "as `rtol`"),
+            ({"preconditioner_rank": -1}, "as `preconditioner_rank`"),
         ],
     )
     def test_options(self, options, match):

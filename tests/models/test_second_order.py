@@ -241,6 +241,23 @@ class TestAsAModel:
             np.testing.assert_allclose(first[name] + rest[name], alone[name], rtol=1e-5, err_msg=name)
         assert int(ops.convert_to_numpy(loaded.optimizer.iterations)) == 6
 
+    def test_a_preconditioner_is_resumed(self, tmp_path):
+        def trainer_of_many():
+            model = small(outputs=2, units=6)
+            return trainer_of(model, NewtonCG(rtol=1e-4, preconditioner_rank=15), CROSS_ENTROPY)
+
+        alone = fit(trainer_of_many(), epochs=8, y=CLASSES)
+        trainer = trainer_of_many()
+        first = fit(trainer, epochs=4, y=CLASSES)
+        trainer.save(tmp_path / "trainer.keras")
+        loaded = keras.models.load_model(tmp_path / "trainer.keras")
+        found = {v.name: ops.convert_to_numpy(v) for v in loaded.optimizer.variables}
+        assert found["eigenvectors"].shape == (15, 38) and found["eigenvalues"].any() and found["missed_curvature"] > 0
+        rest = fit(loaded, epochs=4, y=CLASSES)
+        assert first["cg_iterations"] + rest["cg_iterations"] == alone["cg_iterations"]
+        for name in ("loss", "damping", "step_length"):
+            np.testing.assert_allclose(first[name] + rest[name], alone[name], rtol=1e-4, err_msg=name)
+
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_the_optimizer_keeps_its_settings(self, name):
         optimizer = OPTIMIZERS[name](damping=0.5, max_attempts=4, learning_rate=0.5)
@@ -264,6 +281,28 @@ class TestAsAModel:
         assert history["val_loss"][-1] < history["val_loss"][0]
         assert "damping" in log.read_text().splitlines()[0]
         assert trainer.predict(X, verbose=0).shape == (N, 2)
+
+    @pytest.mark.parametrize("name", ["fit", "train_on_batch"])
+    def test_products_of_earlier_steps_save_products(self, name):
+        draw = np.random.default_rng(0)
+        # Features of very different size: many iterations of conjugate gradients.
+        x = (draw.normal(size=(200, 30)) * np.geomspace(0.1, 3, 30)).astype("float32")
+        classes = (x.sum(1) > 0).astype("int32")
+        model = randomized(
+            keras.Sequential([keras.Input((30,)), layers.Dense(2, kernel_regularizer=keras.regularizers.L2(1e-3))])
+        )
+        before, taken = model.get_weights(), {}
+        for rank in (0, None):
+            model.set_weights(before)
+            trainer = trainer_of(model, NewtonCG(rtol=1e-4, preconditioner_rank=rank), CROSS_ENTROPY)
+            if name == "fit":
+                history = fit(trainer, 8, 200, x, classes)
+            else:
+                logs = [trainer.train_on_batch(x, classes, return_dict=True) for _ in range(8)]
+                history = {key: [log[key] for log in logs] for key in logs[0]}
+            assert np.all(np.diff(history["loss"]) <= 0)
+            taken[rank] = sum(history["cg_iterations"][1:])
+        assert taken[None] < 0.75 * taken[0]
 
     def test_train_on_batch_and_class_weights(self):
         trainer = trainer_of(small(outputs=2), NewtonCG(), CROSS_ENTROPY)
@@ -377,6 +416,7 @@ class TestErrors:
             (lambda: NewtonCG(curvature="fisher"), "as `curvature`"),
             (lambda: NewtonCG(max_iterations=True), "as `max_iterations`"),
             (lambda: NewtonCG(rtol=2.0), "as `rtol`"),
+            (lambda: NewtonCG(preconditioner_rank=1.5), "as `preconditioner_rank`"),
             (lambda: SecondOrder(linear(), training="yes"), "as `training`"),
             (lambda: SecondOrder(keras.Sequential([layers.Dense(1)])), "built model"),
         ],
