@@ -49,7 +49,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         ValueError: for options that do not fit; in `fit`, for a model without a loss, or data that do not fit it.
 
     Cost:
-        In each measurement a gradient, 4 to 20 products for the eigenvalues, and `trace_matvecs` for the trace, some
+        In each measurement a gradient, 5 to 20 products for the eigenvalues, and `trace_matvecs` for the trace, some
         two gradients each. It begins with the eigenvectors of the last measurement. An eigenvalue that has not
         converged after 60 products is logged as it is.
 

@@ -52,9 +52,8 @@ class NewtonStep(keras.callbacks.Callback):
         max_iterations: of conjugate gradients for each damping.
         rtol: the residual, over the gradient, at which they stop; None for the smaller of 1/2 and the root of the
             gradient's length.
-        preconditioner_rank: of the preconditioner, which is made of the products of earlier steps and makes those of
-            the next ones fewer: how many vectors of the weights' length it keeps, and twice that while it works; 0 for
-            none; None for 100, or as many as are 2**24 numbers.
+        preconditioner_rank: how many eigenvectors the preconditioner has that conjugate gradients make for the next
+            steps: see `kg.optimizers.NewtonCG`.
         max_attempts: how many dampings a step tries.
         allow_underdetermined: whether `"dense"` takes data with fewer outputs than there are weights.
         batch_size: of arrays.

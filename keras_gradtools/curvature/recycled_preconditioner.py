@@ -48,13 +48,12 @@ class RecycledPreconditioner:
     absolute value. The pairs cost no product: conjugate gradients multiply $B$ by directions $P$ in any case, and
     $Y = P B$ is what is known of $B$ exactly. What is taken for $B$ is the symmetric matrix that fits this, and changes
     what was taken for it before, $s I + U^\top \operatorname{diag}(w - s) \, U$ with the smallest $|w_i|$ for $s$, the
-    least (the update of Powell, Broyden & Schnabel for several pairs), on the span of $P$ and $U$; its eigenpairs of
-    largest magnitude are kept.
+    least (the Powell-symmetric-Broyden update for several pairs), on the span of $P$ and $U$; its eigenpairs of largest
+    magnitude are kept.
 
     $\sigma$ is the smallest $|w_i|$, or the curvature that the former vectors missed of a new matrix, the largest
-    $|w_i| \, (1 - \lVert U_\text{former} u_i \rVert^2)$, if that is more. Lower, it would tell the eigenvalues that are
-    brought down apart from what is missed of them, and conjugate gradients would take twice the products instead of
-    fewer.
+    $|w_i| \, (1 - \lVert U_\text{former} u_i \rVert^2)$, if that is more. A lower one would part an eigenvalue that is
+    brought down from what is missed of it: two instead of one, and more products instead of fewer.
 
     Attributes:
         vectors: $U$, orthonormal rows; those of zeros after them have nothing in them yet. Shape `(rank, n)`.
@@ -63,7 +62,7 @@ class RecycledPreconditioner:
 
     Cost:
         For each product, `4 * rank * n` multiplications and additions; for each system of ten products or more, some
-        `12 * rank**2 * n`. Memory of `3 * rank` vectors.
+        `12 * rank**2 * n`. Memory of `3 * rank` vectors, and for a moment of two thirds more.
 
     Source: Gratton, Sartenaer & Tshimanga, "On a class of limited memory preconditioners for large scale linear systems
     with multiple right-hand sides" (2011), the spectral one; Schnabel, "Quasi-Newton methods using multiple secant

@@ -46,8 +46,8 @@ class NewtonCG(SecondOrderOptimizer):
 
     Cost:
         In each step a gradient, an evaluation of the loss and up to `max_iterations` products, some 2.5 gradients each,
-        the last two again for each further damping; some twenty vectors of memory, and three times
-        `preconditioner_rank`, twice that at a time between two steps.
+        the last two again for each further damping; some twenty vectors of memory, and up to five times
+        `preconditioner_rank`.
 
     Example:
 
@@ -114,11 +114,15 @@ class NewtonCG(SecondOrderOptimizer):
 
     def solver(self, operator, equations):
         preconditioner = self._preconditioner
+        if preconditioner is not None and preconditioner.vectors.shape[1] != operator.shape[0]:
+            # Variables were frozen after it was built.
+            preconditioner = None
         if preconditioner is not None:
             # They may have been loaded.
-            preconditioner.vectors = ops.convert_to_numpy(self._vectors)
-            preconditioner.values = ops.convert_to_numpy(self._values).astype("float64")
-            preconditioner.missed = float(ops.convert_to_numpy(self._missed))
+            preconditioner.vectors, values, missed = (
+                ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._missed)
+            )
+            preconditioner.values, preconditioner.missed = values.astype("float64"), float(missed)
         return ConjugateGradientsSolver(operator, self.max_iterations, self.rtol, self.progress_tol, preconditioner)
 
     def end_step(self, damping):

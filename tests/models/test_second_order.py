@@ -258,6 +258,17 @@ class TestAsAModel:
         for name in ("loss", "damping", "step_length"):
             np.testing.assert_allclose(first[name] + rest[name], alone[name], rtol=1e-4, err_msg=name)
 
+    def test_a_layer_frozen_after_loading(self, tmp_path):
+        trainer = trainer_of(small(outputs=2, units=6), NewtonCG(), CROSS_ENTROPY)
+        fit(trainer, epochs=2, y=CLASSES)
+        trainer.save(tmp_path / "trainer.keras")
+        loaded = keras.models.load_model(tmp_path / "trainer.keras")
+        loaded.model.layers[0].trainable = False
+        history = fit(loaded, epochs=2, y=CLASSES)
+        assert history["step_reason"] == [StepReason.ACCEPTED] * 2
+        for a, b in zip(trainer.model.layers[0].get_weights(), loaded.model.layers[0].get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_the_optimizer_keeps_its_settings(self, name):
         optimizer = OPTIMIZERS[name](damping=0.5, max_attempts=4, learning_rate=0.5)
