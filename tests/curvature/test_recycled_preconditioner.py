@@ -94,6 +94,17 @@ class TestPairs:
         found = former_matrix(preconditioner)[0]
         np.testing.assert_allclose(found, np.diag(np.r_[np.diag(after)[:12], np.diag(before)[12:]]), atol=1e-9)
 
+    @pytest.mark.parametrize(("share", "found"), [(0.5, 10), (0.6, 20)])
+    def test_a_former_vector_near_the_new_directions_is_replaced(self, share, found):
+        # With this share of it outside them, whose square is compared with 0.3.
+        n = 20
+        preconditioner = RecycledPreconditioner(n, n, "float64")
+        shown(preconditioner, 7 * np.eye(n), (1 - share**2) ** 0.5 * np.eye(n)[:10] + share * np.eye(n)[10:])
+        preconditioner.begin()
+        shown(preconditioner, np.eye(n), np.eye(n)[:10])
+        assert np.count_nonzero(preconditioner.values) == found
+        np.testing.assert_allclose(preconditioner.values[found - 10 : found], 1.0)
+
     def test_dependent_directions_are_one(self):
         n = 20
         matrix = symmetric(np.linspace(1, 5, n))
@@ -216,12 +227,24 @@ class TestPreconditioner:
         expected = np.sort(np.r_[np.linspace(0.1, 1, n - rank) + damping, np.full(rank - 3, 2 + damping), negative])
         np.testing.assert_allclose(found, expected, atol=10 * atol)
 
+    @pytest.mark.parametrize(("missed", "lowest"), [(3.0, 3.0), (0.0, 0.04)])
+    def test_brings_none_below_what_was_missed(self, missed, lowest):
+        n = 20
+        values = np.geomspace(1e-4, 40, n)
+        matrix = symmetric(values)
+        preconditioner = RecycledPreconditioner(n, n, "float64")
+        shown(preconditioner, matrix, draws(n, n))
+        preconditioner.missed = missed
+        found = np.linalg.eigvals(dense(preconditioner.of(0.0), n) @ matrix).real
+        np.testing.assert_allclose(np.sort(found), np.minimum(values, lowest), rtol=1e-6)
+
     def test_stays_positive_definite_where_the_matrix_is_singular(self):
         n = 15
         matrix = symmetric(np.r_[np.zeros(5), np.full(4, 1e-12), np.linspace(1, 2, 6)])
         preconditioner = RecycledPreconditioner(n, n, "float64")
         shown(preconditioner, matrix, draws(n, n))
-        assert np.linalg.eigvalsh(dense(preconditioner.of(0.0), n))[0] > 1e-6
+        preconditioner.missed = 0.0
+        assert np.linalg.eigvalsh(dense(preconditioner.of(0.0), n))[0] > 1e-4
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("rank", [20, 40])
