@@ -5,15 +5,15 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import norm
 
-# Numbers in all that is kept, by default: 64 MiB in single precision.
-_NUMBERS = 2**24
+# Numbers in the vectors, by default: 16 MiB in single precision, and in a saved file.
+_NUMBERS = 2**22
 # By default, this rank at most; and none where there is not even room for the least.
 _RANK, _LEAST_RANK = 100, 8
 # A system that took fewer products changes nothing: the preconditioner was good, and they tell little that is new.
 _LEAST_PRODUCTS = 10
 # Of the squared length of a direction, what must be left of it outside the others: of the new ones, to rounding; of the
 # former ones, of which what is left is known only by a matrix that has changed since.
-_LEAST_NEW, _LEAST_FORMER = 1e-4, 0.3
+_LEAST_NEW, _LEAST_FORMER = 1e-3, 0.3
 # Of the largest eigenvalue: what is missed is taken to be this much before it was seen, and no less than that.
 _FIRST_MISSED, _LEAST_MISSED = 1e-2, 1e-3
 
@@ -31,9 +31,10 @@ def checked_rank(owner, rank):
 def recycled_preconditioner(size, rank, dtype):
     """One for vectors of this length; None where its rank is 0, or, by default, where too few would have room."""
     if rank is None:
-        rank = min(_RANK, _NUMBERS // size)
+        rank = min(_RANK, _NUMBERS // max(size, 1))
         rank = rank if rank >= _LEAST_RANK else 0
-    return RecycledPreconditioner(size, min(rank, size), dtype) if rank else None
+    rank = min(rank, size)
+    return RecycledPreconditioner(size, rank, dtype) if rank else None
 
 
 class RecycledPreconditioner:
@@ -48,8 +49,10 @@ class RecycledPreconditioner:
     absolute value. The pairs cost no product: conjugate gradients multiply $B$ by directions $P$ in any case, and
     $Y = P B$ is what is known of $B$ exactly. What is taken for $B$ is the symmetric matrix that fits this, and changes
     what was taken for it before, $s I + U^\top \operatorname{diag}(w - s) \, U$ with the smallest $|w_i|$ for $s$, the
-    least (the Powell-symmetric-Broyden update for several pairs), on the span of $P$ and $U$; its eigenpairs of largest
-    magnitude are kept.
+    least (the Powell-symmetric-Broyden update for several pairs), on the span of $P$ and of what $U$ has outside it;
+    its eigenpairs of largest magnitude are kept. Before that, no $|w_i|$ is taken to be more than
+    $|q^\top B q| / \lVert p \rVert^2$, with $p$ the part of $u_i$ in the span of $P$ and $q$ its direction: more than
+    that no eigenvalue of a positive semidefinite matrix can be.
 
     $\sigma$ is the smallest $|w_i|$, or the curvature that the former vectors missed of a new matrix, the largest
     $|w_i| \, (1 - \lVert U_\text{former} u_i \rVert^2)$, if that is more. A lower one would part an eigenvalue that is
@@ -58,11 +61,11 @@ class RecycledPreconditioner:
     Attributes:
         vectors: $U$, orthonormal rows; those of zeros after them have nothing in them yet. Shape `(rank, n)`.
         values: $w$, of descending magnitude, with zeros for the latter. Shape `(rank,)`.
-        missed: the curvature that was missed of the last matrix.
+        missed: the curvature that was missed of the last matrix, by the first `rank` products with it.
 
     Cost:
         For each product, `4 * rank * n` multiplications and additions; for each system of ten products or more, some
-        `12 * rank**2 * n`. Memory of `3 * rank` vectors, and for a moment of two thirds more.
+        `12 * rank**2 * n`. Memory of `3 * rank` vectors, and up to seven times `rank` while pairs are made.
 
     Source: Gratton, Sartenaer & Tshimanga, "On a class of limited memory preconditioners for large scale linear systems
     with multiple right-hand sides" (2011), the spectral one; Schnabel, "Quasi-Newton methods using multiple secant
@@ -95,7 +98,7 @@ class RecycledPreconditioner:
         if not 0.0 < length < np.inf:
             return
         with np.errstate(over="ignore"):
-            product = product / length
+            product = np.asarray(product, self.vectors.dtype) / length
         if not np.isfinite(product).all():
             return
         if self._count == len(self.values):
@@ -122,13 +125,14 @@ class RecycledPreconditioner:
             self._keep(matrix, [(basis, new)])
             self.missed, self._is_new = _FIRST_MISSED * np.abs(self.values[0]), False
             return
-        gram, overlap = _double(former @ former.T), _double(former @ new.T)
+        overlap = _double(former @ new.T)
         along = overlap @ basis
+        values = np.sign(values) * np.minimum(np.abs(values), _limits(along, matrix))
         # The former vectors without their parts along the new directions, of which an orthonormal basis is made.
-        left = gram - along @ along.T
+        left = np.eye(len(former)) - along @ along.T
         rest = _whitened(left, _LEAST_FORMER, is_relative=False)
         across = ((_double(former @ products.T) @ basis).T - matrix @ along.T) @ rest
-        inside, smallest = left @ rest, abs(values[-1])
+        inside, smallest = left @ rest, np.abs(values).min()
         below = (inside.T * (values - smallest)) @ inside + smallest * np.eye(rest.shape[1])
         matrix = np.block([[matrix, across], [across.T, below]])
         of_new = np.hstack([basis, -basis @ along.T @ rest])
@@ -136,20 +140,24 @@ class RecycledPreconditioner:
         chosen = self._keep(matrix, [(of_new, new), (of_former, former)])
         if self._is_new and chosen is not None:
             # Within the systems of one matrix, the former vectors are already its own.
-            known = np.sum(((overlap @ of_new + gram @ of_former) @ chosen) ** 2, axis=0)
+            known = np.sum(((overlap @ of_new + of_former) @ chosen) ** 2, axis=0)
             self.missed = np.max(np.abs(self.values[: len(known)]) * np.maximum(1.0 - known, 0.0))
             self._is_new = False
 
     def _keep(self, matrix, basis):
         """Takes the pairs of a matrix on a basis: for each part of it, coefficients in columns, and rows.
 
-        Returns the eigenvectors on that basis, in columns; None if the matrix is not finite, and nothing changed.
+        Returns the eigenvectors on that basis, in columns; None if anything is not finite, and nothing changed.
         """
         if not np.isfinite(matrix).all():
             return None
         values, vectors = np.linalg.eigh(matrix)
         largest = np.argsort(-np.abs(values), kind="stable")[: len(self.values)]
+        if not np.isfinite(values.astype(self.vectors.dtype)).all():
+            return None
         found = sum((part @ vectors[:, largest]).T.astype(rows.dtype) @ rows for part, rows in basis)
+        # Directions may have been nearly parallel: what rounding left of that is taken out.
+        found -= (0.5 * (_double(found @ found.T) - np.eye(len(found)))).astype(found.dtype) @ found
         # New arrays: what was returned for the former ones may be in use.
         self.vectors, self.values = np.zeros_like(self.vectors), np.zeros_like(self.values)
         self.vectors[: len(largest)], self.values[: len(largest)] = found, values[largest]
@@ -162,6 +170,13 @@ class RecycledPreconditioner:
 
 def _double(matrix):
     return matrix.astype("float64")
+
+
+def _limits(along, matrix):
+    """What the eigenvalues of vectors cannot exceed, from their parts along directions that the matrix is known on."""
+    share = np.sum(along**2, axis=1)
+    seen = np.abs(np.sum((along @ matrix) * along, axis=1))
+    return np.divide(seen, share**2, out=np.full(len(share), np.inf), where=share**2 > 0.0)
 
 
 def _whitened(gram, least, is_relative=True):

@@ -141,7 +141,7 @@ class SecondOrder(WrappedModel):
         logs = problem.measured(found.loss, batch)
         if found.step is not None:
             operator.move(found.step.astype(operator.dtype))
-        optimizer.end_step(found.damping)
+        optimizer.end_step(operator, found.damping)
         self._last.result = found
         return logs | {
             "damping": found.damping,

@@ -10,6 +10,9 @@ from keras_gradtools.curvature.newton_step import CURVATURES, ConjugateGradients
 from keras_gradtools.curvature.recycled_preconditioner import checked_rank, recycled_preconditioner
 from keras_gradtools.optimizers.second_order_optimizer import SecondOrderOptimizer
 
+# Variables that hold the preconditioner.
+_PAIRS = 3
+
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class NewtonCG(SecondOrderOptimizer):
@@ -24,7 +27,7 @@ class NewtonCG(SecondOrderOptimizer):
     solved anew with more damping. For `kg.models.SecondOrder`, which see for how $\lambda$ changes.
 
     What conjugate gradients learn of $B$ in one step, its eigenvectors of largest eigenvalues above all, preconditions
-    them in the next ones: near a minimum, and with large batches, they then take a third of the products, or fewer.
+    them in the next ones. Near a minimum, and with large batches, they then take half of the products, or fewer.
 
     Args:
         damping: the first $\lambda$, 0 or more. `optimizer.damping` is that of the next step, and is saved.
@@ -35,8 +38,8 @@ class NewtonCG(SecondOrderOptimizer):
         progress_tol: conjugate gradients also stop when ten iterations gain less than this share of what they gained
             in all, for each of them; Martens takes 5e-4. None leaves it out.
         preconditioner_rank: how many eigenvectors the preconditioner has; 0 for no preconditioner; None for 100, or as
-            many as are 2**24 numbers: 16 for a million weights, and none from two million on. They are saved with the
-            model.
+            many as are 2**22 numbers: 41 for 100,000 weights, and none from some 500,000 on. They are saved with the
+            model, 16 MiB at most by default.
         max_attempts: how many dampings a step tries before it leaves the weights as they are.
         learning_rate: what multiplies each step, above 0 and at most 1, or a `LearningRateSchedule`.
         name: as of any optimizer.
@@ -46,7 +49,7 @@ class NewtonCG(SecondOrderOptimizer):
 
     Cost:
         In each step a gradient, an evaluation of the loss and up to `max_iterations` products, some 2.5 gradients each,
-        the last two again for each further damping; some twenty vectors of memory, and up to five times
+        the last two again for each further damping; some twenty vectors of memory, and up to eight times
         `preconditioner_rank`.
 
     Example:
@@ -113,24 +116,41 @@ class NewtonCG(SecondOrderOptimizer):
         return CURVATURES[self.curvature]
 
     def solver(self, operator, equations):
+        if not self._preconditions(operator):
+            return ConjugateGradientsSolver(operator, self.max_iterations, self.rtol, self.progress_tol)
         preconditioner = self._preconditioner
-        if preconditioner is not None and preconditioner.vectors.shape[1] != operator.shape[0]:
-            # Variables were frozen after it was built.
-            preconditioner = None
-        if preconditioner is not None:
-            # They may have been loaded.
-            preconditioner.vectors, values, missed = (
-                ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._missed)
-            )
-            preconditioner.values, preconditioner.missed = values.astype("float64"), float(missed)
+        # They may have been loaded.
+        preconditioner.vectors, values, missed = (
+            ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._missed)
+        )
+        preconditioner.values, preconditioner.missed = values.astype("float64"), float(missed)
         return ConjugateGradientsSolver(operator, self.max_iterations, self.rtol, self.progress_tol, preconditioner)
 
-    def end_step(self, damping):
-        super().end_step(damping)
-        if self._preconditioner is not None:
+    def end_step(self, operator, damping):
+        super().end_step(operator, damping)
+        if self._preconditions(operator):
             self._vectors.assign(self._preconditioner.vectors)
             self._values.assign(self._preconditioner.values)
             self._missed.assign(self._preconditioner.missed)
+
+    def _preconditions(self, operator):
+        # Variables may have been frozen after it was built.
+        preconditioner = self._preconditioner
+        return preconditioner is not None and preconditioner.vectors.shape[1] == operator.shape[0]
+
+    def load_own_variables(self, store):
+        """As Keras does it; but a preconditioner of another rank, or for other variables, is left out."""
+        pairs = [] if self._preconditioner is None else [self._vectors, self._values, self._missed]
+        others = self.variables[: len(self.variables) - len(pairs)]
+        saved = [store[str(i)] for i in range(len(store.keys()))]
+        shapes = [tuple(v.shape) for v in saved[len(others) :]]
+        if len(shapes) not in (0, _PAIRS) or shapes == [tuple(v.shape) for v in pairs]:
+            super().load_own_variables(store)
+            return
+        for variable, value in zip(others, saved, strict=False):
+            variable.assign(value)
+        for variable in pairs:
+            variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
 
     def get_config(self):
         options = {

@@ -69,8 +69,8 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
-    def end_step(self, damping):
-        """Takes note of what the next step needs to know, its damping among it."""
+    def end_step(self, operator, damping):
+        """Takes note of what the next step needs to know, its damping among it; `operator` is that of the step."""
         self.damping = damping
         self.iterations.assign_add(1)
 

@@ -1,110 +1,57 @@
-"""Newton's equation by conjugate gradients, as `newton_step` has it solved."""
+"""Tests of one damped step on functions of one variable, whose losses are rounded."""
 
 import numpy as np
-import pytest
 
-from keras_gradtools.curvature.newton_step import ConjugateGradientsSolver
-from keras_gradtools.curvature.recycled_preconditioner import RecycledPreconditioner
+from keras_gradtools.curvature.newton_step import DenseSolver, Proposal, StepReason, newton_step
 
-N = 20
-
-
-class Operator:
-    """A matrix as a curvature operator."""
-
-    dtype = "float64"
-
-    def __init__(self, matrix):
-        self.shape, self._matrix, self.products = matrix.shape, matrix, 0
-
-    def linearized(self):
-        return self
-
-    def __matmul__(self, v):
-        self.products += 1
-        return self._matrix @ v
+# log cosh(x) is almost straight at x = 3, so that Newton's step from there leads a hundred too far.
+HEIGHT, START = 1e-9, 3.0
 
 
-class Objective:
-    def __init__(self, gradient):
-        self._gradient = gradient
+class Valley:
+    """1 + HEIGHT log cosh(START + offset): in single precision the loss is 1 everywhere near."""
+
+    def loss(self, offset=None):
+        return float(np.float32(1.0 + HEIGHT * np.log(np.cosh(self._x(offset)))))
 
     def loss_and_gradient(self, offset=None):
-        return 1.0, self._gradient
+        return self.loss(offset), np.array([HEIGHT * np.tanh(self._x(offset))])
+
+    def system(self):
+        return (*self.loss_and_gradient(), np.array([[HEIGHT / np.cosh(START) ** 2]]))
+
+    def _x(self, offset):
+        return START if offset is None else START + float(offset[0])
 
 
-def symmetric(values, seed=0):
-    vectors = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(values),) * 2))[0]
-    return (vectors * values) @ vectors.T
+class TestBelowRounding:
+    def test_goes_on_with_more_damping(self):
+        found = newton_step(Valley(), DenseSolver(Valley().system, "float32"), 1e-3 * HEIGHT)
+        assert found.reason == StepReason.ACCEPTED and found.attempts > 3
+        assert abs(START + found.step[0]) < START and found.damping > 1e-2 * HEIGHT
 
+    def test_takes_a_shorter_step(self):
+        class Solver:
+            dtype = np.dtype("float32")
 
-def solved(matrix, gradient, damping, preconditioner, rtol=1e-8):
-    solver = ConjugateGradientsSolver(Operator(matrix), 100, rtol, preconditioner=preconditioner)
-    _, gradient = solver.start(Objective(gradient))
-    return solver.solve(gradient, damping)
+            def start(self, objective):
+                return objective.loss_and_gradient()
 
+            def solve(self, gradient, damping):
+                def of(step):
+                    return np.array([step]), gradient[0] * step, HEIGHT / np.cosh(START) ** 2 * step**2
 
-def taught(matrix, rank=N):
-    preconditioner = RecycledPreconditioner(N, rank, "float64")
-    for direction in np.eye(N):
-        preconditioner.record(direction, matrix @ direction)
-    preconditioner.finish()
-    return preconditioner
+                return Proposal(*of(-100.0), damping, 9, HEIGHT, shorter=(of(-50.0), of(-2.0)))
 
+        found = newton_step(Valley(), Solver(), 1e-3 * HEIGHT)
+        assert found.reason == StepReason.ACCEPTED and found.attempts == 1
+        assert found.step[0] == -2.0 and found.damping == 2e-3 * HEIGHT
 
-GRADIENT = np.random.default_rng(3).normal(size=N)
+    def test_a_vanished_gradient_leaves_the_damping(self):
+        class Flat(Valley):
+            # Of the size of its rounding, whichever way one goes.
+            def loss_and_gradient(self, offset=None):
+                return 1.0, np.array([1e-12 if offset is None else 2e-12])
 
-
-@pytest.mark.parametrize("rank", [0, 12, N])
-@pytest.mark.parametrize("damping", [0.0, 0.3])
-def test_the_solution_and_its_numbers(damping, rank):
-    matrix = symmetric(np.geomspace(0.1, 10, N))
-    proposal = solved(matrix, GRADIENT, damping, taught(matrix, rank) if rank else None)
-    np.testing.assert_allclose(proposal.step, np.linalg.solve(matrix + damping * np.eye(N), -GRADIENT), rtol=1e-5)
-    assert proposal.iterations == 1 if rank == N else 1 < proposal.iterations < 2 * N
-    for step, slope, curved in [(proposal.step, proposal.slope, proposal.curved), *proposal.shorter]:
-        assert slope == pytest.approx(GRADIENT @ step, rel=1e-6)
-        assert curved == pytest.approx(step @ matrix @ step, rel=1e-4)
-
-
-@pytest.mark.parametrize("is_taught", [False, True])
-def test_a_first_direction_of_negative_curvature(is_taught):
-    matrix = symmetric(-np.geomspace(0.5, 10, N))
-    preconditioner = taught(matrix) if is_taught else RecycledPreconditioner(N, N, "float64")
-    proposal = solved(matrix, GRADIENT, 0.1, preconditioner)
-    # It leads down by as much as the same curvature upwards had it go at best.
-    assert proposal.slope == pytest.approx(GRADIENT @ proposal.step) and proposal.slope < 0
-    damped = proposal.step @ (matrix + 0.1 * np.eye(N)) @ proposal.step
-    assert -proposal.slope == pytest.approx(-damped)
-    assert proposal.curved == pytest.approx(proposal.step @ matrix @ proposal.step)
-    assert proposal.least_damping == pytest.approx(-proposal.curved / (proposal.step @ proposal.step))
-    if is_taught:
-        # The solution for the absolute values, but for its length.
-        share = proposal.step / np.linalg.solve(-matrix + 0.1 * np.eye(N), -GRADIENT)
-        np.testing.assert_allclose(share, share[0], rtol=1e-5)
-        assert 1.0 < share[0] < 1.5
-
-
-def test_a_second_damping_knows_the_products_of_the_first():
-    matrix = symmetric(np.geomspace(0.1, 10, N))
-    solver = ConjugateGradientsSolver(
-        Operator(matrix), 100, 1e-2, preconditioner=RecycledPreconditioner(N, N, "float64")
-    )
-    _, gradient = solver.start(Objective(GRADIENT))
-    first, second = solver.solve(gradient, 0.1), solver.solve(gradient, 0.2)
-    # Fewer than there is room for.
-    assert first.iterations < N and second.iterations < first.iterations / 2
-    residual = (matrix + 0.2 * np.eye(N)) @ second.step + GRADIENT
-    assert np.linalg.norm(residual) < 1.01e-2 * np.linalg.norm(GRADIENT)
-
-
-def test_each_start_is_a_new_matrix():
-    preconditioner = RecycledPreconditioner(N, N, "float64")
-    missed = []
-    for seed in range(3):
-        operator = Operator(symmetric(np.geomspace(0.1, 10, N), seed))
-        solver = ConjugateGradientsSolver(operator, 100, 1e-2, preconditioner=preconditioner)
-        _, gradient = solver.start(Objective(GRADIENT))
-        solver.solve(gradient, 0.1)
-        missed.append(preconditioner.missed)
-    assert len(set(missed)) == 3
+        found = newton_step(Flat(), DenseSolver(lambda: (1.0, np.array([1e-12]), np.eye(1)), "float32"), 1e-3)
+        assert found.reason == StepReason.VANISHED and found.step is None and found.damping == 1e-3

@@ -46,7 +46,7 @@ class TestPairs:
         n = 12
         matrix = symmetric(np.linspace(-3, 5, n))
         preconditioner = RecycledPreconditioner(n, n, dtype)
-        shown(preconditioner, matrix, draws(n, n))
+        shown(preconditioner, matrix, orthogonal(n, 1))
         vectors, values = preconditioner.vectors, preconditioner.values
         assert vectors.dtype == dtype and np.all(np.diff(np.abs(values)) <= 0)
         np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(matrix), rtol=rtol, atol=rtol)
@@ -183,6 +183,44 @@ class TestPairs:
         shown(preconditioner, matrix, draws(12, n))
         assert preconditioner.missed == missed
 
+    def test_nearly_parallel_directions_in_single_precision(self):
+        n, rank = 20_000, 12
+        draw = np.random.default_rng(0)
+        preconditioner = RecycledPreconditioner(n, rank, "float32")
+        common, eigenvalues = draw.normal(size=n), np.linspace(1, 50, n)
+        for _ in range(5):
+            for _ in range(rank):
+                direction = common + 0.03 * draw.normal(size=n)
+                preconditioner.record(direction.astype("float32"), (eigenvalues * direction).astype("float32"))
+            preconditioner.finish()
+        found = np.count_nonzero(preconditioner.values)
+        vectors = preconditioner.vectors[:found].astype("float64")
+        np.testing.assert_allclose(vectors @ vectors.T, np.eye(found), atol=3e-6)
+
+    def test_an_eigenvalue_beyond_single_precision_changes_nothing(self):
+        n = 12
+        preconditioner = RecycledPreconditioner(n, n, "float32")
+        # Finite products with all directions, whose matrix is not.
+        for i in range(n):
+            preconditioner.record(np.eye(n, dtype="float32")[i], np.full(n, 3e38, "float32"))
+        preconditioner.finish()
+        assert not preconditioner.values.any() and preconditioner.of(0.0) is None
+
+    def test_a_former_eigenvalue_that_is_gone(self):
+        # One large eigenvalue once, of a vector that the next systems see no more than a tenth of.
+        n, rank = 40, 12
+        draw = np.random.default_rng(0)
+        matrix = symmetric(np.linspace(1, 2, n))
+        preconditioner = RecycledPreconditioner(n, rank, "float64")
+        outlier = draw.normal(size=n)
+        outlier /= np.linalg.norm(outlier)
+        shown(preconditioner, matrix + 1e8 * np.outer(outlier, outlier), draws(rank, n))
+        assert preconditioner.values[0] > 1e6
+        preconditioner.begin()
+        shown(preconditioner, matrix, draws(rank, n, 3))
+        # A multiple of what was seen, and not of what once was.
+        assert np.abs(preconditioner.values[0]) < 100
+
     @pytest.mark.parametrize("scale", [0.1, 0.3])
     def test_products_too_large_change_nothing(self, scale):
         n = 15
@@ -233,7 +271,7 @@ class TestPreconditioner:
         values = np.geomspace(1e-4, 40, n)
         matrix = symmetric(values)
         preconditioner = RecycledPreconditioner(n, n, "float64")
-        shown(preconditioner, matrix, draws(n, n))
+        shown(preconditioner, matrix, orthogonal(n, 1))
         preconditioner.missed = missed
         found = np.linalg.eigvals(dense(preconditioner.of(0.0), n) @ matrix).real
         np.testing.assert_allclose(np.sort(found), np.minimum(values, lowest), rtol=1e-6)
@@ -242,7 +280,7 @@ class TestPreconditioner:
         n = 15
         matrix = symmetric(np.r_[np.zeros(5), np.full(4, 1e-12), np.linspace(1, 2, 6)])
         preconditioner = RecycledPreconditioner(n, n, "float64")
-        shown(preconditioner, matrix, draws(n, n))
+        shown(preconditioner, matrix, orthogonal(n, 1))
         preconditioner.missed = 0.0
         assert np.linalg.eigvalsh(dense(preconditioner.of(0.0), n))[0] > 1e-4
 
@@ -275,7 +313,7 @@ class TestPreconditioner:
         plain, preconditioned = np.array(counts).T
         assert preconditioned[0] == plain[0]
         # The second one does not know yet how much it may trust.
-        assert np.all(preconditioned[2:] < 0.85 * plain[2:]) and sum(preconditioned[2:]) < 0.7 * sum(plain[2:])
+        assert np.all(preconditioned[2:] < plain[2:]) and sum(preconditioned[2:]) < 0.7 * sum(plain[2:])
 
 
 class Recorded:
@@ -291,8 +329,8 @@ class Recorded:
 
 @pytest.mark.parametrize(
     ("size", "rank", "expected"),
-    [(2410, None, 100), (50, None, 50), (3, None, 3), (10**6, None, 16), (2**21, None, 8), (2**22, None, 0)]
-    + [(2410, 0, 0), (2410, 7, 7), (5, 7, 5)],
+    [(2410, None, 100), (50, None, 50), (3, None, 3), (10**5, None, 41), (2**19, None, 8), (2**20, None, 0)]
+    + [(2410, 0, 0), (2410, 7, 7), (5, 7, 5), (10**6, 3, 3), (0, None, 0), (0, 5, 0)],
 )
 def test_ranks(size, rank, expected):
     found = recycled_preconditioner(size, rank, "float32")

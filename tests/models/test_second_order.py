@@ -47,6 +47,11 @@ def fit(trainer, epochs=1, batch_size=N, x=X, y=T, **kwargs):
     return trainer.fit(x, y, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0, **kwargs).history
 
 
+def pairs_of(optimizer):
+    """What the preconditioner of `NewtonCG` keeps."""
+    return {v.name: ops.convert_to_numpy(v.value) for v in optimizer.variables if "eigen" in v.name}
+
+
 def least_squares():
     """Kernel and bias of the best linear model, in double precision."""
     columns = np.concatenate([X, np.ones((N, 1))], axis=1).astype("float64")
@@ -259,15 +264,57 @@ class TestAsAModel:
             np.testing.assert_allclose(first[name] + rest[name], alone[name], rtol=1e-4, err_msg=name)
 
     def test_a_layer_frozen_after_loading(self, tmp_path):
-        trainer = trainer_of(small(outputs=2, units=6), NewtonCG(), CROSS_ENTROPY)
-        fit(trainer, epochs=2, y=CLASSES)
+        trainer = trainer_of(small(outputs=2, units=6), NewtonCG(rtol=1e-4), CROSS_ENTROPY)
+        fit(trainer, epochs=4, y=CLASSES)
         trainer.save(tmp_path / "trainer.keras")
         loaded = keras.models.load_model(tmp_path / "trainer.keras")
+        before = pairs_of(loaded.optimizer)
+        assert before["eigenvalues"].any()
         loaded.model.layers[0].trainable = False
         history = fit(loaded, epochs=2, y=CLASSES)
         assert history["step_reason"] == [StepReason.ACCEPTED] * 2
         for a, b in zip(trainer.model.layers[0].get_weights(), loaded.model.layers[0].get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
+        for name, value in pairs_of(loaded.optimizer).items():
+            np.testing.assert_array_equal(value, before[name])
+
+    def test_a_layer_frozen_before_saving(self, tmp_path):
+        trainer = trainer_of(small(outputs=2, units=6), NewtonCG(rtol=1e-4), CROSS_ENTROPY)
+        fit(trainer, epochs=3, y=CLASSES)
+        trainer.model.layers[0].trainable = False
+        trainer.save(tmp_path / "trainer.keras")
+        loaded = keras.models.load_model(tmp_path / "trainer.keras")
+        assert loaded.optimizer.damping == trainer.optimizer.damping != 1e-3
+        assert int(ops.convert_to_numpy(loaded.optimizer.iterations)) == 3
+        assert fit(loaded, epochs=2, y=CLASSES)["step_reason"] == [StepReason.ACCEPTED] * 2
+
+    @pytest.mark.parametrize(("saved", "loaded"), [(0, 5), (5, 0), (5, 4), (5, 5)])
+    def test_a_preconditioner_of_another_rank_is_left_out(self, saved, loaded, tmp_path):
+        trainer = trainer_of(small(outputs=2, units=6), NewtonCG(rtol=1e-4, preconditioner_rank=saved), CROSS_ENTROPY)
+        fit(trainer, epochs=3, y=CLASSES)
+        store = {}
+        trainer.optimizer.save_own_variables(store)
+        other = trainer_of(small(outputs=2, units=6), NewtonCG(preconditioner_rank=loaded), CROSS_ENTROPY)
+        fit(other, epochs=1, y=CLASSES)
+        with warnings.catch_warnings(action="error"):
+            other.optimizer.load_own_variables(store)
+        assert other.optimizer.damping == trainer.optimizer.damping
+        assert int(ops.convert_to_numpy(other.optimizer.iterations)) == 3
+        if loaded:
+            for name, value in pairs_of(other.optimizer).items():
+                expected = pairs_of(trainer.optimizer)[name] if loaded == saved else np.zeros_like(value)
+                np.testing.assert_array_equal(value, expected)
+
+    def test_bfloat16(self):
+        policy = keras.config.dtype_policy()
+        keras.config.set_dtype_policy("bfloat16")
+        try:
+            model = small(outputs=2, units=6)
+        finally:
+            keras.config.set_dtype_policy(policy)
+        trainer = trainer_of(model, NewtonCG(rtol=1e-2, curvature="gauss_newton", damping=0.1), CROSS_ENTROPY)
+        history = fit(trainer, epochs=4, y=CLASSES)
+        assert history["loss"][-1] < history["loss"][0]
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_the_optimizer_keeps_its_settings(self, name):
