@@ -116,27 +116,28 @@ class NewtonCG(SecondOrderOptimizer):
         return CURVATURES[self.curvature]
 
     def solver(self, operator, equations):
-        if not self._preconditions(operator):
-            return ConjugateGradientsSolver(operator, self.max_iterations, self.rtol, self.progress_tol)
-        preconditioner = self._preconditioner
-        # They may have been loaded.
-        preconditioner.vectors, values, missed = (
-            ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._missed)
-        )
-        preconditioner.values, preconditioner.missed = values.astype("float64"), float(missed)
+        preconditioner = self._preconditioner_of(operator)
+        if preconditioner is not None:
+            # They may have been loaded.
+            preconditioner.vectors, values, missed = (
+                ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._missed)
+            )
+            preconditioner.values, preconditioner.missed = values.astype("float64"), float(missed)
         return ConjugateGradientsSolver(operator, self.max_iterations, self.rtol, self.progress_tol, preconditioner)
 
     def end_step(self, operator, damping):
         super().end_step(operator, damping)
-        if self._preconditions(operator):
-            self._vectors.assign(self._preconditioner.vectors)
-            self._values.assign(self._preconditioner.values)
-            self._missed.assign(self._preconditioner.missed)
+        preconditioner = self._preconditioner_of(operator)
+        if preconditioner is not None:
+            self._vectors.assign(preconditioner.vectors)
+            self._values.assign(preconditioner.values)
+            self._missed.assign(preconditioner.missed)
 
-    def _preconditions(self, operator):
+    def _preconditioner_of(self, operator):
         # Variables may have been frozen after it was built.
         preconditioner = self._preconditioner
-        return preconditioner is not None and preconditioner.vectors.shape[1] == operator.shape[0]
+        is_for_it = preconditioner is not None and preconditioner.vectors.shape[1] == operator.shape[0]
+        return preconditioner if is_for_it else None
 
     def load_own_variables(self, store):
         """As Keras does it; but a preconditioner of another rank, or for other variables, is left out."""
