@@ -5,8 +5,8 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import norm
 
-# Numbers in the vectors, by default: 16 MiB in single precision, and in a saved file.
-_NUMBERS = 2**22
+# Numbers in the vectors, by default: 4 MiB in single precision, and in a saved file. More are slow to go through.
+_NUMBERS = 2**20
 # By default, this rank at most; and none where there is not even room for the least.
 _RANK, _LEAST_RANK = 100, 8
 # A system that took fewer products changes nothing: the preconditioner was good, and they tell little that is new.
@@ -16,6 +16,10 @@ _LEAST_PRODUCTS = 10
 _LEAST_NEW, _LEAST_FORMER = 1e-3, 0.3
 # Of the largest eigenvalue: what is missed is taken to be this much before it was seen, and no less than that.
 _FIRST_MISSED, _LEAST_MISSED = 1e-2, 1e-3
+# Of the largest eigenvalue: where it can be brought down to no less, that is not worth what it costs.
+_LARGEST_SHARE = 0.1
+# So many systems are let pass at most before it is found out whether it is worth it by now.
+_LONGEST_WAIT = 15
 
 
 def checked_rank(owner, rank):
@@ -56,12 +60,15 @@ class RecycledPreconditioner:
 
     $\sigma$ is the smallest $|w_i|$, or the curvature that the former vectors missed of a new matrix, the largest
     $|w_i| \, (1 - \lVert U_\text{former} u_i \rVert^2)$, if that is more. A lower one would part an eigenvalue that is
-    brought down from what is missed of it: two instead of one, and more products instead of fewer.
+    brought down from what is missed of it: two instead of one, and more products instead of fewer. Where $\sigma$ is
+    more than a tenth of the largest $|w_i|$ there is no preconditioner, and after 1, 3, 7, 15, 15, ... systems more it
+    is seen whether that has changed.
 
     Attributes:
         vectors: $U$, orthonormal rows; those of zeros after them have nothing in them yet. Shape `(rank, n)`.
         values: $w$, of descending magnitude, with zeros for the latter. Shape `(rank,)`.
         missed: the curvature that was missed of the last matrix, by the first `rank` products with it.
+        wait, waited: how many systems to let pass before the pairs are made anew, and how many have passed.
 
     Cost:
         For each product, `4 * rank * n` multiplications and additions; for each system of ten products or more, some
@@ -74,16 +81,17 @@ class RecycledPreconditioner:
 
     def __init__(self, size, rank, dtype):
         self.vectors, self.values, self.missed = np.zeros((rank, size), dtype), np.zeros(rank), 0.0
+        self.wait, self.waited = 0, 0
         self._directions, self._products = (np.empty((rank, size), dtype) for _ in range(2))
         self._count, self._is_new = 0, True
 
     def of(self, damping):
         r"""$M^{-1}$ for this $\lambda$, as `kg.curvature.conjugate_gradients` takes it; None for no preconditioner."""
         vectors, values = self._pairs()
-        if not len(values):
+        lowest = self._lowest()
+        if lowest is None:
             return None
         values = np.abs(values)
-        lowest = max(values[-1], self.missed, _LEAST_MISSED * values[0])
         factors = np.minimum((lowest + damping) / (values + damping), 1.0) - 1.0
         factors = factors.astype(vectors.dtype)
         return lambda v: v + (factors * (vectors @ v)) @ vectors
@@ -94,6 +102,9 @@ class RecycledPreconditioner:
 
     def record(self, direction, product):
         """Takes note of a product of the matrix, without damping."""
+        if self.waited < self.wait:
+            self._count += 1
+            return
         length = norm(direction)
         if not 0.0 < length < np.inf:
             return
@@ -109,8 +120,23 @@ class RecycledPreconditioner:
     def finish(self):
         """After a system: makes what was noted part of the preconditioner."""
         if self._count >= min(_LEAST_PRODUCTS, len(self.values)):
-            self._absorb()
+            if self.waited < self.wait:
+                self.waited += 1
+            else:
+                self._absorb()
+                is_full = bool(self.values[-1])
+                self.wait = min(2 * self.wait + 1, _LONGEST_WAIT) if is_full and self._lowest() is None else 0
+                self.waited = 0
         self._count = 0
+
+    def _lowest(self):
+        """What eigenvalues are brought down to; None where that is not worth it."""
+        _, values = self._pairs()
+        if not len(values):
+            return None
+        largest = np.abs(values[0])
+        lowest = max(np.abs(values[-1]), self.missed, _LEAST_MISSED * largest)
+        return lowest if lowest <= _LARGEST_SHARE * largest else None
 
     @np.errstate(over="ignore", invalid="ignore")
     def _absorb(self):

@@ -27,7 +27,8 @@ class NewtonCG(SecondOrderOptimizer):
     solved anew with more damping. For `kg.models.SecondOrder`, which see for how $\lambda$ changes.
 
     What conjugate gradients learn of $B$ in one step, its eigenvectors of largest eigenvalues above all, preconditions
-    them in the next ones. Near a minimum, and with large batches, they then take half of the products, or fewer.
+    them in the next ones. Where some eigenvalues are far larger than the others, near a minimum and with large batches,
+    it then takes half of the products, or fewer.
 
     Args:
         damping: the first $\lambda$, 0 or more. `optimizer.damping` is that of the next step, and is saved.
@@ -38,8 +39,8 @@ class NewtonCG(SecondOrderOptimizer):
         progress_tol: conjugate gradients also stop when ten iterations gain less than this share of what they gained
             in all, for each of them; Martens takes 5e-4. None leaves it out.
         preconditioner_rank: how many eigenvectors the preconditioner has; 0 for no preconditioner; None for 100, or as
-            many as are 2**22 numbers: 41 for 100,000 weights, and none from some 500,000 on. They are saved with the
-            model, 16 MiB at most by default.
+            many as are 2**20 numbers: 10 for 100,000 weights, and none from some 130,000 on. They are saved with the
+            model, 4 MiB at most by default.
         max_attempts: how many dampings a step tries before it leaves the weights as they are.
         learning_rate: what multiplies each step, above 0 and at most 1, or a `LearningRateSchedule`.
         name: as of any optimizer.
@@ -110,7 +111,7 @@ class NewtonCG(SecondOrderOptimizer):
             options = {"dtype": dtype, "aggregation": "only_first_replica"}
             self._vectors = self.add_variable(self._preconditioner.vectors.shape, name="eigenvectors", **options)
             self._values = self.add_variable(self._preconditioner.values.shape, name="eigenvalues", **options)
-            self._missed = self.add_variable((), name="missed_curvature", **options)
+            self._state = self.add_variable((3,), name="preconditioner_state", **options)
 
     def operator_class(self):
         return CURVATURES[self.curvature]
@@ -119,10 +120,11 @@ class NewtonCG(SecondOrderOptimizer):
         preconditioner = self._preconditioner_of(operator)
         if preconditioner is not None:
             # They may have been loaded.
-            preconditioner.vectors, values, missed = (
-                ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._missed)
+            preconditioner.vectors, values, (missed, *waits) = (
+                ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._state)
             )
             preconditioner.values, preconditioner.missed = values.astype("float64"), float(missed)
+            preconditioner.wait, preconditioner.waited = map(int, waits)
         return ConjugateGradientsSolver(operator, self.max_iterations, self.rtol, self.progress_tol, preconditioner)
 
     def end_step(self, operator, damping):
@@ -131,7 +133,7 @@ class NewtonCG(SecondOrderOptimizer):
         if preconditioner is not None:
             self._vectors.assign(preconditioner.vectors)
             self._values.assign(preconditioner.values)
-            self._missed.assign(preconditioner.missed)
+            self._state.assign([preconditioner.missed, preconditioner.wait, preconditioner.waited])
 
     def _preconditioner_of(self, operator):
         # Variables may have been frozen after it was built.
@@ -141,7 +143,7 @@ class NewtonCG(SecondOrderOptimizer):
 
     def load_own_variables(self, store):
         """As Keras does it; but a preconditioner of another rank, or for other variables, is left out."""
-        pairs = [] if self._preconditioner is None else [self._vectors, self._values, self._missed]
+        pairs = [] if self._preconditioner is None else [self._vectors, self._values, self._state]
         others = self.variables[: len(self.variables) - len(pairs)]
         saved = [store[str(i)] for i in range(len(store.keys()))]
         shapes = [tuple(v.shape) for v in saved[len(others) :]]
