@@ -10,6 +10,7 @@ processor, so that it runs everywhere.
 """
 
 import argparse
+import gc
 import os
 import pathlib
 import subprocess
@@ -206,6 +207,9 @@ def on_torch(options, work):
 
     options.devices = Process.processes
     work(Process())
+    # The models hold the group, in cycles: what is left of it at the end of the process sometimes aborts that.
+    gc.collect()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
