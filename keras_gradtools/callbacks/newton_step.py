@@ -140,9 +140,8 @@ class NewtonStep(keras.callbacks.Callback):
             verbose=0,
         )
         self._equations = NormalEquations(self._operator)
-        size, dtype = self._operator.shape[0], "float64" if self._operator.dtype == "float64" else "float32"
-        is_used = self._solver == "cg"
-        self._preconditioner = recycled_preconditioner(size, self._rank, dtype) if is_used else None
+        if self._solver == "cg":
+            self._preconditioner = recycled_preconditioner(self._operator.shape[0], self._rank, self._operator.dtype)
         if self._solver == "dense" and not self._allow_underdetermined:
             require_enough_outputs(NAME, self._operator, self._operator.count_examples())
         self._schedule.begin()

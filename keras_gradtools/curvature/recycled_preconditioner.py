@@ -33,12 +33,13 @@ def checked_rank(owner, rank):
 
 
 def recycled_preconditioner(size, rank, dtype):
-    """One for vectors of this length; None where its rank is 0, or, by default, where too few would have room."""
+    """One for weights of this number and dtype; None where its rank is 0, or, by default, where too few have room."""
     if rank is None:
         rank = min(_RANK, _NUMBERS // max(size, 1))
         rank = rank if rank >= _LEAST_RANK else 0
     rank = min(rank, size)
-    return RecycledPreconditioner(size, rank, dtype) if rank else None
+    # As in the solvers: half precision is no precision to solve in.
+    return RecycledPreconditioner(size, rank, "float64" if dtype == "float64" else "float32") if rank else None
 
 
 class RecycledPreconditioner:
@@ -72,7 +73,7 @@ class RecycledPreconditioner:
 
     Cost:
         For each product, `4 * rank * n` multiplications and additions; for each system of ten products or more, some
-        `12 * rank**2 * n`. Memory of `3 * rank` vectors, and up to seven times `rank` while pairs are made.
+        `16 * rank**2 * n`. Memory of `3 * rank` vectors, and up to seven times `rank` while pairs are made.
 
     Source: Gratton, Sartenaer & Tshimanga, "On a class of limited memory preconditioners for large scale linear systems
     with multiple right-hand sides" (2011), the spectral one; Schnabel, "Quasi-Newton methods using multiple secant

@@ -108,7 +108,7 @@ class NewtonCG(SecondOrderOptimizer):
         dtype = "float64" if any(v.dtype == "float64" for v in variables) else "float32"
         self._preconditioner = recycled_preconditioner(size, self.preconditioner_rank, dtype)
         if self._preconditioner is not None:
-            options = {"dtype": dtype, "aggregation": "only_first_replica"}
+            options = {"dtype": self._preconditioner.vectors.dtype.name, "aggregation": "only_first_replica"}
             self._vectors = self.add_variable(self._preconditioner.vectors.shape, name="eigenvectors", **options)
             self._values = self.add_variable(self._preconditioner.values.shape, name="eigenvalues", **options)
             self._state = self.add_variable((3,), name="preconditioner_state", **options)

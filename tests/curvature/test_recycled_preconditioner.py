@@ -64,8 +64,10 @@ class TestPairs:
             shown(preconditioner, matrix, orthogonal(rank) @ directions)
             np.testing.assert_allclose(preconditioner.values, np.linalg.eigvalsh(matrix)[::-1][:rank], rtol=1e-9)
         else:
-            shown(preconditioner, matrix, draws(former, n))
-            assert np.count_nonzero(preconditioner.values) == former
+            directions = orthogonal(n, 1)[:former]
+            shown(preconditioner, matrix, directions)
+            expected = np.linalg.eigvalsh(directions @ matrix @ directions.T)[::-1]
+            np.testing.assert_allclose(preconditioner.values, np.r_[expected, np.zeros(n - former)], rtol=1e-9)
 
     @pytest.mark.parametrize("fresh", [10, 15])
     def test_the_least_change_that_fits_what_was_seen(self, fresh):
@@ -188,9 +190,9 @@ class TestPairs:
         draw = np.random.default_rng(0)
         preconditioner = RecycledPreconditioner(n, rank, "float32")
         common, eigenvalues = draw.normal(size=n), np.linspace(1, 50, n)
-        for _ in range(5):
+        for _ in range(20):
             for _ in range(rank):
-                direction = common + 0.03 * draw.normal(size=n)
+                direction = common + 0.15 * draw.normal(size=n)
                 preconditioner.record(direction.astype("float32"), (eigenvalues * direction).astype("float32"))
             preconditioner.finish()
         found = np.count_nonzero(preconditioner.values)

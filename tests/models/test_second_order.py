@@ -267,6 +267,18 @@ class TestAsAModel:
         for name in ("loss", "damping", "step_length"):
             np.testing.assert_allclose(first[name] + rest[name], alone[name], rtol=1e-4, err_msg=name)
 
+    def test_the_wait_of_a_preconditioner_goes_on(self):
+        trainer = trainer_of(small(outputs=2, units=6), NewtonCG(rtol=1e-4, preconditioner_rank=5), CROSS_ENTROPY)
+        assert min(fit(trainer, epochs=4, y=CLASSES)["cg_iterations"][2:]) >= 5
+        (state,) = [v for v in trainer.optimizer.variables if v.name == "preconditioner_state"]
+        before = pairs_of(trainer.optimizer)
+        # Seven systems to let pass, of which three have.
+        state.assign([0.5, 7, 3])
+        assert fit(trainer, epochs=2, y=CLASSES)["step_reason"] == [StepReason.ACCEPTED] * 2
+        np.testing.assert_allclose(ops.convert_to_numpy(state.value), [0.5, 7, 5])
+        for name, value in pairs_of(trainer.optimizer).items():
+            np.testing.assert_array_equal(value, before[name])
+
     def test_a_layer_frozen_after_loading(self, tmp_path):
         trainer = trainer_of(small(outputs=2, units=6), NewtonCG(rtol=1e-4), CROSS_ENTROPY)
         fit(trainer, epochs=4, y=CLASSES)
