@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "keras_gradtools"
 # Bottom first. A module imports from levels below its own, and from its own folder.
 LEVELS = [
     {"nesting"},
-    {"validation"},
+    {"validation", "keras_internals"},
     {"backend"},
     {"jacobians", "vectors", "independence"},
     {"tape", "custom_gradients"},
@@ -22,8 +22,10 @@ LEVELS = [
     {"layers", "models", "callbacks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-# These belong to the adapters alone: the frameworks, Keras' internals, and the question which backend it is.
-INTERNALS = ("tensorflow", "jax", "jaxlib", "torch", "keras.src")
+# These belong to the adapters alone: the frameworks, and the question which backend it is.
+FRAMEWORKS = ("tensorflow", "jax", "jaxlib", "torch")
+# `keras.src` comes in here, as an import or spelled in a string, and goes on to the adapters alone.
+ROOM = "keras_internals"
 WHICH_BACKEND = ("backend.backend", "config.backend")
 SAY_NOTHING = {"util", "utils", "helper", "helpers", "misc", "common"}
 
@@ -39,6 +41,12 @@ def references(tree, folder):
             yield from ((".".join([*base, alias.name]), node.lineno) for alias in node.names)
         elif isinstance(node, ast.Attribute):
             yield ast.unparse(node), node.lineno
+        elif isinstance(node, ast.Constant) and f"{node.value}".startswith("keras.src"):
+            yield node.value, node.lineno
+
+
+def is_below(name, prefixes):
+    return any(f"{name}.".startswith((f"{prefix}.", f"{prefix}:")) for prefix in prefixes)
 
 
 def violations(path, source):
@@ -53,9 +61,13 @@ def violations(path, source):
         yield f"{path}: {here!r} has no level; give it one in the table"
         return
     for name, line in references(ast.parse(source), folder):
-        internal = any(f"{name}.".startswith(f"{prefix}.") for prefix in INTERNALS)
-        if here != "backend" and (internal or f".{name}".endswith(tuple(f".{question}" for question in WHICH_BACKEND))):
+        asks = f".{name}".endswith(tuple(f".{question}" for question in WHICH_BACKEND))
+        if here != "backend" and is_below(name, FRAMEWORKS):
             yield f"{path}:{line}: {name} outside backend/"
+        if here not in ("backend", ROOM) and (asks or is_below(name, [f"keras_gradtools.{ROOM}"])):
+            yield f"{path}:{line}: {name} outside backend/"
+        if here != ROOM and is_below(name, ["keras.src"]):
+            yield f"{path}:{line}: {name} outside {ROOM}/"
         package, _, rest = name.partition(".")
         there = rest.split(".")[0]
         if package == "keras_gradtools" and there != here and LEVEL.get(there, len(LEVELS)) >= LEVEL[here]:
@@ -72,7 +84,12 @@ def test_module_keeps_the_rules(path):
     [
         ("tape.py", "def f():\n    import jax.numpy as jnp", "tape.py:2: jax.numpy outside backend/"),
         ("plots.py", "from torch import nn", "torch.nn outside backend/"),
-        ("tape.py", "from keras.src import tree", "keras.src.tree outside backend/"),
+        ("tape.py", "from keras.src import tree", "keras.src.tree outside keras_internals/"),
+        ("backend/jax.py", "from keras.src import tree", "keras.src.tree outside keras_internals/"),
+        ("backend/jax.py", "find('keras.src.tree:flatten')", "keras.src.tree:flatten outside keras_internals/"),
+        ("tape.py", "from keras_gradtools.keras_internals import layers", "keras_internals.layers outside backend/"),
+        ("keras_internals/scopes.py", "import torch", "torch outside backend/"),
+        ("keras_internals/scopes.py", "from keras_gradtools.backend import state", "is not below keras_internals"),
         ("tape.py", "from keras import backend\nbackend.backend()", "tape.py:2: backend.backend outside backend/"),
         ("tape.py", "import keras\nkeras.backend.backend()", "keras.backend.backend outside backend/"),
         ("layers/noise.py", "keras.config.backend() == 'jax'", "keras.config.backend outside backend/"),
@@ -95,7 +112,8 @@ def test_a_breach_is_found(path, source, message):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("backend/jax.py", "import jax\nfrom keras.src import tree\nfrom . import recording"),
+        ("backend/jax.py", "import jax\nfrom keras_gradtools.keras_internals import layers\nfrom . import recording"),
+        ("keras_internals/scopes.py", "from keras.src import tree\nkeras.config.backend()"),
         ("models/a.py", "from keras_gradtools.models import b\nfrom ..tape import GradientTape"),
         ("tape.py", "import keras\nfrom keras_gradtools import backend\nkeras.backend.standardize_dtype\nbackend.jit"),
         ("__init__.py", "from keras_gradtools.tape import GradientTape"),

@@ -4,15 +4,20 @@
 over leaves to Keras which outputs have which loss, with what weight, and what the mask does.
 """
 
+import functools
 import threading
 
 import keras
 from keras import ops
-from keras.src.losses import loss as keras_loss
-from keras.src.trainers.compile_utils import CompileLoss
 
 from keras_gradtools import backend
 from keras_gradtools.backend.state import StateScope, outside_scopes
+from keras_gradtools.keras_internals.losses import (
+    CompileLoss,
+    replace_reduction,
+    scale_loss_for_distribution,
+    unscale_loss_for_distribution,
+)
 
 
 class _Thread(threading.local):
@@ -24,8 +29,8 @@ _thread = _Thread()
 
 # By what a loss is to be multiplied so that the sum over the replicas of a `tf.distribute` strategy is the loss of the
 # batch, and back. Elsewhere both return what they are given.
-on_replica = keras_loss.scale_loss_for_distribution
-off_replica = keras_loss.unscale_loss_for_distribution
+on_replica = scale_loss_for_distribution
+off_replica = unscale_loss_for_distribution
 
 
 def compiled(loss, loss_weights=None):
@@ -76,23 +81,23 @@ def example_losses(compile_loss, y, y_pred):
     return off_replica(losses)
 
 
-def _reduce(values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None):
+def _reduce(reduce_batch, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None):
     if not _thread.per_example:
-        return _reduce_batch(values, sample_weight, mask, reduction, dtype)
+        return reduce_batch(values, sample_weight, mask, reduction, dtype)
     values = ops.convert_to_tensor(values, dtype=dtype)
     if not len(values.shape):
         _thread.is_scalar = True
         return values
     if mask is None and reduction in _MEANS:
         return on_replica(_per_example(ops.mean, values))
-    kept = _reduce_batch(values, None, mask, None, dtype)
+    kept = reduce_batch(values, None, mask, None, dtype)
     batch_size = ops.cast(ops.shape(kept)[0], kept.dtype)
     if mask is None:
         return _per_example(ops.sum, kept) * batch_size
     # Keras' reduction is linear in the values, with one factor for all: that of a loss that is 1 everywhere.
     ones = ops.ones_like(values)
-    count = ops.sum(_reduce_batch(ones, None, mask, None, dtype))
-    factor = ops.divide_no_nan(ops.sum(_reduce_batch(ones, None, mask, reduction, dtype)), count)
+    count = ops.sum(reduce_batch(ones, None, mask, None, dtype))
+    factor = ops.divide_no_nan(ops.sum(reduce_batch(ones, None, mask, reduction, dtype)), count)
     return _per_example(ops.sum, kept) * (factor * batch_size)
 
 
@@ -104,5 +109,4 @@ def _per_example(reduce, values):
     return reduce(values, axis=axes) if axes else values
 
 
-_reduce_batch = keras_loss.reduce_weighted_values
-keras_loss.reduce_weighted_values = _reduce
+replace_reduction(lambda reduce_batch: functools.partial(_reduce, reduce_batch))

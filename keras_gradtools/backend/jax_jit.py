@@ -9,10 +9,10 @@ import functools
 import jax
 import keras
 import numpy as np
-from keras.src.backend.common.variables import AutocastScope, initialize_all_variables
 
 from keras_gradtools import nesting
 from keras_gradtools.backend.state import StateScope
+from keras_gradtools.keras_internals.variables import AutocastScope, initialize_all_variables
 
 
 class _Program:

@@ -6,10 +6,10 @@ was computed outside its recording would be followed, and a derivative by the re
 
 import functools
 
-from keras.src.backend.jax import core as keras_core
-from keras.src.backend.jax import numpy as keras_numpy
+from keras import ops
 
 from keras_gradtools.backend import jax_trace
+from keras_gradtools.keras_internals import backend_modules
 
 _SHAPING = (
     "broadcast_to",
@@ -26,11 +26,15 @@ _SHAPING = (
 
 def install():
     for name in _SHAPING:
-        setattr(keras_numpy, name, _with_distinct_result(getattr(keras_numpy, name), jax_trace.recorded_alias))
-    keras_core.stop_gradient = _with_distinct_result(keras_core.stop_gradient, jax_trace.alias)
+        backend_modules.replace("numpy", name, _with_distinct_result(jax_trace.recorded_alias), getattr(ops, name))
+    backend_modules.replace("core", "stop_gradient", _with_distinct_result(jax_trace.alias), ops.stop_gradient)
 
 
-def _with_distinct_result(fun, alias):
+def _with_distinct_result(alias):
+    return functools.partial(_distinct, alias)
+
+
+def _distinct(alias, fun):
     @functools.wraps(fun)
     def call(x, *args, **kwargs):
         y = fun(x, *args, **kwargs)

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 from keras import ops
-from keras.src.layers.layer import Layer
-from keras.src.ops.operation import Operation
 
 from keras_gradtools import backend, nesting
+from keras_gradtools.keras_internals.layers import Layer, Operation
 
 
 class LayerCall(NamedTuple):

@@ -1,15 +1,14 @@
 """Which tapes are recording on this thread, and the Keras variables that they see being read.
 
-This is the one file that reaches into Keras: `Variable.value` passes every value it hands out through
+`Variable.value` passes every value it hands out through
 `Variable._maybe_autocast`, on all backends, inside stateless scopes too, so wrapping that one method
 shows every read of every variable. `tests/backend/test_recording.py` pins it.
 """
 
 import threading
 
-from keras.src.backend.common.variables import Variable
-
 from keras_gradtools.backend.state import is_assigned_in_scope
+from keras_gradtools.keras_internals.variables import Variable, replace_autocast
 
 
 class _Thread(threading.local):
@@ -167,15 +166,17 @@ def install_read_hook(watch_read):
 
     It returns what the reader is to be given, and notes that on each of the tapes.
     """
-    autocast = Variable._maybe_autocast
 
-    def _maybe_autocast(self, value):
-        for log in _thread.logs:
-            log.note(self)
-        if _thread.tapes:
-            tapes = [tape for tape in _thread.tapes if tape.wants(self)]
-            if tapes:
-                value = watch_read(self, value, tapes)
-        return autocast(self, value)
+    def seen(autocast):
+        def _maybe_autocast(self, value):
+            for log in _thread.logs:
+                log.note(self)
+            if _thread.tapes:
+                tapes = [tape for tape in _thread.tapes if tape.wants(self)]
+                if tapes:
+                    value = watch_read(self, value, tapes)
+            return autocast(self, value)
 
-    Variable._maybe_autocast = _maybe_autocast
+        return _maybe_autocast
+
+    replace_autocast(seen)

@@ -4,14 +4,18 @@ import contextlib
 import random
 
 import keras
-from keras.src.backend.common import global_state
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
-from keras.src.backend.common.variables import get_autocast_scope, initialize_all_variables
-from keras.src.layers.layer import Layer
-from keras.src.random.seed_generator import global_seed_generator
 
 from keras_gradtools import backend
+from keras_gradtools.keras_internals import layers as keras_layers
+from keras_gradtools.keras_internals.layers import Layer, get_keras_mask, set_keras_mask
+from keras_gradtools.keras_internals.scopes import (
+    StatelessScope,
+    get_stateless_scope,
+    global_seed_generator,
+    global_state,
+    training_mode,
+)
+from keras_gradtools.keras_internals.variables import get_autocast_scope, initialize_all_variables
 
 __all__ = [
     "StateScope",
@@ -89,11 +93,11 @@ def is_overridden():
 
 def ambient():
     """What Keras' layers go by besides their arguments, as a key: precision, the mode of the call around, the seed."""
-    autocast, call = get_autocast_scope(), global_state.get_global_attribute("current_call_ctx")
+    autocast = get_autocast_scope()
     return (
         keras.config.floatx(),
         autocast and autocast.dtype,
-        call and call.training,
+        training_mode(),
         global_state.get_global_attribute("global_random_seed"),
         id(global_state.get_global_attribute("global_seed_generator")),
     )
@@ -174,25 +178,29 @@ def is_assigned_in_scope(variable):
     return isinstance(scope, StateScope) and id(variable) in scope._assigned
 
 
-def _clear_losses(self):
-    """As Keras does it; but the losses of a call outside the scope are not those of the calls in it."""
-    scope = get_stateless_scope()
-    if not isinstance(scope, StateScope):
-        return _clear_all_losses(self)
-    scope.losses[:] = [x for x in scope.losses if id(x) not in self._loss_ids]
-    self._loss_ids.clear()
-    for layer in self._layers:
-        layer._clear_losses()
+def _clear_losses_of(clear_all):
+    def _clear_losses(self):
+        """As Keras does it; but the losses of a call outside the scope are not those of the calls in it."""
+        scope = get_stateless_scope()
+        if not isinstance(scope, StateScope):
+            return clear_all(self)
+        scope.losses[:] = [x for x in scope.losses if id(x) not in self._loss_ids]
+        self._loss_ids.clear()
+        for layer in self._layers:
+            layer._clear_losses()
+
+    return _clear_losses
 
 
-def _get_regularization_losses(self):
-    """As Keras does it; but the variable is read in the way that tapes see."""
-    if not isinstance(get_stateless_scope(), StateScope):
-        return _get_all_regularization_losses(self)
-    return [v.regularizer(v) for v in self.trainable_weights if v.regularizer is not None]
+def _regularization_losses_of(all_losses):
+    def _get_regularization_losses(self):
+        """As Keras does it; but the variable is read in the way that tapes see."""
+        if not isinstance(get_stateless_scope(), StateScope):
+            return all_losses(self)
+        return [v.regularizer(v) for v in self.trainable_weights if v.regularizer is not None]
+
+    return _get_regularization_losses
 
 
-_clear_all_losses = Layer._clear_losses
-_get_all_regularization_losses = Layer._get_regularization_losses
-Layer._clear_losses = _clear_losses
-Layer._get_regularization_losses = _get_regularization_losses
+keras_layers.replace_clear_losses(_clear_losses_of)
+keras_layers.replace_regularization_losses(_regularization_losses_of)

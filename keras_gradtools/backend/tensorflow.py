@@ -9,11 +9,11 @@ import warnings
 
 import keras
 import tensorflow as tf
-from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import chunks, recording, tensorflow_resizing
 from keras_gradtools.backend.tensorflow_jit import jit
+from keras_gradtools.keras_internals import backend_modules
 
 __all__ = [
     "COMPILES_SECOND_ORDER",
@@ -135,7 +135,11 @@ recording.install_read_hook(_watch_read)
 tensorflow_resizing.install()
 
 
-def _moments(x, axes, keepdims):
+def _differentiable_moments(to_first_order):
+    return functools.partial(_moments, to_first_order)
+
+
+def _moments(to_first_order, x, axes, keepdims):
     """Mean and variance, differentiable to any order.
 
     `tf.nn.moments`, which Keras' normalization layers use, takes the mean inside the variance for a constant.
@@ -143,14 +147,13 @@ def _moments(x, axes, keepdims):
     """
     if tf.executing_eagerly() and not recording.active_tapes():
         # Not inside a graph, which may be called under a tape long after it was traced.
-        return _moments_to_first_order(x, axes, keepdims)
+        return to_first_order(x, axes, keepdims)
     mean = tf.reduce_mean(x, axes, keepdims=True)
     variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=keepdims)
     return (mean if keepdims else tf.squeeze(mean, axes)), variance
 
 
-_moments_to_first_order = keras_nn._compute_moments
-keras_nn._compute_moments = _moments
+backend_modules.replace("nn", "_compute_moments", _differentiable_moments, "moments")
 
 
 def _dense(gradients):

@@ -6,12 +6,12 @@ import warnings
 
 import keras
 import torch
-from keras.src.backend.torch.core import get_device
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import chunks, recording, torch_fused, torch_graph, torch_keras_ops, torch_tape
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 from keras_gradtools.backend.torch_tape import Tape
+from keras_gradtools.keras_internals import backend_modules
 
 __all__ = [
     "COMPILES_SECOND_ORDER",
@@ -48,6 +48,8 @@ __all__ = [
 COMPILES_SECOND_ORDER = False
 HESSIAN_MODE = "reverse"
 LINEARIZES_ONCE = True
+
+get_device = backend_modules.function("core", "get_device")
 
 torch_tape.install()
 torch_fused.install()

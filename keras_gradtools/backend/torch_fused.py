@@ -7,18 +7,15 @@ attribute under it; so it is laid around attention alone, and around wrapped tor
 """
 
 import functools
-import importlib
-import typing
 
 import torch
-from keras.src.utils.torch_utils import TorchModuleWrapper
+from keras import ops
 from torch.overrides import TorchFunctionMode
 
 from keras_gradtools.backend import recording
+from keras_gradtools.keras_internals import backend_modules
+from keras_gradtools.keras_internals.layers import TorchModuleWrapper
 
-# Modules that share their names with functions of their package.
-_nn: typing.Any = importlib.import_module("keras.src.backend.torch.nn")
-_rnn: typing.Any = importlib.import_module("keras.src.backend.torch.rnn")
 _fused_attention = torch.nn.functional.scaled_dot_product_attention
 _module_attention = torch.nn.functional.multi_head_attention_forward
 
@@ -45,9 +42,9 @@ def _math_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 
 
 def install():
-    _nn.dot_product_attention = _with_math_attention(_nn.dot_product_attention)
+    backend_modules.replace("nn", "dot_product_attention", _with_math_attention, ops.dot_product_attention)
     TorchModuleWrapper.call = _with_math_attention(_with_reads(TorchModuleWrapper.call))
-    _rnn.cudnn_ok = _unless_recording(_rnn.cudnn_ok)
+    backend_modules.replace("rnn", "cudnn_ok", _unless_recording, "lstm")
 
 
 def _with_math_attention(fun):

@@ -2,13 +2,13 @@
 
 import functools
 
-from keras.src.backend.torch import nn as keras_nn
+from keras_gradtools.keras_internals import backend_modules
 
 
 def install():
     # Not in every supported Keras.
-    if hasattr(keras_nn, "_maybe_convert_to_channels_last"):
-        keras_nn._maybe_convert_to_channels_last = _where_it_can(keras_nn._maybe_convert_to_channels_last)
+    if hasattr(backend_modules.module("nn"), "_maybe_convert_to_channels_last"):
+        backend_modules.replace("nn", "_maybe_convert_to_channels_last", _where_it_can, "conv")
 
 
 def _where_it_can(convert):

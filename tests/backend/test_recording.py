@@ -7,11 +7,11 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from keras.src.backend.common.variables import Variable
 
 import keras_gradtools as kg
 from keras_gradtools import backend as adapter
 from keras_gradtools.backend import recording
+from keras_gradtools.keras_internals.variables import Variable
 from tests.cases import close, tensor
 
 adapter.Tape  # noqa: B018  (a first use installs the hook)

@@ -7,9 +7,9 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, losses, ops
-from keras.src.backend.common.masking import set_keras_mask
 
 from keras_gradtools.backend import example_losses
+from keras_gradtools.keras_internals.layers import set_keras_mask
 from tests.cases import tensor
 from tests.regularization.reference import numpy
 

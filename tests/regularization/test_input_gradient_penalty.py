@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from keras import layers, ops
 from keras.src.backend.common import dtypes
-from keras.src.backend.common.masking import set_keras_mask
 
 import keras_gradtools as kg
+from keras_gradtools.keras_internals import scopes
+from keras_gradtools.keras_internals.layers import set_keras_mask
 from tests.cases import tensor
 from tests.regularization.reference import Reference, assert_equal_to, directions_of, norm_of, numpy
 
@@ -498,7 +499,7 @@ def test_nothing_is_changed(method, frozen, backend):
     model(x, training=True)
     random = np.random.get_state()[1].copy()
     losses, before = [numpy(v) for v in model.losses], [numpy(v.value) for v in model.variables]
-    seeds = numpy(keras.src.random.seed_generator.global_seed_generator().state.value)
+    seeds = numpy(scopes.global_seed_generator().state.value)
     if backend == "torch":
         import torch
 
@@ -512,7 +513,7 @@ def test_nothing_is_changed(method, frozen, backend):
     np.testing.assert_array_equal(losses, [numpy(v) for v in model.losses])
     for old, new in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(old, numpy(new.value))
-    np.testing.assert_array_equal(seeds, numpy(keras.src.random.seed_generator.global_seed_generator().state.value))
+    np.testing.assert_array_equal(seeds, numpy(scopes.global_seed_generator().state.value))
     np.testing.assert_array_equal(random, np.random.get_state()[1])
     assert [layer.trainable for layer in model.layers] == [True] * 5
     np.testing.assert_array_equal(numpy(x), X.astype("float32"))
@@ -882,7 +883,7 @@ def test_an_unbuilt_model_is_refused_and_left_unbuilt():
 def test_the_first_random_number_of_a_process_may_be_ours():
     # What Keras makes at the first draw without a seed must outlive the call.
     name = "global_seed_generator"
-    keras.src.backend.common.global_state.set_global_attribute(name, None)
+    scopes.global_state.set_global_attribute(name, None)
     penalty_of(perceptron(), X.astype("float32"), target="outputs", method="random_projection")
     one, two = numpy(keras.random.normal((2,))), numpy(keras.random.normal((2,)))
     assert np.isfinite(one).all() and (one != two).all()

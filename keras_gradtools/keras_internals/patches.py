@@ -1,0 +1,66 @@
+"""Replacing a function of Keras wherever Keras looks it up.
+
+Keras imports some functions by name, and which ones has changed from version to version. A replacement that only one
+of the modules knows would be without effect in the others, and nobody would be told.
+"""
+
+import inspect
+import sys
+import types
+
+from keras_gradtools.keras_internals import versions
+
+
+def replace(owner, name, make, users):
+    """Puts `make(original)` in the place of `owner.name`, in every module of Keras that knows it by that name.
+
+    `users` are the functions or properties of Keras that must look it up, as a check of what no replacement can know:
+    that Keras still goes by that name. They are read and not called, as a call would start the framework's devices.
+    """
+    of = f"{owner.__module__}.{owner.__qualname__}" if inspect.isclass(owner) else owner.__name__
+    original = getattr(owner, name, None)
+    if original is None:
+        raise versions.missing(f"`{of}.{name}`")
+    for user in users:
+        if not mentions(user, name):
+            raise versions.without_effect(f"`{of}.{name}`", f"`{getattr(user, '__qualname__', user)}`")
+    replacement = make(original)
+    setattr(owner, name, replacement)
+    if not inspect.isclass(owner):
+        for module in _modules_of_keras():
+            if vars(module).get(name) is original:
+                setattr(module, name, replacement)
+
+
+def _modules_of_keras():
+    for path, module in list(sys.modules.items()):
+        if path.partition(".")[0] == "keras" and isinstance(module, types.ModuleType):
+            yield module
+
+
+def mentions(user, name):
+    """Whether the code of a function, or of what it wraps, spells `name`; True where there is no code to read."""
+    user = user.fget if isinstance(user, property) else user
+    codes = list(_codes(user, set()))
+    return not codes or any(name in code.co_names or name in code.co_consts for code in codes)
+
+
+def _codes(value, seen):
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, types.CodeType):
+        yield value
+        for constant in value.co_consts:
+            yield from _codes(constant, seen)
+    elif isinstance(value, types.FunctionType):
+        yield from _codes(value.__code__, seen)
+        # What a decorator has wrapped is in a cell of the wrapper, with or without `functools.wraps`.
+        for cell in value.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            yield from _codes(content, seen)
+    elif isinstance(value, types.MethodType):
+        yield from _codes(value.__func__, seen)

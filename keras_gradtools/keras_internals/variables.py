@@ -1,0 +1,19 @@
+"""Keras' variables: reading, autocasting, initializing."""
+
+import keras
+
+from keras_gradtools.keras_internals import patches
+from keras_gradtools.keras_internals.lookup import find
+
+_HOME = "keras.src.backend.common.variables"
+
+# The class below those of all backends, in which `_maybe_autocast` is.
+Variable = find(f"{_HOME}:KerasVariable", f"{_HOME}:Variable")
+AutocastScope = find(f"{_HOME}:AutocastScope")
+get_autocast_scope = find(f"{_HOME}:get_autocast_scope")
+initialize_all_variables = find(f"{_HOME}:initialize_all_variables")
+
+
+def replace_autocast(make):
+    """Puts `make(original)` in the place of `_maybe_autocast`, through which `value` passes whatever it hands out."""
+    patches.replace(Variable, "_maybe_autocast", make, [keras.Variable.value])
