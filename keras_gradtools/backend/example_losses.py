@@ -12,12 +12,7 @@ from keras import ops
 
 from keras_gradtools import backend
 from keras_gradtools.backend.state import StateScope, outside_scopes
-from keras_gradtools.keras_internals.losses import (
-    CompileLoss,
-    replace_reduction,
-    scale_loss_for_distribution,
-    unscale_loss_for_distribution,
-)
+from keras_gradtools.keras_internals import losses as keras_losses
 
 
 class _Thread(threading.local):
@@ -29,13 +24,13 @@ _thread = _Thread()
 
 # By what a loss is to be multiplied so that the sum over the replicas of a `tf.distribute` strategy is the loss of the
 # batch, and back. Elsewhere both return what they are given.
-on_replica = scale_loss_for_distribution
-off_replica = unscale_loss_for_distribution
+on_replica = keras_losses.scale_loss_for_distribution
+off_replica = keras_losses.unscale_loss_for_distribution
 
 
 def compiled(loss, loss_weights=None):
     """The loss that `compile(loss=loss)` would make, in the precision of `loss` where that has one."""
-    made = CompileLoss(loss, loss_weights)
+    made = keras_losses.CompileLoss(loss, loss_weights)
     if isinstance(loss, keras.Loss):
         # Keras makes it in `floatx`, whatever it is made of.
         made._dtype_policy, made._dtype = keras.DTypePolicy(loss.dtype), loss.dtype
@@ -109,4 +104,4 @@ def _per_example(reduce, values):
     return reduce(values, axis=axes) if axes else values
 
 
-replace_reduction(lambda reduce_batch: functools.partial(_reduce, reduce_batch))
+keras_losses.reduction.replace(lambda reduce_batch: functools.partial(_reduce, reduce_batch))

@@ -6,28 +6,14 @@ was computed outside its recording would be followed, and a derivative by the re
 
 import functools
 
-from keras import ops
-
 from keras_gradtools.backend import jax_trace
 from keras_gradtools.keras_internals import backend_modules
 
-_SHAPING = (
-    "broadcast_to",
-    "concatenate",
-    "expand_dims",
-    "moveaxis",
-    "ravel",
-    "reshape",
-    "squeeze",
-    "swapaxes",
-    "transpose",
-)
-
 
 def install():
-    for name in _SHAPING:
-        backend_modules.replace("numpy", name, _with_distinct_result(jax_trace.recorded_alias), getattr(ops, name))
-    backend_modules.replace("core", "stop_gradient", _with_distinct_result(jax_trace.alias), ops.stop_gradient)
+    for hook in backend_modules.hooks["numpy"].values():
+        hook.replace(_with_distinct_result(jax_trace.recorded_alias))
+    backend_modules.hooks["core"]["stop_gradient"].replace(_with_distinct_result(jax_trace.alias))
 
 
 def _with_distinct_result(alias):

@@ -8,7 +8,7 @@ shows every read of every variable. `tests/backend/test_recording.py` pins it.
 import threading
 
 from keras_gradtools.backend.state import is_assigned_in_scope
-from keras_gradtools.keras_internals.variables import Variable, replace_autocast
+from keras_gradtools.keras_internals.variables import Variable, autocast
 
 
 class _Thread(threading.local):
@@ -167,7 +167,7 @@ def install_read_hook(watch_read):
     It returns what the reader is to be given, and notes that on each of the tapes.
     """
 
-    def seen(autocast):
+    def seen(autocast_only):
         def _maybe_autocast(self, value):
             for log in _thread.logs:
                 log.note(self)
@@ -175,8 +175,8 @@ def install_read_hook(watch_read):
                 tapes = [tape for tape in _thread.tapes if tape.wants(self)]
                 if tapes:
                     value = watch_read(self, value, tapes)
-            return autocast(self, value)
+            return autocast_only(self, value)
 
         return _maybe_autocast
 
-    replace_autocast(seen)
+    autocast.replace(seen)

@@ -6,8 +6,8 @@ import random
 import keras
 
 from keras_gradtools import backend
-from keras_gradtools.keras_internals import layers as keras_layers
-from keras_gradtools.keras_internals.layers import Layer, get_keras_mask, set_keras_mask
+from keras_gradtools.keras_internals.layers import Layer, clear_losses, get_keras_mask, set_keras_mask
+from keras_gradtools.keras_internals.layers import regularization_losses as all_regularization_losses
 from keras_gradtools.keras_internals.scopes import (
     StatelessScope,
     get_stateless_scope,
@@ -202,5 +202,5 @@ def _regularization_losses_of(all_losses):
     return _get_regularization_losses
 
 
-keras_layers.replace_clear_losses(_clear_losses_of)
-keras_layers.replace_regularization_losses(_regularization_losses_of)
+clear_losses.replace(_clear_losses_of)
+all_regularization_losses.replace(_regularization_losses_of)

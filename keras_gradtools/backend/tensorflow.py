@@ -153,7 +153,7 @@ def _moments(to_first_order, x, axes, keepdims):
     return (mean if keepdims else tf.squeeze(mean, axes)), variance
 
 
-backend_modules.replace("nn", "_compute_moments", _differentiable_moments, "moments")
+backend_modules.hooks["nn"]["_compute_moments"].replace(_differentiable_moments)
 
 
 def _dense(gradients):

@@ -9,7 +9,6 @@ attribute under it; so it is laid around attention alone, and around wrapped tor
 import functools
 
 import torch
-from keras import ops
 from torch.overrides import TorchFunctionMode
 
 from keras_gradtools.backend import recording
@@ -42,9 +41,9 @@ def _math_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
 
 
 def install():
-    backend_modules.replace("nn", "dot_product_attention", _with_math_attention, ops.dot_product_attention)
+    backend_modules.hooks["nn"]["dot_product_attention"].replace(_with_math_attention)
     TorchModuleWrapper.call = _with_math_attention(_with_reads(TorchModuleWrapper.call))
-    backend_modules.replace("rnn", "cudnn_ok", _unless_recording, "lstm")
+    backend_modules.hooks["rnn"]["cudnn_ok"].replace(_unless_recording)
 
 
 def _with_math_attention(fun):

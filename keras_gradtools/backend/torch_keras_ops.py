@@ -7,8 +7,9 @@ from keras_gradtools.keras_internals import backend_modules
 
 def install():
     # Not in every supported Keras.
-    if hasattr(backend_modules.module("nn"), "_maybe_convert_to_channels_last"):
-        backend_modules.replace("nn", "_maybe_convert_to_channels_last", _where_it_can, "conv")
+    convert = backend_modules.hooks["nn"].get("_maybe_convert_to_channels_last")
+    if convert is not None:
+        convert.replace(_where_it_can)
 
 
 def _where_it_can(convert):

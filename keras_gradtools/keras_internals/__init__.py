@@ -17,9 +17,9 @@ error, and a Keras newer than the tested ones is one warning; both say what was 
 It imports no framework and no backend of ours, so that it can be read under every Keras backend.
 """
 
-from keras_gradtools.keras_internals import layers, losses, scopes, variables, versions
+from keras_gradtools.keras_internals import backend_modules, layers, losses, scopes, variables, versions
 
-__all__ = ["layers", "losses", "scopes", "variables", "versions"]
+__all__ = ["backend_modules", "layers", "losses", "scopes", "variables", "versions"]
 
 # Only now, when everything has been found.
 versions.warn_if_untested()

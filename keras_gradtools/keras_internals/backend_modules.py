@@ -1,4 +1,4 @@
-"""The modules that Keras' operations call on the current backend."""
+"""The modules that Keras' operations call on the current backend, and what of them can be replaced."""
 
 import keras
 
@@ -18,10 +18,47 @@ def function(where, name):
     return find(f"{module(where).__name__}:{name}")
 
 
-def replace(where, name, make, user):
-    """Puts `make(original)` in the place of a function of the module `where`, which `user` must look up there.
+def _of_operations(*names):
+    """Functions that have the name of the public operation which calls them."""
+    return {name: f"keras.ops:{name}" for name in names}
 
-    `user` is a function of Keras, or the name of one of the same module.
-    """
-    owner = module(where)
-    patches.replace(owner, name, make, [function(where, user) if isinstance(user, str) else user])
+
+# The functions that an adapter replaces, by module, with who calls them: an operation, or a function beside them.
+_USERS: dict = {
+    "tensorflow": {"nn": {"_compute_moments": "moments"}},
+    "jax": {
+        "core": _of_operations("stop_gradient"),
+        "numpy": _of_operations(
+            "broadcast_to",
+            "concatenate",
+            "expand_dims",
+            "moveaxis",
+            "ravel",
+            "reshape",
+            "squeeze",
+            "swapaxes",
+            "transpose",
+        ),
+    },
+    "torch": {
+        "nn": {**_of_operations("dot_product_attention"), "_maybe_convert_to_channels_last": "conv"},
+        "rnn": {"cudnn_ok": "lstm"},
+    },
+}
+# Not in every supported Keras.
+_OPTIONAL = {"_maybe_convert_to_channels_last"}
+
+
+def _hooks():
+    found: dict = {}
+    for where, users in _USERS.get(keras.config.backend(), {}).items():
+        owner = module(where)
+        for name, user in users.items():
+            if name not in _OPTIONAL or hasattr(owner, name):
+                user = find(user if ":" in user else f"{owner.__name__}:{user}")
+                found.setdefault(where, {})[name] = patches.Hook(owner, name, [user])
+    return found
+
+
+# Module to name to hook.
+hooks = _hooks()

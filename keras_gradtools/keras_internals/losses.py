@@ -11,7 +11,5 @@ CompileLoss = find("keras.src.trainers.compile_utils:CompileLoss")
 scale_loss_for_distribution = find("keras.src.losses.loss:scale_loss_for_distribution")
 unscale_loss_for_distribution = find("keras.src.losses.loss:unscale_loss_for_distribution")
 
-
-def replace_reduction(make):
-    """Puts `make(original)` in the place of `reduce_weighted_values`, by which every loss becomes one number."""
-    patches.replace(find("keras.src.losses.loss"), "reduce_weighted_values", make, [keras.Loss.__call__])
+# By which the values of every loss become one number.
+reduction = patches.Hook(find("keras.src.losses.loss"), "reduce_weighted_values", [keras.Loss.__call__])

@@ -11,25 +11,33 @@ import types
 from keras_gradtools.keras_internals import versions
 
 
-def replace(owner, name, make, users):
-    """Puts `make(original)` in the place of `owner.name`, in every module of Keras that knows it by that name.
+class Hook:
+    """A function of Keras that can be replaced, in every module of Keras that knows it by its name.
 
     `users` are the functions or properties of Keras that must look it up, as a check of what no replacement can know:
     that Keras still goes by that name. They are read and not called, as a call would start the framework's devices.
     """
-    of = f"{owner.__module__}.{owner.__qualname__}" if inspect.isclass(owner) else owner.__name__
-    original = getattr(owner, name, None)
-    if original is None:
-        raise versions.missing(f"`{of}.{name}`")
-    for user in users:
-        if not mentions(user, name):
-            raise versions.without_effect(f"`{of}.{name}`", f"`{getattr(user, '__qualname__', user)}`")
-    replacement = make(original)
-    setattr(owner, name, replacement)
-    if not inspect.isclass(owner):
-        for module in _modules_of_keras():
-            if vars(module).get(name) is original:
-                setattr(module, name, replacement)
+
+    def __init__(self, owner, name, users):
+        self._owner = owner
+        self._name = name
+        of = f"{owner.__module__}.{owner.__qualname__}" if inspect.isclass(owner) else owner.__name__
+        if not hasattr(owner, name):
+            raise versions.missing(f"`{of}.{name}`")
+        for user in users:
+            if not mentions(user, name):
+                user = getattr(user, "fget", user)
+                raise versions.without_effect(f"`{of}.{name}`", f"`{getattr(user, '__qualname__', user)}`")
+
+    def replace(self, make):
+        """Puts `make(original)` in its place."""
+        original = getattr(self._owner, self._name)
+        replacement = make(original)
+        setattr(self._owner, self._name, replacement)
+        if not inspect.isclass(self._owner):
+            for module in _modules_of_keras():
+                if vars(module).get(self._name) is original:
+                    setattr(module, self._name, replacement)
 
 
 def _modules_of_keras():

@@ -13,7 +13,5 @@ AutocastScope = find(f"{_HOME}:AutocastScope")
 get_autocast_scope = find(f"{_HOME}:get_autocast_scope")
 initialize_all_variables = find(f"{_HOME}:initialize_all_variables")
 
-
-def replace_autocast(make):
-    """Puts `make(original)` in the place of `_maybe_autocast`, through which `value` passes whatever it hands out."""
-    patches.replace(Variable, "_maybe_autocast", make, [keras.Variable.value])
+# What a variable passes every value through that it hands out.
+autocast = patches.Hook(Variable, "_maybe_autocast", [keras.Variable.value])

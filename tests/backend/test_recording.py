@@ -128,7 +128,7 @@ class TestHook:
         assert module.Tape is adapter.Tape
         # The wrapper stands directly on Keras' own method.
         hook = Variable._maybe_autocast
-        inner = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))["autocast"].cell_contents
+        inner = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))["autocast_only"].cell_contents
         assert inner.__module__ == "keras.src.backend.common.variables"
 
     def test_each_read_is_noted_once(self):
