@@ -32,6 +32,13 @@ def backend():
     return keras.config.backend()
 
 
+@pytest.fixture(scope="session")
+def needs_steps_per_execution(backend):
+    """Skips what needs several steps in one execution of Keras' own training loop, where it has none."""
+    if backend == "torch" and tuple(map(int, keras.__version__.split(".")[:2])) < (3, 16):
+        pytest.skip("on torch, Keras has steps_per_execution from 3.16 on")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     keras.utils.set_random_seed(0)

@@ -269,7 +269,10 @@ def replica_results(fun, batch, variable):
 
 def train_function(model, step):
     def function(data):
-        return step(data[0])
+        # As many batches as `steps_per_execution` says, or what is left of the epoch.
+        for batch in data:
+            logs = step(batch)
+        return logs
 
     return function
 

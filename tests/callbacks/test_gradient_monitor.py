@@ -121,9 +121,8 @@ def test_every_second_batch():
     )
 
 
-def test_the_last_step_of_several_in_one_program(backend):
-    if backend == "torch":
-        pytest.skip("Keras has no `steps_per_execution` on torch")
+@pytest.mark.usefixtures("needs_steps_per_execution")
+def test_the_last_step_of_several_in_one_program():
     model = compiled(steps_per_execution=2)
     # Of three steps the last is by itself.
     history = fitted(GradientMonitor(DATA), model)

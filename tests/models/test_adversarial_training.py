@@ -216,9 +216,8 @@ class TestOutsideTraining:
         assert again.name == "robust" and again.attack == GaussianNoise(0.1) and again.get_config() == config
 
 
-def test_steps_per_execution_equals_single_steps(backend):
-    if backend == "torch":
-        pytest.skip("Keras has no steps_per_execution on torch")
+@pytest.mark.usefixtures("needs_steps_per_execution")
+def test_steps_per_execution_equals_single_steps():
     w = W
     for batch in (slice(0, 4), slice(4, 8)):
         x, y = X[batch], Y[batch]

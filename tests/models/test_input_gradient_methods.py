@@ -631,9 +631,8 @@ def test_accumulated_gradients():
 
 
 @pytest.mark.parametrize("method", ["exact", "finite_difference"])
-def test_several_steps_in_one_execution(method, backend):
-    if backend == "torch":
-        pytest.skip("Keras has no steps_per_execution on torch")
+@pytest.mark.usefixtures("needs_steps_per_execution")
+def test_several_steps_in_one_execution(method):
     x = X.reshape(4, 2, D)
     _, penalties, after = descent([0.1, 0.2, 0.3, 0.4], every=2, x=x)
     wrapped = regularized(

@@ -301,9 +301,9 @@ def test_data_sources(source):
 
 
 @pytest.mark.parametrize("options", [{"steps_per_execution": 2}, {"optimizer": "accumulating"}], ids=str)
-def test_options_of_compile(options, backend):
-    if backend == "torch" and "steps_per_execution" in options:
-        pytest.skip("Keras has no steps_per_execution on torch")
+def test_options_of_compile(options, request):
+    if "steps_per_execution" in options:
+        request.getfixturevalue("needs_steps_per_execution")
     if "optimizer" in options:
         options = {"optimizer": keras.optimizers.SGD(gradient_accumulation_steps=2)}
     wrapped = softmax_regression(**options)
@@ -312,9 +312,8 @@ def test_options_of_compile(options, backend):
     assert not np.allclose(wrapped.get_weights()[0], W)
 
 
-def test_steps_per_execution_equals_single_steps(backend):
-    if backend == "torch":
-        pytest.skip("Keras has no steps_per_execution on torch")
+@pytest.mark.usefixtures("needs_steps_per_execution")
+def test_steps_per_execution_equals_single_steps():
     one, two = softmax_regression(), softmax_regression(steps_per_execution=2)
     for wrapped in (one, two):
         wrapped.fit(X, Y, batch_size=2, shuffle=False, verbose=0)

@@ -234,6 +234,19 @@ class TestNeverWorse:
 
 
 class TestAsAModel:
+    @pytest.mark.parametrize("steps", [2, 3])
+    def test_every_batch_of_an_execution_is_a_step(self, steps):
+        # On torch before Keras 3.16 as well: the training loop of Keras does without, and this one is our own.
+        one, several = (
+            trainer_of(linear(), LevenbergMarquardt(damping=1.0), steps_per_execution=count) for count in (1, steps)
+        )
+        # Four batches: of three at a time, the last execution has one.
+        expected, found = (fit(trainer, epochs=2, batch_size=6)["loss"] for trainer in (one, several))
+        assert int(ops.convert_to_numpy(several.optimizer.iterations)) == 8
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        for mine, its in zip(several.get_weights(), one.get_weights(), strict=True):
+            np.testing.assert_allclose(mine, its, rtol=1e-5)
+
     def test_save_and_resume(self, tmp_path):
         alone = fit(trainer_of(small(), LevenbergMarquardt()), epochs=6)
         trainer = trainer_of(small(), LevenbergMarquardt())
