@@ -1,7 +1,7 @@
-"""Runs the tests of the tape and of the penalties on the oldest and the newest supported Keras and frameworks.
+"""Runs the tests of what knows internals on the oldest, the newest and the next Keras and frameworks.
 
 Each row of the table is installed into a throw-away environment of its own under .venvs/. The oldest
-versions are the lower bounds of pyproject.toml; the newest are whatever pip finds.
+versions are the lower bounds of pyproject.toml; the newest are whatever pip finds; the next Keras is its nightly.
 """
 
 import argparse
@@ -15,12 +15,17 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".venvs"
 
 
+# A bound that names a pre-release allows pre-releases of this one package, and leaves all others stable.
+NIGHTLY = "keras-nightly>=3.16.0.dev0"
+
+
 class Row(typing.NamedTuple):
-    """One environment: a backend and what pip is to install for it."""
+    """One environment: a backend, what pip is to install for it, and what then takes the place of `keras`."""
 
     backend: str
     age: str
     packages: tuple
+    keras: str | None = None
 
     @property
     def name(self):
@@ -34,6 +39,10 @@ ROWS = (
     Row("jax", "newest", ("keras", "numpy", "jax")),
     # One torch: the one that the development environment has too, as others may come with gigabytes of CUDA.
     Row("torch", "oldest", ("keras==3.10.0", "torch==2.13.0")),
+    Row("torch", "newest", ("keras", "numpy", "torch==2.13.0")),
+    Row("tensorflow", "nightly", ("numpy", "tensorflow"), NIGHTLY),
+    Row("jax", "nightly", ("numpy", "jax"), NIGHTLY),
+    Row("torch", "nightly", ("numpy", "torch==2.13.0"), NIGHTLY),
 )
 
 
@@ -42,9 +51,17 @@ def tests_of_internals():
     patterns = (
         "test_tape*.py",
         "backend/test_*.py",
+        "keras_internals/test_*.py",
         "regularization/test_example_losses.py",
-        "models/test_input_gradient_regularized.py",
-        "layers/test_input_gradient_penalty.py",
+        # Layers' calls, frozen statistics, derivatives as layers.
+        "diagnostics/test_dead_units.py",
+        "diagnostics/test_preflight.py",
+        "transforms/test_models.py",
+        "layers/test_*.py",
+        # What `fit` wraps and what wraps `fit`.
+        "models/test_*.py",
+        "callbacks/test_gradient_monitor.py",
+        "test_distributed*.py",
     )
     return sorted(path for pattern in patterns for path in (ROOT / "tests").glob(pattern))
 
@@ -56,10 +73,16 @@ def run(row, paths):
     print(f"\n{row.name}: installing {' '.join(row.packages)}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    if subprocess.run([*install, "-e", f"{ROOT}[{row.backend},test]", *row.packages]).returncode:
+    steps = [[*install, "-e", f"{ROOT}[{row.backend},test]", *row.packages]]
+    if row.keras:
+        # Both packages are the one folder `keras`: the stable one, which ours depends on, has to be gone before.
+        steps += [[python, "-m", "pip", "uninstall", "-qq", "-y", "keras"], [*install, row.keras]]
+    if any(subprocess.run(step).returncode for step in steps):
         return "", "could not be installed"
     listing = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
-    shown = [line for line in listing.splitlines() if line.split("==")[0] in ("keras", "numpy", row.backend)]
+    shown = [
+        line for line in listing.splitlines() if line.split("==")[0] in ("keras", "keras-nightly", "numpy", row.backend)
+    ]
     tests = subprocess.run([python, ROOT / "tests" / "run.py", "--backend", row.backend, *paths])
     return " ".join(shown), "failed" if tests.returncode else "passed"
 
@@ -69,7 +92,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", help="test files or folders; those of what knows internals when left out")
     parser.add_argument("--backend", choices=sorted({row.backend for row in ROWS}))
-    parser.add_argument("--age", choices=("oldest", "newest"))
+    parser.add_argument("--age", choices=sorted({row.age for row in ROWS}))
     parser.add_argument("--keep", action="store_true", help="keep the environments")
     options = parser.parse_args()
     paths = options.paths or tests_of_internals()
