@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import backend, validation, vectors
 from keras_gradtools.backend import recording
 from keras_gradtools.validation import name_of
 
@@ -206,6 +206,6 @@ def _checked_gradient(fun, position, gradient, x):
             f"{role} must be a tensor or None. Received: {validation.describe(gradient)}. Return one gradient for "
             "each positional argument."
         )
-    gradient = ops.convert_to_tensor(gradient)
+    gradient = vectors.real_tensor(gradient, x.dtype, role)
     validation.require_shape(gradient, x.shape, role, "the argument")
-    return ops.cast(gradient, x.dtype)
+    return gradient
