@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import backend, nesting, validation, vectors
 from keras_gradtools.backend import recording
 from keras_gradtools.validation import name_of
 
@@ -22,17 +22,18 @@ def custom_gradient(fun):
     Args:
         fun: a function `fun(*args, **kwargs) -> (value, grad_fn)`.
 
-            Positional arguments that are floating-point tensors, variables, arrays or Python floats reach
-            it as tensors, and have a gradient. Anything else (integers, booleans, strings, None, lists,
-            keyword arguments) reaches it as it is, and has none.
+            Positional arguments that are floating-point tensors, variables, arrays or Python floats, alone or in any
+            nesting, reach it as tensors, and have a gradient. Anything else (integers, booleans, strings, None), and
+            every keyword argument, reaches it as it is, and has none: it is a constant.
 
             `value` is a tensor or any nesting of tensors.
 
             `grad_fn(upstream)` is given the gradient of `value`, in its structure; of a tuple or list it is
             given those of the entries one by one, `grad_fn(*upstreams)`. Where the value is not
-            floating-point, that is None. It returns one gradient for each positional argument, of its shape
-            (for a single one, just that gradient); it is cast to the argument's dtype. None stands for
-            zeros; what stands for an argument without a gradient is ignored.
+            floating-point, that is None. It returns one gradient for each positional argument (for a single one, just
+            that gradient), of the argument's shape, or in its structure where it is nested; each is cast to the dtype
+            of its tensor. None stands for zeros, also for a nested argument as a whole; what stands for an argument
+            without a gradient is ignored.
 
             Variables, and tensors that `fun` has not been given as positional arguments, are constants to it:
             pass those that are to have a gradient.
@@ -42,8 +43,8 @@ def custom_gradient(fun):
 
     Raises:
         ValueError: if `fun` is no function, if it returns no pair of a value and a function, or `grad_fn`
-            not one gradient of the right shape for each argument; if no argument can have a gradient, or
-            one is symbolic or complex.
+            not one gradient of the right structure and shape for each argument; if no argument can have a gradient,
+            or one is symbolic or complex.
 
     Cost:
         That of `fun`, and of `grad_fn` for each pullback.
@@ -78,68 +79,119 @@ def custom_gradient(fun):
 
     @functools.wraps(fun)
     def differentiated(*args, **kwargs):
-        tensors, options = _split(fun, args, kwargs)
-        return _differentiated(fun, tensors, options, keras.tree.map_structure(_as_constant, kwargs))
+        tensors, arguments = _split(fun, args, kwargs)
+        return _differentiated(fun, tensors, arguments, nesting.map_structure(_as_constant, kwargs))
 
     return differentiated
 
 
-class _Tensor:
-    """Stands for a differentiable argument in a list of options."""
+class _Argument:
+    """One positional argument: its leaves, the numbers of those among them that have a gradient, and their nesting."""
+
+    def __init__(self, x):
+        self.is_nested = nesting.is_nested(x)
+        self._leaves = nesting.flatten(x) if self.is_nested else [x]
+        self.numbers = [i for i, leaf in enumerate(self._leaves) if _is_floating(leaf)]
+        self._structure = nesting.pack_as(x, range(len(self._leaves))) if self.is_nested else 0
+
+    def take_tensors(self):
+        """The leaves that have a gradient, as tensors; what stays here is constant."""
+        taken = [self._leaves[i] for i in self.numbers]
+        self._leaves = [None if i in self.numbers else _as_constant(x) for i, x in enumerate(self._leaves)]
+        return [ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None) for x in taken]
+
+    def filled(self, tensors):
+        """The argument again, with the next of the iterator `tensors` in the places of those that were taken."""
+        leaves = list(self._leaves)
+        for i in self.numbers:
+            leaves[i] = next(tensors)
+        return nesting.pack_as(self._structure, leaves) if self.is_nested else leaves[0]
+
+    def gradients(self, fun, position, given):
+        """Those of the leaves that have one, out of what `grad_fn` returned for the argument."""
+        if not self.is_nested or not self.numbers:
+            return [given] * len(self.numbers)
+        found = [None] * len(self._leaves)
+        if not _find(self._structure, given, found):
+            raise ValueError(
+                f"{_role(fun, position)} must have the structure of the argument, "
+                f"{nesting.map_structure(lambda _: '*', self._structure)}. Received: "
+                f"{nesting.map_structure(lambda _: '*', given)}. None stands for zeros."
+            )
+        return [found[i] for i in self.numbers]
+
+    def has_structure_of(self, given):
+        """Whether `given`, of several entries or one, is nested as this argument is."""
+        return self.is_nested and _find(self._structure, given, [None] * len(self._leaves))
 
 
-def _differentiated(fun, tensors, options, kwargs):
-    """Calls `fun` with its options filled in, as a function of tensors that the backend differentiates by `grad_fn`."""
+def _find(structure, given, found):
+    """Puts what `given` has at the leaves of `structure` into `found`, by their numbers; False where they differ."""
+    if given is None:
+        return True
+    if not nesting.is_nested(structure):
+        found[structure] = given
+        return not nesting.is_nested(given)
+    if isinstance(structure, dict):
+        right = isinstance(given, dict) and given.keys() == structure.keys()
+        return right and all(_find(structure[key], given[key], found) for key in structure)
+    right = isinstance(given, (tuple, list)) and len(given) == len(structure)
+    return right and all(_find(part, entry, found) for part, entry in zip(structure, given, strict=True))
+
+
+def _differentiated(fun, tensors, arguments, kwargs):
+    """Calls `fun` with its arguments, as a function of tensors that the backend differentiates by `grad_fn`."""
     structure = None
 
     def run(*tensors):
         nonlocal structure
         given = iter(tensors)
-        value, grad_fn = _checked_pair(fun, fun(*[next(given) if o is _Tensor else o for o in options], **kwargs))
-        values = [_checked_value(fun, y) for y in keras.tree.flatten(value)]
+        value, grad_fn = _checked_pair(fun, fun(*[a.filled(given) for a in arguments], **kwargs))
+        values = [_checked_value(fun, y) for y in nesting.flatten(value)]
         floating = [_is_floating(y) for y in values]
         several = isinstance(value, (tuple, list))
-        structure = packed = keras.tree.map_structure(lambda _: 0, value)
+        structure = packed = nesting.map_structure(lambda _: 0, value)
 
         def flat_grad_fn(*upstreams):
             known = [u if f else None for u, f in zip(upstreams, floating, strict=True)]
-            upstream = keras.tree.pack_sequence_as(packed, known)
-            gradients = _checked_count(fun, grad_fn(*(upstream if several else [upstream])), len(options))
-            kept = [(i, g) for i, (g, o) in enumerate(zip(gradients, options, strict=True)) if o is _Tensor]
+            upstream = nesting.pack_as(packed, known)
+            gradients = _checked_count(fun, grad_fn(*(upstream if several else [upstream])), arguments)
+            kept = []
+            for i, (argument, gradient) in enumerate(zip(arguments, gradients, strict=True)):
+                kept += [(i, g) for g in argument.gradients(fun, i, gradient)]
             return [_checked_gradient(fun, i, g, x) for (i, g), x in zip(kept, tensors, strict=True)]
 
         return values, flat_grad_fn
 
     recording.note_custom_gradient()
     values = backend.custom_gradient(run)(*tensors)
-    return keras.tree.pack_sequence_as(structure, [distinct(y, tensors) for y in values])
+    return nesting.pack_as(structure, [distinct(y, tensors) for y in values])
 
 
 def _split(fun, args, kwargs):
-    """The differentiable arguments as tensors, and all positional ones with `_Tensor` in the place of those."""
-    if any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten((args, kwargs))):
+    """The tensors that have a gradient, and all positional arguments without them."""
+    leaves = nesting.flatten((args, kwargs))
+    if any(isinstance(x, keras.KerasTensor) for x in leaves):
         raise ValueError(
             f"The function {name_of(fun)!r} with a custom gradient takes tensors with values. Received: a symbolic "
             "KerasTensor. In a functional model, use the layer keras_gradtools.layers.CustomGradient."
         )
-    tensors, options = [], []
     for i, x in enumerate(args):
-        if _is_array(x) and validation.dtype_of(x).startswith("complex"):
-            raise ValueError(
-                f"The arguments of {name_of(fun)!r}, which has a custom gradient, must be real. Received: argument "
-                f"{i}, {validation.describe(x)}. Pass the real and the imaginary part."
-            )
-        differentiable = _is_floating(x)
-        if differentiable:
-            tensors.append(ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None))
-        options.append(_Tensor if differentiable else keras.tree.map_structure(_as_constant, x))
+        for leaf in nesting.flatten(x):
+            if _is_array(leaf) and validation.dtype_of(leaf).startswith("complex"):
+                raise ValueError(
+                    f"The arguments of {name_of(fun)!r}, which has a custom gradient, must be real. Received: argument "
+                    f"{i}, {validation.describe(leaf)}. Pass the real and the imaginary part."
+                )
+    arguments = [_Argument(x) for x in args]
+    tensors = [tensor for argument in arguments for tensor in argument.take_tensors()]
     if not tensors:
         raise ValueError(
             f"The function {name_of(fun)!r} with a custom gradient needs at least one positional argument that can "
             "have a gradient: a floating-point tensor, variable, array or a Python float. Received: "
             f"{', '.join(map(validation.describe, args)) or 'no positional arguments'}."
         )
-    return tensors, options
+    return tensors, arguments
 
 
 def _as_constant(x):
@@ -184,28 +236,34 @@ def _checked_value(fun, y):
     )
 
 
-def _checked_count(fun, gradients, count):
+def _checked_count(fun, gradients, arguments):
+    count = len(arguments)
     several = isinstance(gradients, (tuple, list))
+    if count == 1 and (not several or arguments[0].has_structure_of(gradients)):
+        return [gradients]
     if several and len(gradients) == count:
         return gradients
-    if count == 1 and not several:
-        return [gradients]
     received = f"a {type(gradients).__name__} of {len(gradients)}" if several else validation.describe(gradients)
     raise ValueError(
         f"The grad_fn of {name_of(fun)!r} must return {count} gradient{'s' if count > 1 else ''}, one for each "
-        f"positional argument. Received: {received}. Return None for an argument that is to have none."
+        f"positional argument{', in its structure' if any(a.is_nested for a in arguments) else ''}. Received: "
+        f"{received}. Return None for an argument that is to have none."
     )
+
+
+def _role(fun, position):
+    return f"The gradient that the grad_fn of {name_of(fun)!r} returns for argument {position}"
 
 
 def _checked_gradient(fun, position, gradient, x):
     if gradient is None:
         return ops.zeros_like(x)
-    role = f"The gradient that the grad_fn of {name_of(fun)!r} returns for argument {position}"
+    role = _role(fun, position)
     if not (_is_array(gradient) or isinstance(gradient, numbers.Real)):
         raise ValueError(
             f"{role} must be a tensor or None. Received: {validation.describe(gradient)}. Return one gradient for "
             "each positional argument."
         )
-    gradient = ops.convert_to_tensor(gradient)
+    gradient = vectors.real_tensor(gradient, x.dtype, role)
     validation.require_shape(gradient, x.shape, role, "the argument")
-    return ops.cast(gradient, x.dtype)
+    return gradient

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import validation
+from keras_gradtools import validation, vectors
 from keras_gradtools.custom_gradients import custom_gradient, distinct
 from keras_gradtools.validation import name_of
 
@@ -256,7 +256,7 @@ def straight_through(fun):
 
     @custom_gradient
     def forward(x):
-        y = ops.cast(fun(x), x.dtype)
+        y = vectors.real_tensor(fun(x), x.dtype, f"What {name_of(fun)!r} returns under straight_through")
         validation.require_shape(y, x.shape, f"What {name_of(fun)!r} returns under straight_through", "its argument")
         return y, lambda upstream: upstream
 

@@ -26,10 +26,10 @@ class Plan:
         self._targets = [(_shape(t), validation.dtype_of(t)) for t in targets]
         self._sources = [(_shape(s), validation.dtype_of(s)) for s in sources]
         self.forward = (self._cheaper() if mode == "auto" else mode) == "forward"
-        along = self._sources if self.forward else self._targets
-        self.counts = [_count(shape[batch_axes:]) for shape, _ in along]
-        if any(_is_empty(shape) for shape, _ in (*self._targets, *self._sources)):
-            self.counts = [0] * len(along)
+        along, across = (self._targets, self._sources)[:: -1 if self.forward else 1]
+        # What is empty has no derivative to compute, and no say in those of the rest.
+        self._across = [i for i, (shape, _) in enumerate(across) if not _is_empty(shape)]
+        self.counts = [_count(shape[batch_axes:]) if self._across and not _is_empty(shape) else 0 for shape, _ in along]
 
     @property
     def is_static(self):
@@ -48,12 +48,19 @@ class Plan:
 
         All of them without `index`.
         """
+        along, across = (targets, sources)[:: -1 if self.forward else 1]
+        rows = [None] * len(across)
         if isinstance(self.counts[part], int) and not self.counts[part]:
-            return [None] * len(self._targets if self.forward else self._sources)
+            return rows
+        units = self._units(index, along[part])
+        others = [across[i] for i in self._across]
         if self.forward:
-            units = self._units(index, sources[part])
-            return backend.pushforward_batch(tape, targets, [sources[part]], [units])
-        return backend.pullback_batch(tape, [targets[part]], sources, [self._units(index, targets[part])])
+            found = backend.pushforward_batch(tape, others, [along[part]], [units])
+        else:
+            found = backend.pullback_batch(tape, [along[part]], others, [units])
+        for i, row in zip(self._across, found, strict=True):
+            rows[i] = row
+        return rows
 
     def stacks(self, tape, targets, sources, chunk_size):
         """All rows (columns) of each part; None where there are none."""

@@ -63,6 +63,16 @@ class TestJacobian:
         tape, y = record(lambda x: ops.broadcast_to(ops.sum(x), target), [x])
         close(tape.jacobian(y, x, chunk_size=chunk_size), np.zeros(target + source))
 
+    @pytest.mark.parametrize("mode", ["forward", "reverse"])
+    @pytest.mark.parametrize("chunk_size", [None, 2])
+    def test_an_empty_source_beside_another(self, mode, chunk_size):
+        sources = [tensor(np.zeros((0, 3))), tensor([1.0, 2.0, 3.0])]
+        tape, y = record(lambda a, b: b * b + ops.sum(a), sources)
+        expected = [np.zeros((3, 0, 3)), np.diag([2.0, 4.0, 6.0])]
+        close(tape.jacobian(y, sources, mode=mode, chunk_size=chunk_size), expected)
+        tape, y = record(lambda a, b: b * b, sources)
+        close(tape.jacobian(y, sources, mode=mode, chunk_size=chunk_size), expected)
+
     def test_of_a_scalar_is_the_gradient(self):
         x = tensor([1.0, 2.0])
         tape, y = record(lambda x: ops.sum(x**3), [x])

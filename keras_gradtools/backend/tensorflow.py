@@ -337,6 +337,9 @@ def map_chunks(fun, count, chunk_size):
     if tf.executing_eagerly():
         return chunks.loop(fun, count, chunk_size)
     number = -(-count // chunk_size)
+    if not isinstance(count, int):
+        # The loop over the rest cannot run no times where shapes are unknown. A number past the last one gives zeros.
+        number = tf.maximum(number, 2)
     index = tf.reshape(tf.range(number * chunk_size), (number, chunk_size))
     # The first one tells what comes out of the others, and they are not to run before it is done.
     first = fun(index[0])

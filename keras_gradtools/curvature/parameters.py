@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import nesting, validation
+from keras_gradtools import nesting, validation, vectors
 
 
 class Parameters:
@@ -99,7 +99,10 @@ class Parameters:
         leaves = nesting.flatten(given)
         validation.require_same_structure(given, self.structure, "A nested vector", "the variables")
         is_array = not any(map(_is_tensor, leaves))
-        parts = [ops.convert_to_tensor(leaf, dtype=v.dtype) for leaf, v in zip(leaves, self.variables, strict=True)]
+        parts = [
+            vectors.real_tensor(leaf, v.dtype, "Each entry of a nested vector")
+            for leaf, v in zip(leaves, self.variables, strict=True)
+        ]
         for part, v in zip(parts, self.variables, strict=True):
             validation.require_shape(part, v.shape, "Each entry of a nested vector", f"its variable {v.path!r}")
 

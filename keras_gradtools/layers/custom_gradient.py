@@ -15,7 +15,8 @@ class CustomGradient(keras.layers.Layer):
         **kwargs: those of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a tensor, or a list or tuple of tensors, which are the arguments of `fun`.
+        inputs: a tensor or a dict of tensors, which is the argument of `fun`, or a list or tuple of these, which are
+            its arguments.
 
     Returns:
         The value of `fun`.

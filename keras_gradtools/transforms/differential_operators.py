@@ -136,8 +136,10 @@ def checked_axes(name, axes, size):
 
 def _points(name, x):
     x = ops.convert_to_tensor(x)
-    if len(x.shape) != 2 or x.shape[1] is None:
-        raise ValueError(f"{name} expects an input of shape (batch, n). Received: {validation.describe(x)}.")
+    if len(x.shape) != 2 or not x.shape[1]:
+        raise ValueError(
+            f"{name} expects an input of shape (batch, n), with n known and not 0. Received: {validation.describe(x)}."
+        )
     return x
 
 
@@ -182,4 +184,6 @@ def _laplacian_reverse(value, x, axes):
         along = [backend.pullback(outer.record, [gradient], outer.flat_sources, [_unit(x, axis)])[0] for axis in axes]
         found = [second[:, axis] for second, axis in zip(along, axes, strict=True) if second is not None]
         columns.append(sum(found) if found else ops.zeros_like(x[:, 0]))
+    if not columns:
+        return ops.zeros((ops.shape(x)[0], *shapes[-1][1:]), dtype=x.dtype)
     return ops.reshape(ops.stack(columns, axis=1), (-1, *shapes[-1][1:]))

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import backend, validation, vectors
 from keras_gradtools.backend.state import StateScope
 from keras_gradtools.transforms.taped_call import require_function
 
@@ -102,4 +102,8 @@ def _checked_weights(weights, variables):
             "A functionalized model takes a list of weights of the shapes "
             f"{[tuple(v.shape) for v in variables]}. Received: {shapes}."
         )
-    return [w if ops.is_tensor(w) else ops.convert_to_tensor(w) for w in given]
+    # As an assignment would take them; Keras itself would drop an imaginary part.
+    return [
+        w if ops.is_tensor(w) and validation.dtype_of(w) == v.dtype else vectors.real_tensor(w, v.dtype, "Each weight")
+        for w, v in zip(given, variables, strict=True)
+    ]

@@ -39,6 +39,18 @@ def test_several_inputs(tmp_path):
     check(keras.models.load_model(tmp_path / "model.keras"))
 
 
+def test_a_dict_of_inputs():
+    layer = layers.CustomGradient(lambda p: (p["x"] * p["y"], lambda u: {"x": 7 * u, "y": 9 * u}))
+    inputs = {name: keras.Input((1,), name=name) for name in ("x", "y")}
+    model = keras.Model(inputs, layer(inputs))
+    given = {"x": tensor([[2.0]]), "y": tensor([[5.0]])}
+    with kg.GradientTape() as tape:
+        tape.watch(given)
+        value = model(given)
+    close(value, [[10]])
+    close(tape.gradient(value, given), {"x": [[7]], "y": [[9]]})
+
+
 def test_in_fit():
     dense = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
     double = layers.CustomGradient(lambda x: (2 * x, lambda upstream: 7 * upstream))

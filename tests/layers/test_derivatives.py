@@ -41,6 +41,11 @@ def test_laplacian_is_the_trace_of_the_hessian(outputs, axes):
     np.testing.assert_allclose(numbers(kg.layers.Laplacian(model, axes)(X)), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_laplacian_of_no_example_and_of_no_output():
+    assert numbers(kg.laplacian(lambda x: x**3)(X[:0])).shape == (0, 3)
+    assert numbers(kg.laplacian(lambda x: x[:, :0] ** 3)(X)).shape == (5, 0)
+
+
 def test_laplacian_of_a_harmonic_and_of_a_linear_function():
     harmonic = kg.laplacian(lambda x: ops.exp(x[:, :1]) * ops.sin(x[:, 1:2]))
     np.testing.assert_allclose(numbers(harmonic(X)), 0.0, atol=1e-5)
@@ -130,6 +135,7 @@ def test_statistics_are_those_of_one_call():
     [
         (lambda: kg.laplacian("net"), "laplacian takes a function"),
         (lambda: kg.laplacian(ops.sin)(np.ones(3, "float32")), r"input of shape \(batch, n\)"),
+        (lambda: kg.laplacian(ops.sin)(np.ones((2, 0), "float32")), r"\(batch, n\), with n known and not 0"),
         (lambda: kg.laplacian(ops.sin, axes=[3])(X), "different numbers of axes"),
         (lambda: kg.laplacian(ops.sin, axes=[0, -3])(X), "different numbers of axes"),
         (lambda: kg.laplacian(lambda x: (x, x))(X), "laplacian expects one output"),

@@ -64,6 +64,42 @@ class TestStructure:
         assert tuple(found.shape) == (0, 3, 0, 3)
 
 
+@pytest.mark.parametrize("compile", [lambda fun: fun, kg.jit], ids=["eager", "kg.jit"])
+@pytest.mark.parametrize("mode, chunk_size", WAYS)
+class TestAnEmptyTensorBesideOthers:
+    """It has no derivative to compute, and takes none away from the others."""
+
+    def test_among_the_arguments(self, mode, chunk_size, compile):
+        fun = compile(kg.jacobian(lambda a, b: b * b, argnums=(0, 1), mode=mode, chunk_size=chunk_size))
+        found = fun(tensor(np.zeros((0, 3))), tensor([1.0, 2.0, 3.0]))
+        close(found, (np.zeros((3, 0, 3)), np.diag([2.0, 4.0, 6.0])))
+
+    def test_among_the_outputs(self, mode, chunk_size, compile):
+        fun = compile(kg.jacobian(lambda x: {"a": x[:0], "b": x * x}, mode=mode, chunk_size=chunk_size))
+        close(fun(tensor([1.0, 2.0, 3.0])), {"a": np.zeros((0, 3)), "b": np.diag([2.0, 4.0, 6.0])})
+
+    def test_in_both_and_connected_with_what_is_not_empty(self, mode, chunk_size, compile):
+        fun = kg.jacobian(lambda p: [ops.sum(p["a"]) + p["b"] ** 2, p["a"] * p["b"]], mode=mode, chunk_size=chunk_size)
+        found = compile(fun)({"a": tensor(np.zeros((0, 2))), "b": tensor([1.0, 3.0])})
+        by_output = [{"a": (2, 0, 2), "b": np.diag([2.0, 6.0])}, {"a": (0, 2, 0, 2), "b": (0, 2, 2)}]
+        expected = [{k: np.zeros(v) if isinstance(v, tuple) else v for k, v in row.items()} for row in by_output]
+        close(found, expected)
+
+    def test_of_each_example(self, mode, chunk_size, compile):
+        x = tensor([[1.0, 2.0], [3.0, 4.0]])
+        fun = compile(kg.batch_jacobian(lambda p: (p["a"], p["b"] ** 2), mode=mode, chunk_size=chunk_size))
+        square = np.stack([np.diag([2.0, 4.0]), np.diag([6.0, 8.0])])
+        by_empty, by_full = (
+            {"a": np.zeros((2, 0, 0)), "b": np.zeros((2, 0, 2))},
+            {"a": np.zeros((2, 2, 0)), "b": square},
+        )
+        close(fun({"a": tensor(np.zeros((2, 0))), "b": x}), (by_empty, by_full))
+
+    def test_of_no_example(self, mode, chunk_size, compile):
+        fun = compile(kg.batch_jacobian(lambda x: (x[:, :1], x**2), mode=mode, chunk_size=chunk_size))
+        close(fun(tensor(np.zeros((0, 2)))), (np.zeros((0, 1, 2)), np.zeros((0, 2, 2))))
+
+
 def test_the_cheaper_direction_is_chosen(monkeypatch):
     def refuse(*_):
         raise AssertionError("the other direction")

@@ -27,6 +27,12 @@ class TestUnknownBatch:
         jacobian = with_unknown_batch(kg.batch_jacobian(lambda x: x**3, mode=mode, chunk_size=chunk_size), (2,))
         close(jacobian(tensor(X)), np.stack([np.diag(3 * x**2) for x in X]), rtol=1e-5)
 
+    @pytest.mark.parametrize("count", [0, 2])
+    def test_fewer_rows_than_a_chunk(self, count):
+        jacobian = with_unknown_batch(kg.jacobian(lambda x: x**2, mode="reverse", chunk_size=9), (2,))
+        expected = np.einsum("bi,bc,ij->bicj", 2 * X[:count], np.eye(count), np.eye(2))
+        close(jacobian(tensor(X[:count])), expected)
+
     def test_tape_and_full_jacobian(self):
         def both(x):
             with kg.GradientTape() as tape:

@@ -67,6 +67,22 @@ def test_closed_forms(case):
     close(kg.hvp(total, (x,), (tensor(v),))[0], np.tensordot(hessian, v, v.ndim), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("compile", [lambda fun: fun, kg.jit], ids=["eager", "kg.jit"])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_an_empty_tensor_beside_others(chunk_size, compile):
+    p = {"a": tensor(np.zeros((0, 3))), "b": tensor([1.0, 2.0])}
+
+    def cubes(p):
+        return ops.sum(p["b"] ** 3) + ops.sum(p["a"] ** 2)
+
+    by_empty, by_full = (
+        {"a": np.zeros((0, 3, 0, 3)), "b": np.zeros((0, 3, 2))},
+        {"a": np.zeros((2, 0, 3)), "b": np.diag([6.0, 12.0])},
+    )
+    close(compile(kg.hessian(cubes, chunk_size=chunk_size))(p), {"a": by_empty, "b": by_full})
+    close(compile(lambda p: kg.hvp(cubes, (p,), (p,)))(p), ({"a": np.zeros((0, 3)), "b": np.array([6.0, 24.0])},))
+
+
 @with_every_compiler
 def test_compiled_by_others(compiler):
     x, v = tensor(POINT), tensor(DIRECTION)
