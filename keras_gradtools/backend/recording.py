@@ -5,6 +5,7 @@ This is the one file that reaches into Keras: `Variable.value` passes every valu
 shows every read of every variable. `tests/backend/test_recording.py` pins it.
 """
 
+import contextlib
 import threading
 
 from keras.src.backend.common.variables import Variable
@@ -30,6 +31,17 @@ def note_custom_gradient():
     """Tells what is recording on this thread that a custom gradient is a part of it."""
     for recorder in (*_thread.tapes, *_thread.logs):
         recorder.has_custom_gradient = True
+
+
+@contextlib.contextmanager
+def unseen():
+    """A block that nothing that is recording on this thread sees."""
+    tapes, logs = _thread.tapes, _thread.logs
+    _thread.tapes, _thread.logs = [], []
+    try:
+        yield
+    finally:
+        _thread.tapes, _thread.logs = tapes, logs
 
 
 class Recording:
@@ -146,7 +158,8 @@ class ReadLog:
     def variables(self):
         return list(self._seen.values())
 
-    def note(self, variable):
+    def note(self, variable, value):
+        """Notes that a reader of `variable` was given `value`."""
         self._seen.setdefault(id(variable), variable)
 
     def __enter__(self):
@@ -171,7 +184,7 @@ def install_read_hook(watch_read):
 
     def _maybe_autocast(self, value):
         for log in _thread.logs:
-            log.note(self)
+            log.note(self, value)
         if _thread.tapes:
             tapes = [tape for tape in _thread.tapes if tape.wants(self)]
             if tapes:

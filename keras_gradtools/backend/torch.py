@@ -9,7 +9,15 @@ import torch
 from keras.src.backend.torch.core import get_device
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import chunks, recording, torch_fused, torch_graph, torch_keras_ops, torch_tape
+from keras_gradtools.backend import (
+    chunks,
+    recording,
+    torch_checkpoint,
+    torch_fused,
+    torch_graph,
+    torch_keras_ops,
+    torch_tape,
+)
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 from keras_gradtools.backend.torch_tape import Tape
 
@@ -50,6 +58,7 @@ HESSIAN_MODE = "reverse"
 LINEARIZES_ONCE = True
 
 torch_tape.install()
+torch_checkpoint.install()
 torch_fused.install()
 torch_keras_ops.install()
 

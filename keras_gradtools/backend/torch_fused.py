@@ -14,7 +14,7 @@ import torch
 from keras.src.utils.torch_utils import TorchModuleWrapper
 from torch.overrides import TorchFunctionMode
 
-from keras_gradtools.backend import recording
+from keras_gradtools.backend import recording, torch_checkpoint
 
 # Modules that share their names with functions of their package.
 _nn: typing.Any = importlib.import_module("keras.src.backend.torch.nn")
@@ -53,7 +53,7 @@ def install():
 def _with_math_attention(fun):
     @functools.wraps(fun)
     def call(*args, **kwargs):
-        if not recording.active_tapes():
+        if not _is_recorded():
             return fun(*args, **kwargs)
         with _MathAttention():
             return fun(*args, **kwargs)
@@ -76,6 +76,11 @@ def _with_reads(call):
 def _unless_recording(is_supported):
     @functools.wraps(is_supported)
     def check(*args, **kwargs):
-        return not recording.active_tapes() and is_supported(*args, **kwargs)
+        return not _is_recorded() and is_supported(*args, **kwargs)
 
     return check
+
+
+def _is_recorded():
+    # What a checkpoint computes again in a backward pass has to take the kernels of the forward pass.
+    return bool(recording.active_tapes()) or torch_checkpoint.is_recomputing()
