@@ -5,6 +5,7 @@
 shows every read of every variable. `tests/backend/test_recording.py` pins it.
 """
 
+import contextlib
 import threading
 
 from keras_gradtools.backend.state import is_assigned_in_scope
@@ -29,6 +30,17 @@ def note_custom_gradient():
     """Tells what is recording on this thread that a custom gradient is a part of it."""
     for recorder in (*_thread.tapes, *_thread.logs):
         recorder.has_custom_gradient = True
+
+
+@contextlib.contextmanager
+def unseen():
+    """A block that nothing that is recording on this thread sees."""
+    tapes, logs = _thread.tapes, _thread.logs
+    _thread.tapes, _thread.logs = [], []
+    try:
+        yield
+    finally:
+        _thread.tapes, _thread.logs = tapes, logs
 
 
 class Recording:
@@ -145,7 +157,8 @@ class ReadLog:
     def variables(self):
         return list(self._seen.values())
 
-    def note(self, variable):
+    def note(self, variable, value):
+        """Notes that a reader of `variable` was given `value`."""
         self._seen.setdefault(id(variable), variable)
 
     def __enter__(self):
@@ -167,6 +180,7 @@ def install_read_hook(watch_read):
     It returns what the reader is to be given, and notes that on each of the tapes.
     """
 
+<<<<<<< HEAD
     def seen(autocast_only):
         def _maybe_autocast(self, value):
             for log in _thread.logs:
@@ -176,6 +190,16 @@ def install_read_hook(watch_read):
                 if tapes:
                     value = watch_read(self, value, tapes)
             return autocast_only(self, value)
+=======
+    def _maybe_autocast(self, value):
+        for log in _thread.logs:
+            log.note(self, value)
+        if _thread.tapes:
+            tapes = [tape for tape in _thread.tapes if tape.wants(self)]
+            if tapes:
+                value = watch_read(self, value, tapes)
+        return autocast(self, value)
+>>>>>>> torch
 
         return _maybe_autocast
 

@@ -8,7 +8,15 @@ import keras
 import torch
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import chunks, recording, torch_fused, torch_graph, torch_keras_ops, torch_tape
+from keras_gradtools.backend import (
+    chunks,
+    recording,
+    torch_checkpoint,
+    torch_fused,
+    torch_graph,
+    torch_keras_ops,
+    torch_tape,
+)
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 from keras_gradtools.backend.torch_tape import Tape
 from keras_gradtools.keras_internals import backend_modules
@@ -52,6 +60,7 @@ LINEARIZES_ONCE = True
 get_device = backend_modules.function("core", "get_device")
 
 torch_tape.install()
+torch_checkpoint.install()
 torch_fused.install()
 torch_keras_ops.install()
 

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch.overrides import TorchFunctionMode
 
-from keras_gradtools.backend import recording
+from keras_gradtools.backend import recording, torch_checkpoint
 from keras_gradtools.keras_internals import backend_modules
 from keras_gradtools.keras_internals.layers import TorchModuleWrapper
 
@@ -49,7 +49,7 @@ def install():
 def _with_math_attention(fun):
     @functools.wraps(fun)
     def call(*args, **kwargs):
-        if not recording.active_tapes():
+        if not _is_recorded():
             return fun(*args, **kwargs)
         with _MathAttention():
             return fun(*args, **kwargs)
@@ -72,6 +72,11 @@ def _with_reads(call):
 def _unless_recording(is_supported):
     @functools.wraps(is_supported)
     def check(*args, **kwargs):
-        return not recording.active_tapes() and is_supported(*args, **kwargs)
+        return not _is_recorded() and is_supported(*args, **kwargs)
 
     return check
+
+
+def _is_recorded():
+    # What a checkpoint computes again in a backward pass has to take the kernels of the forward pass.
+    return bool(recording.active_tapes()) or torch_checkpoint.is_recomputing()

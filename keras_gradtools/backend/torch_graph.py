@@ -179,7 +179,9 @@ def reaches(node, recorded, watched):
 def passing(part):
     """The time of a backward pass that stays inside `part`, a `Slice`, and runs on the calling thread alone.
 
-    Other threads of the engine would number the nodes of a recorded pass on their own.
+    Other threads of the engine would number the nodes of a recorded pass on their own. The leaves require gradients
+    again, as when they were recorded: torch asks the tensors that it has saved (`linalg.solve`), and a checkpoint
+    computes with them once more.
     """
     running = object()
     _thread.passes.append(running)
@@ -200,8 +202,11 @@ def passing(part):
 
         return hook
 
-    handles = []
+    handles, lent = [], []
     try:
+        for leaf in part.leaves:
+            if borrow(leaf.variable):
+                lent.append(leaf.variable)
         handles.extend(node.register_prehook(stop) for node in part.boundaries)
         handles.extend(node.register_hook(stop_at(positions)) for node, positions in part.early.items())
         with torch.autograd.set_multithreading_enabled(False), _clear_error_after_assignment():
@@ -209,6 +214,8 @@ def passing(part):
     finally:
         for handle in handles:
             handle.remove()
+        for tensor in lent:
+            give_back(tensor)
         _thread.passes.remove(running)
 
 
