@@ -180,26 +180,15 @@ def install_read_hook(watch_read):
     It returns what the reader is to be given, and notes that on each of the tapes.
     """
 
-<<<<<<< HEAD
     def seen(autocast_only):
         def _maybe_autocast(self, value):
             for log in _thread.logs:
-                log.note(self)
+                log.note(self, value)
             if _thread.tapes:
                 tapes = [tape for tape in _thread.tapes if tape.wants(self)]
                 if tapes:
                     value = watch_read(self, value, tapes)
             return autocast_only(self, value)
-=======
-    def _maybe_autocast(self, value):
-        for log in _thread.logs:
-            log.note(self, value)
-        if _thread.tapes:
-            tapes = [tape for tape in _thread.tapes if tape.wants(self)]
-            if tapes:
-                value = watch_read(self, value, tapes)
-        return autocast(self, value)
->>>>>>> torch
 
         return _maybe_autocast
 

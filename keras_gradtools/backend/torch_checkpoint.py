@@ -13,11 +13,11 @@ import threading
 import typing
 
 import torch
-from keras.src.backend.common import global_state
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import recording
 from keras_gradtools.backend.state import StateScope
+from keras_gradtools.keras_internals.scopes import global_state
 
 # `torch.utils.checkpoint` is a module, and its function of the same name hides nothing here.
 _checkpoint: typing.Any = torch.utils.checkpoint
