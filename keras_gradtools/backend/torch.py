@@ -16,6 +16,7 @@ from keras_gradtools.backend import (
     torch_fused,
     torch_graph,
     torch_keras_ops,
+    torch_levels,
     torch_tape,
 )
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
@@ -92,6 +93,7 @@ class _Pullback:
                 "A GradientTape cannot differentiate on the device 'meta', where Keras cuts the graph. Received: "
                 "a call inside `keras.device('meta')`. Use a device that has memory."
             )
+        torch_levels.check(targets, sources)
         self._targets, self._sources = targets, sources
         self._target_edges, self._source_edges = tape.edges(targets, sources)
         self._wanted = list({edge: None for edge in self._source_edges if edge is not None})
@@ -161,6 +163,9 @@ def _run_last(outputs, inputs, upstream, is_recorded):
 
 
 def _run_batch(outputs, inputs, upstream, is_recorded):
+    if torch_levels.is_inside():
+        # The results would come out as tensors of the vectorized pass, inside those of the level.
+        return _run_rows(outputs, inputs, upstream, is_recorded)
     try:
         # Not `torch.vmap` nor `torch.func`, which fail on convolutions in channels-last.
         return torch.autograd.grad(
@@ -173,9 +178,14 @@ def _run_batch(outputs, inputs, upstream, is_recorded):
             is_grads_batched=True,
         )
     except RuntimeError as error:
-        rows = [_run(outputs, inputs, row, is_recorded) for row in zip(*upstream, strict=True)]
+        rows = _run_rows(outputs, inputs, upstream, is_recorded)
         _warn_unvectorized(str(error).splitlines()[0])
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+        return rows
+
+
+def _run_rows(outputs, inputs, upstream, is_recorded):
+    rows = [_run(outputs, inputs, row, is_recorded) for row in zip(*upstream, strict=True)]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 @functools.cache

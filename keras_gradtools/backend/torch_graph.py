@@ -11,6 +11,8 @@ import threading
 
 import torch
 
+from keras_gradtools.backend import torch_levels
+
 # The number of every node that collects the gradient of a leaf.
 _LEAF = 2**64 - 1
 
@@ -250,7 +252,7 @@ def borrow(tensor, variable=None):
                 return False
             trainable = variable is not None and variable.trainable
             entry = _borrowed[id(tensor)] = [tensor, 0, variable, trainable]
-            tensor.requires_grad_(True)
+            torch_levels.require_grad(tensor, True)
         entry[1] += 1
     return True
 
@@ -265,7 +267,7 @@ def give_back(tensor):
         _, _, variable, was_trainable = entry
         # Keras sets the flag when a layer is frozen or unfrozen: that has priority.
         unfrozen = variable is not None and variable.trainable and not was_trainable
-        tensor.requires_grad_(unfrozen)
+        torch_levels.require_grad(tensor, unfrozen)
 
 
 def is_borrowed(tensor):

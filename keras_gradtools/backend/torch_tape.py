@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from keras_gradtools.backend import recording, torch_graph
+from keras_gradtools.backend import recording, torch_graph, torch_levels
 
 
 class _Thread(threading.local):
@@ -104,6 +104,11 @@ class Tape(recording.Recording):
 
     def watch(self, tensor, variable=None):
         if id(tensor) in self._watched:
+            return
+        if not torch_levels.can_watch(tensor):
+            if variable is None:
+                raise torch_levels.error(tensor)
+            # Many are read, and few are asked for: then it is an error.
             return
         if tensor.grad_fn is None:
             self._require_grad(tensor, variable)
