@@ -1,14 +1,26 @@
-"""Keras operations that `torch.vmap` cannot carry out as Keras writes them."""
+"""Operations of Keras that cannot be vectorized or differentiated as Keras writes them on torch."""
 
 import functools
 
+import torch
+from keras.src.backend.torch import image as keras_image
+from keras.src.backend.torch import linalg as keras_linalg
 from keras.src.backend.torch import nn as keras_nn
+from keras.src.backend.torch import numpy as keras_numpy
+
+from keras_gradtools.backend import recording
 
 
 def install():
-    # Not in every supported Keras.
-    if hasattr(keras_nn, "_maybe_convert_to_channels_last"):
-        keras_nn._maybe_convert_to_channels_last = _where_it_can(keras_nn._maybe_convert_to_channels_last)
+    # Not all are in every supported Keras.
+    for module, name, mended in (
+        (keras_nn, "_maybe_convert_to_channels_last", _where_it_can),
+        (keras_linalg, "cholesky_inverse", _of_the_triangle),
+        (keras_image, "affine_transform", _of_a_copy),
+        (keras_numpy, "floor_divide", _constant),
+    ):
+        if hasattr(module, name):
+            setattr(module, name, mended(getattr(module, name)))
 
 
 def _where_it_can(convert):
@@ -19,5 +31,36 @@ def _where_it_can(convert):
         except RuntimeError:
             # The layout in memory changes the speed and no value, and `vmap` knows none.
             return tensor
+
+    return call
+
+
+def _of_the_triangle(cholesky_inverse):
+    @functools.wraps(cholesky_inverse)
+    def call(x, upper=False):
+        # The value has only this half in it; torch's gradient has both.
+        x = keras_numpy.convert_to_tensor(x)
+        return cholesky_inverse(torch.triu(x) if upper else torch.tril(x), upper=upper)
+
+    return call
+
+
+def _of_a_copy(affine_transform):
+    @functools.wraps(affine_transform)
+    def call(images, transform, *args, **kwargs):
+        # Keras overwrites it.
+        return affine_transform(images, keras_numpy.convert_to_tensor(transform).clone(), *args, **kwargs)
+
+    return call
+
+
+def _constant(floor_divide):
+    @functools.wraps(floor_divide)
+    def call(x1, x2):
+        if not recording.active_tapes():
+            return floor_divide(x1, x2)
+        # Its derivative is zero, and torch has none.
+        with torch.no_grad():
+            return floor_divide(x1, x2)
 
     return call
