@@ -100,6 +100,9 @@ class Recording:
         """Remembers that a reader of `variable` was given `value`; `is_lent` if a stateless scope put it there."""
         self._read.setdefault(id(variable), (variable, {}))[1][id(value)] = (value, is_lent)
 
+    def note_results(self, results):
+        """Is told, while it is recording, of what derivatives will be asked, tensors or whatever they are instead."""
+
     def values_read(self, variable):
         """The values that readers of `variable` were given, each once.
 

@@ -15,7 +15,9 @@ from keras_gradtools.backend import (
     torch_fused,
     torch_graph,
     torch_keras_ops,
+    torch_levels,
     torch_tape,
+    torch_unfused,
 )
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 from keras_gradtools.backend.torch_tape import Tape
@@ -94,7 +96,8 @@ class _Pullback:
                 "A GradientTape cannot differentiate on the device 'meta', where Keras cuts the graph. Received: "
                 "a call inside `keras.device('meta')`. Use a device that has memory."
             )
-        self._targets, self._sources = targets, sources
+        torch_levels.check(targets, sources)
+        self._tape, self._targets, self._sources = tape, targets, sources
         self._target_edges, self._source_edges = tape.edges(targets, sources)
         self._wanted = list({edge: None for edge in self._source_edges if edge is not None})
         outputs = [edge for edge in self._target_edges if edge is not None]
@@ -107,7 +110,7 @@ class _Pullback:
             if is_recorded is None:
                 is_recorded = _is_recorded(self._part, cotangents)
             upstream = tuple(u for edge, u in zip(self._target_edges, cotangents, strict=True) if edge is not None)
-            with torch_graph.passing(self._part):
+            with torch_graph.passing(self._part, is_recorded):
                 given = run(self._outputs, _native(self._wanted), upstream, is_recorded)
             gradients = dict(zip(self._wanted, map(_dense, given), strict=True))
         results = [gradients.get(edge) for edge in self._source_edges]
@@ -116,6 +119,8 @@ class _Pullback:
                 # Derived by itself, also where this tape knows nothing of it.
                 if target is source and (edge is None or self._source_edges[i] is None):
                     results[i] = u if results[i] is None else results[i] + u
+            if results[i] is None:
+                self._tape.require_unchanged(source)
         return results
 
 
@@ -163,6 +168,9 @@ def _run_last(outputs, inputs, upstream, is_recorded):
 
 
 def _run_batch(outputs, inputs, upstream, is_recorded):
+    if torch_levels.is_inside():
+        # The results would come out as tensors of the vectorized pass, inside those of the level.
+        return _run_rows(outputs, inputs, upstream, is_recorded)
     try:
         # Not `torch.vmap` nor `torch.func`, which fail on convolutions in channels-last.
         return torch.autograd.grad(
@@ -175,9 +183,14 @@ def _run_batch(outputs, inputs, upstream, is_recorded):
             is_grads_batched=True,
         )
     except RuntimeError as error:
-        rows = [_run(outputs, inputs, row, is_recorded) for row in zip(*upstream, strict=True)]
+        rows = _run_rows(outputs, inputs, upstream, is_recorded)
         _warn_unvectorized(str(error).splitlines()[0])
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+        return rows
+
+
+def _run_rows(outputs, inputs, upstream, is_recorded):
+    rows = [_run(outputs, inputs, row, is_recorded) for row in zip(*upstream, strict=True)]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 @functools.cache
@@ -243,7 +256,7 @@ class _Linear:
             part = torch_graph.Slice([(node, 0) for node in _nodes(gradients)], lambda number: False, {})
             is_recorded = _is_recorded(part, tangents)
             part.boundaries = []
-            with torch_graph.passing(part):
+            with torch_graph.passing(part, is_recorded):
                 return [_dense(p) for p in run(gradients, self._cotangents, tangents, is_recorded)]
 
 
@@ -338,9 +351,14 @@ def map_chunks(fun, count, chunk_size):
 
 def per_example_gradients(fun, weights, examples, must_vectorize=False):
     # A tape cannot follow what is inside `torch.vmap`, and `torch.func` goes by its own rules there.
+    mapped = torch.vmap(torch.func.grad(fun), in_dims=(None, 0), randomness="same")
     try:
-        mapped = torch.vmap(torch.func.grad(fun), in_dims=(None, 0), randomness="same")
-        return mapped(weights, examples)
+        if not _may_be_recorded(lambda: any(x.requires_grad for x in (*weights, *examples))):
+            gradients = mapped(weights, examples)
+            if not any(g.requires_grad for g in gradients):
+                return gradients
+        with torch_unfused.Unfused():
+            return mapped(weights, examples)
     except (RuntimeError, AttributeError) as error:
         if must_vectorize:
             raise

@@ -7,9 +7,12 @@ made. So a tape is a set of windows of these numbers. An edge is a pair `(node, 
 
 import bisect
 import contextlib
+import re
 import threading
 
 import torch
+
+from keras_gradtools.backend import torch_formulas, torch_levels
 
 # The number of every node that collects the gradient of a leaf.
 _LEAF = 2**64 - 1
@@ -31,6 +34,7 @@ class Windows:
     def __init__(self):
         self._open = {}
         self._closed = {}
+        self._renewed = []
 
     def open(self):
         self._open[_thread.key] = torch.autograd._get_sequence_nr()
@@ -40,6 +44,10 @@ class Windows:
         start = self._open.pop(thread, None)
         if start is not None:
             self._closed.setdefault(thread, []).append(range(start, torch.autograd._get_sequence_nr()))
+
+    def renew(self, numbers):
+        """Counts nodes that torch makes only when they are asked for: they belong to what was recorded."""
+        self._renewed.append(numbers)
 
     def are_of_another_thread(self):
         return any(thread is not _thread.key for thread in self._closed)
@@ -56,6 +64,8 @@ class Windows:
             windows.append(range(self._open[thread], _LEAF))
         elif not windows and not inside:
             windows = _merged(w for closed in self._closed.values() for w in closed)
+        if self._renewed:
+            windows = _merged([*windows, *self._renewed])
         if len(windows) == 1:
             return windows[0].__contains__
         starts = [w.start for w in windows]
@@ -93,11 +103,13 @@ class Slice:
     - `boundaries`: the nodes outside, at which gradients must stop.
     - `early`: for nodes that used a watched tensor before it was watched, the positions of those edges.
     - `leaves`: the leaves that were met.
+    - `nodes`: all nodes that were met.
     """
 
     def __init__(self, roots, recorded, watched):
         self.boundaries, self.early, self.leaves = [], {}, []
-        seen, stack = set(), []
+        self.nodes = seen = set()
+        stack = []
 
         def meet(node):
             seen.add(node)
@@ -105,7 +117,7 @@ class Slice:
             if recorded(number):
                 stack.append((node, number))
             elif number == _LEAF:
-                _require_derivative(node)
+                require_derivative(node)
                 self.leaves.append(node)
             else:
                 self.boundaries.append(node)
@@ -148,14 +160,38 @@ def _requires_grad(leaf):
     return variable is not None and variable.requires_grad and not is_borrowed(variable)
 
 
-def _require_derivative(leaf):
-    """Raises where a backward pass of the user's own has none: torch would leave its part out without a word."""
-    if not hasattr(leaf, "variable"):
-        raise RuntimeError(
-            "A GradientTape was asked for a second derivative through a torch.autograd.Function that is marked with "
-            f"`once_differentiable`, and has none. Received: the node {leaf.name()!r}. Write its backward pass in "
-            "torch operations without the mark, or use `keras_gradtools.custom_gradient`."
-        )
+def require_derivative(node):
+    """Raises if torch has no derivative of what `node` stands for: it would take it for zero, without a word."""
+    if node._sequence_nr() != _LEAF or hasattr(node, "variable"):
+        return
+    try:
+        node(torch.zeros(()))
+    except RuntimeError as error:
+        words = str(error)
+    else:
+        words = node.name()
+    raise RuntimeError(_no_derivative(words) or _differentiable_once(words))
+
+
+def _no_derivative(words):
+    """What to say of an operation of torch's own for which it has said `words`; None if they say something else."""
+    found = re.search(r"derivative for '?(?:aten::)?_?(\w+?)(_backward)?'? is not implemented", words)
+    if found is None:
+        return None
+    operation, is_second = found.groups()
+    return (
+        f"torch has no {'second ' if is_second else ''}derivative of its operation `{operation}`. Received: torch's "
+        f"error {words!r}. Compute it from other operations, or give it a gradient by "
+        "`keras_gradtools.custom_gradient`."
+    )
+
+
+def _differentiable_once(words):
+    return (
+        "A GradientTape was asked for a second derivative through a torch.autograd.Function that is marked with "
+        f"`once_differentiable`, and has none. Received: torch's error {words!r}. Write its backward pass in torch "
+        "operations without the mark, or use `keras_gradtools.custom_gradient`."
+    )
 
 
 def reaches(node, recorded, watched):
@@ -175,13 +211,24 @@ def reaches(node, recorded, watched):
     return False
 
 
+def leads_to(node, recorded):
+    """Whether the first node behind `node` that is more than a view of something is recorded."""
+    while True:
+        following = [f for f, _ in node.next_functions if f is not None]
+        if len(following) != 1:
+            return False
+        (node,) = following
+        if recorded(node._sequence_nr()):
+            return True
+
+
 @contextlib.contextmanager
-def passing(part):
+def passing(part, is_recorded):
     """The time of a backward pass that stays inside `part`, a `Slice`, and runs on the calling thread alone.
 
     Other threads of the engine would number the nodes of a recorded pass on their own. The leaves require gradients
     again, as when they were recorded: torch asks the tensors that it has saved (`linalg.solve`), and a checkpoint
-    computes with them once more.
+    computes with them once more. If it `is_recorded`, all that it does can be differentiated, to any order.
     """
     running = object()
     _thread.passes.append(running)
@@ -202,14 +249,27 @@ def passing(part):
 
         return hook
 
+    def replace_by(formula):
+        def hook(gradients, upstream):
+            if not is_this_pass():
+                return None
+            # No more than the pass has asked for.
+            return tuple(
+                r if g is not None else None for g, r in zip(gradients, formula(upstream, gradients), strict=True)
+            )
+
+        return hook
+
     handles, lent = [], []
     try:
         for leaf in part.leaves:
             if borrow(leaf.variable):
                 lent.append(leaf.variable)
+        if is_recorded:
+            handles.extend(node.register_hook(replace_by(f)) for node, f in torch_formulas.of(part.nodes))
         handles.extend(node.register_prehook(stop) for node in part.boundaries)
         handles.extend(node.register_hook(stop_at(positions)) for node, positions in part.early.items())
-        with torch.autograd.set_multithreading_enabled(False), _clear_error_after_assignment():
+        with torch.autograd.set_multithreading_enabled(False), _clear_errors():
             yield
     finally:
         for handle in handles:
@@ -220,10 +280,12 @@ def passing(part):
 
 
 @contextlib.contextmanager
-def _clear_error_after_assignment():
+def _clear_errors():
     try:
         yield
     except RuntimeError as error:
+        if _no_derivative(str(error)):
+            raise RuntimeError(_no_derivative(str(error))) from error
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
@@ -250,7 +312,7 @@ def borrow(tensor, variable=None):
                 return False
             trainable = variable is not None and variable.trainable
             entry = _borrowed[id(tensor)] = [tensor, 0, variable, trainable]
-            tensor.requires_grad_(True)
+            torch_levels.require_grad(tensor, True)
         entry[1] += 1
     return True
 
@@ -265,7 +327,7 @@ def give_back(tensor):
         _, _, variable, was_trainable = entry
         # Keras sets the flag when a layer is frozen or unfrozen: that has priority.
         unfrozen = variable is not None and variable.trainable and not was_trainable
-        tensor.requires_grad_(unfrozen)
+        torch_levels.require_grad(tensor, unfrozen)
 
 
 def is_borrowed(tensor):

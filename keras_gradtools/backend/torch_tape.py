@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from keras_gradtools.backend import recording, torch_graph
+from keras_gradtools.backend import recording, torch_graph, torch_levels
 
 
 class _Thread(threading.local):
@@ -30,6 +30,7 @@ class Tape(recording.Recording):
         self._windows = torch_graph.Windows()
         self._watched = {}
         self._since = {}
+        self._renewed = {}
         self._borrowed = []
 
     def _forget(self):
@@ -37,6 +38,7 @@ class Tape(recording.Recording):
         self._windows = torch_graph.Windows()
         self._watched = {}
         self._since = {}
+        self._renewed = {}
         self._borrowed = []
 
     def _give_back(self):
@@ -105,6 +107,11 @@ class Tape(recording.Recording):
     def watch(self, tensor, variable=None):
         if id(tensor) in self._watched:
             return
+        if not torch_levels.can_watch(tensor):
+            if variable is None:
+                raise torch_levels.error(tensor)
+            # Many are read, and few are asked for: then it is an error.
+            return
         if tensor.grad_fn is None:
             self._require_grad(tensor, variable)
             edge = torch_graph.leaf_edge(tensor)
@@ -113,7 +120,7 @@ class Tape(recording.Recording):
             if torch_graph.reaches(tensor.grad_fn, self._recorded(), self._since):
                 # It is followed already, as a part of what it was computed from.
                 return
-        self._watched[id(tensor)] = (tensor, edge)
+        self._watched[id(tensor)] = (tensor, edge, tensor._version if tensor.grad_fn is not None else None)
         self._since[edge] = torch.autograd._get_sequence_nr()
 
     def _require_grad(self, tensor, variable):
@@ -126,20 +133,38 @@ class Tape(recording.Recording):
         if torch_graph.borrow(tensor, variable):
             self._borrowed.append((tensor, variable))
 
+    def note_results(self, results):
+        for y in results:
+            if isinstance(y, torch.Tensor) and y._is_view():
+                # Where its base was overwritten, torch tells its graph now, and not when somebody looks at it later.
+                _ = y.grad_fn
+
     def edges(self, targets, sources):
         """The edges of `targets` and `sources`, None for what this tape does not follow."""
+        target_edges, source_edges = list(map(self._edge, targets)), list(map(self._edge, sources))
         recorded = self._recorded()
 
-        def target_edge(tensor):
-            edge = self._edge(tensor)
-            return edge if edge in self._since or edge and recorded(edge[0]._sequence_nr()) else None
+        def target_edge(tensor, edge):
+            if edge in self._since or edge and recorded(edge[0]._sequence_nr()):
+                return edge
+            if edge:
+                torch_graph.require_derivative(edge[0])
+            if edge and tensor._is_view() and tensor._version and torch_graph.leads_to(edge[0], recorded):
+                # Made anew since the block, or after it by the user: the two cannot be told apart.
+                raise _overwritten_error(tensor)
+            return None
 
-        def source_edge(tensor):
-            edge = self._edge(tensor)
+        def source_edge(edge):
             connected = edge in self._since or edge and torch_graph.reaches(edge[0], recorded, self._since)
             return edge if connected else None
 
-        return [target_edge(t) for t in targets], [source_edge(s) for s in sources]
+        return list(map(target_edge, targets, target_edges)), list(map(source_edge, source_edges))
+
+    def require_unchanged(self, source):
+        """Raises if `source`, which seems not to be connected, was overwritten since it was used."""
+        _, _, version = self._watched.get(id(source), (None, None, None))
+        if id(source) in self._renewed or version is not None and source._is_view() and source._version != version:
+            raise _overwritten_error(source)
 
     def depends(self, value, others):
         edges = {edge: self._since.get(edge, 0) for edge in map(self._edge, others) if edge is not None}
@@ -151,10 +176,25 @@ class Tape(recording.Recording):
     def _edge(self, tensor):
         if id(tensor) in self._watched:
             return self._watched[id(tensor)][1]
-        return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+        start = torch.autograd._get_sequence_nr()
+        node = tensor.grad_fn
+        stop = torch.autograd._get_sequence_nr()
+        if stop > start:
+            # A view whose base was overwritten. It is a view of the new value, and torch has told its graph just now.
+            self._windows.renew(range(start, stop))
+            self._renewed[id(tensor)] = tensor
+        return None if node is None else (node, tensor.output_nr)
 
     def slice(self, roots):
         return torch_graph.Slice(roots, self._recorded(), self._since)
+
+
+def _overwritten_error(tensor):
+    return RuntimeError(
+        "A GradientTape cannot follow a view of what was overwritten in place after it was taken. Received: a tensor "
+        f"of dtype {tensor.dtype} and shape {tuple(tensor.shape)}, a view whose value has changed. Compute without "
+        "in-place operations, or take a copy, `keras.ops.copy(x)`, in place of the view, inside the block."
+    )
 
 
 def _watch_read(variable, value, tapes):

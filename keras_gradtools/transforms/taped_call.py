@@ -42,6 +42,7 @@ class TapedCall:
                 returned = fun(*args, **(kwargs or {}))
                 target, aux = _split_aux(name, returned) if has_aux else (returned, None)
                 self.target, self._aux = (nesting.map_structure(read, x) for x in (target, aux))
+                self.record.note_results(nesting.flatten(self.target))
             finally:
                 self.record.exit()
         self.flat_targets = nesting.flatten(self.target)

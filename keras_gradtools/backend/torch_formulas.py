@@ -1,0 +1,211 @@
+"""Backward passes of torch that cannot be differentiated, or not rightly, in formulas that can.
+
+torch differentiates the backward pass of a layer or batch normalization by a formula of its own, in which the mean and
+the deviation are constants: second derivatives are right, third ones are not, and nothing says so. Others have no
+second derivative at all. In a pass of a tape that is recorded, what such a node gives is computed anew, by
+differentiable operations from the tensors that it has saved, so that every further derivative is that of these
+operations. The forward pass stays fused, and so does a backward pass that nobody will differentiate.
+"""
+
+import functools
+import math
+
+import torch
+
+from keras_gradtools.backend import torch_ctc
+
+
+def of(nodes):
+    """Yields `(node, formula)` for those whose own backward pass cannot be trusted.
+
+    `formula(upstream, gradients)` returns the gradients in place of those that the node has given. It reads what the
+    node has saved before the backward pass, in which a checkpoint gives each tensor once.
+    """
+    for node in nodes:
+        kind = type(node)
+        read = _FORMULAS.get(kind.__name__) or hasattr(kind, "_forward_cls") and _of_a_function(kind)
+        if not read:
+            continue
+        try:
+            formula = read(node)
+        except RuntimeError:
+            # Freed, overwritten or not computed again as before: the pass itself says so, if it comes by here.
+            continue
+        if formula is not None:
+            yield node, formula
+
+
+def _layer_normalization(node):
+    x, weight, shape = node._saved_input, node._saved_weight, node._saved_normalized_shape
+    backward = functools.partial(_normalized, shape=_layer_shape(x, shape), deviation=node._saved_result2)
+    return lambda upstream, _: backward(upstream[0], x, weight)
+
+
+def _layer_normalization_twice(node):
+    u, x, weight, shape = node._saved_grad_out, node._saved_input, node._saved_weight, node._saved_normalized_shape
+    backward = functools.partial(_normalized, shape=_layer_shape(x, shape), deviation=node._saved_rstd)
+
+    def twice(upstream, _):
+        by_u, by_x, by_weight = _pulled_back(backward, (u, x, weight), upstream)
+        return by_u, by_x, None, None, by_weight, None
+
+    return twice
+
+
+def _layer_shape(x, shape):
+    # The axes with statistics of their own, and those that have a weight.
+    own = x.dim() - len(shape)
+    return tuple(range(own, x.dim())), tuple(range(own)), (*(1,) * own, *shape)
+
+
+def _batch_normalization(node):
+    if not node._saved_training:
+        # By constant statistics it is linear.
+        return None
+    x, weight = node._saved_input, node._saved_weight
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    backward = functools.partial(_normalized, shape=_batch_shape(x), eps=eps)
+    return lambda upstream, _: backward(upstream[0], x, weight)
+
+
+def _batch_normalization_twice(node):
+    if not node._saved_train:
+        return None
+    u, x, weight = node._saved_grad_out, node._saved_input, node._saved_weight
+    backward = functools.partial(_normalized, shape=_batch_shape(x), eps=node._saved_eps)
+
+    def twice(upstream, _):
+        return (*_pulled_back(backward, (u, x, weight), upstream), None, None)
+
+    return twice
+
+
+def _batch_shape(x):
+    axes = (0, *range(2, x.dim()))
+    return axes, axes, (1, -1, *(1,) * (x.dim() - 2))
+
+
+def _normalized(u, x, weight, shape, deviation=None, eps=None):
+    """The backward pass of w (x - mean) / deviation + b, for the cotangent u: by x, w and b."""
+    if u is None:
+        return None, None, None
+    over, by_weight, weight_shape = shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    u, x_given, x = u.to(dtype), x, x.to(dtype)
+    x = x - x.mean(over, keepdim=True)
+    variance = torch.mean(x * x, over, keepdim=True)
+    if eps is None:
+        # What was added to the variance was not saved, but what came of it: 1 / the deviation.
+        eps = (deviation.to(dtype) ** -2 - variance).detach()
+    deviation = torch.rsqrt(variance + eps)
+    x = x * deviation
+    scaled = u if weight is None else u * weight.to(dtype).reshape(weight_shape)
+    by_x = deviation * (scaled - scaled.mean(over, keepdim=True) - x * torch.mean(scaled * x, over, keepdim=True))
+    by_x = by_x.to(x_given.dtype)
+    if weight is None:
+        summed = _summed(u, by_weight)
+        return by_x, None, summed.to(x_given.dtype)
+    by_w = _summed(u * x, by_weight).reshape(weight.shape).to(weight.dtype)
+    return by_x, by_w, _summed(u, by_weight).reshape(weight.shape).to(weight.dtype)
+
+
+def _summed(x, axes):
+    return x.sum(axes) if axes else x
+
+
+def _weight_normalization(node):
+    """The vector v at the length g, with a norm for each index along the axis."""
+    v, g, axis = node._saved_v, node._saved_g, node._saved_dim
+
+    def backward(upstream, _):
+        (u,) = upstream
+        if u is None:
+            return None, None
+        over = [i for i in range(v.dim()) if i != axis % v.dim()]
+        norm = torch.sqrt(torch.sum(v * v, over, keepdim=True))
+        along = torch.sum(u * v, over, keepdim=True) / norm
+        return g / norm * (u - v * along / norm), along.reshape(g.shape)
+
+    return backward
+
+
+def _hard_sigmoid(node):
+    x = node._saved_self
+
+    def backward(upstream, _):
+        (u,) = upstream
+        return (None if u is None else torch.where((x > -3) & (x < 3), u / 6, torch.zeros_like(u)),)
+
+    return backward
+
+
+_ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
+
+def _of_a_function(kind):
+    """For a `torch.autograd.Function` that is marked `once_differentiable`: an error where torch would give zeros."""
+    return _once if getattr(kind._forward_cls.backward, "__code__", None) is _ONCE else None
+
+
+def _once(node):
+    # torch does so itself where the cotangent can be differentiated. Where that is a constant, it forgets the tensors
+    # that were saved.
+    refuse = torch._C._functions.DelayedError(
+        b"trying to differentiate twice a function that was marked with @once_differentiable", 1
+    )
+    return lambda _, gradients: [
+        g if g is None or g.requires_grad else refuse(g.view_as(g).requires_grad_()) for g in gradients
+    ]
+
+
+def _attention(node):
+    """Softmax attention by its definition; with dropout only the fused kernel knows the mask."""
+    if node._saved_dropout_p:
+        return None
+    tensors = node._saved_query, node._saved_key, node._saved_value
+    mask, is_causal, scale = node._saved_attn_mask, node._saved_is_causal, node._saved_scale
+
+    def attention(query, key, value):
+        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = torch.matmul(query * factor, key.transpose(-2, -1))
+        if is_causal:
+            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~visible, -math.inf)
+        if mask is not None:
+            scores = scores + mask
+        return (torch.matmul(torch.softmax(scores, -1), value),)
+
+    return lambda upstream, _: _pulled_back(attention, tensors, upstream[:1])
+
+
+def _pulled_back(fun, tensors, gradients):
+    """The gradients by `tensors` of what `fun` gives for them, each by itself: one may be computed from another."""
+    with torch.enable_grad():
+        followed = [t is not None and t.requires_grad for t in tensors]
+        aliases = [t.view_as(t) if f else t for t, f in zip(tensors, followed, strict=True)]
+        pairs = [
+            (y, u)
+            for y, u in zip(fun(*aliases), gradients, strict=False)
+            if y is not None and y.requires_grad and u is not None
+        ]
+        wanted = [a for a, f in zip(aliases, followed, strict=True) if f]
+        if not pairs or not wanted:
+            return [None] * len(tensors)
+        outputs, upstream = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True))
+    return [next(found) if f else None for f in followed]
+
+
+_FORMULAS = {
+    "NativeLayerNormBackward0": _layer_normalization,
+    "NativeLayerNormBackwardBackward0": _layer_normalization_twice,
+    "NativeBatchNormBackward0": _batch_normalization,
+    "NativeBatchNormBackwardBackward0": _batch_normalization_twice,
+    "CudnnBatchNormBackward0": _batch_normalization,
+    "MiopenBatchNormBackward0": _batch_normalization,
+    "WeightNormInterfaceBackward0": _weight_normalization,
+    "HardsigmoidBackward0": _hard_sigmoid,
+    "CtcLossBackward0": torch_ctc.backward,
+    "CtcLossBackward1": torch_ctc.backward,
+    "ScaledDotProductFlashAttentionForCpuBackward0": _attention,
+}

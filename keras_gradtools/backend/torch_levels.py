@@ -1,0 +1,69 @@
+"""What a tape can follow inside the transforms of `torch.func`, and inside a vectorized backward pass.
+
+Each `torch.vmap`, `torch.func.grad` or `jvp` that runs is a level, with a graph of its own or none. A tensor of a lower
+level has no edge there: a tape would take what was computed from both for a constant, and give zeros. So a derivative
+is refused, unless target and source are of one level that has a graph. A backward pass of many cotangents at once
+(`is_grads_batched`) is vectorized in an older way, which has no levels.
+"""
+
+import torch
+
+_functorch = torch._C._functorch
+
+
+def is_inside():
+    """Whether a transform of `torch.func` runs around."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def can_watch(tensor):
+    """Whether what is computed from `tensor` on this level can be told from its graph."""
+    if _functorch.is_legacy_batchedtensor(tensor):
+        return False
+    top = _functorch.peek_interpreter_stack()
+    if top is None:
+        return True
+    if top.key() == _functorch.TransformType.Vmap:
+        # What is not vectorized is computed as on the level below.
+        has_graph = tensor.requires_grad or _functorch.maybe_get_level(tensor) < 0
+        return has_graph and not _functorch.is_batchedtensor(tensor)
+    return top.key() == _functorch.TransformType.Grad and _functorch.maybe_get_level(tensor) == top.level()
+
+
+def check(targets, sources):
+    """Raises `RuntimeError` if a source may be hidden from a target by a level in between."""
+    for target in targets:
+        if _functorch.is_legacy_batchedtensor(target):
+            raise error(target)
+    top = _functorch.peek_interpreter_stack()
+    if top is None:
+        return
+    lowest = min(map(_functorch.maybe_get_level, sources), default=-1)
+    for target in targets:
+        level = _functorch.maybe_get_level(target)
+        has_no_graph = level == top.level() and not all(map(can_watch, sources))
+        if level > lowest or has_no_graph or _functorch.is_batchedtensor(target):
+            raise error(target)
+
+
+def error(tensor):
+    return RuntimeError(
+        "A GradientTape, and every transform of keras_gradtools, cannot differentiate inside `torch.vmap` or another "
+        "transform of `torch.func` by what that transform does not follow: it would see constants. Received: a "
+        f"tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)} inside one. For the gradients of examples use "
+        "`keras_gradtools.per_example_grad(fun)` in place of `vmap` around `grad`, for other derivatives "
+        "`batch_jacobian`, `jacobian` or `hvp`, or `torch.func.grad` inside as well."
+    )
+
+
+def require_grad(tensor, flag):
+    """`tensor.requires_grad_(flag)`, which torch refuses on every level: there it is meant for one alone."""
+    if not is_inside():
+        tensor.requires_grad_(flag)
+        return
+    before = _functorch.get_inplace_requires_grad_allowed()
+    _functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        tensor.requires_grad_(flag)
+    finally:
+        _functorch.set_inplace_requires_grad_allowed(before)

@@ -1,0 +1,178 @@
+"""Tapes and transforms inside `torch.func` and `torch.vmap`: right or an error, and never zeros."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_gradtools as kg
+from tests.cases import close, tensor
+
+if keras.backend.backend() != "torch":
+    pytest.skip("these are about torch", allow_module_level=True)
+
+import torch  # noqa: E402
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap  # noqa: E402
+
+from keras_gradtools.backend import torch_graph  # noqa: E402
+from keras_gradtools.backend.recording import active_tapes  # noqa: E402
+
+W, X = np.array([0.5, 1.0]), np.array([[1.0, 2.0], [3.0, 4.0]])
+# Of the sum of sin(w) x^2, by w, for each x; and its slope along ones.
+BY_W, SECOND = np.cos(W) * X**2, -np.sin(W) * X**2
+
+
+def loss(w, x):
+    return ops.sum(ops.sin(w) * x * x)
+
+
+def taped(w, x):
+    with kg.GradientTape() as tape:
+        tape.watch(w)
+        y = loss(w, x)
+    return tape.gradient(y, w)
+
+
+def taped_with_a_variable(w, x):
+    v = keras.Variable(W, dtype="float64")
+    with kg.GradientTape() as tape:
+        y = loss(v, x)
+    return tape.gradient(y, v)
+
+
+ones = ops.ones_like
+BY_EXAMPLE = {
+    "grad": (kg.grad(loss), BY_W),
+    "value_and_grad": (lambda w, x: kg.value_and_grad(loss)(w, x)[1], BY_W),
+    "vjp": (lambda w, x: kg.vjp(lambda w: loss(w, x), w)[1](1.0)[0], BY_W),
+    "jvp": (lambda w, x: kg.jvp(lambda w: loss(w, x), (w,), (ones(w),))[1], BY_W.sum(1)),
+    "linearize": (lambda w, x: kg.linearize(lambda w: loss(w, x), w)[1](ones(w)), BY_W.sum(1)),
+    "jacobian": (lambda w, x: kg.jacobian(lambda w: ops.sin(w) * x * x)(w), np.array([np.diag(g) for g in BY_W])),
+    "hessian": (lambda w, x: kg.hessian(loss)(w, x), np.array([np.diag(s) for s in SECOND])),
+    "hvp": (lambda w, x: kg.hvp(lambda w: loss(w, x), (w,), (ones(w),))[0], SECOND),
+    "tape": (taped, BY_W),
+    "tape by a variable": (taped_with_a_variable, BY_W),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["a tensor", "a parameter"])
+def w(request):
+    w = torch.tensor(W, requires_grad=request.param)
+    yield w
+    assert w.requires_grad == request.param
+    assert not torch_graph._borrowed and not active_tapes()
+
+
+def right_or_refused(run, expected):
+    try:
+        found = run()
+    except RuntimeError as error:
+        assert "torch.vmap" in str(error) and "per_example_grad" in str(error)  # noqa: PT017
+        return False
+    close(found.detach(), expected)
+    return True
+
+
+@pytest.mark.parametrize("name", BY_EXAMPLE)
+class TestOverExamples:
+    def test_under_vmap(self, name, w):
+        fun, expected = BY_EXAMPLE[name]
+        x = tensor(X, "float64")
+        right_or_refused(lambda: vmap(fun, (None, 0))(w, x), expected)
+        right_or_refused(lambda: vmap(fun)(w.expand(2, 2), x), expected)
+        right_or_refused(lambda: vmap(lambda x: fun(w, x))(x), expected)
+
+    def test_under_functionalize(self, name, w):
+        fun, expected = BY_EXAMPLE[name]
+        right_or_refused(lambda: functionalize(fun)(w, tensor(X[0], "float64")), expected[0])
+        right_or_refused(lambda: functionalize(lambda x: fun(w, x))(tensor(X[0], "float64")), expected[0])
+
+    def test_under_grad_by_the_other_argument(self, name, w):
+        """Every result is homogeneous in x, of degree 2: by Euler, the slope of its sum along x is twice that."""
+        fun, expected = BY_EXAMPLE[name]
+        x = tensor(X[0], "float64")
+        right_or_refused(
+            lambda: ops.sum(x * grad(lambda x: ops.sum(fun(w, x)))(x)),
+            2 * np.sum(expected[0]),
+        )
+        right_or_refused(lambda: jvp(lambda x: fun(w, x), (x,), (x,))[1], 2 * expected[0])
+
+    def test_without_levels(self, name, w):
+        fun, expected = BY_EXAMPLE[name]
+        close(fun(w, tensor(X[0], "float64")).detach(), expected[0])
+
+
+class TestWhatWorks:
+    def test_under_grad_by_the_same_argument(self, w):
+        x = tensor(X[0], "float64")
+        for fun in (kg.grad(loss), taped):
+            close(grad(lambda w: ops.sum(fun(w, x)))(w).detach(), SECOND[0])  # noqa: B023
+            close(jacrev(lambda w: fun(w, x))(w).detach(), np.diag(SECOND[0]))  # noqa: B023
+
+    def test_around_torch_func(self, w):
+        x = tensor(X[0], "float64")
+        close(kg.grad(lambda w: ops.sum(grad(loss)(w, x)))(w).detach(), SECOND[0])
+        close(kg.grad(lambda w: ops.sum(vmap(lambda x: loss(w, x))(tensor(X, "float64"))))(w).detach(), BY_W.sum(0))
+
+    def test_a_vectorized_derivative_of_a_record_from_outside(self, w):
+        vectors = torch.eye(2, dtype=torch.float64)
+        with kg.GradientTape(persistent=True) as tape:
+            tape.watch(w)
+            y = ops.sin(w)
+        expected = np.diag(np.cos(W))
+        close(vmap(lambda u: tape.gradient(y, w, u))(vectors).detach(), expected)
+        close(vmap(lambda u: tape.jvp(y, w, u))(vectors).detach(), expected)
+        close(
+            vmap(lambda v: kg.hvp(lambda w: ops.sum(ops.sin(w)), (w,), (v,))[0])(vectors).detach(), -np.diag(np.sin(W))
+        )
+
+    def test_per_example_grad_of_a_gradient(self, w):
+        def penalty(w, x):
+            return ops.sum(ops.square(kg.grad(loss, argnums=1)(w, x)))
+
+        # The sum of (2 sin(w) x)^2, by w.
+        found = kg.per_example_grad(penalty)(w, tensor(X, "float64"))
+        close(found.detach(), 8 * np.sin(W) * np.cos(W) * X**2)
+
+    @pytest.mark.parametrize("transform", [jacfwd, hessian])
+    def test_forward_mode_of_torch(self, transform, w):
+        x = tensor(X[0], "float64")
+        expected = np.diag(SECOND[0] if transform is jacfwd else -np.cos(W) * X[0] ** 2)
+        fun = kg.grad(loss)
+        right_or_refused(
+            lambda: transform((lambda w: fun(w, x)) if transform is jacfwd else lambda w: ops.sum(fun(w, x)))(w),
+            expected,
+        )
+
+
+class TestInsideACustomGradient:
+    """A Jacobian runs its `grad_fn` on many cotangents at once."""
+
+    def test_a_transform_of_the_cotangent(self):
+        @kg.custom_gradient
+        def square(x):
+            return x * x, lambda u: kg.grad(lambda x: ops.sum(x * x * u))(x)
+
+        x = tensor(W, "float64")
+        close(kg.jacobian(square)(x), np.diag(2 * W))
+        close(kg.batch_jacobian(square)(tensor(X, "float64")), [np.diag(2 * row) for row in X])
+
+    def test_a_tape(self):
+        @kg.custom_gradient
+        def square(x):
+            def grad_fn(u):
+                with kg.GradientTape() as tape:
+                    tape.watch(x)
+                    y = x * x * u
+                return tape.gradient(y, x)
+
+            return x * x, grad_fn
+
+        close(kg.jacobian(square)(tensor(W, "float64")), np.diag(2 * W))
+
+    def test_a_derivative_by_the_cotangent(self):
+        @kg.custom_gradient
+        def square(x):
+            return x * x, lambda u: kg.grad(lambda u: ops.sum(x * u * u))(u)
+
+        close(kg.jacobian(square)(tensor(W, "float64")), np.diag(2 * W))
