@@ -11,7 +11,13 @@ import keras
 import tensorflow as tf
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import chunks, recording, tensorflow_resizing
+from keras_gradtools.backend import (
+    chunks,
+    recording,
+    tensorflow_ctc,
+    tensorflow_gradients,
+    tensorflow_resizing,
+)
 from keras_gradtools.backend.tensorflow_jit import jit
 from keras_gradtools.keras_internals import backend_modules
 
@@ -133,6 +139,7 @@ def _watch_read(variable, value, tapes):
 
 recording.install_read_hook(_watch_read)
 tensorflow_resizing.install()
+tensorflow_gradients.install()
 
 
 def _differentiable_moments(to_first_order):
@@ -154,6 +161,7 @@ def _moments(to_first_order, x, axes, keepdims):
 
 
 backend_modules.hooks["nn"]["_compute_moments"].replace(_differentiable_moments)
+backend_modules.hooks["nn"]["ctc_loss"].replace(tensorflow_ctc.differentiable)
 
 
 def _dense(gradients):

@@ -7,7 +7,7 @@ from keras_gradtools.keras_internals.lookup import find
 
 
 def module(name):
-    """Keras' module `core`, `nn`, `numpy` or `rnn` of the current backend."""
+    """Keras' module `core`, `image`, `linalg`, `nn`, `numpy` or `rnn` of the current backend."""
     home = f"keras.src.backend.{keras.config.backend()}"
     # From Keras 3.16 on, all but `rnn` are in a folder of their own.
     return find(f"{home}.ops.{name}", f"{home}.{name}")
@@ -25,7 +25,7 @@ def _of_operations(*names):
 
 # The functions that an adapter replaces, by module, with who calls them: an operation, or a function beside them.
 _USERS: dict = {
-    "tensorflow": {"nn": {"_compute_moments": "moments"}},
+    "tensorflow": {"nn": {**_of_operations("ctc_loss"), "_compute_moments": "moments"}},
     "jax": {
         "core": _of_operations("stop_gradient"),
         "numpy": _of_operations(
@@ -42,21 +42,24 @@ _USERS: dict = {
     },
     "torch": {
         "nn": {**_of_operations("dot_product_attention"), "_maybe_convert_to_channels_last": "conv"},
+        "numpy": _of_operations("floor_divide"),
+        "linalg": _of_operations("cholesky_inverse"),
+        "image": {"affine_transform": "keras.ops.image:affine_transform"},
         "rnn": {"cudnn_ok": "lstm"},
     },
 }
 # Not in every supported Keras.
-_OPTIONAL = {"_maybe_convert_to_channels_last"}
+_OPTIONAL = {"_maybe_convert_to_channels_last", "cholesky_inverse"}
 
 
 def _hooks():
     found: dict = {}
     for where, users in _USERS.get(keras.config.backend(), {}).items():
-        owner = module(where)
+        owner, found[where] = module(where), {}
         for name, user in users.items():
             if name not in _OPTIONAL or hasattr(owner, name):
                 user = find(user if ":" in user else f"{owner.__name__}:{user}")
-                found.setdefault(where, {})[name] = patches.Hook(owner, name, [user])
+                found[where][name] = patches.Hook(owner, name, [user])
     return found
 
 

@@ -1,0 +1,209 @@
+"""Gradients of single operations that TensorFlow gets wrong, or does not have.
+
+| operation                  | what TensorFlow's own gradient is                                                   |
+| -------------------------- | ----------------------------------------------------------------------------------- |
+| `Cumprod`                  | wrong where an entry is zero, and with it the second derivative of `Prod` at two zeros |
+| `ImageProjectiveTransformV3` | another interpolation, along the inverse transform; none by the transform         |
+| `ScaleAndTranslate`        | an error for an image in double precision                                           |
+| `Lu`, `XlaDynamicUpdateSlice`, `XlaDynamicSlice` | missing                                                       |
+
+The gradients here are made of operations that have right gradients of their own, so that they can be differentiated to
+any order. They are registered with TensorFlow, and hold eagerly, in graphs and under XLA.
+"""
+
+import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.python.framework import ops
+
+_registry = ops.gradient_registry._registry
+
+
+def install():
+    """Replaces the wrong gradients, and adds the missing ones."""
+    for name, gradient in {
+        "Cumprod": _cumprod,
+        "ImageProjectiveTransformV3": _projective_transform,
+        "ScaleAndTranslate": _scale_and_translate(ops.gradient_registry.lookup("ScaleAndTranslate")),
+    }.items():
+        _registry.pop(name, None)
+        ops.RegisterGradient(name)(gradient)
+    for name, gradient in {
+        "Lu": _lu,
+        "XlaDynamicUpdateSlice": _dynamic_update_slice,
+        "XlaDynamicSlice": _dynamic_slice,
+    }.items():
+        if name not in _registry:
+            ops.RegisterGradient(name)(gradient)
+
+
+def _pulled_back(fun, inputs, upstream):
+    """The gradients of `fun(*inputs)`, zeros where it does not depend on an input."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        inputs = [tf.identity(x) for x in inputs]
+        tape.watch(inputs)
+        value = fun(*inputs)
+    return tape.gradient(value, inputs, upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
+def _cumprod(op, upstream):
+    x, axis = op.inputs
+    options = {name: op.get_attr(name) for name in ("exclusive", "reverse")}
+    return *_pulled_back(lambda x: _products(x, axis, **options), [x], upstream), None
+
+
+def _products(x, axis, exclusive, reverse):
+    """`tf.math.cumprod` by products alone: TensorFlow's gradient divides by the factors."""
+    order = _with_axis_first(x, axis)
+    y = tf.transpose(x, order)
+    y = tf.reverse(y, [0]) if reverse else y
+    if exclusive:
+        y = tf.concat([tf.ones_like(y[:1]), y[:-1]], 0)
+    # Each turn multiplies each entry by the product of the `width` factors before it.
+    if y.shape.rank is not None and y.shape[0] is not None:
+        width = 1
+        while width < y.shape[0]:
+            y = _times_former(y, width)
+            width *= 2
+    else:
+        count = tf.shape(y)[0]
+        _, y = tf.while_loop(
+            lambda width, y: width < count,
+            lambda width, y: (2 * width, tf.ensure_shape(_times_former(y, width), y.shape)),
+            [tf.constant(1), y],
+        )
+    y = tf.reverse(y, [0]) if reverse else y
+    return tf.ensure_shape(tf.transpose(y, tf.math.invert_permutation(order)), x.shape)
+
+
+def _with_axis_first(x, axis):
+    known, rank = tf.get_static_value(axis), x.shape.rank
+    if known is not None and rank is not None:
+        known = int(known) % rank
+        return [known, *(i for i in range(rank) if i != known)]
+    axis = tf.where(axis < 0, axis + tf.rank(x), axis)
+    return tf.concat([[axis], tf.range(axis), tf.range(axis + 1, tf.rank(x))], 0)
+
+
+def _times_former(y, width):
+    return tf.concat([y[:width], y[width:] * y[:-width]], 0)
+
+
+def _projective_transform(op, upstream):
+    images, transforms, _, fill_value = op.inputs
+    options = {name: op.get_attr(name).decode() for name in ("interpolation", "fill_mode")}
+    size = tf.shape(upstream)[1:3]
+    if fill_value is None:
+        # TensorFlow keeps what its own gradient needs, and the derivative by the images does not need it either.
+        if options["fill_mode"] == "CONSTANT" and 1 not in (op.skip_input_indices or ()):
+            raise NotImplementedError(
+                "The derivative of `affine_transform` by the transform depends on `fill_value`, which TensorFlow does "
+                "not keep. Received: fill_mode='constant'. Use fill_mode='nearest', 'reflect' or 'wrap'."
+            )
+        fill_value = 0.0
+
+    def projected(images, transforms):
+        return _projected(images, transforms, size, fill_value, **options)
+
+    return *_pulled_back(projected, [images, transforms], upstream), None, None
+
+
+def _projected(images, transforms, size, fill_value, interpolation, fill_mode):
+    """What TensorFlow's kernel computes, by operations that have right gradients."""
+    dtype = images.dtype
+    rows, columns = tf.meshgrid(tf.range(size[0]), tf.range(size[1]), indexing="ij")
+    rows, columns = tf.cast(rows, tf.float32), tf.cast(columns, tf.float32)
+    a0, a1, a2, b0, b1, b2, c0, c1 = (t[:, None, None] for t in tf.unstack(transforms, 8, axis=1))
+    projection = c0 * columns + c1 * rows + 1.0
+    height, width = tf.shape(images)[1], tf.shape(images)[2]
+    x = _mapped((a0 * columns + a1 * rows + a2) / projection, width, fill_mode)
+    y = _mapped((b0 * columns + b1 * rows + b2) / projection, height, fill_mode)
+    # One transform may stand for all images.
+    shape = tf.concat([tf.shape(images)[:1], size], 0)
+    x, y = tf.broadcast_to(x, shape), tf.broadcast_to(y, shape)
+    fill = tf.cast(fill_value, dtype)
+
+    def read(y, x):
+        inside = (x >= 0) & (x < tf.cast(width, x.dtype)) & (y >= 0) & (y < tf.cast(height, y.dtype))
+        place = tf.stack([tf.where(inside, y, 0.0), tf.where(inside, x, 0.0)], -1)
+        return tf.where(inside[..., None], tf.gather_nd(images, tf.cast(place, tf.int32), batch_dims=1), fill)
+
+    if interpolation == "NEAREST":
+        return read(_rounded(y), _rounded(x))
+    x0, y0 = tf.stop_gradient(tf.floor(x)), tf.stop_gradient(tf.floor(y))
+    along_x, along_y = (tf.cast(t, dtype)[..., None] for t in (x - x0, y - y0))
+    upper = (1 - along_x) * read(y0, x0) + along_x * read(y0, x0 + 1)
+    lower = (1 - along_x) * read(y0 + 1, x0) + along_x * read(y0 + 1, x0 + 1)
+    return (1 - along_y) * upper + along_y * lower
+
+
+def _rounded(x):
+    # Halves away from zero, as the kernel has it, and not to the even number.
+    return tf.stop_gradient(tf.sign(x) * tf.floor(tf.abs(x) + 0.5))
+
+
+def _mapped(coordinate, size, fill_mode):
+    """A coordinate outside the image as the one that `fill_mode` takes for it."""
+    size = tf.cast(size, coordinate.dtype)
+    if fill_mode == "CONSTANT":
+        return coordinate
+    if fill_mode == "NEAREST":
+        inside = tf.clip_by_value(coordinate, 0.0, size - 1)
+    elif fill_mode == "REFLECT":
+        period = 2 * size
+        folded = coordinate - period * tf.stop_gradient(tf.floor(coordinate / period))
+        inside = tf.clip_by_value(tf.where(folded >= size, period - folded - 1, folded), 0.0, size - 1)
+    else:
+        turns = tf.stop_gradient(tf.floor(tf.abs(coordinate) / tf.maximum(size - 1, 1.0)))
+        folded = tf.where(coordinate < 0, coordinate + size * (turns + 1), coordinate)
+        folded = tf.where(coordinate > size - 1, coordinate - size * turns, folded)
+        inside = tf.clip_by_value(folded, 0.0, size - 1)
+    return inside
+
+
+def _scale_and_translate(original):
+    def gradient(op, upstream):
+        image = op.inputs[0]
+        if image.dtype == tf.float32:
+            return original(op, upstream)
+        # The result is in single precision, whatever the image is, and so is the kernel of its gradient.
+        options = {name: op.get_attr(name) for name in ("kernel_type", "antialias")}
+        pulled = tf.raw_ops.ScaleAndTranslateGrad(
+            grads=upstream,
+            original_image=tf.cast(image, tf.float32),
+            scale=op.inputs[2],
+            translation=op.inputs[3],
+            **options,
+        )
+        return tf.cast(pulled, image.dtype), None, None, None
+
+    return gradient
+
+
+def _lu(op, upstream, _):
+    """With P A = L U: dL = L low(F) and dU = up(F) U, where F = inv(L) P dA inv(U)."""
+    factors, permutation = op.outputs
+    lower = tf.linalg.set_diag(tf.linalg.band_part(factors, -1, 0), tf.ones_like(tf.linalg.diag_part(factors)))
+    upper = tf.linalg.band_part(factors, 0, -1)
+    by_lower = upstream - tf.linalg.band_part(upstream, 0, -1)
+    by_upper = tf.linalg.band_part(upstream, 0, -1)
+    inner = tf.linalg.matmul(lower, by_lower, adjoint_a=True)
+    inner = inner - tf.linalg.band_part(inner, 0, -1)
+    inner += tf.linalg.band_part(tf.linalg.matmul(by_upper, upper, adjoint_b=True), 0, -1)
+    inner = tf.linalg.triangular_solve(lower, inner, lower=True, adjoint=True)
+    # X inv(U)' is the adjoint of inv(U) X'.
+    inner = tf.linalg.adjoint(tf.linalg.triangular_solve(upper, tf.linalg.adjoint(inner), lower=False))
+    # Row i of P A is row `permutation[i]` of A.
+    back = tf.argsort(permutation, axis=-1)
+    return tf.gather(inner, back, axis=-2, batch_dims=permutation.shape.rank - 1)
+
+
+def _dynamic_update_slice(op, upstream):
+    update, start = op.inputs[1:]
+    rest = gen_xla_ops.xla_dynamic_update_slice(upstream, tf.zeros(tf.shape(update), upstream.dtype), start)
+    return rest, gen_xla_ops.xla_dynamic_slice(upstream, start, tf.shape(update, start.dtype)), None
+
+
+def _dynamic_slice(op, upstream):
+    x, start = op.inputs[:2]
+    zeros = tf.zeros(tf.shape(x), upstream.dtype)
+    return gen_xla_ops.xla_dynamic_update_slice(zeros, upstream, start), None, None

@@ -1,0 +1,164 @@
+"""Gradients of single operations that TensorFlow gets wrong or lacks, against closed forms; the other backends, too."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_gradtools as kg
+from keras_gradtools import testing
+from tests.cases import close, tensor
+
+ON_TENSORFLOW = keras.config.backend() == "tensorflow"
+only_tensorflow = pytest.mark.skipif(not ON_TENSORFLOW, reason="an operation of TensorFlow's alone")
+RANDOM = np.random.default_rng(0)
+TRANSFORM = (0.9, 0.1, 0.3, -0.2, 1.1, 0.2, 0.0, 0.0)
+
+
+def products_without(x, *left_out):
+    return np.prod(np.delete(x, left_out))
+
+
+@pytest.mark.parametrize("x", [(2.0, 0.0, 3.0), (0.0, 0.0, 3.0), (0.0, 0.0, 0.0), (1.5, -2.0, 0.5), (2.0,)])
+class TestProducts:
+    """TensorFlow divides by the factors: the gradient of `cumprod` at (2, 0, 3) is (1, 2, 0) to it, for (1, 8, 0)."""
+
+    def test_first_derivative_of_cumprod(self, x):
+        jacobian = [[products_without(x[: k + 1], i) if i <= k else 0 for i in range(len(x))] for k in range(len(x))]
+        close(kg.jacobian(ops.cumprod)(tensor(x)), jacobian)
+        close(kg.grad(lambda x: ops.sum(ops.cumprod(x)))(tensor(x)), np.sum(jacobian, axis=0))
+        close(kg.jit(kg.grad(lambda x: ops.sum(ops.cumprod(x))))(tensor(x)), np.sum(jacobian, axis=0))
+
+    def test_second_derivative_of_prod(self, x):
+        n = len(x)
+        hessian = [[0 if i == j else products_without(x, i, j) for i in range(n)] for j in range(n)]
+        close(kg.hessian(ops.prod)(tensor(x)), hessian)
+        close(kg.hvp(ops.prod, (tensor(x),), (ops.ones(n),))[0], np.sum(hessian, axis=0))
+
+    def test_third_derivative_of_prod(self, x):
+        n = len(x)
+        third = np.zeros((n, n, n))
+        for i, j, k in itertools.permutations(range(n), 3):
+            third[i, j, k] = products_without(x, i, j, k)
+        close(kg.jacobian(kg.hessian(ops.prod))(tensor(x)), third)
+
+
+@only_tensorflow
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("exclusive", "reverse"), [(False, True), (True, False), (True, True), (False, False)])
+def test_cumulative_products_along_any_axis(exclusive, reverse, known):
+    import tensorflow as tf
+
+    x = RANDOM.normal(size=(3, 4)).astype("float32")
+    x[1, 2] = x[2, 0] = 0.0
+    signature = [tf.TensorSpec([3, 4] if known else [None, None])]
+    for axis in (0, 1, -1):
+
+        @tf.function(input_signature=signature)
+        def gradient(x, axis=axis):
+            return kg.grad(lambda x: tf.reduce_sum(tf.math.cumprod(x, axis, exclusive, reverse) ** 2))(x)
+
+        def by_hand(x, axis=axis):
+            factors = list(np.moveaxis(x, axis, 0)[:: -1 if reverse else 1])
+            shifted = [np.ones_like(factors[0]), *factors[:-1]] if exclusive else factors
+            return np.sum(np.cumprod(shifted, axis=0) ** 2)
+
+        step = 1e-6 * np.eye(12).reshape(12, 3, 4)
+        slopes = [(by_hand(x.astype("float64") + h) - by_hand(x.astype("float64") - h)) / 2e-6 for h in step]
+        close(gradient(tensor(x)), np.reshape(slopes, (3, 4)), atol=1e-5)
+
+
+class TestAffineTransform:
+    """TensorFlow's gradient interpolates along the inverse transform, which is not the adjoint."""
+
+    @pytest.mark.parametrize("fill_mode", ["constant", "nearest", "reflect", "wrap"])
+    @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+    def test_by_the_image(self, interpolation, fill_mode):
+        """It is linear in the image: J x = f(x), and the Hessian of the sum of cubes is J' diag(6 f) J."""
+        transform = tensor(TRANSFORM)
+        images = RANDOM.normal(size=(1, 4, 5, 1))
+
+        def transformed(images):
+            return ops.image.affine_transform(images, transform, interpolation, fill_mode)
+
+        f = ops.convert_to_numpy(transformed(tensor(images))).reshape(-1)
+        jacobian = ops.convert_to_numpy(kg.jacobian(transformed)(tensor(images))).reshape(20, 20)
+        close(jacobian @ images.reshape(-1), f, atol=1e-5)
+        hessian = kg.hessian(lambda x: ops.sum(transformed(x) ** 3))(tensor(images))
+        close(ops.reshape(hessian, (20, 20)), jacobian.T @ np.diag(6 * f) @ jacobian, atol=1e-4)
+
+    def test_by_the_transform(self):
+        """Moving a ramp by t lowers it by t."""
+        ramp = ops.reshape(ops.arange(6, dtype="float32"), (1, 1, 6, 1)) * ops.ones((1, 6, 1, 1))
+
+        def center(t):
+            shift = ops.concatenate([tensor([1.0, 0.0]), t[None], tensor([0.0, 1.0, 0.0, 0.0, 0.0])])
+            return ops.image.affine_transform(ramp, shift, fill_mode="nearest")[0, 2, 2, 0]
+
+        close(kg.value_and_grad(center)(tensor(0.25)), (2.25, 1.0))
+
+    @only_tensorflow
+    @pytest.mark.parametrize("compiler", [lambda fun: fun, kg.jit])
+    def test_by_the_transform_with_a_fill_value_is_an_error(self, compiler):
+        def total(transform):
+            return ops.sum(ops.image.affine_transform(ops.ones((1, 3, 3, 1)), transform, fill_value=3.0))
+
+        with pytest.raises(NotImplementedError, match="depends on `fill_value`.*fill_mode='nearest'"):
+            compiler(kg.grad(total))(tensor(TRANSFORM))
+
+    @only_tensorflow
+    @pytest.mark.parametrize("fill_mode", ["CONSTANT", "NEAREST", "REFLECT", "WRAP"])
+    @pytest.mark.parametrize("interpolation", ["NEAREST", "BILINEAR"])
+    def test_interpolates_as_the_kernel_does(self, interpolation, fill_mode):
+        import tensorflow as tf
+
+        from keras_gradtools.backend import tensorflow_gradients
+
+        for size in ((4, 5), (1, 3), (7, 2)):
+            images = tensor(RANDOM.normal(size=(2, *size, 3)))
+            transforms = RANDOM.normal(size=(2, 8)) * [1, 1, 3, 1, 1, 3, 0.05, 0.05]
+            # Halves, which round away from zero.
+            exact = [[1, 0, shift, 0, 1, -shift, 0, 0] for shift in (-2.5, 0.5)]
+            for of_images in (transforms, transforms[:1], exact):
+                arguments = images, tensor(of_images), tf.constant([5, 4])
+                kernel = tf.raw_ops.ImageProjectiveTransformV3(
+                    images=images,
+                    transforms=arguments[1],
+                    output_shape=arguments[2],
+                    fill_value=0.7,
+                    interpolation=interpolation,
+                    fill_mode=fill_mode,
+                )
+                close(tensorflow_gradients._projected(*arguments, 0.7, interpolation, fill_mode), kernel, atol=1e-4)
+
+
+def test_slice_update():
+    """Both the rest of the input and the update pass their gradient; TensorFlow alone raises `LookupError`."""
+    x, update = tensor(RANDOM.normal(size=(3, 3))), tensor(RANDOM.normal(size=(2, 2)))
+
+    def fun(x, update):
+        return ops.sum(ops.slice_update(x, (1, 0), update) ** 3)
+
+    by_x, by_update = kg.grad(fun, argnums=(0, 1))(x, update)
+    rest = np.array([[1, 1, 1], [0, 0, 1], [0, 0, 1]])
+    close(by_x, 3 * rest * np.asarray(x) ** 2)
+    close(by_update, 3 * np.asarray(update) ** 2)
+    second = kg.hvp(fun, (x, update), (ops.ones((3, 3)), ops.ones((2, 2))))
+    close(second, (6 * rest * np.asarray(x), 6 * np.asarray(update)))
+
+
+@pytest.mark.float64
+def test_lu_factor():
+    a = tensor(RANDOM.normal(size=(4, 4)), "float64")
+    testing.check_gradients(lambda a: ops.lu_factor(a)[0], (a,), order=2)
+
+
+@only_tensorflow
+def test_resizing_by_lanczos_in_double_precision():
+    """A constant image stays one: the gradient of the mean by the image sums to 1. TensorFlow has no kernel for it."""
+    images = tensor(RANDOM.normal(size=(1, 4, 4, 1)), "float64")
+    gradient = kg.grad(lambda x: ops.mean(ops.image.resize(x, (5, 3), interpolation="lanczos3")))(images)
+    assert gradient.dtype == "float64"
+    close(ops.sum(gradient), 1.0)
