@@ -22,8 +22,9 @@ class GradientTape:
     Tapes nest, to any order of derivative: a `gradient` taken inside another tape's block is recorded by it.
 
     The tape works eagerly and inside compiled functions (`tf.function`, `jax.jit`, `fit`). On JAX the
-    block is recorded as it runs, and its derivative is compiled from the second time on; a function that was
-    compiled with `jax.jit` and *closes over* a watched array hides it: pass it as an argument. On torch a
+    block is recorded as it runs, and its derivative is compiled from the second time on; a function under `jax.jit`
+    may close over what is watched, but one with a derivative of its own (`jax.custom_jvp`, `jax.custom_vjp`) may not:
+    a derivative by it is an error there. On torch a
     derivative is part of torch's own graph, so that `loss.backward()` works through it; where nobody will
     differentiate it again, take it under `torch.no_grad()`, which saves time and memory.
 

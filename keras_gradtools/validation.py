@@ -4,6 +4,7 @@ import functools
 import numbers
 
 import keras
+import numpy as np
 
 from keras_gradtools import nesting
 
@@ -72,6 +73,12 @@ def _conversion_hint(x):
         return " A symbolic tensor has no values: use the tape inside a layer's `call`, or on a model called with data."
     if x is None or isinstance(x, str):
         return ""
+    if isinstance(x, np.ndarray):
+        return (
+            " Write `x = keras.ops.convert_to_tensor(x)` first, and use that inside the tape's block. (Keras hands "
+            "NumPy arrays to `call` and `compute_loss` where it does not compile the step: `run_eagerly=True`, on JAX "
+            "`jit_compile=False`, on torch always in `train_on_batch`.)"
+        )
     return " Convert it with `keras.ops.convert_to_tensor` and use the result inside the tape's block."
 
 

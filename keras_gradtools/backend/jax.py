@@ -1,11 +1,20 @@
 """The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_sweep` for the rest."""
 
 import contextlib
+import weakref
 
 import jax
 import keras
 
-from keras_gradtools.backend import chunks, jax_keras_ops, jax_linearize, jax_sweep, jax_trace, recording
+from keras_gradtools.backend import (
+    chunks,
+    jax_closure_convert,
+    jax_keras_ops,
+    jax_linearize,
+    jax_sweep,
+    jax_trace,
+    recording,
+)
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
 from keras_gradtools.backend.jax_jit import jit
 
@@ -113,7 +122,9 @@ def _watch_read(variable, value, tapes):
         or any(of is not value or alias is not given for of, alias in known)
         or any(id(given) not in tape.followed for tape in followers)
     ):
-        given = jax_trace.recorded_alias(value) if followers else jax_trace.alias(value)
+        given = jax_trace.recorded_alias(value, followers[-1].trace) if followers else jax_trace.alias(value)
+    if jax_trace.is_tracing_program() and not jax_trace.is_traced([given]):
+        _note_read_by_program(variable, given)
     for tape in tapes:
         tape.aliases[id(variable)] = (value, given)
         tape.followed[id(given)] = given
@@ -121,8 +132,23 @@ def _watch_read(variable, value, tapes):
     return given
 
 
+def _note_read_by_program(variable, given):
+    key, owner = id(given), weakref.ref(variable)
+
+    def read(given, tapes):
+        variable = owner()
+        for tape in tapes:
+            if variable is not None and id(given) not in tape.followed and tape.wants(variable):
+                tape.followed[id(given)] = given
+                tape.note_read(variable, given)
+
+    jax_trace.reads_by_programs[key] = read
+    weakref.finalize(given, jax_trace.reads_by_programs.pop, key, None).atexit = False
+
+
 recording.install_read_hook(_watch_read)
 jax_keras_ops.install()
+jax_closure_convert.install()
 
 
 def alias(x):

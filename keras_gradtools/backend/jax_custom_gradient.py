@@ -11,7 +11,7 @@ import functools
 import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from keras_gradtools.backend import jax_trace
+from keras_gradtools.backend import jax_programs, jax_trace
 from keras_gradtools.backend.state import StateScope
 
 
@@ -23,7 +23,7 @@ class _Rule:
         names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
         jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=names)
         self.program = ClosedJaxpr(jaxpr, [])
-        self._text = jax_trace.text_of(self.program)
+        self._text = jax_programs.text_of(self.program)
 
     def __hash__(self):
         return hash(self._text or id(self))

@@ -2,21 +2,29 @@
 
 import jax
 
-from keras_gradtools.backend import jax_sweep, jax_trace
+from keras_gradtools.backend import jax_programs, jax_sweep, jax_trace
 
 
 def linearize(part):
     """Returns the pushforward of a `jax_sweep.Slice`, as a function of the tangents of its inputs."""
-    if not part.steps or jax_trace.is_traced(part.arrays.values()):
-        linear = _linear_steps(part, part.arrays, ())
-        return lambda tangents: _push(part, linear, tangents)
-    # Compiled at the first time: who linearizes will push more than once.
-    linear = jax_sweep.compiled_sweeps.run(_linear_steps, part, part.arrays, (), at_once=True)
+    try:
+        if not part.steps or jax_trace.is_traced(part.arrays.values()):
+            linear = _linear_steps(part, part.arrays, ())
+            return lambda tangents: _push(part, linear, tangents)
+        # Compiled at the first time: who linearizes will push more than once.
+        linear = jax_sweep.compiled_sweeps.run(_linear_steps, part, part.arrays, (), at_once=True)
+    except (RuntimeError, ValueError) as error:
+        jax_sweep.raise_if_deleted(part, error)
+        raise
 
     def push(tangents):
         if jax_trace.is_traced([*jax.tree.leaves(linear), *tangents]):
             return _push(part, linear, tangents)
-        return jax_sweep.compiled_sweeps.run(_push, part, linear, tangents, at_once=True)
+        try:
+            return jax_sweep.compiled_sweeps.run(_push, part, linear, tangents, at_once=True)
+        except (RuntimeError, ValueError) as error:
+            jax_sweep.raise_if_deleted(part, error)
+            raise
 
     return push
 
@@ -27,9 +35,9 @@ def _linear_steps(part, arrays, _):
 
 
 def _linear(operation, fun, inputs):
-    if not jax_trace.has_primitive(operation, "custom_vjp_call"):
+    if not jax_programs.lacks_forward_mode(operation.primitive, operation.params):
         return jax.linearize(fun, *inputs)[1]
-    # Forward mode cannot pass a `custom_vjp`; the pullback, being linear, can be pulled back itself.
+    # Forward mode cannot pass a `custom_vjp` or its like; the pullback, being linear, can be pulled back itself.
     outputs, pullback = jax.vjp(fun, *inputs)
     _, push = jax.vjp(pullback, [jax.numpy.zeros_like(x) for x in outputs])
     return jax.tree_util.Partial(_apply, push)

@@ -14,16 +14,17 @@ import typing
 import weakref
 
 import jax
+from jax._src.array import ArrayImpl
 from jax._src.linear_util import WrappedFun
 from jax.extend.core import ClosedJaxpr
 
-from keras_gradtools.backend import jax_trace
+from keras_gradtools.backend import jax_operation, jax_programs, jax_trace
 
 
 class Step(typing.NamedTuple):
     """One operation of a slice, between slots; `active` are the positions that a derivative passes through."""
 
-    operation: jax_trace.Operation
+    operation: jax_operation.Operation
     inputs: tuple
     outputs: tuple
     active_inputs: tuple
@@ -154,9 +155,9 @@ def _by_pieces(sweep, part, stacks):
 
 
 def _push_one(operation, fun, inputs, directions):
-    if not jax_trace.has_primitive(operation, "custom_vjp_call"):
+    if not jax_programs.lacks_forward_mode(operation.primitive, operation.params):
         return jax.jvp(fun, inputs, directions)[1]
-    # Forward mode cannot pass a `custom_vjp`; the pullback, being linear, can be pulled back itself.
+    # Forward mode cannot pass a `custom_vjp` or its like; the pullback, being linear, can be pulled back itself.
     outputs, pullback = jax.vjp(fun, *inputs)
     _, push = jax.vjp(pullback, [jax.numpy.zeros_like(x) for x in outputs])
     return push(tuple(directions))[0]
@@ -169,9 +170,25 @@ def add(sums, slots, values):
 
 def differentiate(mode, part, vectors):
     """Runs `mode` (one of the functions above) on a slice, compiled where that pays."""
-    if not part.steps or jax_trace.is_traced([*part.arrays.values(), *vectors]):
-        return mode(part, part.arrays, vectors)
-    return compiled_sweeps.run(mode, part, part.arrays, vectors)
+    try:
+        if not part.steps or jax_trace.is_traced([*part.arrays.values(), *vectors]):
+            return mode(part, part.arrays, vectors)
+        return compiled_sweeps.run(mode, part, part.arrays, vectors)
+    except (RuntimeError, ValueError) as error:
+        raise_if_deleted(part, error)
+        raise
+
+
+def raise_if_deleted(part, error):
+    """Says what happened, where `error` comes from a recorded array that is gone."""
+    gone = [x for x in part.arrays.values() if isinstance(x, ArrayImpl) and x.is_deleted()]
+    if gone:
+        raise RuntimeError(
+            "This derivative needs a value that the tape's block has used and that is gone. Received: a recorded array "
+            f"of shape {gone[0].shape} and dtype {gone[0].dtype}, which was deleted since. On JAX, `fit`, "
+            "`train_on_batch` and other compiled steps take over the arrays of the variables that they update. Take "
+            "the derivative before, or record the block anew with the present values."
+        ) from error
 
 
 class _CompiledSweeps:
@@ -228,6 +245,8 @@ compiled_sweeps = _CompiledSweeps(most=256)
 def _weak_operation(operation):
     if operation.rule is not None:
         return operation.primitive, operation.rule, len(operation.differentiable)
+    if operation.primitive.name == "call_hi_primitive":
+        raise TypeError("The rules of a high-level primitive are Python, which may change.")
     parameters = tuple((name, _weak(operation.params[name])) for name in sorted(operation.params))
     return operation.primitive, _weak(operation.subfuns), parameters
 
@@ -243,7 +262,7 @@ def _weak(value):
     if isinstance(value, ClosedJaxpr):
         text = _texts.get(value)
         if text is None:
-            text = _texts[value] = jax_trace.text_of(value)
+            text = _texts[value] = jax_programs.text_of(value)
         return text or weakref.ref(value)
     return value
 

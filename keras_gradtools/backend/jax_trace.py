@@ -1,4 +1,4 @@
-"""The JAX trace that a tape records with: the one file that touches JAX's internals.
+"""The JAX trace that a tape records with; with `jax_programs` and `jax_custom_calls`, what touches JAX's internals.
 
 JAX has no tape, but every operation asks the *current trace* to carry it out. `TapeTrace` stands in that
 place while a tape is open: it has its parent carry the operation out, so that the values in the user's
@@ -6,9 +6,14 @@ hands stay what they would have been (arrays, or the tracers of an enclosing `ja
 operation on each tape that follows one of its inputs. Values are followed by identity, which holds only if
 no operation hands an input back as its output; where JAX does that, the output becomes an alias.
 
+What an operation takes in need not be among its inputs. Programs (`jax.jit`, and loops around it) have the arrays that
+their Python closed over as constants: see `jax_programs`. What the functions of a custom derivative close over, a
+`ClosureTrace` sees while they run.
+
 Tested with the oldest and the newest JAX that the package supports (`make test-versions`). What it relies
-on: `jax._src.core.Trace` with `process_primitive`, `process_custom_jvp_call`, `process_custom_vjp_call` and
-`stage_value`; `trace_ctx`; `parent_trace` of the other traces; the constructor of `ArrayImpl`.
+on: `jax._src.core.Trace` with `process_primitive`, `process_custom_jvp_call`, `process_custom_vjp_call`,
+`stage_value` and `requires_low`; `Primitive.is_high` and `to_lojax`; `trace_ctx`; `parent_trace` of the other traces;
+`WrappedFun`; the constructor of `ArrayImpl`.
 """
 
 import contextlib
@@ -16,9 +21,12 @@ import threading
 
 import jax
 from jax._src import ad_util, core
+from jax._src import linear_util as lu
 from jax._src.array import ArrayImpl
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from keras_gradtools.backend import jax_custom_calls, jax_operation, jax_programs
 
 alias_p = Primitive("tape_alias")
 alias_p.def_impl(lambda x: x)
@@ -31,13 +39,19 @@ mlir.register_lowering(alias_p, lambda _, x: [x])
 def alias(x):
     """Returns another object for the same value, without a copy."""
     if isinstance(x, core.Tracer):
-        return x._trace.process_primitive(alias_p, [x], {})
+        other = x._trace.process_primitive(alias_p, [x], {})
+        # Some tracers are only a cover for a value of the level below.
+        return other if isinstance(other, core.Tracer) else alias(jax.numpy.asarray(other))
     return ArrayImpl(x.aval, x.sharding, x._arrays, committed=x._committed, _skip_checks=True)
 
 
-def recorded_alias(x):
-    """Returns another object for the same value, and lets the tapes that follow `x` follow it too."""
-    other = alias_p.bind(x)
+def recorded_alias(x, trace=None):
+    """Returns another object for the same value, and lets the tapes that follow `x` follow it too.
+
+    It is one of the level that `trace` records, if that is given, even where JAX traces a program inside.
+    """
+    with core.set_current_trace(trace or core.trace_ctx.trace):
+        other = alias_p.bind(x)
     return alias(x) if other is x else other
 
 
@@ -56,40 +70,14 @@ def is_followable(x):
     return isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
 
 
-class Operation:
-    """One recorded operation: what to bind again, on which inputs, and what came out.
+# By id, for the arrays that programs have for a variable that was read while JAX traced them: what lets tapes follow
+# such an array as the variable's. The program goes on with the array, and its Python does not run again.
+reads_by_programs: dict = {}
 
-    `subfuns` are the functions of a custom derivative: `(fun, jvp)`, `(fun, fwd, bwd)`, else nothing.
-    Derivatives pass through `differentiable`, the inputs up to the first that is known to have none. `rule`
-    stands for the functions of a custom derivative of our own, by value; else it is None.
-    """
 
-    __slots__ = ("differentiable", "inputs", "outputs", "params", "primitive", "rule", "subfuns")
-
-    def __init__(self, primitive, subfuns, params, inputs, outputs, rule, differentiable):
-        self.primitive = primitive
-        self.subfuns = subfuns
-        self.params = params
-        self.inputs = inputs
-        self.outputs = outputs
-        self.rule = rule
-        self.differentiable = differentiable
-
-    def bind(self, inputs):
-        """Carries the operation out again, under the current trace."""
-        outputs = self._bind_custom(inputs) if self.subfuns else self.primitive.bind(*inputs, **self.params)
-        return outputs if self.primitive.multiple_results else [outputs]
-
-    def _bind_custom(self, inputs):
-        for subfun in self.subfuns:
-            # A wrapped function notes the structure of its output once; here it runs a second time.
-            for store in subfun.stores:
-                if store is not None:
-                    store.reset()
-        # How `bind` takes functions differs from one JAX to the next; what it comes to does not.
-        with core.take_current_trace() as trace:
-            process = trace.process_custom_jvp_call if len(self.subfuns) == 2 else trace.process_custom_vjp_call
-            return process(self.primitive, *self.subfuns, inputs, **self.params)
+def is_tracing_program():
+    """Whether JAX traces a program, whose Python may not run again, inside the block of a tape."""
+    return not isinstance(core.trace_ctx.trace, TapeTrace)
 
 
 class TapeTrace(core.Trace):
@@ -99,6 +87,8 @@ class TapeTrace(core.Trace):
 
     def __init__(self, parent):
         super().__init__()
+        # High-level primitives come whole: what they are made of would not have their derivatives.
+        self.requires_low = False
         self.parent = parent
         self.open_tapes = 0
         self.tapes = []
@@ -110,13 +100,34 @@ class TapeTrace(core.Trace):
         return self.parent.cur_qdd(x)
 
     def process_primitive(self, primitive, tracers, params, /):
-        # JAX's other traces may come here with this one as the current trace, and the parent then would come
-        # back to it with what the operation is made of: it would be recorded twice.
-        with core.take_current_trace():
-            outputs = self.parent.process_primitive(primitive, tracers, params)
+        programs, is_high, closed_over = (), False, ()
+        if primitive not in _plain:
+            programs = jax_programs.programs_of(primitive, params)
+            is_high = _is_high(primitive, tracers, params, programs)
+            if programs == () and not is_high:
+                _plain.add(primitive)
+        if is_high and self.parent.requires_low:
+            outputs, closed_over = self._lowered(primitive, tracers, params)
+        else:
+            # JAX's other traces may come here with this one as the current trace, and the parent then would come
+            # back to it with what the operation is made of: it would be recorded twice.
+            with core.take_current_trace():
+                outputs = self.parent.process_primitive(primitive, tracers, params)
         if primitive.multiple_results:
-            return self._record(primitive, (), params, tracers, outputs)
-        return self._record(primitive, (), params, tracers, [outputs])[0]
+            return self._record(primitive, (), params, tracers, outputs, programs, closed_over)
+        return self._record(primitive, (), params, tracers, [outputs], programs, closed_over)[0]
+
+    def _lowered(self, primitive, tracers, params):
+        with core.set_current_trace(self.parent):
+            if not self.tapes:
+                return primitive.to_lojax(*tracers, **params), ()
+            observation = _Observation(self.tapes)
+            inputs = [alias(x) if observation.follows(x) else x for x in tracers]
+            with observation():
+                outputs = primitive.to_lojax(*inputs, **params)
+            if primitive.name == "call_hi_primitive":
+                outputs = [_distinct(x) for x in outputs]
+            return outputs, list(observation.found.values())
 
     def process_call(self, primitive, fun, tracers, params, /):
         with core.set_current_trace(self):
@@ -129,18 +140,41 @@ class TapeTrace(core.Trace):
         )
 
     def process_custom_jvp_call(self, primitive, fun, jvp, tracers, /, *, symbolic_zeros):
+        if self.tapes and jax_custom_calls.is_batched(fun):
+            call = jax_custom_calls.jvp_by_program(jvp.call_wrapped, tracers, symbolic_zeros, self._may_be_perturbed)
+            with core.set_current_trace(self):
+                return call(*tracers)
         params = {"symbolic_zeros": symbolic_zeros}
-        with core.take_current_trace():
-            outputs = self.parent.process_custom_jvp_call(primitive, fun, jvp, tracers, **params)
-        return self._record(primitive, (fun, jvp), params, tracers, outputs)
+        return self._process_custom(self.parent.process_custom_jvp_call, primitive, (fun, jvp), tracers, params)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, *, out_trees, symbolic_zeros):
+        subfuns = fun, fwd, bwd
         params = {"out_trees": out_trees, "symbolic_zeros": symbolic_zeros}
-        with core.take_current_trace():
-            outputs = self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, tracers, **params)
-        return self._record(primitive, (fun, fwd, bwd), params, tracers, outputs)
+        if self.tapes and jax_custom_calls.is_batched(fun):
+            bind = jax_operation.Operation(primitive, subfuns, params, tracers, None).bind
+            call = jax_custom_calls.vjp_by_programs(bind, tracers)
+            with core.set_current_trace(self):
+                return call(*tracers)
+        return self._process_custom(self.parent.process_custom_vjp_call, primitive, subfuns, tracers, params)
 
-    def _record(self, primitive, subfuns, params, inputs, outputs):
+    def _may_be_perturbed(self, x):
+        return self.parent is not core.eval_trace or any(id(x) in tape.followed for tape in self.tapes)
+
+    def _process_custom(self, process, primitive, subfuns, tracers, params):
+        with core.take_current_trace():
+            is_ours = _thread.custom_rule[0] is not None
+            if not self.tapes or is_ours or jax_custom_calls.closes_over_nothing(subfuns[0]):
+                outputs = process(primitive, *subfuns, tracers, **params)
+                return self._record(primitive, subfuns, params, tracers, outputs)
+            fun = _observed(subfuns[0], observation := _Observation(self.tapes))
+            outputs = [_distinct(x) for x in process(primitive, fun, *subfuns[1:], tracers, **params)]
+            if not observation.has_run:
+                # The parent differentiates, and ran the rule instead.
+                jax.make_jaxpr(fun.call_wrapped)(*tracers)
+                jax_operation.reset(subfuns[:1])
+        return self._record(primitive, subfuns, params, tracers, outputs, (), list(observation.found.values()))
+
+    def _record(self, primitive, subfuns, params, inputs, outputs, programs=(), closed_over=()):
         outputs = list(outputs)
         taken = {id(x) for x in inputs}
         for i, x in enumerate(outputs):
@@ -149,22 +183,110 @@ class TapeTrace(core.Trace):
             taken.add(id(x))
         if self.tapes and primitive is not ad_util.stop_gradient_p:
             rule, count = _thread.custom_rule if subfuns else (None, None)
-            differentiable = inputs[:count]
             operation = None
+            if programs or closed_over:
+                constants = self._followed_constants(programs)
+                operation = jax_operation.with_closure(
+                    primitive, subfuns, params, inputs, outputs, constants, closed_over
+                )
+            differentiable = operation.differentiable if operation else inputs[:count]
             for tape in self.tapes:
                 if any(id(x) in tape.followed for x in differentiable):
-                    operation = operation or Operation(
-                        primitive, subfuns, params, inputs, outputs, rule, differentiable
+                    operation = operation or jax_operation.Operation(
+                        primitive, subfuns, params, inputs, outputs, rule, count
                     )
                     tape.operations.append(operation)
                     tape.followed.update((id(x), x) for x in outputs if is_followable(x))
         return outputs
+
+    def _followed_constants(self, programs):
+        found = {}
+        for program in programs:
+            for x in jax_programs.constants(program):
+                if id(x) in reads_by_programs:
+                    reads_by_programs[id(x)](x, self.tapes)
+                if any(id(x) in tape.followed for tape in self.tapes):
+                    found[id(x)] = x
+        return found
+
+
+def _distinct(x):
+    """What a function with a derivative of its own has returned, which may be whatever it has at hand, as an array."""
+    if isinstance(x, ArrayImpl):
+        return alias(x)
+    is_number = not isinstance(x, jax.Array) and (hasattr(x, "dtype") or isinstance(x, (int, float)))
+    return jax.numpy.asarray(x) if is_number else x
+
+
+# The primitives without programs among their parameters, which are most: they need no looking into.
+_plain: set = set()
+
+
+def _is_high(primitive, inputs, params, programs):
+    """Whether the primitive is one that JAX expands into others before anything is carried out."""
+    rule = primitive.is_high
+    if getattr(rule, "__func__", None) is core.Primitive.is_high or programs and type(primitive) is core.Primitive:
+        return any(program.is_high for program in programs)
+    return rule(*map(core.typeof, inputs), **params)
+
+
+class ClosureTrace(TapeTrace):
+    """Notes which of the values that tapes follow are read while a function runs that they do not see into."""
+
+    __slots__ = ("observations",)
+
+    def __init__(self, parent):
+        super().__init__(parent)
+        self.observations = []
+
+    def _record(self, primitive, subfuns, params, inputs, outputs, programs=(), closed_over=()):
+        if primitive is not ad_util.stop_gradient_p:
+            constants = [x for program in programs for x in jax_programs.constants(program)]
+            self.observations[-1].note([*inputs, *constants, *closed_over])
+        return super()._record(primitive, subfuns, params, inputs, outputs, programs, closed_over)
+
+
+class _Observation:
+    """What one function closes over among the values that `tapes` follow."""
+
+    def __init__(self, tapes):
+        self.tapes = list(tapes)
+        self.found = {}
+        self.has_run = False
+
+    def follows(self, x):
+        return any(id(x) in tape.followed for tape in self.tapes)
+
+    def note(self, values):
+        self.found.update((id(x), x) for x in values if self.follows(x))
+
+    @contextlib.contextmanager
+    def __call__(self):
+        """Observes what runs in the block under the current trace."""
+        self.has_run = True
+        parent = core.trace_ctx.trace
+        trace = _thread.eager_closure if parent is core.eval_trace else ClosureTrace(parent)
+        trace.observations.append(self)
+        try:
+            with core.set_current_trace(trace):
+                yield
+        finally:
+            trace.observations.pop()
+
+
+@lu.transformation2
+def _observed(fun, observation, *args):
+    # What is passed is another object than the same value where it is closed over.
+    args = [alias(x) if observation.follows(x) else x for x in args]
+    with observation():
+        return fun(*args)
 
 
 class _Thread(threading.local):
     def __init__(self):
         # One for all eager tapes of the thread: JAX keys caches by the current trace.
         self.eager = TapeTrace(core.eval_trace)
+        self.eager_closure = ClosureTrace(core.eval_trace)
         self.custom_rule = (None, None)
 
 
@@ -206,7 +328,18 @@ def leave(trace):
 
 def is_eager():
     """Whether operations are carried out at once: outside of every transformation of JAX."""
-    return core.trace_ctx.trace in (core.eval_trace, _thread.eager)
+    current = core.trace_ctx.trace
+    return (current.parent if isinstance(current, TapeTrace) else current) is core.eval_trace
+
+
+def follower():
+    """A function that tells whether a tape around here follows a value; None where no tape is recording."""
+    levels, level = [], core.trace_ctx.trace
+    while level is not None:
+        levels.append(level)
+        level = getattr(level, "parent_trace", None) or getattr(level, "parent", None)
+    tapes = [tape for level in levels if isinstance(level, TapeTrace) for tape in level.tapes]
+    return (lambda x: any(id(x) in tape.followed for tape in tapes)) if tapes else None
 
 
 def is_visible(x, trace):
@@ -223,26 +356,3 @@ def is_visible(x, trace):
 
 def is_traced(values):
     return any(isinstance(x, core.Tracer) for x in values)
-
-
-def has_primitive(operation, name):
-    """Whether a recorded operation is the primitive `name`, or a program that contains it."""
-    return operation.primitive.name == name or any(
-        _contains(jaxpr, {name}) for jaxpr in core.jaxprs_in_params(operation.params)
-    )
-
-
-def _contains(jaxpr, names):
-    return any(
-        equation.primitive.name in names or any(_contains(j, names) for j in core.jaxprs_in_params(equation.params))
-        for equation in jaxpr.eqns
-    )
-
-
-def text_of(closed_jaxpr):
-    """A text that two programs share only if they compute the same; empty where the text does not tell."""
-    # Constants are not printed, and of a custom derivative or a callback only the name is.
-    hidden = {"custom_jvp_call", "custom_vjp_call", "pure_callback", "io_callback", "debug_callback"}
-    if closed_jaxpr.consts or _contains(closed_jaxpr.jaxpr, hidden):
-        return ""
-    return str(closed_jaxpr)

@@ -131,15 +131,62 @@ class TestIdentity:
             z = y[j]
         close(tape.gradient(z, vector), [0, 2])
 
-    def test_a_function_compiled_by_jax_hides_what_it_closes_over(self, x):
-        hidden = jax.jit(lambda: x * 2)
-        assert slope(lambda _: hidden(), x) is None
-
     def test_an_operation_is_recorded_once(self):
         """JAX's linearization hands operations on with the tape's trace as the current one."""
         vector = jnp.asarray([1.5, 2.0])
         energy = lambda x: jnp.sum(slope(lambda x: jnp.sum(x[1:] ** 3), x) ** 2)  # noqa: E731
         close(slope(energy, vector), [0, 288])
+
+
+class TestArraysThatFitTakesOver:
+    def test_every_derivative_says_what_happened(self):
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="tanh"), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        data = jnp.ones((4, 3))
+        with kg.GradientTape(persistent=True) as tape:
+            tape.watch(data)
+            y = model(data)
+        _, pullback = kg.vjp(lambda x: model(x), data)
+        before = tape.gradient(y, data)
+        model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
+        for derivative in (
+            lambda: tape.gradient(y, data),
+            lambda: tape.gradient(y, model.trainable_variables),
+            lambda: tape.jvp(y, data, jnp.ones_like(data)),
+            lambda: tape.jacobian(y, data),
+            lambda: tape.batch_jacobian(y, data),
+            lambda: pullback(jnp.ones((4, 1))),
+        ):
+            with pytest.raises(RuntimeError, match=r"array of shape \(.*deleted since.*record the block anew"):
+                derivative()
+        assert np.isfinite(before).all()
+
+    def test_another_error_stays_what_it_is(self, x):
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            y = jax.lax.while_loop(lambda y: y < 9, lambda y: y * x, x)
+        with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+            tape.gradient(y, x)
+
+
+@pytest.mark.parametrize("options", [{"jit_compile": False}, {"run_eagerly": True}])
+def test_numpy_arrays_in_an_uncompiled_step(options):
+    class Watching(keras.Model):
+        convert = False
+
+        def call(self, x):
+            x = ops.convert_to_tensor(x) if self.convert else x
+            with kg.GradientTape() as tape:
+                tape.watch(x)
+                y = ops.sum(x**2, axis=1, keepdims=True)
+            return y + 0 * ops.sum(tape.gradient(y, x))
+
+    model = Watching()
+    model.compile("sgd", "mse", **options)
+    with pytest.raises(ValueError, match="`x = keras.ops.convert_to_tensor\\(x\\)` first.*Keras hands NumPy arrays"):
+        model.evaluate(np.ones((2, 3), "float32"), np.ones((2, 1), "float32"), verbose=0)
+    model.convert = True
+    assert model.evaluate(np.ones((2, 3), "float32"), np.ones((2, 1), "float32"), verbose=0) == 4.0
 
 
 class TestNothingIsLeftBehind:

@@ -1,0 +1,276 @@
+"""JAX's programs (jaxprs): what is in them, and what they close over as an input.
+
+Whoever compiles a function, or gives one to `lax.scan`, gets a program in which an array of the closure is a constant.
+To a tape that follows the array, it is an input. `with_inputs` moves such constants, in whatever program inside the
+program they are, to the front of the inputs.
+"""
+
+import weakref
+
+from jax._src import core, hijax
+from jax._src.array import ArrayImpl
+from jax._src.effects import JaxprInputEffect
+from jax._src.sharding_impls import UNSPECIFIED
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
+from jax.interpreters import ad, batching, mlir
+
+closed_over_p = Primitive("closed_over")
+closed_over_p.def_impl(lambda x, by: x)
+closed_over_p.def_abstract_eval(lambda x, by: x)
+batching.defvectorized(closed_over_p)
+mlir.register_lowering(closed_over_p, lambda _, x, by: [x])
+
+
+def _refuse(_, x, *, by):
+    raise ValueError(
+        f"A derivative by a value that {by} closes over cannot be taken: only that by its arguments is known. "
+        f"Received: a closed-over value of shape {x.shape} and dtype {x.dtype}. Pass it as an argument; or, if it is "
+        "meant as a constant, close over `kg.stop_gradient(value)`."
+    )
+
+
+ad.defjvp(closed_over_p, _refuse)
+
+
+def named(primitive):
+    """What to call a primitive in an error."""
+    return {
+        "custom_jvp_call": "a function under `jax.custom_jvp`",
+        "custom_vjp_call": "a function under `jax.custom_vjp`",
+        "call_hi_primitive": "a primitive with a derivative of its own",
+    }.get(primitive.name, f"a program of JAX's `{primitive.name}`")
+
+
+def programs_in(params):
+    """The programs among the parameters of an operation."""
+    found = []
+    for value in params.values():
+        if isinstance(value, (ClosedJaxpr, Jaxpr)):
+            found.append(value)
+        elif isinstance(value, tuple):
+            found.extend(v for v in value if isinstance(v, (ClosedJaxpr, Jaxpr)))
+    return found
+
+
+def programs_of(primitive, params):
+    """The same of an operation of this primitive, looking only at parameters that may hold programs: once for each."""
+    names = _names.get(primitive)
+    if names is None:
+        holding = (name for name, value in params.items() if "jaxpr" in name or programs_in({name: value}))
+        names = _names[primitive] = tuple(holding)
+    return programs_in({name: params[name] for name in names if name in params}) if names else ()
+
+
+_names: dict = {}
+
+
+def _open(program):
+    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
+
+
+def _within(program):
+    """`program`, and all programs in it."""
+    yield program
+    for equation in _open(program).eqns:
+        for inner in programs_in(equation.params):
+            yield from _within(inner)
+
+
+def constants(program):
+    """The arrays that `program`, or a program in it, has as constants: each once."""
+    found = _constants.get(program)
+    if found is None:
+        by_id = {id(x): x for inner in _within(program) for x in _own_constants(inner)}
+        found = _constants[program] = tuple(by_id.values())
+    return found
+
+
+_constants: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _own_constants(program):
+    jaxpr = _open(program)
+    atoms = [*jaxpr.outvars, *(v for equation in jaxpr.eqns for v in equation.invars)]
+    values = [*getattr(program, "consts", ()), *(v.val for v in atoms if isinstance(v, Literal))]
+    return [x for x in values if isinstance(x, (ArrayImpl, core.Tracer))]
+
+
+def lacks_forward_mode(primitive, params):
+    """Whether an operation, or one in a program of its, has a derivative of its own in reverse mode alone."""
+    if primitive.name == "call_hi_primitive":
+        rules = params.get("_prim", params.get("prim"))
+        while isinstance(rules, hijax.VmapOf):
+            rules = rules.prim
+        return type(rules).vjp_fwd is not hijax.VJPHiPrimitive.vjp_fwd
+    return primitive.name == "custom_vjp_call" or any(
+        lacks_forward_mode(equation.primitive, equation.params)
+        for program in programs_in(params)
+        for equation in _open(program).eqns
+    )
+
+
+def text_of(program):
+    """A text that two programs share only if they compute the same; empty where the text does not tell."""
+    # Constants are not printed, and of a custom derivative or a callback only the name is.
+    if constants(program):
+        return ""
+    for inner in _within(program):
+        if getattr(inner, "consts", ()) or any(e.primitive.name in _HIDE_FUNCTIONS for e in _open(inner).eqns):
+            return ""
+    return str(program)
+
+
+_HIDE_FUNCTIONS = {
+    "call_hi_primitive",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "debug_callback",
+    "io_callback",
+    "pure_callback",
+}
+
+
+class Unknown(Exception):
+    """A constant that is to be an input is in a program of a primitive that nobody here knows."""
+
+
+def constants_as_inputs(primitive, params, wanted):
+    """The parameters of an operation whose programs take some constants as inputs; `wanted` has them by id.
+
+    Returns them with the constants to insert into the inputs of the operation, as pairs of a position and constants:
+    see `insert`. Raises `Unknown` where that cannot be done.
+    """
+
+    def found_in(program):
+        return [x for x in constants(program) if id(x) in wanted]
+
+    if not any(map(found_in, programs_in(params))):
+        return params, []
+    if primitive.name not in _RULES:
+        raise Unknown
+    return _RULES[primitive.name](params, found_in)
+
+
+def insert(inputs, inserted, values):
+    """`inputs` with the values (by id) of the constants `inserted` before the positions that these say."""
+    inputs = list(inputs)
+    for position, consts in reversed(inserted):
+        inputs[position:position] = [values[id(x)] for x in consts]
+    return inputs
+
+
+def with_inputs(program, consts):
+    """`program` with its constants `consts`, at any depth, as inputs in front of those that it has."""
+    if not consts:
+        return program
+    places = {id(x): place for place, x in enumerate(constants(program))}
+    key = tuple(places.get(id(x), core.typeof(x)) for x in consts)
+    known = _lifted.setdefault(program, {})
+    if key not in known:
+        known[key] = _lift(program, {id(x): x for x in consts})
+    return known[key]
+
+
+_lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _lift(program, wanted):
+    jaxpr, consts = _open(program), getattr(program, "consts", ())
+    if any(isinstance(effect, JaxprInputEffect) for effect in jaxpr.effects):
+        raise Unknown  # these count inputs
+    variables = {i: Var(core.typeof(x)) for i, x in wanted.items()}
+    renamed = {v: variables[id(x)] for v, x in zip(jaxpr.constvars, consts, strict=False) if id(x) in wanted}
+
+    def atom(v):
+        return variables.get(id(v.val), v) if isinstance(v, Literal) else renamed.get(v, v)
+
+    equations = []
+    for equation in jaxpr.eqns:
+        params, inserted = constants_as_inputs(equation.primitive, equation.params, wanted)
+        inputs = insert([atom(v) for v in equation.invars], inserted, variables)
+        if equation.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+            for i, v in enumerate(inputs[: params["num_consts"]]):
+                if not isinstance(v, Literal):
+                    inputs[i] = Var(v.aval)
+                    by = {"by": named(equation.primitive)}
+                    equations.append(core.new_jaxpr_eqn([v], [inputs[i]], closed_over_p, by, core.no_effects))
+        equations.append(equation.replace(invars=inputs, params=params))
+    lifted = jaxpr.replace(
+        constvars=[v for v in jaxpr.constvars if v not in renamed],
+        invars=[*variables.values(), *jaxpr.invars],
+        outvars=[atom(v) for v in jaxpr.outvars],
+        eqns=equations,
+        debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+    )
+    if not isinstance(program, ClosedJaxpr):
+        return lifted
+    return ClosedJaxpr(lifted, [x for x in consts if id(x) not in wanted])
+
+
+def _jit(params, found_in):
+    consts = found_in(params["jaxpr"])
+    more = {"in_shardings": UNSPECIFIED, "in_layouts": None, "donated_invars": False}
+    longer = {name: (x,) * len(consts) + params[name] for name, x in more.items() if name in params}
+    return {**params, **longer, "jaxpr": with_inputs(params["jaxpr"], consts)}, [(0, consts)]
+
+
+def _call(name):
+    def rule(params, found_in):
+        consts = found_in(params[name])
+        longer = {"num_consts": params["num_consts"] + len(consts)} if "num_consts" in params else {}
+        return {**params, **longer, name: with_inputs(params[name], consts)}, [(0, consts)]
+
+    return rule
+
+
+def _scan(params, found_in):
+    consts = found_in(params["jaxpr"])
+    longer = {"num_consts": params["num_consts"] + len(consts)}
+    if "linear" in params:
+        longer["linear"] = (False,) * len(consts) + params["linear"]
+    return {**params, **longer, "jaxpr": with_inputs(params["jaxpr"], consts)}, [(0, consts)]
+
+
+def _while(params, found_in):
+    changed, inserted, position = dict(params), [], 0
+    for part in ("cond", "body"):
+        program, count = params[f"{part}_jaxpr"], params[f"{part}_nconsts"]
+        consts = found_in(program)
+        changed |= {f"{part}_jaxpr": with_inputs(program, consts), f"{part}_nconsts": count + len(consts)}
+        inserted.append((position, consts))
+        position += count
+    return changed, inserted
+
+
+def _cond(params, found_in):
+    # All branches have the same inputs.
+    consts = list({id(x): x for branch in params["branches"] for x in found_in(branch)}.values())
+    return {**params, "branches": tuple(with_inputs(branch, consts) for branch in params["branches"])}, [(1, consts)]
+
+
+def _linear_solve(params, found_in):
+    programs, counts, inserted, position = [], [], [], 0
+    for program, count in zip(params["jaxprs"], params["const_lengths"], strict=True):
+        consts = found_in(program) if program is not None else []
+        programs.append(with_inputs(program, consts))
+        counts.append(count + len(consts))
+        inserted.append((position, consts))
+        position += count
+    changed = {"jaxprs": type(params["jaxprs"])(*programs), "const_lengths": type(params["const_lengths"])(*counts)}
+    return {**params, **changed}, inserted
+
+
+_RULES = {
+    "checkpoint": _call("jaxpr"),
+    "closed_call": _call("call_jaxpr"),
+    "cond": _cond,
+    "core_call": _call("call_jaxpr"),
+    "custom_jvp_call": _call("call_jaxpr"),
+    "custom_vjp_call": _call("call_jaxpr"),
+    "jit": _jit,
+    "custom_linear_solve": _linear_solve,
+    "pjit": _jit,
+    "remat2": _call("jaxpr"),
+    "scan": _scan,
+    "while": _while,
+}
