@@ -12,6 +12,7 @@ import numpy as np
 from keras.src.backend.common.variables import AutocastScope, initialize_all_variables
 
 from keras_gradtools import nesting
+from keras_gradtools.backend import causes
 from keras_gradtools.backend.state import StateScope
 
 
@@ -83,3 +84,21 @@ def jit(fun):
 
 def _is_dynamic(x):
     return isinstance(x, (jax.Array, np.ndarray, np.generic, float))
+
+
+_VALUE_ERRORS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.UnexpectedTracerError,
+)
+
+
+def depends_on_values(error):
+    # Keras refuses to draw random numbers without a seed in a trace, and only there; a method that arrays alone have
+    # is missing on what stands for them.
+    return any(
+        isinstance(e, _VALUE_ERRORS) or "[JAX RNG]" in str(e) or isinstance(e, AttributeError) and "Tracer" in str(e)
+        for e in causes.of(error)
+    )

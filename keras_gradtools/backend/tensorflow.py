@@ -13,7 +13,7 @@ from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import chunks, recording, tensorflow_resizing
-from keras_gradtools.backend.tensorflow_jit import jit
+from keras_gradtools.backend.tensorflow_jit import depends_on_values, jit
 
 __all__ = [
     "COMPILES_SECOND_ORDER",
@@ -25,6 +25,7 @@ __all__ = [
     "compiled",
     "constant_pullback",
     "custom_gradient",
+    "depends_on_values",
     "eagerly",
     "is_shared_by_replicas",
     "jit",

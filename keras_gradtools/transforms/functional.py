@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_gradtools import backend, validation, vectors
 from keras_gradtools.backend.state import StateScope
+from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.taped_call import require_function
 
 
@@ -42,7 +43,7 @@ def jit(fun):
     (2.0, 8.0, 4.0)
     """
     require_function("jit", fun)
-    return backend.jit(fun)
+    return compiled.jitted(fun) if backend.COMPILES_SECOND_ORDER else backend.jit(fun)
 
 
 def functionalize(model):
