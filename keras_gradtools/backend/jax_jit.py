@@ -4,6 +4,7 @@ Plain `jax.jit` bakes the variables in as constants, and leaves its tracers in t
 what is read becomes an input and what is assigned an output, which is then written back.
 """
 
+import collections
 import functools
 
 import jax
@@ -57,6 +58,10 @@ class _Program:
         return result, [scope.get_current_value(v) for v in self._assigned]
 
 
+# For other shapes, dtypes and constants, at most.
+_MOST_PROGRAMS = 256
+
+
 class _Array:
     def __repr__(self):
         return "array"
@@ -66,7 +71,7 @@ _ARRAY = _Array()
 
 
 def jit(fun):
-    programs = {}
+    programs = collections.OrderedDict()
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
@@ -75,9 +80,12 @@ def jit(fun):
         static = tuple(_ARRAY if _is_dynamic(x) else x for x in leaves)
         # True == 1 == 1.0 in Python, but not to a function that branches on them. It may branch on shapes, too.
         key = (structure, static, tuple(map(type, static)), tuple(jax.typeof(x) for x in arrays))
-        if key not in programs:
-            programs[key] = _Program(fun, structure, static)
-        return programs[key](arrays)
+        program = programs.get(key)
+        if program is None:
+            program = programs[key] = _Program(fun, structure, static)
+            if len(programs) > _MOST_PROGRAMS:
+                programs.popitem(last=False)
+        return program(arrays)
 
     return call
 

@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import operator
 import os
 import sys
 import sysconfig
@@ -15,6 +16,7 @@ import keras
 _LIBRARIES = {"jax", "keras", "numpy", "tensorflow", "torch"}
 _INSTALLED = tuple({os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib")})
 _PRIMITIVES = (bool, int, str, bytes, type(None))
+_PLAIN = frozenset((*_PRIMITIVES, float))
 _CONTAINERS = (tuple, list, dict, set, frozenset)
 # A program of what has more around it than this is not kept.
 _MOST = 1000
@@ -52,7 +54,8 @@ class Surroundings(NamedTuple):
     def changed_since(self, before):
         """The labels under which something else is found now."""
         now, then = self._by_label(), before._by_label()
-        return frozenset(label for label in now.keys() | then.keys() if now.get(label) != then.get(label))
+        changed = (label for label in now.keys() | then.keys() if now.get(label) != then.get(label))
+        return frozenset(label for label in changed if label is not None)
 
     def _by_label(self):
         found: dict = {}
@@ -107,7 +110,9 @@ class _Walk:
         if isinstance(x, _PRIMITIVES):
             self.note((type(x), x), label)
             return
-        if not isinstance(x, types.MethodType):  # made anew each time that it is looked up
+        if isinstance(x, (types.FunctionType, types.ModuleType, keras.Layer)):
+            self.note(weakref.ref(x), label)  # as `Identity` of what is equal to nothing else
+        elif not isinstance(x, types.MethodType):  # made anew each time that it is looked up
             self.note(Identity(x), label)
         visit = (id(x), reads) if reads else id(x)
         if visit in self._seen:
@@ -130,8 +135,8 @@ class _Walk:
         elif isinstance(x, keras.Variable):
             self.note(x.trainable, label)
         elif isinstance(x, keras.Layer):
-            for i, layer in enumerate(x._flatten_layers()):
-                self._add_layer(layer, (label, i))
+            for layer in x._flatten_layers():
+                self._add_layer(layer)
         elif isinstance(x, types.ModuleType):
             if not _is_library(x.__name__, getattr(x, "__file__", None)):
                 self._add_attributes(vars(x), (), label, reads)
@@ -178,30 +183,32 @@ class _Walk:
             inside = [p for p in inside if isinstance(p, (keras.Layer, types.FunctionType, *_CONTAINERS))]
         self._add_all(inside, label, reads)
 
-    def _add_layer(self, layer, label):
-        """By which rules it is called; a reference, and not `Identity`, as there are many."""
+    def _add_layer(self, layer):
+        """By which rules it is called, without labels: a layer that is built by a first call is not to be ignored.
+
+        There may be hundreds: all of it is plain values in one list, and nothing is made that is kept.
+        """
         if id(layer) in self._layers:
             return
         self._layers.add(id(layer))
-        cls, values = type(layer), vars(layer)
-        arguments = [values.get(name) for name in _arguments_of(cls)]
-        self.note(weakref.ref(layer), label)
-        self.note(
-            (
-                layer.trainable,
-                getattr(layer, "lora_enabled", False),
-                getattr(layer, "quantization_mode", None),
-                getattr(layer.dtype_policy, "name", None),
-                tuple([v.trainable for v in layer._trainable_variables]),
-                tuple(map(_plain, arguments)),
-            ),
-            (label, "rules"),
-        )
-        for argument in arguments:
-            if callable(argument):
-                self.add(argument, (label, "functions"), frozenset())
-        if not _is_library_type(cls):
-            self._add_object(layer, label, frozenset({"call"}))
+        rules, arguments = _rules_of(type(layer))
+        values = vars(layer)
+        self.found.append(weakref.ref(layer))
+        self.found += rules(layer)
+        self.found += map(_trainable, layer._trainable_variables)
+        for x in map(values.get, arguments):
+            self.found.append(x if type(x) in _PLAIN else self._function(x))
+        self.labels += [None] * (len(self.found) - len(self.labels))
+        if not _is_library_type(type(layer)):
+            self._add_object(layer, None, frozenset({"call"}))
+
+    def _function(self, x):
+        if isinstance(x, types.FunctionType):
+            if id(x) not in self._seen:
+                self.labels += [None] * (len(self.found) - len(self.labels))
+                self.add(x, (x.__module__, x.__qualname__), frozenset())
+            return id(x)
+        return None
 
     def _add_object(self, x, label, reads):
         """The attributes among `reads`, and those that the methods among them read, with these methods."""
@@ -219,12 +226,6 @@ class _Walk:
             owner = next((cls for cls in classes if name in vars(cls)), None)
             if owner is not None and not _is_library_type(owner) and not hasattr(vars(owner)[name], "__get__"):
                 self.add(vars(owner)[name], (label, name), names)
-
-
-def _plain(x):
-    if isinstance(x, (*_PRIMITIVES, float)):
-        return x
-    return tuple(map(_plain, x)) if isinstance(x, (tuple, list)) else None
 
 
 # By class, what is known of its code; nothing in it holds the class.
@@ -266,10 +267,20 @@ def _functions_named(cls, name):
     return [fun for fun in functions if isinstance(fun, types.FunctionType)]
 
 
-def _arguments_of(cls):
-    """The names of the arguments that a layer is made with."""
+def _rules_of(cls):
+    """Of a class of layers: what gets the rules of one, and the names of the arguments that decide what it computes."""
+    return _known_of(cls, None, lambda: _find_rules(cls))
+
+
+def _find_rules(cls):
+    names = [name for name in ("lora_enabled", "quantization_mode") if hasattr(cls, name)]
     code = getattr(cls.__init__, "__code__", None)
-    return code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount] if code else ()
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount] if code else ()
+    kept = [a for a in arguments if not a.endswith(("initializer", "regularizer", "constraint")) and a != "name"]
+    return operator.attrgetter("trainable", "dtype_policy.name", *names), tuple(kept)
+
+
+_trainable = operator.attrgetter("trainable")
 
 
 class _Names(NamedTuple):

@@ -61,11 +61,15 @@ class Programs:
         self._has_warned = False
         # Where the function changes its own surroundings, by a list that it writes to.
         self._ignored = frozenset()
+        self._last = None
 
     def surroundings(self, fun):
         return closures.surroundings(fun, self._ignored)
 
     def get(self, key, make):
+        last = self._last
+        if last is not None and last[0] == key:
+            return last[1]  # mostly; a key is long to hash
         with self.lock:
             program = self.by_key.pop(key, None)
             if program is None:
@@ -74,6 +78,7 @@ class Programs:
             self.by_key[key] = program
             if len(self.by_key) > MOST_PROGRAMS:
                 self.by_key.popitem(last=False)
+            self._last = (key, program)
         return program
 
     def _forget_former_surroundings(self, key):
@@ -84,13 +89,14 @@ class Programs:
 
     def has_traced(self, fun, key, before):
         """Keeps a program that was traced with `before` around it where the next call will look for it."""
-        changed = self.surroundings(fun).changed_since(before)
-        if not changed:
+        after = self.surroundings(fun)
+        if after.key == before.key:
             return
         with self.lock:
-            self._ignored |= changed
+            self._ignored |= after.changed_since(before)
             program = self.by_key.pop(key, None)
             if program is not None:
+                self._last = None
                 self.by_key[key._replace(surroundings=self.surroundings(fun).key)] = program
 
     def warn_once(self, name, fun, error, reason):
@@ -106,10 +112,12 @@ class Programs:
 
     def replace(self, key, program):
         with self.lock:
+            self._last = None
             self.by_key[key] = program
 
     def discard(self, key):
         with self.lock:
+            self._last = None
             self.by_key.pop(key, None)
 
 
@@ -153,7 +161,6 @@ def prepare(name, fun, body, options, args, kwargs):
         programs = _programs_of(fun)
         around = programs.surroundings(fun)
         key = _Key((name, options), state.ambient(), _signature(fun, args, kwargs), around.key)
-        hash(key)
     except TypeError:
         return eager
     program = programs.get(key, lambda: Program(fun, body))
@@ -194,12 +201,12 @@ def jitted(fun):
         except TypeError as error:
             programs.warn_once("kg.jit", fun, error, _TOO_MUCH)
             return fun(*args, **kwargs)
-        try:
-            signature = _signature(fun, args, kwargs)
-            hash(signature)
-        except TypeError:
-            signature = None  # what the compiler makes of it
-        key = _Key("jit", state.ambient(), signature, around.key)
+        reads = closures.attributes_read_by(fun)
+        leaves = nesting.flatten((args, kwargs) if kwargs else args)
+        # Of tensors, the compiler knows shapes and dtypes by itself.
+        constants = [x for x in leaves if not hasattr(x, "dtype") and not isinstance(x, float)]
+        constants = tuple([closures.surroundings(x, reads=reads).key for x in constants])
+        key = _Key("jit", state.ambient(), constants, around.key)
         made = []
         program = programs.get(key, lambda: made.append(backend.jit(fun)) or made[0])
         if not made:
