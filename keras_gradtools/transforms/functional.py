@@ -16,6 +16,12 @@ def jit(fun):
     assigns (BatchNormalization's statistics, the state of a dropout seed, the weights in a training step of
     your own) is written back.
 
+    It is traced anew, and the former program kept, when something around `fun` has changed: what it closes over, its
+    defaults, the globals and attributes that it names, what is in its lists and dicts; the same of the functions that
+    it names; of models, their layers, what is trainable in them, their precision and the arguments that they were made
+    with. Not seen is what is in an array that is changed in place, what is read by `getattr` or by the code of an
+    installed package, and what `fun` itself changes while it is traced. All that compiles here goes by this rule.
+
     Args:
         fun: a function of tensors, in any nesting. Arrays and Python floats are inputs; anything else (an
             integer, a bool, a string, None) is a constant, and another value of it another program. Its
