@@ -247,3 +247,39 @@ def test_forward_and_reverse_mode_agree(order):
     forward, reverse = ops.sum(u * pushed), sum(ops.sum(g * v) for g, v in zip(pulled, tangents, strict=True))
     assert abs(ops.convert_to_numpy(forward)) > 0.1
     close(forward, ops.convert_to_numpy(reverse), rtol=1e-4, atol=1e-4)
+
+
+SINGULAR = {
+    # By a mask in the gradient of the operation itself: what it is at equal numbers, or at zero.
+    "std": (lambda x: ops.std(x, axis=1), [[2.0, 2.0, 2.0], [1.0, 2.0, 3.0]]),
+    "std_of_one": (lambda x: ops.std(x, axis=1), [[2.0], [3.0]]),
+    "norm": (lambda x: ops.norm(x, axis=1), [[0.0, 0.0], [3.0, 4.0]]),
+    "norm_3": (lambda x: ops.norm(x, ord=3, axis=1), [[0.0, 0.0], [3.0, 4.0]]),
+    "power": (lambda x: ops.power(x, ops.convert_to_tensor([2.0, 0.0, 1.0])), [[0.0, 0.0, 0.0]]),
+    "logsumexp": (lambda x: ops.logsumexp(ops.where(x > 0, x, -np.inf), axis=1), [[-1.0, -2.0], [1.0, 2.0]]),
+    # By a function in front of it.
+    "sqrt_of_relu": (lambda x: ops.sqrt(ops.relu(x)), [[-1.0, 0.0, 4.0]]),
+    "sqrt_of_padding": (lambda x: ops.sqrt(ops.pad(x, ((0, 0), (1, 1)))), [[1.0, 4.0]]),
+    "masked_std": (lambda x: ops.std(ops.where(x > 0, x, 1.0), axis=1), [[-1.0, -2.0], [1.0, 3.0]]),
+}
+
+
+@pytest.mark.parametrize("case", SINGULAR, ids=str)
+def test_a_derivative_is_finite_forward_where_it_is_backward(case, backend):
+    """One convention: what the rows of the Jacobian are by pullbacks, the push gives as well."""
+    if backend != "torch":
+        pytest.skip("JAX and TensorFlow multiply the zero of a mask with infinity in forward mode: see docs/limits.md")
+    fun, x = SINGULAR[case]
+    x = tensor(x)
+    with kg.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        y = fun(x)
+    rows = ops.convert_to_numpy(tape.jacobian(y, x))
+    v = RANDOM.normal(size=tuple(x.shape)).astype("float32")
+    finite = np.isfinite(rows).all(axis=tuple(range(y.ndim, rows.ndim)))
+    expected = np.einsum("...ij,ij->...", np.where(np.isfinite(rows), rows, 0.0), v)
+    assert finite.any()
+    for pushed in (tape.jvp(y, x, v), kg.jvp(fun, (x,), (v,))[1], kg.linearize(fun, x)[1](v)):
+        close(ops.convert_to_numpy(pushed)[finite], expected[finite])
+    columns = ops.convert_to_numpy(tape.jacobian(y, x, mode="forward"))
+    close(columns[finite], rows[finite])

@@ -16,7 +16,7 @@ from keras_gradtools.backend import (
     recording,
 )
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
-from keras_gradtools.backend.jax_jit import jit
+from keras_gradtools.backend.jax_jit import depends_on_values, jit
 
 __all__ = [
     "COMPILES_SECOND_ORDER",
@@ -28,6 +28,7 @@ __all__ = [
     "compiled",
     "constant_pullback",
     "custom_gradient",
+    "depends_on_values",
     "eagerly",
     "is_shared_by_replicas",
     "jit",

@@ -4,6 +4,7 @@ Plain `jax.jit` bakes the variables in as constants, and leaves its tracers in t
 what is read becomes an input and what is assigned an output, which is then written back.
 """
 
+import collections
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import keras
 import numpy as np
 
 from keras_gradtools import nesting
+from keras_gradtools.backend import causes
 from keras_gradtools.backend.state import StateScope
 from keras_gradtools.keras_internals.variables import AutocastScope, initialize_all_variables
 
@@ -56,6 +58,10 @@ class _Program:
         return result, [scope.get_current_value(v) for v in self._assigned]
 
 
+# For other shapes, dtypes and constants, at most.
+_MOST_PROGRAMS = 256
+
+
 class _Array:
     def __repr__(self):
         return "array"
@@ -65,7 +71,7 @@ _ARRAY = _Array()
 
 
 def jit(fun):
-    programs = {}
+    programs = collections.OrderedDict()
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
@@ -74,12 +80,33 @@ def jit(fun):
         static = tuple(_ARRAY if _is_dynamic(x) else x for x in leaves)
         # True == 1 == 1.0 in Python, but not to a function that branches on them. It may branch on shapes, too.
         key = (structure, static, tuple(map(type, static)), tuple(jax.typeof(x) for x in arrays))
-        if key not in programs:
-            programs[key] = _Program(fun, structure, static)
-        return programs[key](arrays)
+        program = programs.get(key)
+        if program is None:
+            program = programs[key] = _Program(fun, structure, static)
+            if len(programs) > _MOST_PROGRAMS:
+                programs.popitem(last=False)
+        return program(arrays)
 
     return call
 
 
 def _is_dynamic(x):
     return isinstance(x, (jax.Array, np.ndarray, np.generic, float))
+
+
+_VALUE_ERRORS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.UnexpectedTracerError,
+)
+
+
+def depends_on_values(error):
+    # Keras refuses to draw random numbers without a seed in a trace, and only there; a method that arrays alone have
+    # is missing on what stands for them.
+    return any(
+        isinstance(e, _VALUE_ERRORS) or "[JAX RNG]" in str(e) or isinstance(e, AttributeError) and "Tracer" in str(e)
+        for e in causes.of(error)
+    )

@@ -18,7 +18,7 @@ from keras_gradtools.backend import (
     tensorflow_gradients,
     tensorflow_resizing,
 )
-from keras_gradtools.backend.tensorflow_jit import jit
+from keras_gradtools.backend.tensorflow_jit import depends_on_values, jit
 from keras_gradtools.keras_internals import backend_modules
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "compiled",
     "constant_pullback",
     "custom_gradient",
+    "depends_on_values",
     "eagerly",
     "is_shared_by_replicas",
     "jit",

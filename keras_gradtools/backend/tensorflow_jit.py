@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import recording, state
+from keras_gradtools.backend import causes, recording, state
 
 
 def jit(fun):
@@ -56,4 +56,18 @@ def _floats_to_tensors(structure):
     # A Python float would be a constant of the graph, and every new value a new trace.
     return nesting.map_structure(
         lambda x: tf.constant(x, keras.config.floatx()) if isinstance(x, float) else x, structure
+    )
+
+
+_WORDS = ("SymbolicTensor", "symbolic tf.Tensor", "is out of scope", "tf.function only supports")
+
+
+def depends_on_values(error):
+    # Where Python or NumPy asks for a value, they say what they have met instead of one.
+    kinds = (NotImplementedError, TypeError, AttributeError, ValueError)
+    return any(
+        isinstance(e, tf.errors.OperatorNotAllowedInGraphError)
+        or isinstance(e, kinds)
+        and any(words in str(e) for words in _WORDS)
+        for e in causes.of(error)
     )

@@ -33,6 +33,7 @@ __all__ = [
     "compiled",
     "constant_pullback",
     "custom_gradient",
+    "depends_on_values",
     "eagerly",
     "is_shared_by_replicas",
     "jit",
@@ -220,6 +221,17 @@ def linearize(tape, targets, sources, is_symmetric=False):
     return lambda tangents: linear.push(tangents, _run)
 
 
+# Rows of a Jacobian that are worth the search for one that is finite, at most.
+_MOST_ROWS = 1024
+
+
+def _has_nan(x):
+    try:
+        return bool(torch.isnan(x).any())
+    except RuntimeError:
+        return False  # it has no values, while it is traced
+
+
 class _Linear:
     """The pushforward of a record, as a function of tangents.
 
@@ -230,9 +242,11 @@ class _Linear:
     def __init__(self, tape, targets, sources):
         self._targets = len(targets)
         _, values, places = tape.spread(sources, range(len(sources)))
+        self._outputs, self._places = targets, places
+        self._pullback = _Pullback(tape, targets, values)
         self._cotangents = [torch.zeros_like(t) for t in targets]
         with self._borrowing():
-            gradients = _pull(tape, targets, values, self._cotangents, _run, is_recorded=True)
+            gradients = self._pullback(self._cotangents, _run, is_recorded=True)
             self._connected = [
                 (g, place) for g, place in zip(gradients, places, strict=True) if g is not None and g.requires_grad
             ]
@@ -251,13 +265,38 @@ class _Linear:
         if not self._connected:
             return [None] * self._targets
         gradients = [g for g, _ in self._connected]
-        tangents = [tangents[place] for _, place in self._connected]
+        along = [tangents[place] for _, place in self._connected]
         with self._borrowing():
             part = torch_graph.Slice([(node, 0) for node in _nodes(gradients)], lambda number: False, {})
-            is_recorded = _is_recorded(part, tangents)
+            is_recorded = _is_recorded(part, along)
             part.boundaries = []
             with torch_graph.passing(part, is_recorded):
-                return [_dense(p) for p in run(gradients, self._cotangents, tangents, is_recorded)]
+                pushed = [_dense(p) for p in run(gradients, self._cotangents, along, is_recorded)]
+        return [self._mended(i, p, tangents, run) if p is not None and _has_nan(p) else p for i, p in enumerate(pushed)]
+
+    def _mended(self, target, pushed, tangents, run):
+        """A tangent of one target with what the pullback says in the places where it is NaN.
+
+        torch masks where the gradient of an operation is singular and does not matter (`std` of equal numbers). The
+        pullback of that gradient runs into the masked infinity. A row of the Jacobian does not.
+        """
+        output = self._outputs[target]
+        is_stack = run is _run_batch
+        missing = torch.isnan(pushed).reshape(-1, output.numel()).any(0).nonzero()[:, 0]
+        if len(missing) > _MOST_ROWS:
+            return pushed
+        units = torch.nn.functional.one_hot(missing, output.numel()).to(output.dtype).reshape(-1, *output.shape)
+        cotangents = [output.new_zeros((len(missing), *output.shape)) for output in self._outputs]
+        cotangents[target] = units
+        pulled = self._pullback(cotangents, _run_batch)
+        found = 0
+        for rows, place in zip(pulled, self._places, strict=True):
+            if rows is not None:
+                v = tangents[place].reshape(len(pushed) if is_stack else 1, -1)
+                found = found + v @ rows.reshape(len(missing), -1).transpose(0, 1)
+        flat = pushed.reshape(-1, output.numel())
+        mended = flat.index_copy(1, missing, torch.where(torch.isnan(flat[:, missing]), found, flat[:, missing]))
+        return mended.reshape(pushed.shape)
 
 
 def alias(x):
@@ -342,6 +381,10 @@ def eagerly():
 
 
 def may_compile():
+    return False
+
+
+def depends_on_values(error):
     return False
 
 

@@ -2,18 +2,26 @@
 
 import dis
 import functools
+import operator
+import os
+import sys
+import sysconfig
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 _LIBRARIES = {"jax", "keras", "numpy", "tensorflow", "torch"}
+_INSTALLED = tuple({os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib")})
 _PRIMITIVES = (bool, int, str, bytes, type(None))
+_PLAIN = frozenset((*_PRIMITIVES, float))
 _CONTAINERS = (tuple, list, dict, set, frozenset)
 # A program of what has more around it than this is not kept.
 _MOST = 1000
+# Of a longer list, only the layers, functions and containers in it.
+_MOST_ENTRIES = 100
 
 
 class Identity:
@@ -37,86 +45,292 @@ class Identity:
         return isinstance(other, Identity) and mine is not None and mine is other._object()
 
 
-def surroundings(fun):
-    """A key of what `fun` closes over, its defaults and the globals that it names, through the functions among them.
+class Surroundings(NamedTuple):
+    """What is around a function: `key`, for comparison, and where each part of it was found."""
 
-    Keras variables are inputs of a program, so that what they hold is not in the key. Of containers, the layers and
-    functions in them are; of layers and models, what decides by which rules they are called. What else is changed in
-    place (an attribute, an entry of a list) is not seen.
+    key: tuple
+    labels: tuple
+
+    def changed_since(self, before):
+        """The labels under which something else is found now."""
+        now, then = self._by_label(), before._by_label()
+        changed = (label for label in now.keys() | then.keys() if now.get(label) != then.get(label))
+        return frozenset(label for label in changed if label is not None)
+
+    def _by_label(self):
+        found: dict = {}
+        for label, value in zip(self.labels, self.key, strict=True):
+            found.setdefault(label, []).append(value)
+        return found
+
+
+def surroundings(fun, ignored=frozenset(), reads=frozenset()):
+    """The `Surroundings` of `fun`: what it closes over, its defaults, and the globals and attributes that it names.
+
+    It goes through the functions and methods among them, not into those of installed packages. Of layers and models it
+    has what decides how they are called: their layers, the arguments that these were made with, what is trainable, the
+    precision. Of lists and dicts it has what is in them, of other objects the attributes that the functions read. What
+    a function assigns by itself tells nothing of its surroundings; nor does what is found under the labels `ignored`.
+
+    Keras variables are inputs of a program, so that what they hold is not in it. What is in an array, in an object of
+    an installed package, or behind `getattr` is not seen. `reads` are names of attributes that are read of `fun`.
 
     Raises `TypeError` where there is too much of it.
     """
-    found, seen = [], set()
-    _collect(fun, found, seen)
-    return tuple(found)
+    walk = _Walk(ignored)
+    walk.add(fun, (), reads)
+    return Surroundings(tuple(walk.found), tuple(walk.labels))
 
 
-def _collect(x, found, seen):
-    if isinstance(x, (float, complex)):
-        found.append((type(x), repr(x)))  # 0.0 == -0.0
-        return
-    if isinstance(x, _PRIMITIVES):
-        found.append((type(x), x))
-        return
-    if not isinstance(x, types.MethodType):  # made anew each time that it is looked up
-        found.append(Identity(x))
-    if id(x) in seen or isinstance(x, (types.ModuleType, type, types.BuiltinFunctionType)):
-        return
-    if len(seen) > _MOST:
-        raise TypeError("There is too much around the function.")
-    seen.add(id(x))
-    if isinstance(x, keras.Layer):
-        found.append(tuple(map(_rules_of, x._flatten_layers())))
-    for part in _parts(x):
-        _collect(part, found, seen)
+def attributes_read_by(fun):
+    """The names of the attributes that the code of a function reads, and does not assign."""
+    fun = getattr(fun, "__func__", fun)
+    return _names(fun.__code__).reads if isinstance(fun, types.FunctionType) else frozenset()
 
 
-def _rules_of(layer):
-    return layer.trainable, getattr(layer, "lora_enabled", False), getattr(layer, "quantization_mode", None)
+class _Walk:
+    def __init__(self, ignored):
+        self.found: list = []
+        self.labels: list = []
+        self._ignored = ignored
+        self._seen: set = set()
+        self._layers: set = set()
+
+    def note(self, value, label):
+        self.found.append(value)
+        self.labels.append(label)
+
+    def add(self, x, label, reads):
+        """Notes `x` and what is around it; `reads` are the attributes that the code which has it reads."""
+        if self._ignored and label in self._ignored:
+            return
+        if isinstance(x, (float, complex)):
+            self.note((type(x), repr(x)), label)  # 0.0 == -0.0
+            return
+        if isinstance(x, _PRIMITIVES):
+            self.note((type(x), x), label)
+            return
+        if isinstance(x, (types.FunctionType, types.ModuleType, keras.Layer)):
+            self.note(weakref.ref(x), label)  # as `Identity` of what is equal to nothing else
+        elif not isinstance(x, types.MethodType):  # made anew each time that it is looked up
+            self.note(Identity(x), label)
+        visit = (id(x), reads) if reads else id(x)
+        if visit in self._seen:
+            return
+        if len(self._seen) > _MOST:
+            raise TypeError("There is too much around the function.")
+        self._seen.add(visit)
+        self._add_parts(x, label, reads)
+
+    def _add_parts(self, x, label, reads):
+        if isinstance(x, types.FunctionType):
+            self._add_function(x, label)
+        elif isinstance(x, types.MethodType):
+            self.add(x.__self__, (label, "self"), attributes_read_by(x) | {x.__func__.__name__})
+            self.add(x.__func__, (label, "method"), reads)
+        elif isinstance(x, functools.partial):
+            self._add_all([x.func, *x.args, *x.keywords.values()], label, reads)
+        elif type(x) in _CONTAINERS:
+            self._add_entries(x, label, reads)
+        elif isinstance(x, keras.Variable):
+            self.note(x.trainable, label)
+        elif isinstance(x, keras.Layer):
+            for layer in x._flatten_layers():
+                self._add_layer(layer)
+        elif isinstance(x, types.ModuleType):
+            if not _is_library(x.__name__, getattr(x, "__file__", None)):
+                self._add_attributes(vars(x), (), label, reads)
+        elif isinstance(x, type):
+            if not _is_library_type(x):
+                self._add_attributes({}, x.__mro__, label, reads)
+        else:
+            self._add_object(x, label, reads | {"__call__"})
+
+    def _add_all(self, parts, label, reads):
+        for i, part in enumerate(parts):
+            self.add(part, (label, i), reads)
+
+    def _add_function(self, fun, label):
+        module = fun.__globals__.get("__name__", "")  # what `functools.wraps` does not change
+        ours = module.split(".")[0] == "keras_gradtools"
+        if not ours and _is_library(module, fun.__code__.co_filename):
+            return
+        names = _names(fun.__code__)
+        if ours and hasattr(fun, "__wrapped__"):
+            self.add(fun.__wrapped__, (label, "of"), frozenset())
+        self._add_all(
+            [*(fun.__defaults__ or ()), *(fun.__kwdefaults__ or {}).values()], (label, "defaults"), names.reads
+        )
+        # What the function assigns itself, such as a counter of its calls, tells nothing of its surroundings.
+        for name, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
+            if name not in names.stored and _is_filled(cell):
+                self.add(cell.cell_contents, (label, name), names.reads)
+        if not ours:
+            for name in names.globals:
+                if name in fun.__globals__ and name not in names.stored:
+                    self.add(fun.__globals__[name], (label, name), names.reads)
+
+    def _add_entries(self, x, label, reads):
+        inside = list(x.values() if type(x) is dict else x)
+        if type(x) is tuple:
+            self._add_all(inside, label, reads)
+            return
+        contents = (label, "contents")
+        if contents in self._ignored:
+            return
+        self.note((tuple(map(_key_of_entry, x)) if type(x) is dict else None, len(x)), contents)
+        if len(inside) > _MOST_ENTRIES:
+            inside = [p for p in inside if isinstance(p, (keras.Layer, types.FunctionType, *_CONTAINERS))]
+        self._add_all(inside, label, reads)
+
+    def _add_layer(self, layer):
+        """By which rules it is called, without labels: a layer that is built by a first call is not to be ignored.
+
+        There may be hundreds: all of it is plain values in one list, and nothing is made that is kept.
+        """
+        if id(layer) in self._layers:
+            return
+        self._layers.add(id(layer))
+        rules, arguments = _rules_of(type(layer))
+        values = vars(layer)
+        self.found.append(weakref.ref(layer))
+        self.found += rules(layer)
+        self.found += map(_trainable, layer._trainable_variables)
+        for x in map(values.get, arguments):
+            self.found.append(x if type(x) in _PLAIN else self._function(x))
+        self.labels += [None] * (len(self.found) - len(self.labels))
+        if not _is_library_type(type(layer)):
+            self._add_object(layer, None, frozenset({"call"}))
+
+    def _function(self, x):
+        if isinstance(x, types.FunctionType):
+            if id(x) not in self._seen:
+                self.labels += [None] * (len(self.found) - len(self.labels))
+                self.add(x, (x.__module__, x.__qualname__), frozenset())
+            return id(x)
+        return None
+
+    def _add_object(self, x, label, reads):
+        """The attributes among `reads`, and those that the methods among them read, with these methods."""
+        found, methods = _reads_of(type(x), reads)
+        self._add_attributes(getattr(x, "__dict__", {}), type(x).__mro__, label, found)
+        for name in methods:
+            for fun in _functions_named(type(x), name):
+                self.add(fun, (label, name), found)
+
+    def _add_attributes(self, values, classes, label, names):
+        for name in names:
+            if name in values:
+                self.add(values[name], (label, name), names)
+                continue
+            owner = next((cls for cls in classes if name in vars(cls)), None)
+            if owner is not None and not _is_library_type(owner) and not hasattr(vars(owner)[name], "__get__"):
+                self.add(vars(owner)[name], (label, name), names)
 
 
-def _parts(x):
-    if isinstance(x, types.MethodType):
-        return [x.__self__, x.__func__]
-    if isinstance(x, functools.partial):
-        return [x.func, *x.args, *x.keywords.values()]
-    if type(x) in _CONTAINERS:
-        inside = x.values() if type(x) is dict else x
-        # The numbers in a tuple stay what they are; those in a list may be a counter of calls.
-        return [p for p in inside if type(x) is tuple or isinstance(p, (keras.Layer, types.FunctionType, *_CONTAINERS))]
-    if isinstance(x, keras.Layer):
-        return [] if _library(type(x).call) in _LIBRARIES else [type(x).call]
-    if not isinstance(x, types.FunctionType):
-        call = vars(type(x)).get("__call__")
-        return [call] if isinstance(call, types.FunctionType) else []
-    library = _library(x)
-    if library in _LIBRARIES:
-        return []
-    parts = [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
-    loaded, stored = _names(x.__code__)
-    cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
-    # What the function assigns itself, such as a counter of its calls, tells nothing of its surroundings.
-    parts += [cell.cell_contents for name, cell in cells if name not in stored and _is_filled(cell)]
-    if library != "keras_gradtools":
-        parts += [x.__globals__[name] for name in sorted(loaded) if name in x.__globals__ and name not in stored]
-    return parts
+# By class, what is known of its code; nothing in it holds the class.
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _library(fun):
-    return getattr(fun, "__globals__", {}).get("__name__", "").split(".")[0]
+def _known_of(cls, key, find):
+    known = _known.get(cls)
+    if known is None:
+        known = _known[cls] = {}
+    if key not in known:
+        known[key] = find()
+    return known[key]
+
+
+def _reads_of(cls, names):
+    """What is read of an object if `names` are: those, and what its methods among them read in turn; these methods."""
+    return _known_of(cls, names, lambda: _find_reads(cls, names))
+
+
+def _find_reads(cls, names):
+    found, stored, methods, missing = set(names), set(), [], sorted(names)
+    while missing:
+        name = missing.pop()
+        functions = _functions_named(cls, name)
+        if functions:
+            methods.append(name)
+        for code in (_names(fun.__code__) for fun in functions):
+            stored |= code.stored_attributes
+            missing += sorted(code.reads - found)
+            found |= code.reads
+    return frozenset(found - stored), tuple(methods)
+
+
+def _functions_named(cls, name):
+    """The methods and properties of that name in the classes of an object, but for those of packages."""
+    values = [vars(c)[name] for c in cls.__mro__ if name in vars(c) and not _is_library_type(c)]
+    functions = [getattr(value, "fget", None) or getattr(value, "__func__", value) for value in values]
+    return [fun for fun in functions if isinstance(fun, types.FunctionType)]
+
+
+def _rules_of(cls):
+    """Of a class of layers: what gets the rules of one, and the names of the arguments that decide what it computes."""
+    return _known_of(cls, None, lambda: _find_rules(cls))
+
+
+def _find_rules(cls):
+    names = [name for name in ("lora_enabled", "quantization_mode") if hasattr(cls, name)]
+    code = getattr(cls.__init__, "__code__", None)
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount] if code else ()
+    kept = [a for a in arguments if not a.endswith(("initializer", "regularizer", "constraint")) and a != "name"]
+    return operator.attrgetter("trainable", "dtype_policy.name", *names), tuple(kept)
+
+
+_trainable = operator.attrgetter("trainable")
+
+
+class _Names(NamedTuple):
+    """What a piece of code, and what is defined in it, names.
+
+    The globals that it looks up, all outer names that it assigns, the attributes that it reads and does not assign, and
+    those that it assigns.
+    """
+
+    globals: tuple
+    stored: frozenset
+    reads: frozenset
+    stored_attributes: frozenset
 
 
 @functools.lru_cache(maxsize=1024)
 def _names(code):
-    """The globals that a piece of code, and what is defined in it, looks up; and all outer names that it assigns."""
     instructions = list(dis.get_instructions(code))
-    loaded = {i.argval for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    stored = {i.argval for i in instructions if i.opname in ("STORE_GLOBAL", "STORE_DEREF")}
+
+    def of(*operations):
+        return {i.argval for i in instructions if i.opname in operations}
+
+    loaded, stored = of("LOAD_GLOBAL", "LOAD_NAME"), of("STORE_GLOBAL", "STORE_DEREF")
+    read, assigned = of("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"), of("STORE_ATTR", "DELETE_ATTR")
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
-            inner_loaded, inner_stored = _names(inner)
-            loaded, stored = loaded | inner_loaded, stored | inner_stored
-    return frozenset(loaded), frozenset(stored)
+            names = _names(inner)
+            loaded, stored = loaded.union(names.globals), stored | names.stored
+            read, assigned = read | names.reads, assigned | names.stored_attributes
+    return _Names(tuple(sorted(loaded)), frozenset(stored), frozenset(read - assigned), frozenset(assigned))
+
+
+def _is_library_type(cls):
+    return _is_library_module(cls.__module__)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library_module(name):
+    return _is_library(name, getattr(sys.modules.get(name), "__file__", None))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(name, file):
+    """Whether a module is a part of Python or of an installed package: what is in it stays what it is."""
+    top = name.split(".")[0]
+    return top in _LIBRARIES or top in ("builtins", "keras_gradtools") or (file or "").startswith(_INSTALLED)
+
+
+def _key_of_entry(key):
+    return (type(key), key) if isinstance(key, _PRIMITIVES) else Identity(key)
 
 
 def _is_filled(cell):

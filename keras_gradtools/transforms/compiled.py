@@ -1,6 +1,7 @@
 """Transforms that compile themselves: one program for each function, its surroundings, shapes and dtypes."""
 
 import collections
+import functools
 import threading
 import types
 import warnings
@@ -12,7 +13,7 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend import state
-from keras_gradtools.transforms.closures import surroundings
+from keras_gradtools.transforms import closures
 from keras_gradtools.transforms.taped_call import read
 
 MOST_PROGRAMS = 64
@@ -51,15 +52,24 @@ class _Key(NamedTuple):
     surroundings: Any
 
 
-class _Programs:
+class Programs:
     """The programs of one function: bounded, the one that was used last at the end."""
 
     def __init__(self):
         self.by_key = collections.OrderedDict()
         self.lock = threading.Lock()
         self._has_warned = False
+        # Where the function changes its own surroundings, by a list that it writes to.
+        self._ignored = frozenset()
+        self._last = None
+
+    def surroundings(self, fun):
+        return closures.surroundings(fun, self._ignored)
 
     def get(self, key, make):
+        last = self._last
+        if last is not None and last[0] == key:
+            return last[1]  # mostly; a key is long to hash
         with self.lock:
             program = self.by_key.pop(key, None)
             if program is None:
@@ -68,6 +78,7 @@ class _Programs:
             self.by_key[key] = program
             if len(self.by_key) > MOST_PROGRAMS:
                 self.by_key.popitem(last=False)
+            self._last = (key, program)
         return program
 
     def _forget_former_surroundings(self, key):
@@ -76,23 +87,48 @@ class _Programs:
         for k in former[: max(len(former) - MOST_SURROUNDINGS + 1, 0)]:
             del self.by_key[k]
 
-    def warn_once(self, name, fun, error):
+    def has_traced(self, fun, key, before):
+        """Keeps a program that was traced with `before` around it where the next call will look for it."""
+        after = self.surroundings(fun)
+        if after.key == before.key:
+            return
+        with self.lock:
+            self._ignored |= after.changed_since(before)
+            program = self.by_key.pop(key, None)
+            if program is not None:
+                self._last = None
+                self.by_key[key._replace(surroundings=self.surroundings(fun).key)] = program
+
+    def warn_once(self, name, fun, error, reason):
         if self._has_warned:
             return
         self._has_warned = True
         first_line = (str(error).strip().splitlines() or [""])[0]
         warnings.warn(
-            f"`{name}` runs {validation.name_of(fun)} eagerly, which is slower: it cannot be compiled. Mostly that is "
-            "because its Python depends on the values of tensors: use `keras.ops.where` or `keras.ops.cond` instead of "
-            f"`if`, and no `float(x)` or NumPy. The compiler said: {type(error).__name__}: {first_line}",
+            f"`{name}` runs {validation.name_of(fun)} eagerly, which is slower: {reason} The error was: "
+            f"{type(error).__name__}: {first_line}",
             stacklevel=6,
         )
 
     def replace(self, key, program):
         with self.lock:
+            self._last = None
             self.by_key[key] = program
 
+    def discard(self, key):
+        with self.lock:
+            self._last = None
+            self.by_key.pop(key, None)
 
+
+_DEPENDS_ON_VALUES = (
+    "it cannot be compiled, because its Python depends on the values of tensors. Use `keras.ops.where` or "
+    "`keras.ops.cond` instead of `if`, and no `float(x)` or NumPy."
+)
+_TOO_MUCH = (
+    "it cannot be kept compiled, because what it closes over, and the functions that it calls, are more than can be "
+    "compared at each call. Pass arguments instead."
+)
 _functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -110,8 +146,8 @@ def prepare(name, fun, body, options, args, kwargs):
     """Returns `body(fun, *args, **kwargs)` as a function of arguments that are like these, compiled where that can be.
 
     It runs as it is within another compilation, on a backend without a compiler, and where Keras variables stand
-    for other values. Where tracing fails and the same Python does not, `fun` is taken to depend on values: it
-    runs eagerly from then on, and a warning says so.
+    for other values. A `fun` whose Python depends on values, which tracing cannot follow, runs eagerly from then on,
+    and a warning says so. Any other error of a first call is raised, and the next call tries again.
 
     `options` are the constants of `body`, and which of those under this name it is, as a key.
     """
@@ -122,8 +158,9 @@ def prepare(name, fun, body, options, args, kwargs):
     if not may_run():
         return eager
     try:
-        key = _Key((name, options), state.ambient(), _signature(args, kwargs), surroundings(fun))
         programs = _programs_of(fun)
+        around = programs.surroundings(fun)
+        key = _Key((name, options), state.ambient(), _signature(fun, args, kwargs), around.key)
     except TypeError:
         return eager
     program = programs.get(key, lambda: Program(fun, body))
@@ -135,15 +172,54 @@ def prepare(name, fun, body, options, args, kwargs):
         if program.ran:
             return program(*args, **kwargs)
         try:
-            return program(*args, **kwargs)
-        except Exception as error:
-            # Whatever is wrong without a compiler, too, is raised from here, without its traces.
-            result = eager(args, kwargs)
-            programs.replace(key, _EAGER)
-            programs.warn_once(name, fun, error)
+            result = program(*args, **kwargs)
+        except BaseException as error:
+            if not backend.depends_on_values(error):
+                programs.discard(key)
+                raise
+            reason = error
+        else:
+            programs.has_traced(fun, key, around)
             return result
+        # Whatever is wrong without a compiler, too, is raised from here, without its traces.
+        result = eager(args, kwargs)
+        programs.replace(key, _EAGER)
+        programs.warn_once(name, fun, reason, _DEPENDS_ON_VALUES)
+        return result
 
     return compiled
+
+
+def jitted(fun):
+    """`backend.jit(fun)`, a program for each signature and for the surroundings of `fun` at the time of the call."""
+    programs = Programs()
+
+    @functools.wraps(fun, updated=())
+    def call(*args, **kwargs):
+        try:
+            around = programs.surroundings(fun)
+        except TypeError as error:
+            programs.warn_once("kg.jit", fun, error, _TOO_MUCH)
+            return fun(*args, **kwargs)
+        reads = closures.attributes_read_by(fun)
+        leaves = nesting.flatten((args, kwargs) if kwargs else args)
+        # Of tensors, the compiler knows shapes and dtypes by itself.
+        constants = [x for x in leaves if not hasattr(x, "dtype") and not isinstance(x, float)]
+        constants = tuple([closures.surroundings(x, reads=reads).key for x in constants])
+        key = _Key("jit", state.ambient(), constants, around.key)
+        made = []
+        program = programs.get(key, lambda: made.append(backend.jit(fun)) or made[0])
+        if not made:
+            return program(*args, **kwargs)
+        try:
+            result = program(*args, **kwargs)
+        except BaseException:
+            programs.discard(key)
+            raise
+        programs.has_traced(fun, key, around)
+        return result
+
+    return call
 
 
 class _Eager:
@@ -157,7 +233,7 @@ def _programs_of(fun):
     owner = fun.__self__ if isinstance(fun, types.MethodType) else fun
     programs = _functions.get(owner)
     if programs is None:
-        programs = _functions.setdefault(owner, _Programs())
+        programs = _functions.setdefault(owner, Programs())
     return programs
 
 
@@ -174,9 +250,10 @@ def _argument(x):
     return read(x)
 
 
-def _signature(args, kwargs):
+def _signature(fun, args, kwargs):
     leaves = nesting.flatten((args, kwargs))
-    return _structure(args), _structure(kwargs), tuple(_leaf(x) for x in leaves)
+    reads = closures.attributes_read_by(fun)
+    return _structure(args), _structure(kwargs), tuple([_leaf(x, reads) for x in leaves])
 
 
 def _structure(x):
@@ -188,10 +265,10 @@ def _structure(x):
     return None
 
 
-def _leaf(x):
+def _leaf(x, reads):
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return tuple(x.shape), validation.dtype_of(x)
     if isinstance(x, float):
         return float
     hash(x)  # a constant of the program; TypeError, where it cannot be one
-    return surroundings(x)
+    return closures.surroundings(x, reads=reads).key

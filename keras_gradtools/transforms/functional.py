@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_gradtools import backend, validation, vectors
 from keras_gradtools.backend.state import StateScope
+from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.taped_call import require_function
 
 
@@ -14,6 +15,12 @@ def jit(fun):
     Keras variables are state, on every backend: `fun` reads their current values at every call, and what it
     assigns (BatchNormalization's statistics, the state of a dropout seed, the weights in a training step of
     your own) is written back.
+
+    It is traced anew, and the former program kept, when something around `fun` has changed: what it closes over, its
+    defaults, the globals and attributes that it names, what is in its lists and dicts; the same of the functions that
+    it names; of models, their layers, what is trainable in them, their precision and the arguments that they were made
+    with. Not seen is what is in an array that is changed in place, what is read by `getattr` or by the code of an
+    installed package, and what `fun` itself changes while it is traced. All that compiles here goes by this rule.
 
     Args:
         fun: a function of tensors, in any nesting. Arrays and Python floats are inputs; anything else (an
@@ -42,7 +49,7 @@ def jit(fun):
     (2.0, 8.0, 4.0)
     """
     require_function("jit", fun)
-    return backend.jit(fun)
+    return compiled.jitted(fun) if backend.COMPILES_SECOND_ORDER else backend.jit(fun)
 
 
 def functionalize(model):

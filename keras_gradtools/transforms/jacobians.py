@@ -17,9 +17,8 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None):
     r"""Turns a function into its Jacobian, $J_{k i} = \partial f_k / \partial x_i$.
 
     Called eagerly, it is compiled, and kept for the same `fun`, shapes and dtypes: `fun`'s Python does not run
-    again. The Keras variables that `fun` reads are read anew at each call, and a variable or array that it closes
-    over may be another one the next time; what it reads from an attribute, or from what was changed in place, must
-    not change (`kg.GradientTape` has no such rule). A `fun` whose Python depends on values runs eagerly, with a
+    again. The Keras variables that `fun` reads are read anew at each call; what else around it may change is told at
+    `jit` (`kg.GradientTape` has no such rule). A `fun` whose Python depends on values runs eagerly, with a
     warning. On torch all of it runs eagerly. What `fun` assigns to variables is dropped.
 
     Args:

@@ -226,6 +226,52 @@ class TestFallback:
         found = [str(w.message) for w in caught if "runs fun eagerly" in str(w.message)]
         assert len(found) == (0 if backend == "torch" else 1)
 
+    @pytest.mark.parametrize("transform", [kg.jit, kg.jacobian, kg.batch_jacobian], ids=lambda t: t.__name__)
+    @pytest.mark.parametrize("error", [MemoryError, ValueError, KeyboardInterrupt, RuntimeError, AttributeError])
+    def test_one_failure_is_raised_and_the_next_call_compiles(self, transform, error, backend):
+        calls, failures = [], [error("once")]
+
+        def fun(x):
+            calls.append(1)
+            if failures:
+                raise failures.pop()
+            return x * x
+
+        compiled = transform(fun)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(error, match="once"):
+                compiled(tensor(X))
+            compiled(tensor(X))
+            traced = len(calls)
+            close(ops.sum(compiled(tensor(X))), np.sum(X**2) if transform is kg.jit else np.sum(2 * X))
+        assert not [w for w in caught if "eagerly" in str(w.message)]
+        assert backend == "torch" or len(calls) == traced
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            lambda x: float(ops.sum(x)),
+            lambda x: int(ops.sum(x)),
+            lambda x: bool(ops.sum(x) > 0),
+            lambda x: np.sum(np.asarray(x.detach() if hasattr(x, "detach") else x)),
+            lambda x: ops.convert_to_numpy(x).sum(),
+            lambda x: len([i for i in range(5) if i < ops.sum(x)]),
+            lambda x: [1, 2, 3][ops.cast(ops.sum(x) / 30, "int32")],
+        ],
+        ids=["float", "int", "bool", "asarray", "convert_to_numpy", "comparison", "index"],
+    )
+    def test_what_asks_for_a_value_runs_eagerly(self, value, backend):
+        def fun(x):
+            return x * x * (1 if value(x) else 2)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                close(kg.batch_jacobian(fun)(tensor(X)), np.stack([np.diag(2 * x) for x in X]))
+        found = [str(w.message) for w in caught if "because its Python depends on the values" in str(w.message)]
+        assert len(found) == (0 if backend == "torch" else 1)
+
     def test_an_error_of_the_function_itself_is_raised(self):
         def fun(x):
             raise KeyError("mine")
