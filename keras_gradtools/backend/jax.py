@@ -15,6 +15,7 @@ __all__ = [
     "LINEARIZES_ONCE",
     "Tape",
     "alias",
+    "assigns_at_once",
     "can_make_variables",
     "compiled",
     "constant_pullback",
@@ -268,6 +269,11 @@ def with_random_state(state):
 def compiled(fun):
     # Keras compiles the whole training step, and this with it.
     return fun
+
+
+def assigns_at_once():
+    # A step of Keras' gets and returns its state.
+    return False
 
 
 def can_make_variables():

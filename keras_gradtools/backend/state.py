@@ -4,6 +4,7 @@ import contextlib
 import random
 
 import keras
+from keras import ops
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
@@ -27,6 +28,7 @@ __all__ = [
     "regularization_losses",
     "set_keras_mask",
     "state_variables",
+    "undone_by_errors",
 ]
 
 
@@ -148,6 +150,22 @@ def frozen_statistics(layer):
 
 
 @contextlib.contextmanager
+def undone_by_errors(variables):
+    """A block that, if it raises, leaves `variables` as they were before it."""
+    if in_scope():
+        # Nothing is assigned here for good.
+        yield
+        return
+    before = [(v, ops.copy(v)) for v in variables]
+    try:
+        yield
+    except BaseException:
+        for v, value in before:
+            v.assign(value)
+        raise
+
+
+@contextlib.contextmanager
 def outside_scopes():
     """A block in which variables are made and assigned for good, whatever scope is around it."""
     scope = get_stateless_scope()
@@ -196,3 +214,9 @@ _clear_all_losses = Layer._clear_losses
 _get_all_regularization_losses = Layer._get_regularization_losses
 Layer._clear_losses = _clear_losses
 Layer._get_regularization_losses = _get_regularization_losses
+
+if keras.backend.backend() == "jax":
+    # Before any step, whoever's: ours are parts of models that Keras itself trains.
+    from keras_gradtools.backend import jax_training
+
+    jax_training.install()

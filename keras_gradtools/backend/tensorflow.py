@@ -21,6 +21,7 @@ __all__ = [
     "LINEARIZES_ONCE",
     "Tape",
     "alias",
+    "assigns_at_once",
     "can_make_variables",
     "compiled",
     "constant_pullback",
@@ -314,6 +315,10 @@ def with_random_state(state):
 def compiled(fun):
     # Keras compiles the whole training step, and this with it.
     return fun
+
+
+def assigns_at_once():
+    return tf.executing_eagerly() and not tf.distribute.has_strategy()
 
 
 def can_make_variables():

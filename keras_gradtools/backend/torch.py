@@ -19,6 +19,7 @@ __all__ = [
     "LINEARIZES_ONCE",
     "Tape",
     "alias",
+    "assigns_at_once",
     "can_make_variables",
     "compiled",
     "constant_pullback",
@@ -304,6 +305,10 @@ def _set_random_state(state):
     torch.set_rng_state(on_host)
     if on_device is not None:
         torch.cuda.set_rng_state(on_device)
+
+
+def assigns_at_once():
+    return True
 
 
 def can_make_variables():
