@@ -11,7 +11,6 @@ on: `jax._src.core.Trace` with `process_primitive`, `process_custom_jvp_call`, `
 `stage_value`; `trace_ctx`; `parent_trace` of the other traces; the constructor of `ArrayImpl`.
 """
 
-import contextlib
 import threading
 
 import jax
@@ -19,6 +18,8 @@ from jax._src import ad_util, core
 from jax._src.array import ArrayImpl
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from keras_gradtools.backend.blocks import Block
 
 alias_p = Primitive("tape_alias")
 alias_p.def_impl(lambda x: x)
@@ -100,7 +101,7 @@ class TapeTrace(core.Trace):
     def __init__(self, parent):
         super().__init__()
         self.parent = parent
-        self.open_tapes = 0
+        self.open_tapes = []
         self.tapes = []
 
     def stage_value(self, val):
@@ -112,8 +113,7 @@ class TapeTrace(core.Trace):
     def process_primitive(self, primitive, tracers, params, /):
         # JAX's other traces may come here with this one as the current trace, and the parent then would come
         # back to it with what the operation is made of: it would be recorded twice.
-        with core.take_current_trace():
-            outputs = self.parent.process_primitive(primitive, tracers, params)
+        outputs = _in_nobodys_place(self.parent.process_primitive, primitive, tracers, params)
         if primitive.multiple_results:
             return self._record(primitive, (), params, tracers, outputs)
         return self._record(primitive, (), params, tracers, [outputs])[0]
@@ -130,14 +130,12 @@ class TapeTrace(core.Trace):
 
     def process_custom_jvp_call(self, primitive, fun, jvp, tracers, /, *, symbolic_zeros):
         params = {"symbolic_zeros": symbolic_zeros}
-        with core.take_current_trace():
-            outputs = self.parent.process_custom_jvp_call(primitive, fun, jvp, tracers, **params)
+        outputs = _in_nobodys_place(self.parent.process_custom_jvp_call, primitive, fun, jvp, tracers, **params)
         return self._record(primitive, (fun, jvp), params, tracers, outputs)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, *, out_trees, symbolic_zeros):
         params = {"out_trees": out_trees, "symbolic_zeros": symbolic_zeros}
-        with core.take_current_trace():
-            outputs = self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, tracers, **params)
+        outputs = _in_nobodys_place(self.parent.process_custom_vjp_call, primitive, fun, fwd, bwd, tracers, **params)
         return self._record(primitive, (fun, fwd, bwd), params, tracers, outputs)
 
     def _record(self, primitive, subfuns, params, inputs, outputs):
@@ -161,6 +159,16 @@ class TapeTrace(core.Trace):
         return outputs
 
 
+def _in_nobodys_place(process, *args, **kwargs):
+    """Calls `process` as if no trace were the current one; as JAX's own context manager, which can be interrupted."""
+    before = core.trace_ctx.trace
+    try:
+        core.trace_ctx.set_trace(core.eval_trace)
+        return process(*args, **kwargs)
+    finally:
+        core.trace_ctx.set_trace(before)
+
+
 class _Thread(threading.local):
     def __init__(self):
         # One for all eager tapes of the thread: JAX keys caches by the current trace.
@@ -171,35 +179,41 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@contextlib.contextmanager
-def custom_rule(rule, count):
+class custom_rule(Block):  # noqa: N801 - said of a block
     """Says that the custom derivative called in the block is `rule`, and one by its first `count` inputs only.
 
     JAX takes a gradient of None for a zero that stops; to a tape, which chains single operations, it would be
     an array of zeros, and NaN once it meets an infinity.
     """
-    before, _thread.custom_rule = _thread.custom_rule, (rule, count)
-    try:
-        yield
-    finally:
-        _thread.custom_rule = before
+
+    def __init__(self, rule, count):
+        self._rule, self._before = (rule, count), _thread.custom_rule
+
+    def begin(self):
+        _thread.custom_rule = self._rule
+
+    def end(self):
+        _thread.custom_rule = self._before
 
 
-def enter():
-    """Makes a tape's trace the current one, and returns it."""
+def trace_here():
+    """The trace that a tape has to record with here: the current one, if it is a tape's."""
     current = core.trace_ctx.trace
     if isinstance(current, TapeTrace):
-        trace = current
-    else:
-        trace = _thread.eager if current is core.eval_trace else TapeTrace(current)
-        core.trace_ctx.set_trace(trace)
-    trace.open_tapes += 1
-    return trace
+        return current
+    return _thread.eager if current is core.eval_trace else TapeTrace(current)
 
 
-def leave(trace):
+def enter(trace, tape):
+    """Makes `trace` the current one, until `tape` leaves it."""
+    trace.open_tapes.append(tape)
+    core.trace_ctx.set_trace(trace)
+
+
+def leave(trace, tape):
     """Gives the place back to the parent once the last tape has left, in whatever order they leave."""
-    trace.open_tapes -= 1
+    while tape in trace.open_tapes:
+        trace.open_tapes.remove(tape)
     if not trace.open_tapes and core.trace_ctx.trace is trace:
         core.trace_ctx.set_trace(trace.parent)
 

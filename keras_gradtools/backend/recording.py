@@ -9,6 +9,7 @@ import threading
 
 from keras.src.backend.common.variables import Variable
 
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.state import is_assigned_in_scope
 
 
@@ -32,13 +33,13 @@ def note_custom_gradient():
         recorder.has_custom_gradient = True
 
 
-class Recording:
+class Recording(Block):
     """What the tapes of all backends share: their place among the active tapes, and what they watch.
 
     A backend's `Tape` derives from it, adds `watch(tensor)` and, where the framework needs to be told,
     its own part of the life cycle:
 
-    - `enter`/`exit` bracket the block, and may bracket another one later;
+    - `begin`/`end` bracket the block (see `Block`), and may bracket another one later;
     - `pause`/`resume` bracket a part of it that is not to be recorded;
     - `reset` throws away what was recorded, and everything watched;
     - `release` says that no derivative will be asked for until the next `reset`.
@@ -57,18 +58,19 @@ class Recording:
         self.has_custom_gradient = False
         self.keeps_graph = True
 
-    def enter(self):
+    def begin(self):
         _thread.tapes.append(self)
 
-    def exit(self):
-        if self in _thread.tapes:
+    def end(self):
+        while self in _thread.tapes:
             _thread.tapes.remove(self)
 
     def pause(self):
-        Recording.exit(self)
+        Recording.end(self)
 
     def resume(self):
-        Recording.enter(self)
+        if self not in _thread.tapes:
+            _thread.tapes.append(self)
 
     def reset(self):
         self._asked_for = {}
@@ -132,7 +134,7 @@ class Recording:
         return gathered
 
 
-class ReadLog:
+class ReadLog(Block):
     """Lists the variables that are read inside its block, on this thread, in the order of their first read.
 
     It notes as well whether a custom gradient is called there.
@@ -149,12 +151,12 @@ class ReadLog:
     def note(self, variable):
         self._seen.setdefault(id(variable), variable)
 
-    def __enter__(self):
+    def begin(self):
         _thread.logs.append(self)
-        return self
 
-    def __exit__(self, *exception):
-        _thread.logs.remove(self)
+    def end(self):
+        while self in _thread.logs:
+            _thread.logs.remove(self)
 
 
 def is_lent(variable, value):

@@ -13,6 +13,7 @@ from keras.src.layers.layer import Layer
 from keras.src.random.seed_generator import global_seed_generator
 
 from keras_gradtools import backend
+from keras_gradtools.backend.blocks import Block
 
 __all__ = [
     "StateScope",
@@ -47,11 +48,24 @@ class StateScope(StatelessScope):
         self._read = {}
         self._assigned = {}
 
+    # Keras' own can be interrupted between what it does and what it notes.
+
+    def __enter__(self):
+        try:
+            return super().__enter__()
+        except BaseException:
+            global_state.set_global_attribute("stateless_scope", self._outside)
+            raise
+
     def __exit__(self, *exception):
-        super().__exit__(*exception)
-        if self._outside is None:
-            with backend.eagerly():
-                initialize_all_variables()
+        try:
+            super().__exit__(*exception)
+            if self._outside is None:
+                with backend.eagerly():
+                    initialize_all_variables()
+        except BaseException:
+            global_state.set_global_attribute("stateless_scope", self._outside)
+            raise
 
     @property
     def variables_read(self):
@@ -165,15 +179,17 @@ def undone_by_errors(variables):
         raise
 
 
-@contextlib.contextmanager
-def outside_scopes():
+class outside_scopes(Block):  # noqa: N801 - said of a block
     """A block in which variables are made and assigned for good, whatever scope is around it."""
-    scope = get_stateless_scope()
-    global_state.set_global_attribute("stateless_scope", None)
-    try:
-        yield
-    finally:
-        global_state.set_global_attribute("stateless_scope", scope)
+
+    def __init__(self):
+        self._scope = get_stateless_scope()
+
+    def begin(self):
+        global_state.set_global_attribute("stateless_scope", None)
+
+    def end(self):
+        global_state.set_global_attribute("stateless_scope", self._scope)
 
 
 def in_scope():

@@ -10,6 +10,7 @@ from keras.src.backend.torch.core import get_device
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import chunks, recording, torch_fused, torch_graph, torch_keras_ops, torch_tape
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 from keras_gradtools.backend.torch_tape import Tape
 
@@ -61,7 +62,7 @@ def pullback(tape, targets, sources, cotangents):
 
 
 def constant_pullback(tape, targets, sources, cotangents):
-    with torch.no_grad():
+    with torch_graph.GradMode(False):
         return pullback(tape, targets, sources, cotangents)
 
 
@@ -214,15 +215,8 @@ class _Linear:
                 (g, place) for g, place in zip(gradients, places, strict=True) if g is not None and g.requires_grad
             ]
 
-    @contextlib.contextmanager
     def _borrowing(self):
-        for u in self._cotangents:
-            torch_graph.borrow(u)
-        try:
-            yield
-        finally:
-            for u in self._cotangents:
-                torch_graph.give_back(u)
+        return torch_graph.Borrowing(self._cotangents)
 
     def push(self, tangents, run):
         if not self._connected:
@@ -239,7 +233,7 @@ class _Linear:
 
 def alias(x):
     # Without grad mode, the alias of what requires a gradient would be neither a leaf nor a part of a graph.
-    with torch.enable_grad():
+    with torch_graph.GradMode(True):
         return x.view_as(x)
 
 
@@ -290,14 +284,17 @@ def random_state():
     return torch.get_rng_state(), on_device
 
 
-@contextlib.contextmanager
-def with_random_state(state):
-    before = random_state()
-    _set_random_state(state)
-    try:
-        yield
-    finally:
-        _set_random_state(before)
+class with_random_state(Block):  # noqa: N801 - said of a block
+    """A block in which torch's generators are in a given state."""
+
+    def __init__(self, state):
+        self._state, self._before = state, random_state()
+
+    def begin(self):
+        _set_random_state(self._state)
+
+    def end(self):
+        _set_random_state(self._before)
 
 
 def _set_random_state(state):
@@ -342,13 +339,10 @@ def per_example_gradients(fun, weights, examples, must_vectorize=False):
 
 def _gradients(fun, weights, example):
     tape = Tape(watch_accessed_variables=False)
-    tape.enter()
-    try:
+    with tape:
         for w in weights:
             tape.watch(w)
         value = fun(weights, example)
-    finally:
-        tape.exit()
     gradients = pullback(tape, [value], weights, [torch.ones_like(value)])
     return [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
 

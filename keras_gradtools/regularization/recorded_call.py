@@ -54,14 +54,9 @@ class RecordedCall:
                 self.record.watch(x)
             self.outputs = fun(self._with(self.sources)) if keeps_state else self.again(self.sources)
 
-    @contextlib.contextmanager
     def recording(self):
         """A block in which more is recorded."""
-        self.record.enter()
-        try:
-            yield
-        finally:
-            self.record.exit()
+        return self.record
 
     @property
     def batch_size(self):

@@ -1,4 +1,4 @@
-"""A step that fails leaves everything as it was: weights, optimizer, metrics, seeds, and a model that can be trained."""
+"""A step that fails leaves everything as it was: weights, optimizer, metrics, seeds, and a model to go on with."""
 
 import copy
 
