@@ -72,9 +72,10 @@ class Tape(recording.Recording):
 
     def _restore_grad_mode(self):
         entries = _thread.grad_modes
-        place = next((i for i, (tape, _) in enumerate(entries) if tape is self), None)
-        if place is None:
+        tapes = [tape for tape, _ in entries]
+        if self not in tapes:
             return
+        place = tapes.index(self)
         _, before = entries[place]
         if place == len(entries) - 1:
             torch.set_grad_enabled(before)
