@@ -1,6 +1,7 @@
 """The gradient tape: TensorFlow's contract, on every backend."""
 
 import contextlib
+import threading
 
 from keras import ops
 
@@ -73,6 +74,7 @@ class GradientTape:
             self._tape.reset()
             self._used = False
         try:
+            self._thread = threading.get_ident()
             self._inside = True
             self._tape.__enter__()
             self._recording = True
@@ -88,6 +90,11 @@ class GradientTape:
         except BaseException:
             self._leave()
             raise
+
+    def __del__(self):
+        # An interrupt just as `__exit__` begins leaves the block open until the tape is dropped.
+        if getattr(self, "_inside", False) and self._thread == threading.get_ident():
+            self._leave()
 
     def _leave(self):
         if self._inside:

@@ -1,6 +1,5 @@
 """Real signals at random moments leave nothing behind: no tape, flag, mode, trace, scope or half a step."""
 
-import contextlib
 import signal
 import threading
 
@@ -19,27 +18,37 @@ X = RNG.normal(size=(8, 3)).astype("float32")
 Y = RNG.normal(size=(8, 1)).astype("float32")
 
 
-@contextlib.contextmanager
-def interrupted_after(seconds):
-    """A block in which SIGINT comes once, and is waited for at its end; gives a list that is empty if it came late."""
-    inside = []
+class Timer:
+    """Raises KeyboardInterrupt out of a signal, once, some time after a call has begun, if it is still running."""
 
-    def handle(number, frame):
-        if inside:
-            inside.clear()
+    def __init__(self):
+        self._armed = False
+        signal.signal(signal.SIGALRM, self._handle)
+
+    def _handle(self, number, frame):
+        if self._armed:
+            self._armed = False
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, handle)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        inside.append(True)
-        yield inside
-    except KeyboardInterrupt:
-        pass
-    finally:
-        inside.clear()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def interrupts(self, run, seconds):
+        """Whether `run()` was interrupted."""
+        try:
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            run()
+            self._armed = False
+        except KeyboardInterrupt:
+            return True
+        return False
+
+
+@pytest.fixture
+def timer():
+    before = signal.getsignal(signal.SIGALRM)
+    made = Timer()
+    yield made
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def model():
@@ -124,7 +133,7 @@ def work():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORK)
-def test_signals_leave_nothing_behind(work, name):
+def test_signals_leave_nothing_behind(work, timer, name):
     run = getattr(work, name)
     keras_call, batch_normalization = layers.Layer.__call__, layers.BatchNormalization.call
     for _ in range(3):
@@ -134,11 +143,7 @@ def test_signals_leave_nothing_behind(work, name):
     hit = 0
     for i in range(SIGNALS):
         moved = [ops.convert_to_numpy(v).copy() for v in work.hessian.variables]
-        with interrupted_after(RNG.uniform(1e-5, seconds)) as coming:
-            run()
-            coming.clear()
-            coming = None
-        hit += coming is not None
+        hit += timer.interrupts(run, RNG.uniform(1e-5, seconds))
         assert not left_behind(), f"signal {i}"
         assert not getattr(work.x, "requires_grad", False)
         assert layers.Layer.__call__ is keras_call and layers.BatchNormalization.call is batch_normalization

@@ -17,7 +17,7 @@ def input_gradients(model, objective, x, y):
     x = backend.alias(x)
     with constant_weights(model):
         record = backend.Tape(watch_accessed_variables=False)
-        with record:
+        with record, record:
             record.watch(x)
             values, badness = objective(y, called(model, x), output_activation(model))
         (gradients,) = backend.constant_pullback(record, [values], [x], [ops.ones_like(values)])

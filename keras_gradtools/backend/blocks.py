@@ -7,7 +7,12 @@ class Block:
     `begin` does it and `end` undoes it. `end` may be called after any part of `begin`, and again after any part of
     itself: an interrupt inside one of them is raised once everything is undone. A generator with a `try` cannot do
     that: it waits at its `yield`, and an interrupt on the way from there to the block leaves it so.
+
+    Python may raise an interrupt as `__exit__` begins, too, before any line of it. What nobody would end later is
+    therefore entered twice, `with block, block:`, of which the second time does nothing but be left.
     """
+
+    _is_open = False
 
     def begin(self):
         raise NotImplementedError
@@ -16,7 +21,10 @@ class Block:
         raise NotImplementedError
 
     def __enter__(self):
+        if self._is_open:
+            return self
         try:
+            self._is_open = True
             self.begin()
             return self
         except BaseException:
@@ -24,8 +32,12 @@ class Block:
             raise
 
     def __exit__(self, *exception):
+        if not self._is_open:
+            return
         try:
             self.end()
         except BaseException:
             self.end()
             raise
+        finally:
+            self._is_open = False

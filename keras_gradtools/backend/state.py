@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 
 import keras
 from keras import ops
@@ -48,16 +49,24 @@ class StateScope(StatelessScope):
         self._read = {}
         self._assigned = {}
 
-    # Keras' own can be interrupted between what it does and what it notes.
+    # As a `Block`, which Keras' own is not: it may be left twice, and late, after the one around it.
+
+    _is_open = False
 
     def __enter__(self):
+        if self._is_open:
+            return self
         try:
+            self._is_open = True
             return super().__enter__()
         except BaseException:
             global_state.set_global_attribute("stateless_scope", self._outside)
+            self._is_open = False
             raise
 
     def __exit__(self, *exception):
+        if not self._is_open or not self._is_around():
+            return
         try:
             super().__exit__(*exception)
             if self._outside is None:
@@ -66,6 +75,14 @@ class StateScope(StatelessScope):
         except BaseException:
             global_state.set_global_attribute("stateless_scope", self._outside)
             raise
+        finally:
+            self._is_open = False
+
+    def _is_around(self):
+        scope = get_stateless_scope()
+        while scope is not None and scope is not self:
+            scope = getattr(scope, "original_scope", None)
+        return scope is self
 
     @property
     def variables_read(self):
@@ -147,20 +164,34 @@ def global_seeds():
         random.setstate(before)
 
 
-@contextlib.contextmanager
-def frozen_statistics(layer):
-    """A block in which BatchNormalization goes by its moving statistics in training mode, too."""
-    # What Keras' layer asks to know whether it was frozen. The setter would mark the variables as well.
-    thawed = [
-        part for part in layers_of(layer) if isinstance(part, keras.layers.BatchNormalization) and part._trainable
-    ]
-    for part in thawed:
-        part._trainable = False
-    try:
-        yield
-    finally:
-        for part in thawed:
-            part._trainable = True
+class _Thread(threading.local):
+    # By `id`, the layers that `frozen_statistics` holds for frozen.
+    frozen: frozenset = frozenset()
+
+
+_thread = _Thread()
+
+
+class frozen_statistics(Block):  # noqa: N801 - said of a block
+    """A block in which, on this thread, BatchNormalization goes by its moving statistics in training mode, too."""
+
+    def __init__(self, layer):
+        parts = [part for part in layers_of(layer) if isinstance(part, keras.layers.BatchNormalization)]
+        self._frozen, self._before = _thread.frozen | {id(part) for part in parts}, _thread.frozen
+
+    def begin(self):
+        _thread.frozen = self._frozen
+
+    def end(self):
+        _thread.frozen = self._before
+
+
+def _is_trainable(self):
+    # What the layer itself asks to know whether it was frozen. Its own flag is that of all threads.
+    return id(self) not in _thread.frozen and keras.Layer.trainable.fget(self)
+
+
+keras.layers.BatchNormalization.trainable = property(_is_trainable, keras.Layer.trainable.fset)
 
 
 @contextlib.contextmanager

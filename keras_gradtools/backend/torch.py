@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import warnings
 
 import keras
@@ -62,7 +63,8 @@ def pullback(tape, targets, sources, cotangents):
 
 
 def constant_pullback(tape, targets, sources, cotangents):
-    with torch_graph.GradMode(False):
+    block = torch_graph.GradMode(False)
+    with block, block:
         return pullback(tape, targets, sources, cotangents)
 
 
@@ -98,7 +100,8 @@ class _Pullback:
             if is_recorded is None:
                 is_recorded = _is_recorded(self._part, cotangents)
             upstream = tuple(u for edge, u in zip(self._target_edges, cotangents, strict=True) if edge is not None)
-            with torch_graph.passing(self._part):
+            block = torch_graph.passing(self._part)
+            with block, block:
                 given = run(self._outputs, _native(self._wanted), upstream, is_recorded)
             gradients = dict(zip(self._wanted, map(_dense, given), strict=True))
         results = [gradients.get(edge) for edge in self._source_edges]
@@ -209,31 +212,34 @@ class _Linear:
         self._targets = len(targets)
         _, values, places = tape.spread(sources, range(len(sources)))
         self._cotangents = [torch.zeros_like(t) for t in targets]
-        with self._borrowing():
+        block = torch_graph.Borrowing(self._cotangents)
+        with block, block:
             gradients = _pull(tape, targets, values, self._cotangents, _run, is_recorded=True)
             self._connected = [
                 (g, place) for g, place in zip(gradients, places, strict=True) if g is not None and g.requires_grad
             ]
-
-    def _borrowing(self):
-        return torch_graph.Borrowing(self._cotangents)
 
     def push(self, tangents, run):
         if not self._connected:
             return [None] * self._targets
         gradients = [g for g, _ in self._connected]
         tangents = [tangents[place] for _, place in self._connected]
-        with self._borrowing():
+        block = torch_graph.Borrowing(self._cotangents)
+        with block, block:
             part = torch_graph.Slice([(node, 0) for node in _nodes(gradients)], lambda number: False, {})
             is_recorded = _is_recorded(part, tangents)
             part.boundaries = []
-            with torch_graph.passing(part):
+            one_pass = torch_graph.passing(part)
+            with one_pass, one_pass:
                 return [_dense(p) for p in run(gradients, self._cotangents, tangents, is_recorded)]
 
 
 def alias(x):
     # Without grad mode, the alias of what requires a gradient would be neither a leaf nor a part of a graph.
-    with torch_graph.GradMode(True):
+    if torch.is_grad_enabled():
+        return x.view_as(x)
+    block = torch_graph.GradMode(True)
+    with block, block:
         return x.view_as(x)
 
 
@@ -287,14 +293,25 @@ def random_state():
 class with_random_state(Block):  # noqa: N801 - said of a block
     """A block in which torch's generators are in a given state."""
 
+    # The generators are those of all threads.
+    _lock = threading.RLock()
+
     def __init__(self, state):
-        self._state, self._before = state, random_state()
+        self._state, self._before = state, None
+        self._held: list = []
 
     def begin(self):
+        # No interrupt comes between the two.
+        self._held.extend(map(self._lock.acquire, (True,)))
+        self._before = random_state()
         _set_random_state(self._state)
 
     def end(self):
-        _set_random_state(self._before)
+        if self._before is not None:
+            _set_random_state(self._before)
+        while self._held:
+            self._held.pop()
+            self._lock.release()
 
 
 def _set_random_state(state):
@@ -339,7 +356,7 @@ def per_example_gradients(fun, weights, examples, must_vectorize=False):
 
 def _gradients(fun, weights, example):
     tape = Tape(watch_accessed_variables=False)
-    with tape:
+    with tape, tape:
         for w in weights:
             tape.watch(w)
         value = fun(weights, example)

@@ -95,7 +95,8 @@ def _merged(windows):
 
 def leaf_edge(tensor):
     """The edge of a leaf that requires gradients: the one that an operation on it has."""
-    with GradMode(True):
+    block = GradMode(True)
+    with block, block:
         return tensor.view_as(tensor).grad_fn.next_functions[0]
 
 

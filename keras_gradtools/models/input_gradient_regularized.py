@@ -266,8 +266,8 @@ class InputGradientRegularized(WrappedModel):
             target.losses = target.recorded(record)
             loss = example_losses.on_replica(ops.mean(target.losses))
         else:
-            with record.recording():
-                loss = target.total = super().compute_loss(x, y, y_pred, None, training)
+            plain = super().compute_loss
+            loss = target.total = record.recorded(lambda: plain(x, y, y_pred, None, training))
         weighted = self._measure(record, target, sample_weight, loss.dtype, training)
         return loss if weighted is None else loss + ops.cast(example_losses.on_replica(weighted), loss.dtype)
 

@@ -43,7 +43,8 @@ def _leak_of(name, called, leaves, batch_size, seed):
     if floats:
         record = backend.Tape(watch_accessed_variables=False)
         aliases = list(leaves)
-        with StateScope(), record:
+        scope = StateScope()
+        with scope, scope, record, record:
             for i in floats:
                 aliases[i] = backend.alias(leaves[i])
                 record.watch(aliases[i])
@@ -81,10 +82,11 @@ def _exchange(name, called, leaves, others, batch_size, seed, leak):
 def _mixing_layers(called, leaves, batch_size, seed):
     """The names and classes of the innermost layers in which gradients cross between examples."""
     record = backend.Tape(watch_accessed_variables=False)
-    with StateScope(), record, layer_calls.watched(record) as calls:
+    scope, watched = StateScope(), layer_calls.watched(record)
+    with scope, scope, record, record, watched, watched:
         called(leaves)
     mixing = []
-    for call in calls:
+    for call in watched.calls:
         outputs = _float_leaves(call.outputs)
         if call.inputs and outputs:
             leak = independence.of_record(record, outputs, call.inputs, batch_size, seed)

@@ -34,7 +34,8 @@ class TapedCall:
         self.sources = chosen if isinstance(argnums, (tuple, list)) else chosen[0]
         self.flat_sources = nesting.flatten(self.sources)
         self.record = backend.Tape(watch_accessed_variables=False)
-        with StateScope(), self.record:
+        scope, record = StateScope(), self.record
+        with scope, scope, record, record:
             for x in self.flat_sources:
                 self.record.watch(x)
             returned = fun(*args, **(kwargs or {}))
