@@ -1,10 +1,12 @@
 """The gradient tape: TensorFlow's contract, on every backend."""
 
 import contextlib
+import threading
 
 from keras import ops
 
 from keras_gradtools import backend, independence, jacobians, nesting, validation, vectors
+from keras_gradtools.backend.blocks import Block
 
 
 class GradientTape:
@@ -61,7 +63,7 @@ class GradientTape:
         self._inside = False
         self._recording = False
         self._used = False
-        self._pauses = 0
+        self._pauses: list = []
 
     def __enter__(self):
         if self._inside:
@@ -72,13 +74,32 @@ class GradientTape:
         if self._used and not self._persistent:
             self._tape.reset()
             self._used = False
-        self._tape.enter()
-        self._inside = self._recording = True
-        return self
+        try:
+            self._thread = threading.get_ident()
+            self._inside = True
+            self._tape.__enter__()
+            self._recording = True
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *exception):
+        # Twice, where an interrupt came in between: what is undone already stays so.
+        try:
+            self._leave()
+        except BaseException:
+            self._leave()
+            raise
+
+    def __del__(self):
+        # An interrupt just as `__exit__` begins leaves the block open until the tape is dropped.
+        if getattr(self, "_inside", False) and self._thread == threading.get_ident():
+            self._leave()
+
+    def _leave(self):
         if self._inside:
-            self._tape.exit()
+            self._tape.__exit__()
         self._inside = self._recording = False
 
     def watch(self, tensor):
@@ -110,24 +131,13 @@ class GradientTape:
         """Returns the `keras.Variable`s watched so far, in the order in which they were met."""
         return self._tape.watched_variables()
 
-    @contextlib.contextmanager
     def stop_recording(self):
         """Pauses this tape, and no other, for a `with` block: what is computed there is a constant to it.
 
         Raises:
             RuntimeError: if the tape is not recording.
         """
-        if not self._recording:
-            raise RuntimeError(
-                "GradientTape.stop_recording was called on a tape that is not recording. Call it inside the "
-                "tape's block, and before the derivative if the tape is not persistent."
-            )
-        self._pause()
-        self._pauses += 1
-        try:
-            yield
-        finally:
-            self._end_pause()
+        return _Pause(self)
 
     def reset(self):
         """Throws the record away, and everything watched; the tape goes on recording from here.
@@ -304,11 +314,6 @@ class GradientTape:
         self._tape.pause()
         self._recording = False
 
-    def _end_pause(self):
-        self._pauses -= 1
-        if self._inside and not self._recording and not self._used_up():
-            self._resume()
-
     def _resume(self):
         self._tape.resume()
         self._recording = True
@@ -352,3 +357,26 @@ class GradientTape:
                 "tape persistent and call it once for each target, or concatenate them."
             )
         return target
+
+
+class _Pause(Block):
+    """The time of `stop_recording`."""
+
+    def __init__(self, tape):
+        self._tape = tape
+
+    def begin(self):
+        if not self._tape._recording:
+            raise RuntimeError(
+                "GradientTape.stop_recording was called on a tape that is not recording. Call it inside the "
+                "tape's block, and before the derivative if the tape is not persistent."
+            )
+        self._tape._pauses.append(self)
+        self._tape._pause()
+
+    def end(self):
+        tape = self._tape
+        if self in tape._pauses:
+            if tape._inside and not tape._recording and not tape._used_up():
+                tape._resume()
+            tape._pauses.remove(self)

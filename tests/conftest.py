@@ -50,5 +50,5 @@ def no_tape_left_recording():
     left = active_tapes()
     # Ended here, or every later test would be recorded and fail as well.
     for tape in reversed(left):
-        tape.exit()
+        tape.__exit__()
     assert not left, f"the test left {len(left)} tape(s) recording: {left}"

@@ -17,12 +17,9 @@ def input_gradients(model, objective, x, y):
     x = backend.alias(x)
     with constant_weights(model):
         record = backend.Tape(watch_accessed_variables=False)
-        record.enter()
-        try:
+        with record, record:
             record.watch(x)
             values, badness = objective(y, called(model, x), output_activation(model))
-        finally:
-            record.exit()
         (gradients,) = backend.constant_pullback(record, [values], [x], [ops.ones_like(values)])
     if gradients is None:
         raise ValueError(
@@ -58,14 +55,11 @@ def output_activation(model):
     return getattr(model, "activation", None)
 
 
-@contextlib.contextmanager
 def constant_weights(model):
     """A block in which no gradient reaches the weights of `model`, and what it assigns is dropped."""
     if not isinstance(model, keras.Layer):
-        yield
-        return
-    with state.StateScope([(v, ops.stop_gradient(ops.convert_to_tensor(v))) for v in model.trainable_variables]):
-        yield
+        return contextlib.nullcontext()
+    return state.StateScope([(v, ops.stop_gradient(ops.convert_to_tensor(v))) for v in model.trainable_variables])
 
 
 def look(model, objective, norm, moved, y, best, worst):

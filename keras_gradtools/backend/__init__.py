@@ -21,6 +21,7 @@ which exists once for all backends.
 | `alias(x)`                                          | another tensor with the value of `x`, recorded    |
 | `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
 | `eagerly()`                                         | a block that runs now, whatever is being traced around it |
+| `assigns_at_once()`                                 | whether an assignment in a training step is done at once |
 | `can_make_variables()`                              | whether variables can be made here: not in a replica |
 | `random_state()`                                    | the state of what draws random numbers past Keras' seeds |
 | `with_random_state(state)`                          | a block in which it is `state` again              |

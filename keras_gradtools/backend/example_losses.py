@@ -53,7 +53,8 @@ def total_loss(compile_loss, y, y_pred, sample_weight=None):
         # It has variables, which must outlive what is traced or scoped around this.
         with backend.eagerly(), outside_scopes():
             compile_loss.build(*keras.tree.map_structure(_symbolic, (y, y_pred)))
-    with StateScope():
+    scope = StateScope()
+    with scope, scope:
         return compile_loss(y, y_pred, sample_weight)
 
 

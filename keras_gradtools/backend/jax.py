@@ -1,6 +1,7 @@
 """The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_sweep` for the rest."""
 
 import contextlib
+import typing
 import weakref
 
 import jax
@@ -24,6 +25,7 @@ __all__ = [
     "LINEARIZES_ONCE",
     "Tape",
     "alias",
+    "assigns_at_once",
     "can_make_variables",
     "compiled",
     "constant_pullback",
@@ -58,8 +60,8 @@ LINEARIZES_ONCE = False
 class Tape(recording.Recording):
     """A list of operations, and by identity the values that it follows."""
 
-    # Only between `enter` and `exit`: a trace that was kept would keep a whole compilation alive.
-    trace: jax_trace.TapeTrace
+    # Only inside the block: a trace that was kept would keep a whole compilation alive.
+    trace: typing.Any = None
 
     def __init__(self, watch_accessed_variables):
         super().__init__(watch_accessed_variables)
@@ -70,25 +72,31 @@ class Tape(recording.Recording):
         self.followed = {}
         self.aliases = {}
 
-    def enter(self):
-        super().enter()
-        self.trace = jax_trace.enter()
+    def begin(self):
+        super().begin()
+        self.trace = jax_trace.trace_here()
+        jax_trace.enter(self.trace, self)
         self.trace.tapes.append(self)
 
-    def exit(self):
-        super().exit()
-        if self in self.trace.tapes:
+    def end(self):
+        super().end()
+        if self.trace is not None:
+            self._leave_record()
+            jax_trace.leave(self.trace, self)
+            self.trace = None
+
+    def _leave_record(self):
+        while self in self.trace.tapes:
             self.trace.tapes.remove(self)
-        jax_trace.leave(self.trace)
-        del self.trace
 
     def pause(self):
         super().pause()
-        self.trace.tapes.remove(self)
+        self._leave_record()
 
     def resume(self):
         super().resume()
-        self.trace.tapes.append(self)
+        if self not in self.trace.tapes:
+            self.trace.tapes.append(self)
 
     def reset(self):
         super().reset()
@@ -295,6 +303,11 @@ def with_random_state(state):
 def compiled(fun):
     # Keras compiles the whole training step, and this with it.
     return fun
+
+
+def assigns_at_once():
+    # A step of Keras' gets and returns its state.
+    return False
 
 
 def can_make_variables():

@@ -34,8 +34,15 @@ class _Program:
         with AutocastScope(None):
             values = [v.value for v in self._read]
         result, assigned = self._compiled(values, arrays)
-        for variable, value in zip(self._assigned, assigned, strict=True):
-            variable.assign(value)
+        before = [v._value for v in self._assigned]
+        try:
+            for variable, value in zip(self._assigned, assigned, strict=True):
+                variable.assign(value)
+        except BaseException:
+            # All of a step or, after an interrupt, none of it.
+            for variable, value in zip(self._assigned, before, strict=True):
+                variable._value = value
+            raise
         return result
 
     def _find_state(self, arrays):

@@ -27,6 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from keras_gradtools.backend import jax_custom_calls, jax_operation, jax_programs
+from keras_gradtools.backend.blocks import Block
 
 alias_p = Primitive("tape_alias")
 alias_p.def_impl(lambda x: x)
@@ -90,7 +91,7 @@ class TapeTrace(core.Trace):
         # High-level primitives come whole: what they are made of would not have their derivatives.
         self.requires_low = False
         self.parent = parent
-        self.open_tapes = 0
+        self.open_tapes = []
         self.tapes = []
 
     def stage_value(self, val):
@@ -111,8 +112,7 @@ class TapeTrace(core.Trace):
         else:
             # JAX's other traces may come here with this one as the current trace, and the parent then would come
             # back to it with what the operation is made of: it would be recorded twice.
-            with core.take_current_trace():
-                outputs = self.parent.process_primitive(primitive, tracers, params)
+            outputs = _in_nobodys_place(self.parent.process_primitive, primitive, tracers, params)
         if primitive.multiple_results:
             return self._record(primitive, (), params, tracers, outputs, programs, closed_over)
         return self._record(primitive, (), params, tracers, [outputs], programs, closed_over)[0]
@@ -282,6 +282,16 @@ def _observed(fun, observation, *args):
         return fun(*args)
 
 
+def _in_nobodys_place(process, *args, **kwargs):
+    """Calls `process` as if no trace were the current one; as JAX's own context manager, which can be interrupted."""
+    before = core.trace_ctx.trace
+    try:
+        core.trace_ctx.set_trace(core.eval_trace)
+        return process(*args, **kwargs)
+    finally:
+        core.trace_ctx.set_trace(before)
+
+
 class _Thread(threading.local):
     def __init__(self):
         # One for all eager tapes of the thread: JAX keys caches by the current trace.
@@ -293,35 +303,41 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@contextlib.contextmanager
-def custom_rule(rule, count):
+class custom_rule(Block):  # noqa: N801 - said of a block
     """Says that the custom derivative called in the block is `rule`, and one by its first `count` inputs only.
 
     JAX takes a gradient of None for a zero that stops; to a tape, which chains single operations, it would be
     an array of zeros, and NaN once it meets an infinity.
     """
-    before, _thread.custom_rule = _thread.custom_rule, (rule, count)
-    try:
-        yield
-    finally:
-        _thread.custom_rule = before
+
+    def __init__(self, rule, count):
+        self._rule, self._before = (rule, count), _thread.custom_rule
+
+    def begin(self):
+        _thread.custom_rule = self._rule
+
+    def end(self):
+        _thread.custom_rule = self._before
 
 
-def enter():
-    """Makes a tape's trace the current one, and returns it."""
+def trace_here():
+    """The trace that a tape has to record with here: the current one, if it is a tape's."""
     current = core.trace_ctx.trace
     if isinstance(current, TapeTrace):
-        trace = current
-    else:
-        trace = _thread.eager if current is core.eval_trace else TapeTrace(current)
-        core.trace_ctx.set_trace(trace)
-    trace.open_tapes += 1
-    return trace
+        return current
+    return _thread.eager if current is core.eval_trace else TapeTrace(current)
 
 
-def leave(trace):
+def enter(trace, tape):
+    """Makes `trace` the current one, until `tape` leaves it."""
+    trace.open_tapes.append(tape)
+    core.trace_ctx.set_trace(trace)
+
+
+def leave(trace, tape):
     """Gives the place back to the parent once the last tape has left, in whatever order they leave."""
-    trace.open_tapes -= 1
+    while tape in trace.open_tapes:
+        trace.open_tapes.remove(tape)
     if not trace.open_tapes and core.trace_ctx.trace is trace:
         core.trace_ctx.set_trace(trace.parent)
 

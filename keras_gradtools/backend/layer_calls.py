@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.keras_internals.layers import Layer, Operation
 
 
@@ -39,13 +40,12 @@ class WatchedCall(NamedTuple):
 
 class _Thread(threading.local):
     see: Any = None
-    calls: list | None = None
+    calls: Any = None
     record: Any = None
     around: tuple = ()
 
 
 _thread = _Thread()
-_one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -63,63 +63,102 @@ def recorded(model):
         yield calls
 
 
-@contextlib.contextmanager
-def seen(model, see):
+class seen(Block):  # noqa: N801 - said of a block
     """A block in which `see(layer, args, kwargs, outputs)` is called as each call of a layer of `model` ends.
 
     Only calls in this thread are seen. Keeping nothing of the outputs keeps the memory that of a call of the model.
     """
-    inside = {id(layer) for layer in model._flatten_layers()}
-    original = Layer.__call__
 
-    def __call__(self, *args, **kwargs):
-        outputs = original(self, *args, **kwargs)
-        if _thread.see is not None and id(self) in inside:
-            _thread.see(self, args, kwargs, outputs)
-        return outputs
+    def __init__(self, model, see):
+        inside = {id(layer) for layer in model._flatten_layers()}
 
-    with _one_at_a_time:
-        Layer.__call__ = __call__
-        _thread.see = see
-        try:
-            yield
-        finally:
-            _thread.see = None
-            Layer.__call__ = original
+        def see_inside(layer, *call):
+            if id(layer) in inside:
+                see(layer, *call)
+
+        self._see, self._before = see_inside, _thread.see
+
+    def begin(self):
+        _Hooks.lay(self)
+        _thread.see = self._see
+
+    def end(self):
+        _thread.see = self._before
+        _Hooks.lift(self)
 
 
-@contextlib.contextmanager
-def watched(record):
-    """A block whose calls of layers, run eagerly in this thread, are put into a list as they end.
+class watched(Block):  # noqa: N801 - said of a block
+    """A block whose calls of layers, run eagerly in this thread, are put into the list `calls` as they end.
 
     `record` is recording, and watches the floating-point inputs of each of them: an alias is passed on, so that what
     comes out of the layer depends on it by way of the layer alone.
     """
-    originals = Layer.__call__, Operation.__call__
 
-    def layer_call(self, *args, **kwargs):
-        return _watched_call(originals[0], self, args, kwargs)
+    def __init__(self, record):
+        self.calls: list = []
+        self._record = record
+        self._before = _thread.calls, _thread.record, _thread.around
 
-    def operation_call(self, *args, **kwargs):
-        # A layer's call comes by here as well.
-        original = originals[1]
-        is_counted = isinstance(self, Layer)
-        return original(self, *args, **kwargs) if is_counted else _watched_call(original, self, args, kwargs)
+    def begin(self):
+        _Hooks.lay(self)
+        _thread.calls, _thread.record, _thread.around = self.calls, self._record, ()
 
-    with _one_at_a_time:
-        Layer.__call__, Operation.__call__ = layer_call, operation_call
-        _thread.calls, _thread.record, _thread.around = [], record, ()
-        try:
-            yield _thread.calls
-        finally:
-            _thread.calls, _thread.record, _thread.around = None, None, ()
-            Layer.__call__, Operation.__call__ = originals
+    def end(self):
+        _thread.calls, _thread.record, _thread.around = self._before
+        _Hooks.lift(self)
+
+
+class _Hooks:
+    """What stands in the place of Keras' `__call__` as long as some block, on whatever thread, needs it.
+
+    Each thread goes by its own `_thread`, so that for the others it does what Keras does.
+    """
+
+    _lock = threading.Lock()
+    _blocks: set = set()
+    _originals: Any = None
+
+    @classmethod
+    def lay(cls, block):
+        with cls._lock:
+            cls._blocks.add(id(block))
+            if cls._originals is None:
+                cls._originals = Layer.__call__, Operation.__call__
+            Layer.__call__, Operation.__call__ = cls._of_layer(*cls._originals), cls._of_operation(*cls._originals)
+
+    @classmethod
+    def lift(cls, block):
+        with cls._lock:
+            cls._blocks.discard(id(block))
+            if not cls._blocks and cls._originals is not None:
+                Layer.__call__, Operation.__call__ = cls._originals
+                cls._originals = None
+
+    @staticmethod
+    def _of_layer(original, _):
+        def __call__(self, *args, **kwargs):
+            if _thread.calls is not None:
+                return _watched_call(original, self, args, kwargs)
+            outputs = original(self, *args, **kwargs)
+            if _thread.see is not None:
+                _thread.see(self, args, kwargs, outputs)
+            return outputs
+
+        return __call__
+
+    @staticmethod
+    def _of_operation(_, original):
+        def __call__(self, *args, **kwargs):
+            # A layer's call comes by here as well.
+            if _thread.calls is None or isinstance(self, Layer):
+                return original(self, *args, **kwargs)
+            return _watched_call(original, self, args, kwargs)
+
+        return __call__
 
 
 def _watched_call(original, layer, args, kwargs):
     calls, record = _thread.calls, _thread.record
-    if calls is None or record is None:
-        return original(layer, *args, **kwargs)
     leaves, inputs = nesting.flatten((args, kwargs)), []
     for i, leaf in enumerate(leaves):
         if _is_float_tensor(leaf) and len(leaf.shape):

@@ -5,9 +5,9 @@
 shows every read of every variable. `tests/backend/test_recording.py` pins it.
 """
 
-import contextlib
 import threading
 
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.state import is_assigned_in_scope
 from keras_gradtools.keras_internals.variables import Variable, autocast
 
@@ -32,24 +32,26 @@ def note_custom_gradient():
         recorder.has_custom_gradient = True
 
 
-@contextlib.contextmanager
-def unseen():
+class unseen(Block):  # noqa: N801 - said of a block
     """A block that nothing that is recording on this thread sees."""
-    tapes, logs = _thread.tapes, _thread.logs
-    _thread.tapes, _thread.logs = [], []
-    try:
-        yield
-    finally:
-        _thread.tapes, _thread.logs = tapes, logs
+
+    def __init__(self):
+        self._around = _thread.tapes, _thread.logs
+
+    def begin(self):
+        _thread.tapes, _thread.logs = [], []
+
+    def end(self):
+        _thread.tapes, _thread.logs = self._around
 
 
-class Recording:
+class Recording(Block):
     """What the tapes of all backends share: their place among the active tapes, and what they watch.
 
     A backend's `Tape` derives from it, adds `watch(tensor)` and, where the framework needs to be told,
     its own part of the life cycle:
 
-    - `enter`/`exit` bracket the block, and may bracket another one later;
+    - `begin`/`end` bracket the block (see `Block`), and may bracket another one later;
     - `pause`/`resume` bracket a part of it that is not to be recorded;
     - `reset` throws away what was recorded, and everything watched;
     - `release` says that no derivative will be asked for until the next `reset`.
@@ -68,18 +70,19 @@ class Recording:
         self.has_custom_gradient = False
         self.keeps_graph = True
 
-    def enter(self):
+    def begin(self):
         _thread.tapes.append(self)
 
-    def exit(self):
-        if self in _thread.tapes:
+    def end(self):
+        while self in _thread.tapes:
             _thread.tapes.remove(self)
 
     def pause(self):
-        Recording.exit(self)
+        Recording.end(self)
 
     def resume(self):
-        Recording.enter(self)
+        if self not in _thread.tapes:
+            _thread.tapes.append(self)
 
     def reset(self):
         self._asked_for = {}
@@ -146,7 +149,7 @@ class Recording:
         return gathered
 
 
-class ReadLog:
+class ReadLog(Block):
     """Lists the variables that are read inside its block, on this thread, in the order of their first read.
 
     It notes as well whether a custom gradient is called there.
@@ -164,12 +167,12 @@ class ReadLog:
         """Notes that a reader of `variable` was given `value`."""
         self._seen.setdefault(id(variable), variable)
 
-    def __enter__(self):
+    def begin(self):
         _thread.logs.append(self)
-        return self
 
-    def __exit__(self, *exception):
-        _thread.logs.remove(self)
+    def end(self):
+        while self in _thread.logs:
+            _thread.logs.remove(self)
 
 
 def is_lent(variable, value):

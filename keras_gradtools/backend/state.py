@@ -2,10 +2,13 @@
 
 import contextlib
 import random
+import threading
 
 import keras
+from keras import ops
 
 from keras_gradtools import backend
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.keras_internals.layers import Layer, clear_losses, get_keras_mask, set_keras_mask
 from keras_gradtools.keras_internals.layers import regularization_losses as all_regularization_losses
 from keras_gradtools.keras_internals.scopes import (
@@ -31,6 +34,7 @@ __all__ = [
     "regularization_losses",
     "set_keras_mask",
     "state_variables",
+    "undone_by_errors",
 ]
 
 
@@ -49,11 +53,40 @@ class StateScope(StatelessScope):
         self._read = {}
         self._assigned = {}
 
+    # As a `Block`, which Keras' own is not: it may be left twice, and late, after the one around it.
+
+    _is_open = False
+
+    def __enter__(self):
+        if self._is_open:
+            return self
+        try:
+            self._is_open = True
+            return super().__enter__()
+        except BaseException:
+            global_state.set_global_attribute("stateless_scope", self._outside)
+            self._is_open = False
+            raise
+
     def __exit__(self, *exception):
-        super().__exit__(*exception)
-        if self._outside is None:
-            with backend.eagerly():
-                initialize_all_variables()
+        if not self._is_open or not self._is_around():
+            return
+        try:
+            super().__exit__(*exception)
+            if self._outside is None:
+                with backend.eagerly():
+                    initialize_all_variables()
+        except BaseException:
+            global_state.set_global_attribute("stateless_scope", self._outside)
+            raise
+        finally:
+            self._is_open = False
+
+    def _is_around(self):
+        scope = get_stateless_scope()
+        while scope is not None and scope is not self:
+            scope = getattr(scope, "original_scope", None)
+        return scope is self
 
     @property
     def variables_read(self):
@@ -135,31 +168,63 @@ def global_seeds():
         random.setstate(before)
 
 
+class _Thread(threading.local):
+    # By `id`, the layers that `frozen_statistics` holds for frozen.
+    frozen: frozenset = frozenset()
+
+
+_thread = _Thread()
+
+
+class frozen_statistics(Block):  # noqa: N801 - said of a block
+    """A block in which, on this thread, BatchNormalization goes by its moving statistics in training mode, too."""
+
+    def __init__(self, layer):
+        parts = [part for part in layers_of(layer) if isinstance(part, keras.layers.BatchNormalization)]
+        self._frozen, self._before = _thread.frozen | {id(part) for part in parts}, _thread.frozen
+
+    def begin(self):
+        _thread.frozen = self._frozen
+
+    def end(self):
+        _thread.frozen = self._before
+
+
+def _is_trainable(self):
+    # What the layer itself asks to know whether it was frozen. Its own flag is that of all threads.
+    return id(self) not in _thread.frozen and keras.Layer.trainable.fget(self)
+
+
+keras.layers.BatchNormalization.trainable = property(_is_trainable, keras.Layer.trainable.fset)
+
+
 @contextlib.contextmanager
-def frozen_statistics(layer):
-    """A block in which BatchNormalization goes by its moving statistics in training mode, too."""
-    # What Keras' layer asks to know whether it was frozen. The setter would mark the variables as well.
-    thawed = [
-        part for part in layers_of(layer) if isinstance(part, keras.layers.BatchNormalization) and part._trainable
-    ]
-    for part in thawed:
-        part._trainable = False
+def undone_by_errors(variables):
+    """A block that, if it raises, leaves `variables` as they were before it."""
+    if in_scope():
+        # Nothing is assigned here for good.
+        yield
+        return
+    before = [(v, ops.copy(v)) for v in variables]
     try:
         yield
-    finally:
-        for part in thawed:
-            part._trainable = True
+    except BaseException:
+        for v, value in before:
+            v.assign(value)
+        raise
 
 
-@contextlib.contextmanager
-def outside_scopes():
+class outside_scopes(Block):  # noqa: N801 - said of a block
     """A block in which variables are made and assigned for good, whatever scope is around it."""
-    scope = get_stateless_scope()
-    global_state.set_global_attribute("stateless_scope", None)
-    try:
-        yield
-    finally:
-        global_state.set_global_attribute("stateless_scope", scope)
+
+    def __init__(self):
+        self._scope = get_stateless_scope()
+
+    def begin(self):
+        global_state.set_global_attribute("stateless_scope", None)
+
+    def end(self):
+        global_state.set_global_attribute("stateless_scope", self._scope)
 
 
 def in_scope():
@@ -204,3 +269,9 @@ def _regularization_losses_of(all_losses):
 
 clear_losses.replace(_clear_losses_of)
 all_regularization_losses.replace(_regularization_losses_of)
+
+if keras.backend.backend() == "jax":
+    # Before any step, whoever's: ours are parts of models that Keras itself trains.
+    from keras_gradtools.backend import jax_training
+
+    jax_training.install()

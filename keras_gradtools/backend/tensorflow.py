@@ -9,6 +9,8 @@ import warnings
 
 import keras
 import tensorflow as tf
+from tensorflow.python import pywrap_tfe
+from tensorflow.python.eager import tape as tape_module
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import (
@@ -27,6 +29,7 @@ __all__ = [
     "LINEARIZES_ONCE",
     "Tape",
     "alias",
+    "assigns_at_once",
     "can_make_variables",
     "compiled",
     "constant_pullback",
@@ -68,41 +71,64 @@ class Tape(recording.Recording):
     def __init__(self, watch_accessed_variables):
         super().__init__(watch_accessed_variables)
         self.native = self._new_native()
+        self._notes: list = []
         self._watch_later = []
 
     def _new_native(self):
-        native = tf.GradientTape(persistent=True, watch_accessed_variables=self._watch_accessed_variables)
-        with native:
-            # One that was never entered would take a derivative for the second one on a used tape.
-            return native
+        watch = self._watch_accessed_variables
+        native = tf.GradientTape(persistent=True, watch_accessed_variables=watch)
+        # One that was never entered would take a derivative for the second one on a used tape.
+        made: list = []
+        try:
+            made.extend(map(pywrap_tfe.TFE_Py_TapeSetNew, (True,), (watch,)))
+        finally:
+            for one in made:
+                pywrap_tfe.TFE_Py_TapeSetRemove(one)
+        native._tape = tape_module.Tape(made[0])
+        return native
 
-    def enter(self):
-        super().enter()
-        self.native.__enter__()
+    # TensorFlow's set of recording tapes cannot be asked, and removing from it what is not in it is fatal. No signal
+    # is handled between a step here and its note: an odd number of notes says that the tape is in the set.
+
+    def _push(self):
+        if len(self._notes) % 2 == 0:
+            self._notes.clear()
+            self._notes.extend(map(pywrap_tfe.TFE_Py_TapeSetAdd, (self.native._tape._tape,)))
+        self.native._recording = True
+
+    def _pop(self):
+        if len(self._notes) % 2:
+            self._notes.extend(map(pywrap_tfe.TFE_Py_TapeSetRemove, (self.native._tape._tape,)))
+        self.native._recording = False
+
+    def begin(self):
+        super().begin()
+        self._push()
         for tensor in self._watch_later:
             self.native.watch(tensor)
         self._watch_later = []
 
-    def exit(self):
-        super().exit()
-        self.native.__exit__(None, None, None)  # does nothing on a tape that is paused
+    def end(self):
+        super().end()
+        self._pop()
 
     def pause(self):
-        self.exit()
+        self.end()
 
     def resume(self):
-        self.enter()
+        self.begin()
 
     def reset(self):
         super().reset()
         self._watch_later = []
         recording_now = self in recording.active_tapes()
-        self.native.__exit__(None, None, None)
+        self._pop()
         self.native = self._new_native()
         if recording_now:
-            self.native.__enter__()
+            self._push()
 
     def release(self):
+        self._pop()
         self.native = self._new_native()
 
     def watch(self, tensor):
@@ -326,6 +352,10 @@ def with_random_state(state):
 def compiled(fun):
     # Keras compiles the whole training step, and this with it.
     return fun
+
+
+def assigns_at_once():
+    return tf.executing_eagerly() and not tf.distribute.has_strategy()
 
 
 def can_make_variables():

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import warnings
 
 import keras
@@ -19,6 +20,7 @@ from keras_gradtools.backend import (
     torch_tape,
     torch_unfused,
 )
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 from keras_gradtools.backend.torch_tape import Tape
 from keras_gradtools.keras_internals import backend_modules
@@ -29,6 +31,7 @@ __all__ = [
     "LINEARIZES_ONCE",
     "Tape",
     "alias",
+    "assigns_at_once",
     "can_make_variables",
     "compiled",
     "constant_pullback",
@@ -74,7 +77,8 @@ def pullback(tape, targets, sources, cotangents):
 
 
 def constant_pullback(tape, targets, sources, cotangents):
-    with torch.no_grad():
+    block = torch_graph.GradMode(False)
+    with block, block:
         return pullback(tape, targets, sources, cotangents)
 
 
@@ -111,7 +115,8 @@ class _Pullback:
             if is_recorded is None:
                 is_recorded = _is_recorded(self._part, cotangents)
             upstream = tuple(u for edge, u in zip(self._target_edges, cotangents, strict=True) if edge is not None)
-            with torch_graph.passing(self._part, is_recorded):
+            block = torch_graph.passing(self._part, is_recorded)
+            with block, block:
                 given = run(self._outputs, _native(self._wanted), upstream, is_recorded)
             gradients = dict(zip(self._wanted, map(_dense, given), strict=True))
         results = [gradients.get(edge) for edge in self._source_edges]
@@ -245,32 +250,25 @@ class _Linear:
         self._outputs, self._places = targets, places
         self._pullback = _Pullback(tape, targets, values)
         self._cotangents = [torch.zeros_like(t) for t in targets]
-        with self._borrowing():
+        block = torch_graph.Borrowing(self._cotangents)
+        with block, block:
             gradients = self._pullback(self._cotangents, _run, is_recorded=True)
             self._connected = [
                 (g, place) for g, place in zip(gradients, places, strict=True) if g is not None and g.requires_grad
             ]
-
-    @contextlib.contextmanager
-    def _borrowing(self):
-        for u in self._cotangents:
-            torch_graph.borrow(u)
-        try:
-            yield
-        finally:
-            for u in self._cotangents:
-                torch_graph.give_back(u)
 
     def push(self, tangents, run):
         if not self._connected:
             return [None] * self._targets
         gradients = [g for g, _ in self._connected]
         along = [tangents[place] for _, place in self._connected]
-        with self._borrowing():
+        block = torch_graph.Borrowing(self._cotangents)
+        with block, block:
             part = torch_graph.Slice([(node, 0) for node in _nodes(gradients)], lambda number: False, {})
             is_recorded = _is_recorded(part, along)
             part.boundaries = []
-            with torch_graph.passing(part, is_recorded):
+            one_pass = torch_graph.passing(part, is_recorded)
+            with one_pass, one_pass:
                 pushed = [_dense(p) for p in run(gradients, self._cotangents, along, is_recorded)]
         return [self._mended(i, p, tangents, run) if p is not None and _has_nan(p) else p for i, p in enumerate(pushed)]
 
@@ -301,7 +299,10 @@ class _Linear:
 
 def alias(x):
     # Without grad mode, the alias of what requires a gradient would be neither a leaf nor a part of a graph.
-    with torch.enable_grad():
+    if torch.is_grad_enabled():
+        return x.view_as(x)
+    block = torch_graph.GradMode(True)
+    with block, block:
         return x.view_as(x)
 
 
@@ -355,14 +356,28 @@ def random_state():
     return torch.get_rng_state(), on_device
 
 
-@contextlib.contextmanager
-def with_random_state(state):
-    before = random_state()
-    _set_random_state(state)
-    try:
-        yield
-    finally:
-        _set_random_state(before)
+class with_random_state(Block):  # noqa: N801 - said of a block
+    """A block in which torch's generators are in a given state."""
+
+    # The generators are those of all threads.
+    _lock = threading.RLock()
+
+    def __init__(self, state):
+        self._state, self._before = state, None
+        self._held: list = []
+
+    def begin(self):
+        # No interrupt comes between the two.
+        self._held.extend(map(self._lock.acquire, (True,)))
+        self._before = random_state()
+        _set_random_state(self._state)
+
+    def end(self):
+        if self._before is not None:
+            _set_random_state(self._before)
+        while self._held:
+            self._held.pop()
+            self._lock.release()
 
 
 def _set_random_state(state):
@@ -370,6 +385,10 @@ def _set_random_state(state):
     torch.set_rng_state(on_host)
     if on_device is not None:
         torch.cuda.set_rng_state(on_device)
+
+
+def assigns_at_once():
+    return True
 
 
 def can_make_variables():
@@ -412,13 +431,10 @@ def per_example_gradients(fun, weights, examples, must_vectorize=False):
 
 def _gradients(fun, weights, example):
     tape = Tape(watch_accessed_variables=False)
-    tape.enter()
-    try:
+    with tape, tape:
         for w in weights:
             tape.watch(w)
         value = fun(weights, example)
-    finally:
-        tape.exit()
     gradients = pullback(tape, [value], weights, [torch.ones_like(value)])
     return [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
 

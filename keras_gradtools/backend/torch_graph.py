@@ -6,13 +6,14 @@ made. So a tape is a set of windows of these numbers. An edge is a pair `(node, 
 """
 
 import bisect
-import contextlib
+import functools
 import re
 import threading
 
 import torch
 
 from keras_gradtools.backend import torch_formulas, torch_levels
+from keras_gradtools.backend.blocks import Block
 
 # The number of every node that collects the gradient of a leaf.
 _LEAF = 2**64 - 1
@@ -26,6 +27,19 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+class GradMode(Block):
+    """torch's grad mode for the time of a block; torch's own context managers can be interrupted half-way."""
+
+    def __init__(self, enabled):
+        self._enabled, self._before = enabled, torch.is_grad_enabled()
+
+    def begin(self):
+        torch._C._set_grad_enabled(self._enabled)
+
+    def end(self):
+        torch._C._set_grad_enabled(self._before)
 
 
 class Windows:
@@ -90,7 +104,8 @@ def _merged(windows):
 
 def leaf_edge(tensor):
     """The edge of a leaf that requires gradients: the one that an operation on it has."""
-    with torch.set_grad_enabled(True):
+    block = GradMode(True)
+    with block, block:
         return tensor.view_as(tensor).grad_fn.next_functions[0]
 
 
@@ -222,72 +237,77 @@ def leads_to(node, recorded):
             return True
 
 
-@contextlib.contextmanager
-def passing(part, is_recorded):
+class passing(Block):  # noqa: N801 - said of a block
     """The time of a backward pass that stays inside `part`, a `Slice`, and runs on the calling thread alone.
 
     Other threads of the engine would number the nodes of a recorded pass on their own. The leaves require gradients
     again, as when they were recorded: torch asks the tensors that it has saved (`linalg.solve`), and a checkpoint
     computes with them once more. If it `is_recorded`, all that it does can be differentiated, to any order.
     """
-    running = object()
-    _thread.passes.append(running)
 
-    def is_this_pass():
-        # A pass of another tape may cross the same nodes meanwhile: on a thread of its own, or inside this one.
-        return bool(_thread.passes) and _thread.passes[-1] is running
+    def __init__(self, part, is_recorded):
+        self._part = part
+        self._is_recorded = is_recorded
+        self._handles = []
+        self._was_multithreaded = torch._C._is_multithreading_enabled()
 
-    def stop(gradients):
-        # None and not zeros, which would become NaN where the derivative is infinite.
-        return (None,) * len(gradients) if is_this_pass() else None
+    def begin(self):
+        _thread.passes.append(self)
+        for leaf in self._part.leaves:
+            borrow(leaf.variable, self)
+        if self._is_recorded:
+            for node, formula in torch_formulas.of(self._part.nodes):
+                self._hook(node.register_hook, functools.partial(self._replace_by, formula))
+        for node in self._part.boundaries:
+            self._hook(node.register_prehook, self._stop)
+        for node, positions in self._part.early.items():
+            self._hook(node.register_hook, functools.partial(self._stop_at, positions))
+        torch._C._set_multithreading_enabled(False)
 
-    def stop_at(positions):
-        def hook(gradients, _):
-            if is_this_pass():
-                return tuple(None if i in positions else g for i, g in enumerate(gradients))
-            return None
+    def _hook(self, register, hook):
+        # No interrupt comes between the two.
+        self._handles.extend(map(register, (hook,)))
 
-        return hook
-
-    def replace_by(formula):
-        def hook(gradients, upstream):
-            if not is_this_pass():
-                return None
-            # No more than the pass has asked for.
-            return tuple(
-                r if g is not None else None for g, r in zip(gradients, formula(upstream, gradients), strict=True)
-            )
-
-        return hook
-
-    handles, lent = [], []
-    try:
-        for leaf in part.leaves:
-            if borrow(leaf.variable):
-                lent.append(leaf.variable)
-        if is_recorded:
-            handles.extend(node.register_hook(replace_by(f)) for node, f in torch_formulas.of(part.nodes))
-        handles.extend(node.register_prehook(stop) for node in part.boundaries)
-        handles.extend(node.register_hook(stop_at(positions)) for node, positions in part.early.items())
-        with torch.autograd.set_multithreading_enabled(False), _clear_errors():
-            yield
-    finally:
-        for handle in handles:
+    def end(self):
+        torch._C._set_multithreading_enabled(self._was_multithreaded)
+        for handle in self._handles:
             handle.remove()
-        for tensor in lent:
-            give_back(tensor)
-        _thread.passes.remove(running)
+        for leaf in self._part.leaves:
+            give_back(leaf.variable, self)
+        while self in _thread.passes:
+            _thread.passes.remove(self)
+
+    def __exit__(self, kind=None, error=None, traceback=None):
+        was_open = self._is_open
+        super().__exit__(kind, error, traceback)
+        if was_open and isinstance(error, RuntimeError):
+            _raise_clear_error(error)
+
+    def _is_this_pass(self):
+        # A pass of another tape may cross the same nodes meanwhile: on a thread of its own, or inside this one.
+        return bool(_thread.passes) and _thread.passes[-1] is self
+
+    def _stop(self, gradients):
+        # None and not zeros, which would become NaN where the derivative is infinite.
+        return (None,) * len(gradients) if self._is_this_pass() else None
+
+    def _replace_by(self, formula, gradients, upstream):
+        if not self._is_this_pass():
+            return None
+        # No more than the pass has asked for.
+        replaced = formula(upstream, gradients)
+        return tuple(r if g is not None else None for g, r in zip(gradients, replaced, strict=True))
+
+    def _stop_at(self, positions, gradients, _):
+        if self._is_this_pass():
+            return tuple(None if i in positions else g for i, g in enumerate(gradients))
+        return None
 
 
-@contextlib.contextmanager
-def _clear_errors():
-    try:
-        yield
-    except RuntimeError as error:
-        if _no_derivative(str(error)):
-            raise RuntimeError(_no_derivative(str(error))) from error
-        if "inplace operation" not in str(error):
-            raise
+def _raise_clear_error(error):
+    if _no_derivative(str(error)):
+        raise RuntimeError(_no_derivative(str(error))) from error
+    if "inplace operation" in str(error):
         raise RuntimeError(
             "A tensor or variable that the tape's block has read was overwritten before the derivative was taken. "
             "torch assigns to a variable in place, and the value that the derivative needs is gone. Take the "
@@ -300,34 +320,51 @@ _borrowed = {}
 _borrowed_lock = threading.Lock()
 
 
-def borrow(tensor, variable=None):
-    """Lets `tensor` require gradients until `give_back`; returns False if it does so by itself.
+def borrow(tensor, holder, variable=None):
+    """Lets `tensor` require gradients until `holder` gives it back; does nothing if it does so by itself.
 
-    Several tapes may borrow the same tensor. `variable` is the Keras variable that it is the value of.
+    Several holders may borrow the same tensor. `variable` is the Keras variable that it is the value of.
     """
     with _borrowed_lock:
         entry = _borrowed.get(id(tensor))
         if entry is None:
             if tensor.requires_grad:
-                return False
+                return
             trainable = variable is not None and variable.trainable
-            entry = _borrowed[id(tensor)] = [tensor, 0, variable, trainable]
-            torch_levels.require_grad(tensor, True)
-        entry[1] += 1
-    return True
+            entry = _borrowed[id(tensor)] = (tensor, {id(holder)}, variable, trainable)
+        entry[1].add(id(holder))
+        torch_levels.require_grad(tensor, True)
 
 
-def give_back(tensor):
+def give_back(tensor, holder):
+    """Ends what `borrow` began, and does nothing where `holder` does not have the tensor."""
     with _borrowed_lock:
-        entry = _borrowed[id(tensor)]
-        entry[1] -= 1
-        if entry[1]:
+        entry = _borrowed.get(id(tensor))
+        if entry is None:
             return
-        del _borrowed[id(tensor)]
-        _, _, variable, was_trainable = entry
-        # Keras sets the flag when a layer is frozen or unfrozen: that has priority.
-        unfrozen = variable is not None and variable.trainable and not was_trainable
-        torch_levels.require_grad(tensor, unfrozen)
+        _, holders, variable, was_trainable = entry
+        if holders <= {id(holder)}:
+            # Keras sets the flag when a layer is frozen or unfrozen: that has priority.
+            unfrozen = variable is not None and variable.trainable and not was_trainable
+            torch_levels.require_grad(tensor, unfrozen)
+            del _borrowed[id(tensor)]
+        else:
+            holders.discard(id(holder))
+
+
+class Borrowing(Block):
+    """The time in which some tensors require gradients."""
+
+    def __init__(self, tensors):
+        self._tensors = tensors
+
+    def begin(self):
+        for tensor in self._tensors:
+            borrow(tensor, self)
+
+    def end(self):
+        for tensor in self._tensors:
+            give_back(tensor, self)
 
 
 def is_borrowed(tensor):

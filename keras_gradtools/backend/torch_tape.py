@@ -42,11 +42,10 @@ class Tape(recording.Recording):
         self._borrowed = []
 
     def _give_back(self):
-        if self._inside:
-            for tensor, _ in self._borrowed:
-                torch_graph.give_back(tensor)
+        for tensor, _ in self._borrowed:
+            torch_graph.give_back(tensor, self)
 
-    def enter(self):
+    def begin(self):
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "A GradientTape cannot record under `torch.inference_mode()`. Received: a tape entered inside it. "
@@ -58,16 +57,16 @@ class Tape(recording.Recording):
                 "graph is numbered anew. Received: a tape entered again elsewhere. Enter it on its own thread, or make "
                 "a new tape."
             )
-        super().enter()
+        super().begin()
         self._inside = True
         _thread.grad_modes.append([self, torch.is_grad_enabled()])
         torch.set_grad_enabled(True)
         for tensor, variable in self._borrowed:
-            torch_graph.borrow(tensor, variable)
+            torch_graph.borrow(tensor, self, variable)
         self._windows.open()
 
-    def exit(self):
-        super().exit()
+    def end(self):
+        super().end()
         self._windows.close()
         self._give_back()
         self._inside = False
@@ -75,15 +74,17 @@ class Tape(recording.Recording):
 
     def _restore_grad_mode(self):
         entries = _thread.grad_modes
-        place = next((i for i, (tape, _) in enumerate(entries) if tape is self), None)
-        if place is None:
+        tapes = [tape for tape, _ in entries]
+        if self not in tapes:
             return
-        _, before = entries.pop(place)
-        if place == len(entries):
+        place = tapes.index(self)
+        _, before = entries[place]
+        if place == len(entries) - 1:
             torch.set_grad_enabled(before)
         else:
             # The tape that was entered next is still inside its block: it restores what this one would have.
-            entries[place][1] = before
+            entries[place + 1][1] = before
+        del entries[place]
 
     def pause(self):
         super().pause()
@@ -130,8 +131,10 @@ class Tape(recording.Recording):
                 f"tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)}. Watch and use a copy of it, "
                 "`keras.ops.copy(x)`, or make it under `torch.no_grad()`."
             )
-        if torch_graph.borrow(tensor, variable):
-            self._borrowed.append((tensor, variable))
+        if tensor.requires_grad and not torch_graph.is_borrowed(tensor):
+            return
+        self._borrowed.append((tensor, variable))
+        torch_graph.borrow(tensor, self, variable)
 
     def note_results(self, results):
         for y in results:

@@ -65,7 +65,8 @@ class BatchLoss:
 
     def _called(self, model, weights, x):
         mapping = list(zip(self._variables, weights, strict=True))
-        with StateScope(mapping), backend.with_random_state(self._random_state):
+        scope, random_state = StateScope(mapping), backend.with_random_state(self._random_state)
+        with scope, scope, random_state, random_state:
             outputs = model(x, training=self._training)
             return self._outputs_of(outputs), list(model.losses)
 

@@ -280,10 +280,8 @@ class CurvatureOperator:
         return float(totals[0]) / count, gradient
 
     def move(self, offset):
-        """Adds a vector, as `@` takes one, to the variables."""
-        parts = self._offset("move", offset)
-        for variable, part in zip(self.variables, parts, strict=True):
-            variable.assign(ops.convert_to_tensor(variable) + part)
+        """Adds a vector, as `@` takes one, to the variables: to all of them, or after an error or interrupt to none."""
+        self._parameters.move(self._offset("move", offset))
 
     def loss_surface(self, directions=None, distance=1.0, points=21, seed=0):
         r"""The loss $L(\theta + a \, u_1 + b \, u_2)$ over a plane through the weights.

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation, vectors
+from keras_gradtools.backend.state import undone_by_errors
 
 
 class Parameters:
@@ -31,6 +32,13 @@ class Parameters:
     def variables_as_tensors(self):
         """The values of the moment, a tensor for each variable."""
         return [ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.variables]
+
+    def move(self, offsets):
+        """Adds a tensor to each variable; whatever ends that in between, all of them are as they were."""
+        moved = [ops.convert_to_tensor(v) + offset for v, offset in zip(self.variables, offsets, strict=True)]
+        with undone_by_errors(self.variables):
+            for v, value in zip(self.variables, moved, strict=True):
+                v.assign(value)
 
     def split(self, vectors):
         """A vector `(n,)`, or a stack of them `(k, n)`, as a tensor for each variable, behind the axis of the stack."""

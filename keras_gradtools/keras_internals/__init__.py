@@ -12,6 +12,7 @@ error, and a Keras newer than the tested ones is one warning; both say what was 
 | `scopes`          | stateless scopes, the call around, seeds                                 |
 | `layers`          | layers, operations, masks                                                |
 | `losses`          | compiled losses and how they are reduced                                 |
+| `jax_trainer`     | the trainer for JAX                                                      |
 | `backend_modules` | the modules that Keras' operations call on the current backend           |
 
 It imports no framework and no backend of ours, so that it can be read under every Keras backend.

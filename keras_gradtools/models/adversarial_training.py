@@ -31,8 +31,8 @@ class AdversarialTraining(WrappedModel):
         **kwargs: the `name`, `trainable` and `dtype` of any `keras.Model`; `dtype` is the model's by default.
 
     Raises:
-        ValueError: for a `model` that is not built or an `attack` that is none; in a step, if the model has several
-            inputs or there are no labels.
+        ValueError: for a `model` that is not built or has several inputs, or an `attack` that is none; in a step, if
+            there are no labels. The weights stay as they were.
 
     Cost:
         In units of a plain training step (3 forward passes): FGSM 5/3, PGD of n steps 1 + 2 n / 3, noise 1.
@@ -60,6 +60,9 @@ class AdversarialTraining(WrappedModel):
                 f"attack={validation.describe(attack)}."
             )
         super().__init__(NAME, model, **kwargs)
+        inputs = nesting.flatten(getattr(model, "inputs", None) or [])
+        if len(inputs) > 1:
+            raise _several_inputs(f"the model {model.name!r} of {len(inputs)} inputs")
         self.attack = attack
         self._seed = seed
         self._seeds = keras.random.SeedGenerator(seed)
@@ -68,11 +71,7 @@ class AdversarialTraining(WrappedModel):
     def train_step(self, *args):
         x, y, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
         if len(nesting.flatten(x)) != 1 or y is None:
-            raise ValueError(
-                f"{NAME} trains models of one input, on labels. Received: {len(nesting.flatten(x))} inputs and "
-                f"{'no labels' if y is None else 'labels'}. Of several inputs, wrap the part of the model that comes "
-                "after those that stay as they are."
-            )
+            raise _several_inputs(f"{len(nesting.flatten(x))} inputs and {'no labels' if y is None else 'labels'}")
         self._step.labels = (y,)
         try:
             return super().train_step(*args)
@@ -99,6 +98,13 @@ class AdversarialTraining(WrappedModel):
             for name in ("model", "attack")
         }
         return cls(**config | restored)
+
+
+def _several_inputs(received):
+    return ValueError(
+        f"{NAME} trains models of one input, on labels. Received: {received}. Of several inputs, wrap the part of the "
+        "model that comes after those that stay as they are."
+    )
 
 
 class _Step(threading.local):

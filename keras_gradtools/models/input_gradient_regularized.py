@@ -13,7 +13,7 @@ from keras import ops
 from keras_gradtools import validation
 from keras_gradtools.backend import example_losses
 from keras_gradtools.models.wrapped_model import WrappedModel
-from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions
+from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions, model_inputs
 from keras_gradtools.regularization.penalty import Penalty, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.regularization.sample_weights import example_weights
@@ -94,8 +94,9 @@ class InputGradientRegularized(WrappedModel):
 
     Raises:
         ValueError: for a `model` that is not built, or options that do not fit (each is named); if no input is
-            floating-point, or no loss was compiled where it is needed; at `compile(jit_compile=True)` where the
-            compiler of the backend cannot differentiate twice (torch) and the method needs it.
+            floating-point; at `compile`, without a loss where one is needed, and for `jit_compile=True` where the
+            compiler of the backend cannot differentiate twice (torch) and the method needs it; in a step, for a target
+            or loss that does not return one number for each example. The weights stay as they were.
 
     Cost:
         In units of a plain training step where computation dominates: `"exact"` 2 in theory (one forward and two
@@ -145,6 +146,9 @@ class InputGradientRegularized(WrappedModel):
         strength = Strength(NAME, weight, every)
         inputs = checked_choice(NAME, inputs)
         super().__init__(NAME, model, **kwargs)
+        known = model_inputs(model)
+        if known is not None:
+            chosen_positions(NAME, model, known, inputs)
         self.penalty_tracker = keras.metrics.Mean(name="input_gradient_penalty")
         self.norm_tracker = keras.metrics.Mean(name="input_gradient_norm")
         self._penalty, self._strength = penalty, strength
@@ -185,6 +189,20 @@ class InputGradientRegularized(WrappedModel):
         self._penalty.check_compiled(choice, value)
         WrappedModel.jit_compile.fset(self, value)
         self._choice = choice
+
+    @functools.wraps(keras.Model.compile)
+    def compile(self, optimizer="rmsprop", loss=None, *args, **kwargs):
+        if loss is None and self._penalty.target == "loss":
+            raise ValueError(
+                f"{NAME} penalizes the gradient of the compiled loss, and none was compiled. Received: loss=None. Pass "
+                "a loss to `compile`, or another `target`."
+            )
+        super().compile(optimizer, loss, *args, **kwargs)
+
+    def compile_from_config(self, config):
+        """As Keras does it for a model whose `compile` is its own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def _settled(self):
         if self._choice is None:
@@ -239,11 +257,6 @@ class InputGradientRegularized(WrappedModel):
         if not self._step.recording:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         is_of_loss = self._penalty.target == "loss"
-        if is_of_loss and self._compile_loss is None:
-            raise ValueError(
-                f"{NAME} penalizes the gradient of the compiled loss, and none was compiled. Received: loss=None. Pass "
-                "a loss to `compile`, or another `target`."
-            )
         record = self._take_record(y_pred)
         target = self._target(y, y_pred)
         if not is_of_loss or sample_weight is not None or self.losses:
@@ -253,8 +266,8 @@ class InputGradientRegularized(WrappedModel):
             target.losses = target.recorded(record)
             loss = example_losses.on_replica(ops.mean(target.losses))
         else:
-            with record.recording():
-                loss = target.total = super().compute_loss(x, y, y_pred, None, training)
+            plain = super().compute_loss
+            loss = target.total = record.recorded(lambda: plain(x, y, y_pred, None, training))
         weighted = self._measure(record, target, sample_weight, loss.dtype, training)
         return loss if weighted is None else loss + ops.cast(example_losses.on_replica(weighted), loss.dtype)
 

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.backend.state import state_variables
+from keras_gradtools.backend.state import state_variables, undone_by_errors
 from keras_gradtools.curvature.batches import batch_size_of, refuse_non_finite
 from keras_gradtools.curvature.newton_step import NewtonStepResult, StepReason, newton_step, require_enough_outputs
 from keras_gradtools.curvature.normal_equations import NormalEquations
@@ -138,11 +138,14 @@ class SecondOrder(WrappedModel):
         if found.reason == StepReason.NOT_FINITE:
             refuse_non_finite(NAME, [batch])
             self._warn(found.message)
-        logs = problem.measured(found.loss, batch)
-        if found.step is not None:
-            operator.move(found.step.astype(operator.dtype))
-        optimizer.end_step(operator, found.damping)
-        self._last.result = found
+        weights = operator.variables if found.step is not None else []
+        measured = [*state_variables(self), *self.metrics_variables, *optimizer.variables]
+        with undone_by_errors([*weights, *measured]):
+            logs = problem.measured(found.loss, batch)
+            if found.step is not None:
+                operator.move(found.step.astype(operator.dtype))
+            optimizer.end_step(operator, found.damping)
+            self._last.result = found
         return logs | {
             "damping": found.damping,
             "step_length": found.step_length,

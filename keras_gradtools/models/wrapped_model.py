@@ -1,8 +1,11 @@
 """What the models that train another model have in common."""
 
+import contextlib
+
 import keras
 
 from keras_gradtools import backend, validation
+from keras_gradtools.backend.state import state_variables, undone_by_errors
 
 
 class WrappedModel(keras.Model):
@@ -35,6 +38,20 @@ class WrappedModel(keras.Model):
     def _should_torch_compile(self):
         # Keras would compile the whole step, and stumble over the tape in it.
         return False
+
+    def train_step(self, *args):
+        with self._whole():
+            return super().train_step(*args)
+
+    def test_step(self, *args):
+        with self._whole():
+            return super().test_step(*args)
+
+    def _whole(self):
+        """The time of a step that, if it fails, has changed no statistics, no seeds and no metrics."""
+        if not backend.assigns_at_once():
+            return contextlib.nullcontext()
+        return undone_by_errors([*state_variables(self), *self.metrics_variables])
 
     def _call_model(self, inputs, training):
         return self.model(inputs, training=training)

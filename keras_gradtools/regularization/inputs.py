@@ -25,6 +25,14 @@ def checked_choice(owner, names):
     return tuple(given)
 
 
+def model_inputs(model):
+    """What a model is known to take, nested as it takes it; None where it is only known by its calls."""
+    if not getattr(model, "inputs", None):
+        return None
+    # A model of a graph has them in the user's own nesting.
+    return model.inputs if isinstance(model, keras.Sequential) else model.input
+
+
 def chosen_positions(owner, model, inputs, names):
     """The positions among the flat `inputs` of those named, or of all with a derivative."""
     leaves = nesting.flatten(inputs)

@@ -88,7 +88,8 @@ class Penalty:
     def measure(self, choice, call, target, model, training):
         """The `Penalties` of a `RecordedCall` of `model`."""
         if self.frozen_statistics and training:
-            with state.frozen_statistics(model):
+            block = state.frozen_statistics(model)
+            with block, block:
                 return self._measure(choice, call.recorded_again(), target.recomputed())
         return self._measure(choice, call, target)
 

@@ -1,7 +1,5 @@
 """One call of a model, recorded as a function of its inputs, that can be made again with other inputs."""
 
-import contextlib
-
 from keras import ops
 
 from keras_gradtools import backend, nesting
@@ -12,7 +10,7 @@ from keras_gradtools.regularization.masks import with_mask_of
 class Snapshot:
     """What the next call of `layer` goes by besides its inputs and weights: seeds, statistics, random generators.
 
-    In a block of `replaying` it is so again: dropout draws the same mask. What is assigned there is dropped.
+    In what is `replayed` it is so again: dropout draws the same mask. What is assigned there is dropped.
     """
 
     def __init__(self, layer):
@@ -20,10 +18,11 @@ class Snapshot:
         self._mapping = [(v, ops.copy(v)) for v in variables]
         self._random = backend.random_state()
 
-    @contextlib.contextmanager
-    def replaying(self):
-        with state.StateScope(self._mapping), backend.with_random_state(self._random):
-            yield
+    def replayed(self, fun):
+        """What `fun()` returns when it is so again."""
+        scope, random_state = state.StateScope(self._mapping), backend.with_random_state(self._random)
+        with scope, scope, random_state, random_state:
+            return fun()
 
 
 class RecordedCall:
@@ -49,19 +48,15 @@ class RecordedCall:
         # The same tensor given as two inputs is two inputs.
         self.sources = [backend.alias(flat[i]) for i in chosen]
         self.record = backend.Tape(watch_accessed_variables=False)
-        with self.recording():
+        with self.record, self.record:
             for x in self.sources:
                 self.record.watch(x)
             self.outputs = fun(self._with(self.sources)) if keeps_state else self.again(self.sources)
 
-    @contextlib.contextmanager
-    def recording(self):
-        """A block in which more is recorded."""
-        self.record.enter()
-        try:
-            yield
-        finally:
-            self.record.exit()
+    def recorded(self, fun):
+        """What `fun()` returns, recorded with the call."""
+        with self.record, self.record:
+            return fun()
 
     @property
     def batch_size(self):
@@ -81,8 +76,7 @@ class RecordedCall:
 
     def again(self, sources):
         """The outputs for other values of the sources, everything else being as it was before the call."""
-        with self._snapshot.replaying():
-            return self._fun(self._with(sources))
+        return self._snapshot.replayed(lambda: self._fun(self._with(sources)))
 
     def recorded_again(self):
         """The same call, made and recorded once more."""

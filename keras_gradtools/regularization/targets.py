@@ -39,8 +39,7 @@ class Target:
 
     def recorded(self, call):
         """The same of the outputs of a call, recorded with it."""
-        with call.recording():
-            return self.each(call.outputs)
+        return call.recorded(lambda: self.each(call.outputs))
 
 
 class LossTarget(Target):
@@ -60,8 +59,7 @@ class LossTarget(Target):
     def pull(self, call):
         loss = self.total
         if loss is None:
-            with call.recording():
-                loss = example_losses.total_loss(self._compile_loss, self._y, call.outputs)
+            loss = call.recorded(lambda: example_losses.total_loss(self._compile_loss, self._y, call.outputs))
         # The factor goes in before the pullback: in half precision, the gradients of a mean may underflow.
         factor = example_losses.off_replica(ops.cast(call.batch_size, loss.dtype))
         return call.pull([loss], [ops.broadcast_to(factor, ops.shape(loss))])
@@ -113,8 +111,7 @@ class OutputsTarget(Target):
         self._mixtures = None if projections == ALL else _mixtures(self._outputs, projections, seed)
 
     def pull(self, call):
-        with call.recording():
-            outputs = float_outputs(call.outputs)
+        outputs = call.recorded(lambda: float_outputs(call.outputs))
         if self._mixtures is None:
             blocks = jacobians.jacobians(call.record, outputs, call.sources, "reverse", None, False, batch_axes=1)
             return [block for row in blocks for block in row]

@@ -43,15 +43,12 @@ def _leak_of(name, called, leaves, batch_size, seed):
     if floats:
         record = backend.Tape(watch_accessed_variables=False)
         aliases = list(leaves)
-        with StateScope():
-            record.enter()
-            try:
-                for i in floats:
-                    aliases[i] = backend.alias(leaves[i])
-                    record.watch(aliases[i])
-                outputs = _float_leaves(called(aliases))
-            finally:
-                record.exit()
+        scope = StateScope()
+        with scope, scope, record, record:
+            for i in floats:
+                aliases[i] = backend.alias(leaves[i])
+                record.watch(aliases[i])
+            outputs = _float_leaves(called(aliases))
         _require_outputs(name, outputs, batch_size)
         sources = [aliases[i] for i in floats]
         leak = independence.of_record(record, outputs, sources, batch_size, seed)
@@ -85,15 +82,11 @@ def _exchange(name, called, leaves, others, batch_size, seed, leak):
 def _mixing_layers(called, leaves, batch_size, seed):
     """The names and classes of the innermost layers in which gradients cross between examples."""
     record = backend.Tape(watch_accessed_variables=False)
-    with StateScope():
-        record.enter()
-        try:
-            with layer_calls.watched(record) as calls:
-                called(leaves)
-        finally:
-            record.exit()
+    scope, watched = StateScope(), layer_calls.watched(record)
+    with scope, scope, record, record, watched, watched:
+        called(leaves)
     mixing = []
-    for call in calls:
+    for call in watched.calls:
         outputs = _float_leaves(call.outputs)
         if call.inputs and outputs:
             leak = independence.of_record(record, outputs, call.inputs, batch_size, seed)

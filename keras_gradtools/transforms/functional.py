@@ -94,7 +94,8 @@ def functionalize(model):
 
     def fun(weights, *inputs, training=False, return_losses=False, **kwargs):
         mapping = list(zip(variables, _checked_weights(weights, variables), strict=True))
-        with StateScope(mapping):
+        scope = StateScope(mapping)
+        with scope, scope:
             outputs = model(*inputs, training=training, **kwargs)
             return (outputs, list(model.losses)) if return_losses else outputs
 

@@ -1,6 +1,5 @@
 """The exact Hessian by the kernel of one Dense layer inside a model, through what the layer computes."""
 
-import contextlib
 import functools
 import math
 import threading
@@ -11,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, validation
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.state import StateScope
 from keras_gradtools.tape import GradientTape
 from keras_gradtools.transforms import compiled
@@ -86,10 +86,11 @@ def _evaluate(layer, fun, *args, **kwargs):
     with StateScope(), outer:
         # By all that leads to the kernel, for the comparison with what leads through `calls`.
         outer.watch(layer.kernel)
-        with _one_at_a_time, inner, _calls_of(layer, (outer, inner)) as calls:
+        with _one_at_a_time, inner, _CallsOf(layer, (outer, inner)) as block:
             inner.watch(layer.kernel)
             value = fun(*args, **kwargs)
         require_scalar("kernel_hessian", value)
+        calls = block.calls
         if not calls:
             raise ValueError(
                 "kernel_hessian takes a layer that the function calls. Received: "
@@ -125,34 +126,37 @@ class _Call(NamedTuple):
     output: object
 
 
-@contextlib.contextmanager
-def _calls_of(layer, tapes):
+class _CallsOf(Block):
     """Lists the inputs and pre-activations of the layer's calls in the block, on this thread, which `tapes` watch."""
-    calls, inputs = [], []
-    thread = threading.get_ident()
-    call, activation = layer.call, layer.activation
 
-    def call_and_note(x, *args, **kwargs):
-        if threading.get_ident() == thread:
-            inputs.append(x)
-        return call(x, *args, **kwargs)
+    def __init__(self, layer, tapes):
+        self._layer, self._tapes, self._thread = layer, tapes, threading.get_ident()
+        self.calls: list = []
+        self._inputs: list = []
+        self._call, self._activation = layer.call, layer.activation
+        # Past Keras' own attributes, which would take these for a change of the layer.
+        self._before = {name: layer.__dict__[name] for name in ("call", "activation") if name in layer.__dict__}
 
-    def activate_and_note(z):
-        if threading.get_ident() == thread:
+    def begin(self):
+        self._layer.__dict__.update(call=self._call_and_note, activation=self._activate_and_note)
+
+    def end(self):
+        for name in ("call", "activation"):
+            self._layer.__dict__.pop(name, None)
+        self._layer.__dict__.update(self._before)
+
+    def _call_and_note(self, x, *args, **kwargs):
+        if threading.get_ident() == self._thread:
+            self._inputs.append(x)
+        return self._call(x, *args, **kwargs)
+
+    def _activate_and_note(self, z):
+        if threading.get_ident() == self._thread:
             z = backend.alias(z)
-            for tape in tapes:
+            for tape in self._tapes:
                 tape.watch(z)
-            calls.append(_Call(inputs.pop(), z))
-        return activation(z)
-
-    # Past Keras' own attributes, which would take these for a change of the layer.
-    before = {name: layer.__dict__[name] for name in ("call", "activation") if name in layer.__dict__}
-    layer.__dict__.update(call=call_and_note, activation=activate_and_note)
-    try:
-        yield calls
-    finally:
-        del layer.__dict__["call"], layer.__dict__["activation"]
-        layer.__dict__.update(before)
+            self.calls.append(_Call(self._inputs.pop(), z))
+        return self._activation(z)
 
 
 def _by_position(x, dtype):

@@ -65,7 +65,8 @@ def per_example_grad(fun, argnums=0):
             examples = [ops.expand_dims(x, 0) for x in flat_examples]
             given = list(nesting.pack_as(batch, examples))
             given.insert(place, nesting.pack_as(weights, flat_weights))
-            with StateScope():
+            scope = StateScope()
+            with scope, scope:
                 result = fun(*given, **kwargs)
             require_scalar("per_example_grad", result)
             validation.require_differentiable(result, "What the function under `per_example_grad` returns")

@@ -34,17 +34,14 @@ class TapedCall:
         self.sources = chosen if isinstance(argnums, (tuple, list)) else chosen[0]
         self.flat_sources = nesting.flatten(self.sources)
         self.record = backend.Tape(watch_accessed_variables=False)
-        with StateScope():
-            self.record.enter()
-            try:
-                for x in self.flat_sources:
-                    self.record.watch(x)
-                returned = fun(*args, **(kwargs or {}))
-                target, aux = _split_aux(name, returned) if has_aux else (returned, None)
-                self.target, self._aux = (nesting.map_structure(read, x) for x in (target, aux))
-                self.record.note_results(nesting.flatten(self.target))
-            finally:
-                self.record.exit()
+        scope, record = StateScope(), self.record
+        with scope, scope, record, record:
+            for x in self.flat_sources:
+                self.record.watch(x)
+            returned = fun(*args, **(kwargs or {}))
+            target, aux = _split_aux(name, returned) if has_aux else (returned, None)
+            self.target, self._aux = (nesting.map_structure(read, x) for x in (target, aux))
+            self.record.note_results(nesting.flatten(self.target))
         self.flat_targets = nesting.flatten(self.target)
         for y in self.flat_targets:
             validation.require_differentiable(y, f"What the function under `{name}` returns")

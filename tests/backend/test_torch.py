@@ -762,11 +762,11 @@ class TestMemory:
 
     def record(self, x, v):
         tape = backend.Tape(True)
-        tape.enter()
+        tape.__enter__()
         tape.watch(x)
         hidden = x * v
         (y,) = backend.custom_gradient(lambda h: ([h * h], lambda u: [u * 2 * h]))(hidden)
-        tape.exit()
+        tape.__exit__()
         return tape, hidden, y
 
     def test_nothing_is_held_once_tape_and_results_are_dropped(self):
@@ -794,10 +794,10 @@ class TestMemory:
     def test_a_released_tape_lets_go_of_what_a_stateless_scope_lent(self):
         v, lent = variable(np.ones(3)), tensor(np.ones(3)) * 2
         tape = backend.Tape(True)
-        tape.enter()
+        tape.__enter__()
         with keras.StatelessScope(state_mapping=[(v, lent)]):
             y = v * v
-        tape.exit()
+        tape.__exit__()
         close(backend.pullback(tape, [y], [v], [tensor(np.ones(3))]), [[4, 4, 4]])
         tape.release()
         held = weakref.ref(lent)

@@ -247,9 +247,8 @@ class TestErrors:
 
     def test_two_inputs(self):
         a, b = keras.Input((D,)), keras.Input((D,))
-        trained = adversarial(keras.Model([a, b], layers.Dense(K)(a + b)))
-        with pytest.raises(ValueError, match="AdversarialTraining trains models of one input.* 2 inputs and labels"):
-            trained.train_on_batch([X, X], Y)
+        with pytest.raises(ValueError, match="AdversarialTraining trains models of one input.* of 2 inputs"):
+            adversarial(keras.Model([a, b], layers.Dense(K)(a + b)))
 
     def test_no_labels(self):
         with pytest.raises(ValueError, match="on labels. Received: 1 inputs and no labels"):

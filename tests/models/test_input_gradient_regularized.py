@@ -397,11 +397,11 @@ def embedding_model(dtype):
     ],
 )
 def test_indices_have_no_gradient(dtype, message):
-    wrapped = regularized(embedding_model(dtype), "mse")
+    model = embedding_model(dtype)
     with pytest.raises(ValueError, match="penalize the output of the embedding") as error:
-        wrapped.train_on_batch(np.ones((N, T), dtype), np.zeros((N, 1), "float32"))
+        regularized(model, "mse").train_on_batch(np.ones((N, T), dtype), np.zeros((N, 1), "float32"))
     assert message in str(error.value)
-    assert wrapped.predict(np.ones((N, T), dtype), verbose=0).shape == (N, 1)
+    assert model.predict(np.ones((N, T), dtype), verbose=0).shape == (N, 1)
 
 
 def test_no_compiled_loss():

@@ -1,0 +1,8 @@
+"""Keras' trainer for JAX, which is there under that backend alone."""
+
+from keras_gradtools.keras_internals.lookup import find
+
+_HOME = "keras.src.backend.jax.trainer"
+
+module = find(_HOME)
+Trainer = find(f"{_HOME}:JAXTrainer", f"{_HOME}:Trainer")
