@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import chunks, recording, tensorflow_resizing
+from keras_gradtools.backend import chunks, recording, tensorflow_custom_gradients, tensorflow_resizing
 from keras_gradtools.backend.tensorflow_jit import jit
 
 __all__ = [
@@ -61,6 +61,7 @@ class Tape(recording.Recording):
     def __init__(self, watch_accessed_variables):
         super().__init__(watch_accessed_variables)
         self.native = self._new_native()
+        self.custom_gradients = []
         self._watch_later = []
 
     def _new_native(self):
@@ -88,6 +89,7 @@ class Tape(recording.Recording):
 
     def reset(self):
         super().reset()
+        self.custom_gradients = []
         self._watch_later = []
         recording_now = self in recording.active_tapes()
         self.native.__exit__(None, None, None)
@@ -97,6 +99,7 @@ class Tape(recording.Recording):
 
     def release(self):
         self.native = self._new_native()
+        self.custom_gradients = []
 
     def watch(self, tensor):
         if self in recording.active_tapes():
@@ -132,6 +135,7 @@ def _watch_read(variable, value, tapes):
 
 
 recording.install_read_hook(_watch_read)
+tensorflow_custom_gradients.install()
 tensorflow_resizing.install()
 
 
@@ -157,11 +161,15 @@ def _dense(gradients):
     return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
 
 
+def _gradients(tape, targets, values, cotangents):
+    gradients = tape.native.gradient(targets, values, output_gradients=cotangents)
+    if tape.custom_gradients:
+        tensorflow_custom_gradients.require_connected(tape, targets, values, gradients)
+    return _dense(gradients)
+
+
 def pullback(tape, targets, sources, cotangents):
-    return tape.gather(
-        sources,
-        lambda values: _dense(tape.native.gradient(targets, values, output_gradients=cotangents)),
-    )
+    return tape.gather(sources, lambda values: _gradients(tape, targets, values, cotangents))
 
 
 def constant_pullback(tape, targets, sources, cotangents):
@@ -181,7 +189,7 @@ def linearize(tape, targets, sources, is_symmetric=False):
     cotangents = [tf.zeros_like(t) for t in targets]
     with tf.GradientTape(persistent=True) as transposed:
         transposed.watch(cotangents)
-        gradients = _dense(tape.native.gradient(targets, values, output_gradients=cotangents))
+        gradients = _gradients(tape, targets, values, cotangents)
     connected = [(g, place) for g, place in zip(gradients, places, strict=True) if g is not None]
 
     def push(tangents):
@@ -352,10 +360,16 @@ def _merged(chunks_of_rows):
 
 def per_example_gradients(fun, weights, examples, must_vectorize=False):
     def gradients(example):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
+        tape = Tape(watch_accessed_variables=False)
+        tape.enter()
+        try:
+            for weight in weights:
+                tape.watch(weight)
             value = fun(weights, example)
-        return tape.gradient(value, weights, unconnected_gradients="zero")
+        finally:
+            tape.exit()
+        found = pullback(tape, [value], weights, [tf.ones_like(value)])
+        return [tf.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)]
 
     if not must_vectorize:
         return _map_rows(gradients, examples)
@@ -452,6 +466,7 @@ def settled(tensors):
 
 def custom_gradient(fun):
     @tf.custom_gradient
+    @tensorflow_custom_gradients.constant_closure
     def with_native_signature(*args):
         values, grad_fn = fun(*args)
 
