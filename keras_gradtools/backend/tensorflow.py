@@ -395,12 +395,15 @@ def _map_rows(fun, stacks):
     try:
         with _without_the_log_of_the_vectorizer():
             return _vectorize(fun, stacks)
-    except (ValueError, NotImplementedError, tf.errors.OpError) as error:
+    except Exception as error:
+        # What the vectorizer raises has no class of its own: it has raised `TypeError`, `KeyError` and others.
         if stacks[0].shape[0] is None:
             raise
-        results = _row_by_row(fun, stacks)
-        _warn_unvectorized(str(error).strip().splitlines()[-1].strip())
-        return results
+        reason = str(error).strip() or type(error).__name__
+    # What `fun` itself raises, it raises here again, unchanged.
+    results = _row_by_row(fun, stacks)
+    _warn_unvectorized(reason.splitlines()[-1].strip())
+    return results
 
 
 @contextlib.contextmanager
