@@ -26,6 +26,11 @@ def active_tapes():
     return list(_thread.tapes)
 
 
+def is_logging_reads():
+    """Whether a `ReadLog` is open on this thread, as where a function is traced that tapes may record later."""
+    return bool(_thread.logs)
+
+
 def note_custom_gradient():
     """Tells what is recording on this thread that a custom gradient is a part of it."""
     for recorder in (*_thread.tapes, *_thread.logs):

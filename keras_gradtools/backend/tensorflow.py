@@ -17,6 +17,7 @@ from keras_gradtools.backend import (
     chunks,
     recording,
     tensorflow_ctc,
+    tensorflow_custom_gradients,
     tensorflow_gradients,
     tensorflow_resizing,
 )
@@ -72,6 +73,7 @@ class Tape(recording.Recording):
         super().__init__(watch_accessed_variables)
         self.native = self._new_native()
         self._notes: list = []
+        self.custom_gradients = []
         self._watch_later = []
 
     def _new_native(self):
@@ -120,6 +122,7 @@ class Tape(recording.Recording):
 
     def reset(self):
         super().reset()
+        self.custom_gradients = []
         self._watch_later = []
         recording_now = self in recording.active_tapes()
         self._pop()
@@ -130,6 +133,7 @@ class Tape(recording.Recording):
     def release(self):
         self._pop()
         self.native = self._new_native()
+        self.custom_gradients = []
 
     def watch(self, tensor):
         if self in recording.active_tapes():
@@ -165,6 +169,7 @@ def _watch_read(variable, value, tapes):
 
 
 recording.install_read_hook(_watch_read)
+tensorflow_custom_gradients.install()
 tensorflow_resizing.install()
 tensorflow_gradients.install()
 
@@ -195,11 +200,15 @@ def _dense(gradients):
     return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
 
 
+def _gradients(tape, targets, values, cotangents):
+    gradients = tape.native.gradient(targets, values, output_gradients=cotangents)
+    if tape.custom_gradients:
+        tensorflow_custom_gradients.require_connected(tape, targets, values, gradients)
+    return _dense(gradients)
+
+
 def pullback(tape, targets, sources, cotangents):
-    return tape.gather(
-        sources,
-        lambda values: _dense(tape.native.gradient(targets, values, output_gradients=cotangents)),
-    )
+    return tape.gather(sources, lambda values: _gradients(tape, targets, values, cotangents))
 
 
 def constant_pullback(tape, targets, sources, cotangents):
@@ -219,7 +228,7 @@ def linearize(tape, targets, sources, is_symmetric=False):
     cotangents = [tf.zeros_like(t) for t in targets]
     with tf.GradientTape(persistent=True) as transposed:
         transposed.watch(cotangents)
-        gradients = _dense(tape.native.gradient(targets, values, output_gradients=cotangents))
+        gradients = _gradients(tape, targets, values, cotangents)
     connected = [(g, place) for g, place in zip(gradients, places, strict=True) if g is not None]
 
     def push(tangents):
@@ -397,10 +406,13 @@ def _merged(chunks_of_rows):
 
 def per_example_gradients(fun, weights, examples, must_vectorize=False):
     def gradients(example):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
+        tape = Tape(watch_accessed_variables=False)
+        with tape, tape:
+            for weight in weights:
+                tape.watch(weight)
             value = fun(weights, example)
-        return tape.gradient(value, weights, unconnected_gradients="zero")
+        found = pullback(tape, [value], weights, [tf.ones_like(value)])
+        return [tf.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)]
 
     if not must_vectorize:
         return _map_rows(gradients, examples)
@@ -426,12 +438,15 @@ def _map_rows(fun, stacks):
     try:
         with _without_the_log_of_the_vectorizer():
             return _vectorize(fun, stacks)
-    except (ValueError, NotImplementedError, tf.errors.OpError) as error:
+    except Exception as error:
+        # What the vectorizer raises has no class of its own: it has raised `TypeError`, `KeyError` and others.
         if stacks[0].shape[0] is None:
             raise
-        results = _row_by_row(fun, stacks)
-        _warn_unvectorized(str(error).strip().splitlines()[-1].strip())
-        return results
+        reason = str(error).strip() or type(error).__name__
+    # What `fun` itself raises, it raises here again, unchanged.
+    results = _row_by_row(fun, stacks)
+    _warn_unvectorized(reason.splitlines()[-1].strip())
+    return results
 
 
 @contextlib.contextmanager
@@ -497,6 +512,7 @@ def settled(tensors):
 
 def custom_gradient(fun):
     @tf.custom_gradient
+    @tensorflow_custom_gradients.constant_closure
     def with_native_signature(*args):
         values, grad_fn = fun(*args)
 

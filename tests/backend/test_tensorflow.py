@@ -112,3 +112,48 @@ def test_jacobians_do_not_warn_of_retracing(caplog):
             y = x * x
         close(tape.jacobian(y, x), np.diag([2.0, 4.0]))
     assert "retracing" not in caplog.text
+
+
+@pytest.mark.parametrize("recurrent", [keras.layers.LSTM, keras.layers.GRU])
+def test_examples_of_a_recurrent_model_of_tokens_one_by_one(recurrent):
+    """The vectorizer has a `TypeError` for the loop of a recurrent layer."""
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(5, 3), recurrent(2)])
+    fun, weights = kg.functionalize(model)
+
+    def loss(weights, x):
+        return ops.sum(ops.square(fun(weights, x)))
+
+    x = np.array([[0, 1, 2, 1], [4, 4, 3, 0]], "int32")
+    kernels._warn_unvectorized.cache_clear()
+    with pytest.warns(UserWarning, match="one example at a time"):
+        found = kg.per_example_grad(loss)(weights, x)
+    for i in range(2):
+        alone = kg.grad(loss)(weights, ops.convert_to_tensor(x[i : i + 1]))
+        close([g[i] for g in found], [ops.convert_to_numpy(g) for g in alone])
+
+
+@pytest.mark.parametrize("error", [TypeError("dtype"), KeyError("variant"), AssertionError(), RuntimeError("no loop")])
+def test_whatever_the_vectorizer_raises_leads_to_the_loop(monkeypatch, error):
+    def vectorized_map(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(tf, "vectorized_map", vectorized_map)
+    kernels._warn_unvectorized.cache_clear()
+    with pytest.warns(UserWarning, match=f"TensorFlow said: {str(error) or type(error).__name__}"):
+        found = kg.per_example_grad(lambda w, x: ops.sum(w * w * x))(3.0, tensor([1.0, 2.0]))
+    close(found, [6.0, 12.0])
+
+
+def test_an_exception_of_the_function_comes_through_the_vectorizer():
+    class OfTheUser(Exception):
+        pass
+
+    mine = OfTheUser("as it was raised")
+
+    def loss(w, x):
+        raise mine
+
+    with pytest.raises(OfTheUser) as info:
+        kg.per_example_grad(loss)(3.0, tensor([1.0, 2.0]))
+    assert info.value is mine
+    assert mine.__context__ is None
