@@ -90,7 +90,7 @@ def _merged(windows):
 
 def leaf_edge(tensor):
     """The edge of a leaf that requires gradients: the one that an operation on it has."""
-    with torch.set_grad_enabled(True):
+    with torch.set_grad_enabled(True), torch_levels.outside(tensor):
         return tensor.view_as(tensor).grad_fn.next_functions[0]
 
 
