@@ -174,7 +174,7 @@ def _run_last(outputs, inputs, upstream, is_recorded):
 
 
 def _run_batch(outputs, inputs, upstream, is_recorded):
-    if torch_levels.is_inside():
+    if torch_levels.depth():
         # The results would come out as tensors of the vectorized pass, inside those of the level.
         return _run_rows(outputs, inputs, upstream, is_recorded)
     try:

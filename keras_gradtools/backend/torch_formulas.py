@@ -121,7 +121,7 @@ def _weight_normalization(node):
         (u,) = upstream
         if u is None:
             return None, None
-        over = [i for i in range(v.dim()) if i != axis % v.dim()]
+        over = [i for i in range(v.dim()) if i != axis]
         norm = torch.sqrt(torch.sum(v * v, over, keepdim=True))
         along = torch.sum(u * v, over, keepdim=True) / norm
         return g / norm * (u - v * along / norm), along.reshape(g.shape)
@@ -137,6 +137,27 @@ def _hard_sigmoid(node):
         return (None if u is None else torch.where((x > -3) & (x < 3), u / 6, torch.zeros_like(u)),)
 
     return backward
+
+
+def _log_cumulative_sum(node):
+    """The sum over j >= i of u_j exp(x_i - y_j). torch takes the logarithm of u, which is NaN in its derivatives."""
+    x, y, axis = node._saved_self, node._saved_result, _signed(node._saved_dim)
+
+    def backward(upstream, _):
+        (u,) = upstream
+        if u is None:
+            return (None,)
+        rows, columns = torch.movedim(x, axis, -1)[..., :, None], torch.movedim(y, axis, -1)[..., None, :]
+        follows = torch.ones(x.shape[axis], x.shape[axis], dtype=torch.bool, device=x.device).triu()
+        shares = torch.exp(torch.where(follows, rows - columns, -math.inf))
+        return (torch.movedim(torch.matmul(shares, torch.movedim(u, axis, -1)[..., None])[..., 0], -1, axis),)
+
+    return backward
+
+
+def _signed(number):
+    # Nodes show their integers without a sign.
+    return number - 2**64 if number >= 2**63 else number
 
 
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
@@ -205,6 +226,7 @@ _FORMULAS = {
     "MiopenBatchNormBackward0": _batch_normalization,
     "WeightNormInterfaceBackward0": _weight_normalization,
     "HardsigmoidBackward0": _hard_sigmoid,
+    "LogcumsumexpBackward0": _log_cumulative_sum,
     "CtcLossBackward0": torch_ctc.backward,
     "CtcLossBackward1": torch_ctc.backward,
     "ScaledDotProductFlashAttentionForCpuBackward0": _attention,

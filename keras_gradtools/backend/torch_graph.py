@@ -105,7 +105,7 @@ def _merged(windows):
 def leaf_edge(tensor):
     """The edge of a leaf that requires gradients: the one that an operation on it has."""
     block = GradMode(True)
-    with block, block:
+    with block, block, torch_levels.outside(tensor):
         return tensor.view_as(tensor).grad_fn.next_functions[0]
 
 

@@ -6,23 +6,29 @@ is refused, unless target and source are of one level that has a graph. A backwa
 (`is_grads_batched`) is vectorized in an older way, which has no levels.
 """
 
+import contextlib
+
 import torch
 
 _functorch = torch._C._functorch
 
 
-def is_inside():
-    """Whether a transform of `torch.func` runs around."""
-    return _functorch.peek_interpreter_stack() is not None
+def depth():
+    """How many transforms of `torch.func` run around."""
+    top = _functorch.peek_interpreter_stack()
+    return 0 if top is None else top.level()
 
 
-def can_watch(tensor):
-    """Whether what is computed from `tensor` on this level can be told from its graph."""
+def can_watch(tensor, entered):
+    """Whether a tape that was entered at the depth `entered` can tell what is computed here from `tensor`."""
     if _functorch.is_legacy_batchedtensor(tensor):
         return False
     top = _functorch.peek_interpreter_stack()
     if top is None:
         return True
+    if top.level() > entered:
+        # The graph outside of all levels goes through them.
+        return entered == 0 and _functorch.maybe_get_level(tensor) < 0
     if top.key() == _functorch.TransformType.Vmap:
         # What is not vectorized is computed as on the level below.
         has_graph = tensor.requires_grad or _functorch.maybe_get_level(tensor) < 0
@@ -41,7 +47,7 @@ def check(targets, sources):
     lowest = min(map(_functorch.maybe_get_level, sources), default=-1)
     for target in targets:
         level = _functorch.maybe_get_level(target)
-        has_no_graph = level == top.level() and not all(map(can_watch, sources))
+        has_no_graph = level == top.level() and not all(can_watch(s, top.level()) for s in sources)
         if level > lowest or has_no_graph or _functorch.is_batchedtensor(target):
             raise error(target)
 
@@ -58,7 +64,7 @@ def error(tensor):
 
 def require_grad(tensor, flag):
     """`tensor.requires_grad_(flag)`, which torch refuses on every level: there it is meant for one alone."""
-    if not is_inside():
+    if not depth():
         tensor.requires_grad_(flag)
         return
     before = _functorch.get_inplace_requires_grad_allowed()
@@ -67,3 +73,9 @@ def require_grad(tensor, flag):
         tensor.requires_grad_(flag)
     finally:
         _functorch.set_inplace_requires_grad_allowed(before)
+
+
+def outside(tensor):
+    """A block that computes with `tensor` on no level, if it is of none."""
+    is_outside = depth() and _functorch.maybe_get_level(tensor) < 0
+    return torch._C._DisableFuncTorch() if is_outside else contextlib.nullcontext()

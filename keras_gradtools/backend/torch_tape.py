@@ -27,6 +27,7 @@ class Tape(recording.Recording):
     def __init__(self, watch_accessed_variables):
         super().__init__(watch_accessed_variables)
         self._inside = False
+        self._level = 0
         self._windows = torch_graph.Windows()
         self._watched = {}
         self._since = {}
@@ -59,6 +60,7 @@ class Tape(recording.Recording):
             )
         super().begin()
         self._inside = True
+        self._level = torch_levels.depth()
         _thread.grad_modes.append([self, torch.is_grad_enabled()])
         torch.set_grad_enabled(True)
         for tensor, variable in self._borrowed:
@@ -108,7 +110,7 @@ class Tape(recording.Recording):
     def watch(self, tensor, variable=None):
         if id(tensor) in self._watched:
             return
-        if not torch_levels.can_watch(tensor):
+        if not torch_levels.can_watch(tensor, self._level):
             if variable is None:
                 raise torch_levels.error(tensor)
             # Many are read, and few are asked for: then it is an error.

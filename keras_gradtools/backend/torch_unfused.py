@@ -71,7 +71,8 @@ def _hard_sigmoid(input, inplace=False):  # noqa: A002
 
 
 def _weight_norm(v, g, dim=0):
-    over = [i for i in range(v.dim()) if i != dim % v.dim()]
+    # Without an axis, -1, the norm is that of all.
+    over = [i for i in range(v.dim()) if i != dim]
     return v * (g / torch.sqrt(torch.sum(v * v, over, keepdim=True)))
 
 

@@ -53,9 +53,12 @@ MENDED = {
     "rms_normalization": (lambda x, g: ops.rms_normalization(x, g), (normal(3, 4), normal(4))),
     "local_response_norm": (lambda x: F.local_response_norm(x, 2), (normal(2, 3, 4),)),
     "weight_norm": (lambda v, g: torch._weight_norm(v, g, 0), (normal(3, 4), normal(3, 1))),
+    "weight_norm over all": (lambda v, g: torch._weight_norm(v, g, -1), (normal(3, 4), normal(1, 1))),
     "weight_norm of the last axis": (lambda v, g: torch._weight_norm(v, g, 1), (normal(3, 4), normal(1, 4))),
     "hard_sigmoid": alone(lambda x: ops.hard_sigmoid(3 * x)),
     "hardsigmoid": alone(lambda x: F.hardsigmoid(3 * x)),
+    "logcumsumexp": alone(lambda x: torch.logcumsumexp(x, 0)),
+    "logcumsumexp of rows": alone(lambda x: torch.logcumsumexp(x, -1)),
     "attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
         (normal(1, 2, 3, 4), normal(1, 2, 5, 4), normal(1, 2, 5, 4)),

@@ -126,6 +126,22 @@ class TestWhatWorks:
             vmap(lambda v: kg.hvp(lambda w: ops.sum(ops.sin(w)), (w,), (v,))[0])(vectors).detach(), -np.diag(np.sin(W))
         )
 
+    @pytest.mark.parametrize("trainable", [True, False])
+    def test_a_variable_that_is_read_on_a_level(self, w, trainable):
+        """The tape is around: what comes out of the level has a graph that leads through it."""
+        v = keras.Variable(3.0, trainable=trainable)
+        x = tensor(X)
+        with kg.GradientTape(persistent=True) as tape:
+            tape.watch(v)
+            found = [
+                ops.sum(kg.per_example_grad(lambda w, x: v * v * ops.sum(w * x))(x[0], x)),
+                ops.sum(vmap(lambda x: v * v * x)(x)),
+                ops.sum(grad(lambda x: v * v * ops.sum(x * X.sum() / 2))(x[0])),
+                jvp(lambda x: v * v * ops.sum(x), (x,), (x,))[1],
+            ]
+        for y in found:
+            close(tape.gradient(y, v).detach(), 6 * X.sum())
+
     def test_per_example_grad_of_a_gradient(self, w):
         def penalty(w, x):
             return ops.sum(ops.square(kg.grad(loss, argnums=1)(w, x)))
