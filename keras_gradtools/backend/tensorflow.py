@@ -15,6 +15,7 @@ from tensorflow.python.eager import tape as tape_module
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import chunks, recording, tensorflow_resizing
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.tensorflow_jit import jit
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "linearize",
     "map_chunks",
     "may_compile",
+    "modes_kept",
     "per_example_gradients",
     "pullback",
     "pullback_batch",
@@ -354,6 +356,11 @@ def can_make_variables():
 def eagerly():
     # Out of whatever graph is being built.
     return tf.init_scope()
+
+
+def modes_kept():
+    # The modes of this framework are those of graphs and traces, which end with what they are of.
+    return Block()
 
 
 def may_compile():
