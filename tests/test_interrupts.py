@@ -37,7 +37,10 @@ class Timer:
             signal.setitimer(signal.ITIMER_REAL, seconds)
             run()
             self._armed = False
-        except KeyboardInterrupt:
+        except BaseException:
+            # Not always KeyboardInterrupt: Python's own locks make errors of it.
+            if self._armed:
+                raise
             return True
         return False
 

@@ -32,6 +32,7 @@ which exists once for all backends.
 | `train_function(model, step)`                       | what `fit` calls, for a `step(batch)` in plain Python |
 | `summed_over_processes(totals, count)`              | tensors and a number summed over the processes that train |
 | `depends_on_values(error)`                          | whether tracing failed because Python depends on values |
+| `modes_kept()`                                      | a block after which the framework's modes are as before |
 | `may_compile()`                                     | whether a function called now may be compiled by itself |
 | `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
 | `LINEARIZES_ONCE`                                   | whether many products are cheaper by one record   |

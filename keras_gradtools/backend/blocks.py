@@ -15,10 +15,10 @@ class Block:
     _is_open = False
 
     def begin(self):
-        raise NotImplementedError
+        """Does it; a `Block` itself does nothing."""
 
     def end(self):
-        raise NotImplementedError
+        """Undoes it."""
 
     def __enter__(self):
         if self._is_open:

@@ -16,6 +16,7 @@ from keras_gradtools.backend import (
     jax_trace,
     recording,
 )
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
 from keras_gradtools.backend.jax_jit import depends_on_values, jit
 
@@ -37,6 +38,7 @@ __all__ = [
     "linearize",
     "map_chunks",
     "may_compile",
+    "modes_kept",
     "per_example_gradients",
     "pullback",
     "pullback_batch",
@@ -316,6 +318,11 @@ def can_make_variables():
 
 def eagerly():
     return jax.ensure_compile_time_eval()
+
+
+def modes_kept():
+    # The modes of this framework are those of graphs and traces, which end with what they are of.
+    return Block()
 
 
 def may_compile():

@@ -1,6 +1,5 @@
 """Keras variables as the state of a computation: what it reads, and what it assigns."""
 
-import contextlib
 import random
 import threading
 
@@ -198,20 +197,32 @@ def _is_trainable(self):
 keras.layers.BatchNormalization.trainable = property(_is_trainable, keras.Layer.trainable.fset)
 
 
-@contextlib.contextmanager
-def undone_by_errors(variables):
-    """A block that, if it raises, leaves `variables` as they were before it."""
-    if in_scope():
-        # Nothing is assigned here for good.
-        yield
-        return
-    before = [(v, ops.copy(v)) for v in variables]
-    try:
-        yield
-    except BaseException:
-        for v, value in before:
-            v.assign(value)
-        raise
+class undone_by_errors(Block):  # noqa: N801 - said of a block
+    """A block that, if it raises, leaves `variables` as they were before it, and the framework's modes in any case.
+
+    What assigns variables, torch's optimizers for example, changes modes as well, and may be interrupted in between.
+    """
+
+    def __init__(self, variables):
+        self._variables, self._modes = variables, backend.modes_kept()
+        self._before: list = []
+
+    def begin(self):
+        self._modes.__enter__()
+        if not in_scope():
+            # Elsewhere nothing is assigned for good.
+            self._before = [(v, ops.copy(v)) for v in self._variables]
+
+    def end(self):
+        self._modes.__exit__()
+
+    def __exit__(self, kind=None, *error):
+        try:
+            if kind is not None and self._is_open:
+                for v, value in self._before:
+                    v.assign(value)
+        finally:
+            super().__exit__(kind, *error)
 
 
 class outside_scopes(Block):  # noqa: N801 - said of a block

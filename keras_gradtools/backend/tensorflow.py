@@ -21,6 +21,7 @@ from keras_gradtools.backend import (
     tensorflow_gradients,
     tensorflow_resizing,
 )
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.tensorflow_jit import depends_on_values, jit
 from keras_gradtools.keras_internals import backend_modules
 
@@ -42,6 +43,7 @@ __all__ = [
     "linearize",
     "map_chunks",
     "may_compile",
+    "modes_kept",
     "per_example_gradients",
     "pullback",
     "pullback_batch",
@@ -375,6 +377,11 @@ def can_make_variables():
 def eagerly():
     # Out of whatever graph is being built.
     return tf.init_scope()
+
+
+def modes_kept():
+    # The modes of this framework are those of graphs and traces, which end with what they are of.
+    return Block()
 
 
 def may_compile():

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import threading
 import warnings
 
@@ -43,6 +44,7 @@ __all__ = [
     "linearize",
     "map_chunks",
     "may_compile",
+    "modes_kept",
     "per_example_gradients",
     "pullback",
     "pullback_batch",
@@ -364,20 +366,20 @@ class with_random_state(Block):  # noqa: N801 - said of a block
 
     def __init__(self, state):
         self._state, self._before = state, None
-        self._held: list = []
+        self._taken: list = []
+        self._given: list = []
 
     def begin(self):
-        # No interrupt comes between the two.
-        self._held.extend(map(self._lock.acquire, (True,)))
+        # No interrupt comes between what is done to the lock and its note.
+        self._taken.extend(map(self._lock.acquire, (True,)))
         self._before = random_state()
         _set_random_state(self._state)
 
     def end(self):
         if self._before is not None:
             _set_random_state(self._before)
-        while self._held:
-            self._held.pop()
-            self._lock.release()
+        if len(self._given) < len(self._taken):
+            self._given.extend(itertools.starmap(self._lock.release, ((),)))
 
 
 def _set_random_state(state):
@@ -397,6 +399,10 @@ def can_make_variables():
 
 def eagerly():
     return contextlib.nullcontext()
+
+
+def modes_kept():
+    return torch_graph.GradMode(torch.is_grad_enabled())
 
 
 def may_compile():

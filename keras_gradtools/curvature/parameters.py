@@ -36,7 +36,8 @@ class Parameters:
     def move(self, offsets):
         """Adds a tensor to each variable; whatever ends that in between, all of them are as they were."""
         moved = [ops.convert_to_tensor(v) + offset for v, offset in zip(self.variables, offsets, strict=True)]
-        with undone_by_errors(self.variables):
+        block = undone_by_errors(self.variables)
+        with block, block:
             for v, value in zip(self.variables, moved, strict=True):
                 v.assign(value)
 

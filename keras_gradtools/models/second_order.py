@@ -140,7 +140,8 @@ class SecondOrder(WrappedModel):
             self._warn(found.message)
         weights = operator.variables if found.step is not None else []
         measured = [*state_variables(self), *self.metrics_variables, *optimizer.variables]
-        with undone_by_errors([*weights, *measured]):
+        block = undone_by_errors([*weights, *measured])
+        with block, block:
             logs = problem.measured(found.loss, batch)
             if found.step is not None:
                 operator.move(found.step.astype(operator.dtype))
