@@ -41,12 +41,13 @@ _USERS: dict = {
         ),
     },
     "torch": {
+        "core": _of_operations("grad"),
         "nn": {**_of_operations("dot_product_attention"), "_maybe_convert_to_channels_last": "conv"},
         "rnn": {"cudnn_ok": "lstm"},
     },
 }
-# Not in every supported Keras.
-_OPTIONAL = {"_maybe_convert_to_channels_last"}
+# Not in every supported Keras: `keras.ops.grad` is there from 3.16 on.
+_OPTIONAL = {"_maybe_convert_to_channels_last", "grad"}
 
 
 def _hooks():
