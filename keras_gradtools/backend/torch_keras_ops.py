@@ -40,25 +40,28 @@ def _recorded(grad):
         by_itself = grad(f, argnums)
 
         def gradient(*args, **kwargs):
-            positions = argnums if isinstance(argnums, (list, tuple)) else (argnums,)
-            # What is no position, or one twice, is left to Keras, which says so.
-            are_positions = all(p in range(-len(args), len(args)) for p in positions)
-            if (
-                not recording.active_tapes()
-                or not are_positions
-                or len({p % len(args) for p in positions}) < len(positions)
-            ):
+            places = _places(argnums, len(args))
+            if not recording.active_tapes() or places is None:
                 return by_itself(*args, **kwargs)
-            args = list(args)
-            for p in positions:
-                args[p] = nesting.map_structure(lambda x: backend.alias(keras.ops.convert_to_tensor(x)), args[p])
-            sources = [args[p] for p in positions]
-            gradients = nesting.pack_as(sources, _gradients(f, args, kwargs, nesting.flatten(sources)))
-            return tuple(gradients) if isinstance(argnums, (list, tuple)) else gradients[0]
+            given = list(args)
+            for p in places:
+                given[p] = nesting.map_structure(lambda x: backend.alias(keras.ops.convert_to_tensor(x)), given[p])
+            sources = [given[p] for p in places]
+            gradients = nesting.pack_as(sources, _gradients(f, given, kwargs, nesting.flatten(sources)))
+            return gradients[0] if isinstance(argnums, int) else tuple(gradients)
 
         return gradient
 
     return with_graph
+
+
+def _places(argnums, count):
+    """The arguments to differentiate by; None for what Keras refuses in its own words."""
+    numbers = (argnums,) if isinstance(argnums, int) else argnums
+    if not isinstance(numbers, (list, tuple)) or not all(isinstance(i, int) and -count <= i < count for i in numbers):
+        return None
+    places = [i % count for i in numbers]
+    return places if len(set(places)) == len(places) else None
 
 
 def _gradients(f, args, kwargs, leaves):
