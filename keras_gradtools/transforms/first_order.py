@@ -14,8 +14,8 @@ def grad(fun, argnums=0, has_aux=False):
     What `fun` assigns to Keras variables is dropped, and the variables that it reads are constants: give the
     weights as arguments, or use a `GradientTape`, to differentiate by them.
 
-    It is called as `keras.ops.grad` of Keras 3.16 is. That one sums an output that is no scalar, which is an error here,
-    and has no second derivative on torch: see docs/limits.md.
+    It is called as `keras.ops.grad` of Keras 3.16 is, which sums an output that is no scalar, where this is an error,
+    and has no second derivative on torch. docs/limits.md has all differences.
 
     Args:
         fun: a function that returns one scalar tensor; with `has_aux` a pair of it and anything else.
