@@ -36,7 +36,7 @@ test: $(INSTALLED)  ## run the tests, one process for each backend; narrow with 
 test-slow: $(INSTALLED)  ## run the tests marked slow, in the same way
 	@$(BIN)/python tests/run.py --slow --jobs $(JOBS) $(addprefix --backend ,$(BACKEND)) $(TESTS)
 
-test-versions: $(INSTALLED)  ## run the tests of what knows internals on the oldest and newest Keras and frameworks; downloads much
+test-versions: $(INSTALLED)  ## run the tests of what knows internals on the oldest, newest and next Keras and frameworks; downloads much
 	@$(BIN)/python tests/versions.py $(addprefix --backend ,$(BACKEND)) $(TESTS)
 
 lint: $(INSTALLED)  ## check style and format, then types
@@ -51,7 +51,7 @@ bench: $(INSTALLED)  ## measure against hand-written code, one backend after the
 	@$(BIN)/python -m benchmarks.run $(addprefix --backend ,$(BACKEND))
 
 docs: $(INSTALLED)  ## build the API reference into site/
-	@$(BIN)/pdoc --docformat google --math -o site keras_gradtools '!keras_gradtools.backend'
+	@$(BIN)/pdoc --docformat google --math -o site keras_gradtools '!keras_gradtools.backend' '!keras_gradtools.keras_internals'
 	@echo "Open site/index.html"
 
 clean:  ## remove what the targets made, except .venv

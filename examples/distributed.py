@@ -4,9 +4,9 @@
     python examples/distributed.py --devices 2 --compare one.npz
 
 with `KERAS_BACKEND=jax` or `torch` before it for another backend. `train` is the same for all of them; how it is
-distributed is said by the launcher of the backend, below it: `keras.distribution.DataParallel` on JAX,
-`tf.distribute.MirroredStrategy` on TensorFlow, `DistributedDataParallel` on torch. The devices are those of the
-processor, so that it runs everywhere.
+distributed is said by the launcher of the backend, below it: `keras.distribution.DataParallel` on JAX, and on torch
+from Keras 3.16 on; `tf.distribute.MirroredStrategy` on TensorFlow; `DistributedDataParallel` on torch before. The
+devices are those of the processor, so that it runs everywhere.
 """
 
 import argparse
@@ -178,6 +178,10 @@ def on_torch(options, work):
     import torch
 
     torch.distributed.init_process_group("gloo")
+    is_parallel_by_itself = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16)
+    if is_parallel_by_itself:
+        # Each process is given its own part of the data, below.
+        keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
 
     class Parallel(keras.Model):
         """Calls `model` through DistributedDataParallel, which averages the gradients in `backward`."""
@@ -198,7 +202,7 @@ def on_torch(options, work):
         processes, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
 
         def wrapped(self, model):
-            return Parallel(model)
+            return model if is_parallel_by_itself else Parallel(model)
 
         def mean(self, values):
             total = torch.tensor(values)

@@ -345,6 +345,14 @@ def summed_over_processes(totals, count):
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return totals, count
+    # Only here, as it takes long to import.
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(total, DTensor) for total in totals):
+        raise RuntimeError(
+            "Sums over processes take weights that each process holds as a whole. Received: weights that processes "
+            "share out (`keras.distribution.ModelParallel`). Use `keras.distribution.DataParallel`, or one process."
+        )
     totals = [torch.as_tensor(total, device=get_device()).contiguous().clone() for total in totals]
     count = torch.tensor(count, dtype=torch.int64, device=totals[0].device)
     for x in (*totals, count):

@@ -1,10 +1,11 @@
-"""Operations of Keras that cannot be vectorized or differentiated as Keras writes them on torch."""
+"""Operations of Keras that cannot be vectorized, differentiated or followed by a tape as Keras writes them on torch."""
 
 import functools
 
 import torch
 from keras import ops
 
+from keras_gradtools import backend, nesting
 from keras_gradtools.backend import recording
 from keras_gradtools.keras_internals import backend_modules
 
@@ -16,6 +17,7 @@ def install():
         ("linalg", "cholesky_inverse", _of_the_triangle),
         ("image", "affine_transform", _of_a_copy),
         ("numpy", "floor_divide", _constant),
+        ("core", "grad", _recorded),
     ):
         hook = backend_modules.hooks[module].get(name)
         if hook is not None:
@@ -63,3 +65,45 @@ def _constant(floor_divide):
             return floor_divide(x1, x2)
 
     return call
+
+
+def _recorded(grad):
+    """`keras.ops.grad`, which detaches its arguments and its result: to a tape around it that would be a constant."""
+
+    @functools.wraps(grad)
+    def with_graph(f, argnums=0):
+        by_itself = grad(f, argnums)
+
+        def gradient(*args, **kwargs):
+            places = _places(argnums, len(args))
+            if not recording.active_tapes() or places is None:
+                return by_itself(*args, **kwargs)
+            given = list(args)
+            for p in places:
+                given[p] = nesting.map_structure(lambda x: backend.alias(ops.convert_to_tensor(x)), given[p])
+            sources = [given[p] for p in places]
+            gradients = nesting.pack_as(sources, _gradients(f, given, kwargs, nesting.flatten(sources)))
+            return gradients[0] if isinstance(argnums, int) else tuple(gradients)
+
+        return gradient
+
+    return with_graph
+
+
+def _places(argnums, count):
+    """The arguments to differentiate by; None for what Keras refuses in its own words."""
+    numbers = (argnums,) if isinstance(argnums, int) else argnums
+    if not isinstance(numbers, (list, tuple)) or not all(isinstance(i, int) and -count <= i < count for i in numbers):
+        return None
+    places = [i % count for i in numbers]
+    return places if len(set(places)) == len(places) else None
+
+
+def _gradients(f, args, kwargs, leaves):
+    tape = backend.Tape(watch_accessed_variables=False)
+    with tape, tape:
+        for leaf in leaves:
+            tape.watch(leaf)
+        value = torch.sum(f(*args, **kwargs))
+    found = backend.pullback(tape, [value], leaves, [torch.ones_like(value)])
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]

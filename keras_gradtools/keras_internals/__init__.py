@@ -14,13 +14,15 @@ error, and a Keras newer than the tested ones is one warning; both say what was 
 | `losses`          | compiled losses and how they are reduced                                 |
 | `jax_trainer`     | the trainer for JAX                                                      |
 | `backend_modules` | the modules that Keras' operations call on the current backend           |
+| `attributes`      | the private attributes of Keras' objects that the package reads or sets  |
 
 It imports no framework and no backend of ours, so that it can be read under every Keras backend.
 """
 
-from keras_gradtools.keras_internals import backend_modules, layers, losses, scopes, variables, versions
+from keras_gradtools.keras_internals import attributes, backend_modules, layers, losses, scopes, variables, versions
 
-__all__ = ["backend_modules", "layers", "losses", "scopes", "variables", "versions"]
+__all__ = ["attributes", "backend_modules", "layers", "losses", "scopes", "variables", "versions"]
 
+attributes.require()
 # Only now, when everything has been found.
 versions.warn_if_untested()

@@ -41,6 +41,7 @@ _USERS: dict = {
         ),
     },
     "torch": {
+        "core": _of_operations("grad"),
         "nn": {**_of_operations("dot_product_attention"), "_maybe_convert_to_channels_last": "conv"},
         "numpy": _of_operations("floor_divide"),
         "linalg": _of_operations("cholesky_inverse"),
@@ -48,8 +49,8 @@ _USERS: dict = {
         "rnn": {"cudnn_ok": "lstm"},
     },
 }
-# Not in every supported Keras.
-_OPTIONAL = {"_maybe_convert_to_channels_last", "cholesky_inverse"}
+# Not in every supported Keras: `keras.ops.grad` is there from 3.16 on.
+_OPTIONAL = {"_maybe_convert_to_channels_last", "cholesky_inverse", "grad"}
 
 
 def _hooks():

@@ -14,6 +14,9 @@ def grad(fun, argnums=0, has_aux=False):
     What `fun` assigns to Keras variables is dropped, and the variables that it reads are constants: give the
     weights as arguments, or use a `GradientTape`, to differentiate by them.
 
+    It is called as `keras.ops.grad` of Keras 3.16 is, which sums an output that is no scalar, where this is an error,
+    and has no second derivative on torch. docs/limits.md has all differences.
+
     Args:
         fun: a function that returns one scalar tensor; with `has_aux` a pair of it and anything else.
         argnums: the position of the argument to differentiate by, or a tuple of positions. These arguments are

@@ -835,3 +835,17 @@ def test_the_parameters_of_a_wrapped_module():
     with kg.GradientTape() as tape:
         y = ops.sum(layer(x))
     close(tape.gradient(y, layer.trainable_variables), [[[4.0, 6.0]], [2.0]])
+
+
+def test_weights_that_processes_share_out_have_no_sums(monkeypatch, tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        shared = distributed.tensor.distribute_tensor(torch.ones(2), mesh, [distributed.tensor.Shard(0)])
+        monkeypatch.setattr(distributed, "get_world_size", lambda *args: 2)
+        with pytest.raises(RuntimeError, match="weights that processes share out .*ModelParallel.* Use"):
+            backend.summed_over_processes([torch.ones(2), shared], 1)
+    finally:
+        monkeypatch.undo()
+        distributed.destroy_process_group()

@@ -9,7 +9,7 @@ import keras
 import pytest
 from keras.src.backend.common import masking
 
-from keras_gradtools.keras_internals import backend_modules, layers, variables, versions
+from keras_gradtools.keras_internals import attributes, backend_modules, layers, scopes, variables, versions
 
 # Of an unknown Keras, once with an internal that is gone and once with all of them.
 PRETEND = """
@@ -91,6 +91,25 @@ def test_what_is_missing_or_unused_is_an_error(monkeypatch, module, owner, name,
     with pytest.raises(RuntimeError, match=f"{TESTED} This Keras {message}" if "has" in message else message) as found:
         read_anew(module)
     assert "Install a newer keras_gradtools" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("owner", "maker", "name"),
+    [
+        (variables.Variable, "__init__", "_initializer"),
+        (layers.Layer, "_initialize_tracker", "_trainable_variables"),
+        (layers.Layer, "_get_call_context", "current_call_ctx"),
+        (scopes.StatelessScope, "__init__", "losses"),
+    ],
+)
+def test_a_private_attribute_that_is_gone_is_an_error(monkeypatch, owner, maker, name):
+    attributes.require()
+    rest = "; ".join(f"self.{other}" for names in attributes._SPELLED.values() for other in names if other != name)
+    made = {}
+    exec(f"def {maker}(self):\n    {rest}", made)
+    monkeypatch.setattr(owner, maker, made[maker])
+    with pytest.raises(RuntimeError, match=rf"This Keras has no `{name}` in `.*{maker}`, which is needed"):
+        attributes.require()
 
 
 def test_the_backend_is_looked_through_too(monkeypatch, backend):

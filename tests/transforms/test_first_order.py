@@ -112,6 +112,59 @@ class TestComposition:
         close(tape.jacobian(gradient, x), np.full((2, 2), 18.0))
 
 
+@pytest.mark.skipif(not hasattr(ops, "grad"), reason="Keras has keras.ops.grad from 3.16 on")
+class TestGradOfKeras:
+    """`keras.ops.grad`, which detaches on torch: what is differentiated around it is right all the same."""
+
+    def test_by_its_argument(self):
+        slope = lambda x: ops.sum(ops.grad(cube)(x))  # noqa: E731
+        close(kg.grad(slope)(np.array([1.0, 2.0], "float32")), [6.0, 12.0])
+        close(kg.grad(lambda x: kg.grad(slope)(x))(3.0), 6.0)
+
+    def test_by_what_it_closes_over(self):
+        w = keras.Variable(np.array([1.0, 2.0], "float32"))
+        x = tensor([3.0, 4.0])
+        with kg.GradientTape() as tape:
+            y = ops.sum(ops.grad(lambda x: ops.sum(w * w * x * x))(x))  # 2 w^2 x
+        close(tape.gradient(y, w), [12.0, 32.0])
+
+    def test_by_a_variable_as_the_argument(self):
+        w = keras.Variable(np.array([1.0, 2.0], "float32"))
+        with kg.GradientTape() as tape:
+            y = ops.sum(ops.grad(cube)(w))
+        close(tape.gradient(y, w), [6.0, 12.0])
+
+    @pytest.mark.parametrize("argnums", [-1, (1, 0), [0]])
+    def test_positions_and_nestings(self, argnums):
+        given = {"a": tensor([1.0]), "b": tensor([2.0])}, tensor([3.0])
+
+        def found(*args):
+            return ops.grad(lambda p, x: ops.sum(p["a"] * p["b"] * x * x), argnums)(*args)
+
+        with kg.GradientTape() as tape:
+            tape.watch(given)
+            recorded = found(*given)
+        plain = found(*given)
+        keras.tree.assert_same_structure(recorded, plain)
+        for a, b in zip(keras.tree.flatten(recorded), keras.tree.flatten(plain), strict=True):
+            close(a, b)
+
+    @pytest.mark.parametrize("argnums", [2, (0, 0), "x"])
+    def test_what_is_no_position_is_the_error_of_keras(self, argnums):
+        with pytest.raises((ValueError, TypeError), match="argnums"), kg.GradientTape():
+            ops.grad(cube, argnums)(2.0)
+
+    def test_what_is_unconnected_is_zero_under_a_tape(self):
+        with kg.GradientTape():
+            close(ops.grad(lambda x, y: ops.sum(y))(tensor([1.0]), tensor([2.0])), [0.0])
+
+    def test_ours_refuses_what_it_sums(self):
+        close(ops.grad(cube)(np.array([1.0, 2.0], "float32")), [3.0, 12.0])
+        with pytest.raises(ValueError, match="must return one scalar"):
+            kg.grad(cube)(np.array([1.0, 2.0], "float32"))
+        close(kg.grad(lambda x: ops.sum(cube(x)))(np.array([1.0, 2.0], "float32")), [3.0, 12.0])
+
+
 def test_a_pullback_can_be_called_again():
     out, pullback, aux = kg.vjp(lambda x, y: ((x * y, x + y), 2 * x), 2.0, 3.0, has_aux=True)
     close([*out, aux], [6.0, 5.0, 4.0])

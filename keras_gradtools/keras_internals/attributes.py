@@ -1,0 +1,41 @@
+"""The private attributes of Keras' objects that the package goes by, and who of Keras makes each of them."""
+
+import keras
+
+from keras_gradtools.keras_internals import patches, versions
+from keras_gradtools.keras_internals.lookup import find
+
+_VARIABLE = "keras.src.backend.common.variables:Variable"
+_LAYER = "keras.src.layers.layer:Layer"
+_LOSS = "keras.src.losses"
+_TRAINER = "keras.src.trainers"
+
+# Methods and properties that are there as such.
+_DEFINED = (f"{_LAYER}._flatten_layers", f"{_LAYER}._get_regularization_losses", f"{_LAYER}._clear_losses")
+# Attributes and names of global state, by the function that must spell them, at the places that it has had.
+_SPELLED = {
+    (f"{_VARIABLE}.__init__",): ("_value", "_initializer"),
+    (f"{_LAYER}.__init__",): ("_trainable", "_loss_ids", "_call_has_training_arg"),
+    (f"{_LAYER}._initialize_tracker",): ("_trainable_variables", "_layers"),
+    (f"{_LAYER}._get_call_context",): ("current_call_ctx",),
+    ("keras.src.backend.common.stateless_scope:StatelessScope.__init__",): ("losses", "state_mapping"),
+    ("keras.src.backend.common.stateless_scope:get_stateless_scope",): ("stateless_scope",),
+    (f"{_LOSS}.loss:Loss.__init__",): ("_dtype_policy", "_dtype"),
+    (f"{_LOSS}.losses:LossFunctionWrapper.__init__",): ("_fn_kwargs",),
+    (f"{_TRAINER}.compile_utils:CompileLoss.__init__",): ("_user_loss_weights",),
+    (f"{_TRAINER}.trainer:BaseTrainer.__init__", f"{_TRAINER}.trainer:Trainer.__init__"): ("_compile_loss",),
+    (f"{_TRAINER}.trainer:BaseTrainer.compile", f"{_TRAINER}.trainer:Trainer.compile"): ("_loss_tracker",),
+}
+_JAX = "keras.src.backend.jax.trainer"
+_OF_BACKEND = {"jax": {(f"{_JAX}:Trainer.__init__", f"{_JAX}:JAXTrainer.__init__"): ("_jax_state_synced",)}}
+
+
+def require():
+    """Raises the error for an unknown Keras if one of them is gone."""
+    for place in _DEFINED:
+        find(place)
+    for places, names in (_SPELLED | _OF_BACKEND.get(keras.config.backend(), {})).items():
+        function = find(*places)
+        for name in names:
+            if not patches.mentions(function, name):
+                raise versions.missing(f"`{name}` in `{function.__module__}.{function.__qualname__}`")
