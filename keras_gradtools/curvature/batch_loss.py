@@ -70,8 +70,14 @@ class BatchLoss:
             return self._outputs_of(outputs), list(model.losses)
 
     def of_outputs(self, outputs, y, sample_weight):
-        """The mean loss of a batch."""
+        """The loss of a batch, as Keras reduces it; `ValueError` where it leaves that to others."""
         loss = example_losses.total_loss(self._compile_loss, y, outputs, sample_weight)
+        if len(loss.shape):
+            raise ValueError(
+                f"{self._owner} needs a loss that is one number for a batch. Received: "
+                f"loss={validation.describe(self.loss)}, which returned the shape {tuple(loss.shape)}. Give it "
+                "`reduction='sum_over_batch_size'`, as Keras' losses have by default."
+            )
         return example_losses.off_replica(loss)
 
     def total(self, model, weights, x, y, sample_weight):
@@ -87,8 +93,9 @@ class BatchLoss:
             return sum(ops.cast(a, losses[0].dtype) for a in losses) if losses else None
 
     def of_examples(self, model, weights, x, y):
-        """The loss of each example, without sample weights, of shape `(batch,)`."""
-        losses = example_losses.example_losses(self._compile_loss, y, self.outputs(model, weights, x))
+        """The loss of each example, without sample weights, of shape `(batch,)`; not divided, where the loss sums."""
+        outputs = self.outputs(model, weights, x)
+        losses = example_losses.example_losses(self._compile_loss, y, outputs, scales_sums=False)
         if losses is None:
             raise ValueError(
                 f"{self._owner} needs a loss with one value for each example. Received: "

@@ -34,6 +34,10 @@ class Fisher(CurvatureOperator):
     - `kind="empirical"` takes the labels of the data: $\frac1N \sum_i w_i \nabla_\theta \ell_i \nabla_\theta
       \ell_i^\top$, for any loss with a value for each example. It is no estimate of the others.
 
+    The first two reduce a batch as the loss does: with `reduction="sum"` they are that of the batch times its size, as
+    the Gauss-Newton matrix is, and with `"mean_with_sample_weight"` the weights are divided by their mean. The
+    empirical one is the formula above with any reduction.
+
     Args:
         model: as for `kg.curvature.Hessian`.
         loss: as for `kg.curvature.Hessian`; unless `kind` is `"empirical"`, a categorical, sparse categorical or
