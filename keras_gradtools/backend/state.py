@@ -4,12 +4,13 @@ import contextlib
 import random
 
 import keras
+import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
 from keras.src.backend.common.variables import get_autocast_scope, initialize_all_variables
 from keras.src.layers.layer import Layer
-from keras.src.random.seed_generator import global_seed_generator
+from keras.src.random.seed_generator import global_seed_generator, make_default_seed
 
 from keras_gradtools import backend
 
@@ -18,14 +19,19 @@ __all__ = [
     "ambient",
     "frozen_statistics",
     "get_keras_mask",
+    "global_seed_generator_is",
     "global_seeds",
     "in_scope",
     "is_assigned_in_scope",
     "is_overridden",
+    "is_seed",
     "layers_of",
+    "next_global_seed",
     "outside_scopes",
     "regularization_losses",
+    "seed_states",
     "set_keras_mask",
+    "spare_seed_generator",
     "state_variables",
 ]
 
@@ -129,6 +135,50 @@ def global_seeds():
     finally:
         # Made here, it takes its first state from Python's generator.
         random.setstate(before)
+
+
+def seed_states(layer):
+    """The states of the seeds that belong to `layer` and to all layers in it."""
+    return [generator.state for part in layers_of(layer) for generator in part._seed_generators]
+
+
+def is_seed(variable):
+    """Whether a variable is the state of a seed."""
+    return variable.path.split("/")[-1] == "seed_generator_state"
+
+
+def next_global_seed():
+    """What Keras' global generator of seeds draws from next, in NumPy; it is neither made nor changed."""
+    generator = global_state.get_global_attribute("global_seed_generator")
+    if generator is not None:
+        return np.array(keras.ops.convert_to_numpy(generator.state))
+    before = random.getstate()
+    try:
+        return np.array([make_default_seed(), 0], spare_seed_generator().state.dtype)
+    finally:
+        random.setstate(before)
+
+
+_spare: list = []
+
+
+def spare_seed_generator():
+    """A generator of seeds that belongs to nobody, to stand in for Keras' global one: the same one at each call."""
+    if not _spare:
+        with backend.eagerly(), outside_scopes():
+            _spare.append(keras.random.SeedGenerator(0, name="spare_seed_generator"))
+    return _spare[0]
+
+
+@contextlib.contextmanager
+def global_seed_generator_is(generator):
+    """A block in which whoever draws without a seed draws from `generator`, in this thread."""
+    before = global_state.get_global_attribute("global_seed_generator")
+    global_state.set_global_attribute("global_seed_generator", generator)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("global_seed_generator", before)
 
 
 @contextlib.contextmanager
