@@ -17,6 +17,7 @@ from keras_gradtools.keras_internals import losses as keras_losses
 
 class _Thread(threading.local):
     per_example = False
+    scales_sums = True
     is_scalar = False
 
 
@@ -62,16 +63,17 @@ def _symbolic(x):
     return None if x is None else keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype))
 
 
-def example_losses(compile_loss, y, y_pred):
+def example_losses(compile_loss, y, y_pred, scales_sums=True):
     """The loss of each example, without sample weights: of shape `(batch,)`, with the compiled loss as its mean.
 
-    None where a loss gives one number for the batch, from which no example's can be told.
+    So a loss that sums over the batch has them times the size of the batch; without `scales_sums` they are each
+    example's own. None where a loss gives one number for the batch, from which no example's can be told.
     """
-    _thread.per_example, _thread.is_scalar = True, False
+    _thread.per_example, _thread.scales_sums, _thread.is_scalar = True, scales_sums, False
     try:
         losses = total_loss(compile_loss, y, y_pred)
     finally:
-        _thread.per_example = False
+        _thread.per_example, _thread.scales_sums = False, True
     if _thread.is_scalar or len(losses.shape) != 1:
         return None
     return off_replica(losses)
@@ -87,6 +89,8 @@ def _reduce(reduce_batch, values, sample_weight=None, mask=None, reduction="sum_
     if mask is None and reduction in _MEANS:
         return on_replica(_per_example(ops.mean, values))
     kept = reduce_batch(values, None, mask, None, dtype)
+    if reduction not in _MEANS and not _thread.scales_sums:
+        return on_replica(_per_example(ops.sum, kept))
     batch_size = ops.cast(ops.shape(kept)[0], kept.dtype)
     if mask is None:
         return _per_example(ops.sum, kept) * batch_size

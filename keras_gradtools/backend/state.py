@@ -4,6 +4,7 @@ import random
 import threading
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_gradtools import backend
@@ -15,6 +16,7 @@ from keras_gradtools.keras_internals.scopes import (
     get_stateless_scope,
     global_seed_generator,
     global_state,
+    make_default_seed,
     training_mode,
 )
 from keras_gradtools.keras_internals.variables import get_autocast_scope, initialize_all_variables
@@ -24,14 +26,19 @@ __all__ = [
     "ambient",
     "frozen_statistics",
     "get_keras_mask",
+    "global_seed_generator_is",
     "global_seeds",
     "in_scope",
     "is_assigned_in_scope",
     "is_overridden",
+    "is_seed",
     "layers_of",
+    "next_global_seed",
     "outside_scopes",
     "regularization_losses",
+    "seed_states",
     "set_keras_mask",
+    "spare_seed_generator",
     "state_variables",
     "undone_by_errors",
 ]
@@ -165,6 +172,53 @@ def global_seeds():
     finally:
         # Made here, it takes its first state from Python's generator.
         random.setstate(before)
+
+
+def seed_states(layer):
+    """The states of the seeds that belong to `layer` and to all layers in it."""
+    return [generator.state for part in layers_of(layer) for generator in part._seed_generators]
+
+
+def is_seed(variable):
+    """Whether a variable is the state of a seed."""
+    return variable.path.split("/")[-1] == "seed_generator_state"
+
+
+def next_global_seed():
+    """What Keras' global generator of seeds draws from next, in NumPy; it is neither made nor changed."""
+    generator = global_state.get_global_attribute("global_seed_generator")
+    if generator is not None:
+        return np.array(ops.convert_to_numpy(generator.state))
+    before = random.getstate()
+    try:
+        return np.array([make_default_seed(), 0], spare_seed_generator().state.dtype)
+    finally:
+        random.setstate(before)
+
+
+_spare: list = []
+
+
+def spare_seed_generator():
+    """A generator of seeds that belongs to nobody, to stand in for Keras' global one: the same one at each call."""
+    if not _spare:
+        with backend.eagerly(), outside_scopes():
+            _spare.append(keras.random.SeedGenerator(0, name="spare_seed_generator"))
+    return _spare[0]
+
+
+class global_seed_generator_is(Block):  # noqa: N801 - said of a block
+    """A block in which whoever draws without a seed draws from `generator`, in this thread."""
+
+    def __init__(self, generator):
+        self._generator = generator
+        self._before = global_state.get_global_attribute("global_seed_generator")
+
+    def begin(self):
+        global_state.set_global_attribute("global_seed_generator", self._generator)
+
+    def end(self):
+        global_state.set_global_attribute("global_seed_generator", self._before)
 
 
 class _Thread(threading.local):

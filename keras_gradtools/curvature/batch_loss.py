@@ -1,11 +1,12 @@
 """The loss of a batch as a function of some of a model's weights."""
 
+import copy
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_gradtools import backend, nesting, validation
+from keras_gradtools import nesting, validation
 from keras_gradtools.backend import example_losses
 from keras_gradtools.backend.state import StateScope, get_keras_mask, regularization_losses, set_keras_mask
 from keras_gradtools.transforms.closures import Identity
@@ -14,19 +15,21 @@ from keras_gradtools.transforms.closures import Identity
 class BatchLoss:
     """A loss as `compile` takes it, and how the model is called for it.
 
-    Every call draws the same random numbers, and leaves no statistics and no losses in the model. It holds the
-    variables, and not the model, so that a program made of it can be kept with the model.
+    Every call draws the same random numbers, those of the `draws` that `drawing` was given, and leaves no statistics
+    and no losses in the model. It holds the variables, and not the model, so that a program made of it can be kept with
+    the model.
 
     Attributes:
         loss: what was given for it, or was compiled.
         key: equal for two of them where the same program computes both.
+        training: the mode in which the model is called.
     """
 
     def __init__(self, owner, model, loss, variables, training):
         if not isinstance(training, bool):
             raise ValueError(f"{owner} expects True or False as `training`. Received: {validation.describe(training)}.")
-        self._owner, self._variables, self._training = owner, variables, training
-        self._random_state = backend.random_state()
+        self._owner, self._variables, self.training = owner, variables, training
+        self._draws: Any = None
         self._outputs_of = _as_they_are
         self._loss_weights = None
         if loss is None:
@@ -52,27 +55,46 @@ class BatchLoss:
         """
         if likelihood is None or likelihood.is_as_given:
             return self
-        changed = BatchLoss.__new__(BatchLoss)
-        changed.__dict__ |= self.__dict__
+        changed = copy.copy(self)
         changed._compile_loss = example_losses.compiled(likelihood.loss_of_logits, self._loss_weights)
         changed._outputs_of = likelihood.logits_of or _as_they_are
         changed.key = (*self.key, "logits")
         return changed
+
+    def drawing(self, draws):
+        """The same loss, whose random numbers come from these `Draws`."""
+        bound = copy.copy(self)
+        bound._draws = draws
+        return bound
+
+    def outputs_and_assigned(self, model, weights, x):
+        """The outputs, and the variables that the call assigns, the states of the seeds that it draws from among them."""
+        with self._lent(weights) as scope:
+            outputs = model(x, training=self.training)
+        return self._outputs_of(outputs), scope.variables_assigned
+
+    def _lent(self, weights=None):
+        return self._draws.lent([] if weights is None else list(zip(self._variables, weights, strict=True)))
 
     def outputs(self, model, weights, x):
         """What the loss is a function of: the outputs of the model with these weights."""
         return self._called(model, weights, x)[0]
 
     def _called(self, model, weights, x):
-        mapping = list(zip(self._variables, weights, strict=True))
-        scope, random_state = StateScope(mapping), backend.with_random_state(self._random_state)
-        with scope, scope, random_state, random_state:
-            outputs = model(x, training=self._training)
+        with self._lent(weights):
+            outputs = model(x, training=self.training)
             return self._outputs_of(outputs), list(model.losses)
 
     def of_outputs(self, outputs, y, sample_weight):
-        """The mean loss of a batch."""
-        loss = example_losses.total_loss(self._compile_loss, y, outputs, sample_weight)
+        """The loss of a batch, as Keras reduces it; `ValueError` where it leaves that to others."""
+        with self._lent():
+            loss = example_losses.total_loss(self._compile_loss, y, outputs, sample_weight)
+        if len(loss.shape):
+            raise ValueError(
+                f"{self._owner} needs a loss that is one number for a batch. Received: "
+                f"loss={validation.describe(self.loss)}, which returned the shape {tuple(loss.shape)}. Give it "
+                "`reduction='sum_over_batch_size'`, as Keras' losses have by default."
+            )
         return example_losses.off_replica(loss)
 
     def total(self, model, weights, x, y, sample_weight):
@@ -88,8 +110,13 @@ class BatchLoss:
             return sum(ops.cast(a, losses[0].dtype) for a in losses) if losses else None
 
     def of_examples(self, model, weights, x, y):
-        """The loss of each example, without sample weights, of shape `(batch,)`."""
-        losses = example_losses.example_losses(self._compile_loss, y, self.outputs(model, weights, x))
+        """The loss of each example, without sample weights, of shape `(batch,)`; not divided, where the loss sums."""
+        return self.of_each_output(self.outputs(model, weights, x), y)
+
+    def of_each_output(self, outputs, y):
+        """The same, of the outputs."""
+        with self._lent():
+            losses = example_losses.example_losses(self._compile_loss, y, outputs, scales_sums=False)
         if losses is None:
             raise ValueError(
                 f"{self._owner} needs a loss with one value for each example. Received: "

@@ -10,19 +10,15 @@ from keras_gradtools.backend.layer_calls import class_path, path_of
 _TOLERANCE = 1e-3
 
 
-def check(owner, model, loss, parameters, batch, product):
-    """Raises `ValueError` if two products with the first batch differ, or the loss is not one of each example."""
+def check(owner, model, loss, parameters, batch, losses, product):
+    """Raises `ValueError` if two products with the first batch differ; `losses` are those of its examples."""
     x, y, _ = batch
-
-    def losses():
-        return ops.convert_to_numpy(loss.of_examples(model, parameters.variables_as_tensors(), x, y))
-
-    before = losses()
     first, second = product(batch), product(batch)
     if _agree(first, second):
         return
     culprit = _first_difference(model, loss, parameters, x)
-    if not culprit and _agree(before, losses()):
+    again = loss.of_examples(model, parameters.variables_as_tensors(), x, y)
+    if not culprit and _agree(losses, ops.convert_to_numpy(again)):
         # Products that are zero but for rounding, those of a vector to which the loss is flat, are that of it alone.
         return
     where = f"the layer {culprit}" if culprit else "the loss, or what the model computes outside of its layers"

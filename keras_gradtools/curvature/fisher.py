@@ -10,7 +10,7 @@ from keras_gradtools.curvature.batch_loss import with_masks_of
 from keras_gradtools.curvature.batches import batch_size_of
 from keras_gradtools.curvature.gauss_newton import GaussNewtonOfBatch
 from keras_gradtools.curvature.likelihoods import NAMES, likelihood_of
-from keras_gradtools.curvature.linear_maps import OuterProducts, Sandwich, taped
+from keras_gradtools.curvature.linear_maps import OfBatch, OuterProducts, Sandwich, taped
 from keras_gradtools.curvature.operator import CurvatureOperator
 from keras_gradtools.transforms.first_order import grad
 
@@ -33,6 +33,10 @@ class Fisher(CurvatureOperator):
     - `kind="monte_carlo"` draws `samples` labels, the same ones at each product.
     - `kind="empirical"` takes the labels of the data: $\frac1N \sum_i w_i \nabla_\theta \ell_i \nabla_\theta
       \ell_i^\top$, for any loss with a value for each example. It is no estimate of the others.
+
+    The first two reduce a batch as the loss does: with `reduction="sum"` they are that of the batch times its size, as
+    the Gauss-Newton matrix is, and with `"mean_with_sample_weight"` the weights are divided by their mean. The
+    empirical one is the formula above with any reduction.
 
     Args:
         model: as for `kg.curvature.Hessian`.
@@ -107,17 +111,19 @@ class Fisher(CurvatureOperator):
         return _MonteCarloOfBatch(loss, likelihood, self._samples, self._seed_given)
 
 
-class _MonteCarloOfBatch:
+class _MonteCarloOfBatch(OfBatch):
+    draws_by_batch = True
+
     def __init__(self, loss, likelihood, samples, seed):
-        self._loss, self._likelihood, self._samples = loss, likelihood, samples
+        # The seed itself is an input of the program.
+        super().__init__(loss, "monte carlo", samples)
+        self._likelihood, self._samples = likelihood, samples
         self._generator = keras.random.SeedGenerator(0)
         self.seed = seed
-        # The seed itself is an input of the program.
-        self.key = (loss.key, "monte carlo", samples)
 
     def of_batch(self, model, weights, batch, seed):
         x, _, sample_weight = batch
-        call = taped("Fisher", lambda w: self._loss.outputs(model, w, x), weights)
+        call = taped("Fisher", lambda w: self.loss.outputs(model, w, x), weights)
         if nesting.is_nested(call.target):
             raise ValueError(f"Fisher needs a model with one output. Received: {len(call.flat_targets)} outputs.")
         z = ops.stop_gradient(call.value)
@@ -135,22 +141,19 @@ class _MonteCarloOfBatch:
         """The gradient of the loss with these labels, in which weights, masks and means have their part."""
 
         def loss_of(outputs):
-            return self._loss.of_outputs(with_masks_of(outputs, original), labels, sample_weight)
+            return self.loss.of_outputs(with_masks_of(outputs, original), labels, sample_weight)
 
         return grad(loss_of)(z)
 
 
-class _EmpiricalOfBatch:
-    seed = 0
-
+class _EmpiricalOfBatch(OfBatch):
     def __init__(self, loss):
-        self._loss = loss
-        self.key = (loss.key, "empirical")
+        super().__init__(loss, "empirical")
 
     def of_batch(self, model, weights, batch, seed):
         x, y, sample_weight = batch
         count = batch_size_of(batch)
-        call = taped("Fisher", lambda w: self._loss.of_examples(model, w, x, y), weights)
+        call = taped("Fisher", lambda w: self.loss.of_examples(model, w, x, y), weights)
         shares = _weights_of_examples(sample_weight, count, call.target.dtype) / count
         return Sandwich(call, OuterProducts([(shares, ops.ones_like(shares))], has_last_axis=False))
 

@@ -2,7 +2,7 @@
 
 from keras_gradtools.curvature.batch_loss import with_masks_of
 from keras_gradtools.curvature.likelihoods import likelihood_of
-from keras_gradtools.curvature.linear_maps import Sandwich, SecondDerivative, Sum, taped
+from keras_gradtools.curvature.linear_maps import OfBatch, Sandwich, SecondDerivative, Sum, taped
 from keras_gradtools.curvature.operator import CurvatureOperator
 
 
@@ -48,14 +48,12 @@ class GaussNewton(CurvatureOperator):
         return GaussNewtonOfBatch(self._loss.of_logits(likelihood_of(self._loss.loss)), with_regularizers=True)
 
 
-class GaussNewtonOfBatch:
+class GaussNewtonOfBatch(OfBatch):
     """The Gauss-Newton map of one batch."""
 
-    seed = 0
-
     def __init__(self, loss, with_regularizers):
-        self.loss, self._with_regularizers = loss, with_regularizers
-        self.key = (loss.key, with_regularizers)
+        super().__init__(loss, with_regularizers)
+        self._with_regularizers = with_regularizers
 
     def of_batch(self, model, weights, batch, seed):
         x, y, sample_weight = batch

@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_gradtools import backend
 from keras_gradtools.curvature.batches import batch_size_of
-from keras_gradtools.curvature.linear_maps import SecondDerivative
+from keras_gradtools.curvature.linear_maps import OfBatch, SecondDerivative
 from keras_gradtools.curvature.operator import CurvatureOperator
 from keras_gradtools.curvature.spectrum_start import spectrum_start
 
@@ -25,7 +25,9 @@ class Hessian(CurvatureOperator):
 
     It is never formed: `operator @ v` is computed from $H v = \nabla (\nabla L \cdot v)$, batch by batch, with the
     weights of the moment; `dense()` forms it. The model is called in inference mode, or with `training=True` as in a
-    training step; what it draws is the same at each call, and nothing in it changes.
+    training step. What it draws begins with the states that its seeds, Keras' global one and the framework's generators
+    had when the operator was made: one mask for all products, losses and gradients, whatever is called in between, and
+    after `move`. A new operator, or `draw_anew()`, takes another. Nothing in the model or in these generators changes.
 
     Args:
         model: a built Keras model or layer; a wrapper of `kg.models` stands for the model in it.
@@ -82,13 +84,7 @@ class Hessian(CurvatureOperator):
         return _HessianOfBatch(self._loss)
 
 
-class _HessianOfBatch:
-    seed = 0
-
-    def __init__(self, loss):
-        self.loss = loss
-        self.key = loss.key
-
+class _HessianOfBatch(OfBatch):
     def of_batch(self, model, weights, batch, seed):
         return SecondDerivative("Hessian", lambda w: self.loss.total(model, w, *batch), weights)
 
@@ -118,7 +114,7 @@ class _FlatHessian:
         return total / count
 
 
-def _spectrum_start(share, steps, spec, parameters, model, vectors, batch, seed):
+def _spectrum_start(share, steps, spec, loss, parameters, model, vectors, batch, seed):
     hessian = _FlatHessian(spec.loss, parameters, model, batch)
     first, bits = vectors
     return spectrum_start(hessian, hessian.gradient(), first, bits, share, steps), None

@@ -5,11 +5,41 @@ vectors on axis 0, and `rows` those of the map that belong to some elements of o
 map is symmetric, and what comes before is in the rows of others.
 """
 
+import copy
+
 from keras import ops
 
 from keras_gradtools import backend, nesting
 from keras_gradtools.transforms.first_order import grad
 from keras_gradtools.transforms.taped_call import TapedCall
+
+
+class OfBatch:
+    """What makes the map of one batch, `of_batch(model, weights, batch, seed)`, out of a loss.
+
+    Attributes:
+        loss: the `BatchLoss`.
+        key: equal for two of them where the same program computes both.
+        seed: of what it draws itself, an integer.
+        draws_by_batch: whether that depends on the place of a batch among the others.
+    """
+
+    seed = 0
+    draws_by_batch = False
+
+    def __init__(self, loss, *options):
+        self.loss = loss
+        self.key = (loss.key, *options)
+
+    def drawing(self, draws):
+        """The same of the loss whose random numbers come from these `Draws`."""
+        bound = copy.copy(self)
+        bound.loss = self.loss.drawing(draws)
+        return bound
+
+    def of_batch(self, model, weights, batch, seed):
+        """The map, at these weights."""
+        raise NotImplementedError
 
 
 class SecondDerivative:

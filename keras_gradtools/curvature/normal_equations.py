@@ -47,6 +47,7 @@ class NormalEquations:
 
     def of(self, operator):
         """The loss, the gradient and the matrix at the weights of the moment."""
+        operator._prepare()
         found = self._summed(operator) if self._is_possible else None
         if found is None:
             return (*operator.loss_and_gradient(), operator.dense())
@@ -58,9 +59,9 @@ class NormalEquations:
             if not self._fits(batch):
                 return None
             try:
-                of_batch = self._sums(batch)
+                of_batch = self._sums(batch, operator._draws)
                 if not self._is_checked:
-                    self._is_possible = self._agrees(operator.of_batch(batch), batch, of_batch)
+                    self._is_possible = self._agrees(operator._on(batch), batch, of_batch)
                     self._is_checked = True
             except Exception:
                 # What is wrong with the model, and not with this way, products with unit vectors will say.
@@ -76,12 +77,12 @@ class NormalEquations:
         n, p = batch_size_of(batch), self._operator.shape[0]
         return n * p <= _MOST_NUMBERS and n * p * p <= _MOST_MULTIPLICATIONS
 
-    def _sums(self, batch):
+    def _sums(self, batch, draws):
         operator = self._operator
         batch = nesting.map_structure(lambda x: x if x is None else backend.spread(x), batch)
-        key = ("NormalEquations", operator._spec.key)
-        body = functools.partial(_of_batch, operator._spec.loss, operator._parameters)
-        parts, _ = compiled.run("NormalEquations", operator.model, body, key, (batch,), {})
+        key = ("NormalEquations", operator._spec.key, draws.key)
+        body = functools.partial(_of_batch, operator._spec.loss, operator._parameters, draws)
+        parts, _ = compiled.run("NormalEquations", operator.model, body, key, (batch, draws.values), {})
         total, gradient, matrix = np.zeros(()), 0.0, 0.0
         for part in parts:
             jacobian, curved, residual, loss = (ops.convert_to_numpy(x).astype("float64", copy=False) for x in part)
@@ -104,12 +105,13 @@ def _means(sums, count):
     return float(total), gradient, 0.5 * (matrix + matrix.T)
 
 
-def _of_batch(loss, parameters, model, batch):
+def _of_batch(loss, parameters, draws, model, batch, values):
     """For each replica, of its part: the Jacobian, its product with the curvature of the loss, its gradient, the loss.
 
     The rows of a Jacobian are those of all outputs of all examples; everything but the Jacobian is multiplied by the
     number of examples of the part.
     """
+    loss = loss.drawing(draws.with_values(values))
 
     def of_part(part):
         x, y, sample_weight = part

@@ -12,6 +12,7 @@ from keras_gradtools.curvature import dense_memory, determinism
 from keras_gradtools.curvature.batch_loss import BatchLoss, checked_model
 from keras_gradtools.curvature.batches import Batches, OneBatch, batch_size_of
 from keras_gradtools.curvature.diagonal import estimate_diagonal
+from keras_gradtools.curvature.draws import Draws
 from keras_gradtools.curvature.eigenvalues import eigsh
 from keras_gradtools.curvature.loss_surface import loss_surface
 from keras_gradtools.curvature.parameters import Parameters
@@ -52,8 +53,8 @@ class CurvatureOperator:
         self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
         self._batches: Batches | OneBatch = Batches(owner, data, batch_size)
         self._spec = self._make_spec()
-        self._programs = {}
-        self._is_checked = False
+        self._draws = Draws(self.model)
+        self._checked: set[str] = set()
         self._outputs = None
         self.variables = list(self._parameters.variables)
         self.slices = list(self._parameters.slices)
@@ -256,12 +257,11 @@ class CurvatureOperator:
         Args:
             offset: a vector as `@` takes one; None for the weights as they are. They are not changed.
         """
-        add = functools.partial(_add_loss, self._loss)
 
         def zeros():
             return [ops.zeros((), dtype=self.dtype)]
 
-        (total,), count = self._over_data("loss", add, zeros, self._offset("loss", offset))
+        (total,), count = self._over_data("loss", _add_loss, zeros, self._offset("loss", offset))
         return float(total) / count
 
     def gradient(self, offset=None):
@@ -270,12 +270,12 @@ class CurvatureOperator:
 
     def loss_and_gradient(self, offset=None):
         """Both at the cost of the gradient; `offset` as for `loss`."""
-        add = functools.partial(_add_loss_and_gradient, self._loss)
 
         def zeros():
             return [ops.zeros((), dtype=self.dtype), *self._parameters.zeros()]
 
-        totals, count = self._over_data("gradient", add, zeros, self._offset("loss_and_gradient", offset))
+        offset = self._offset("loss_and_gradient", offset)
+        totals, count = self._over_data("gradient", _add_loss_and_gradient, zeros, offset)
         gradient = self._parameters.joined_in_numpy([total / count for total in totals[1:]])
         return float(totals[0]) / count, gradient
 
@@ -343,7 +343,9 @@ class CurvatureOperator:
             if self._loss.regularization(self.model, weights) is not None:
                 return None
             x, _, _ = next(iter(self._batches))
-            outputs = self._loss.outputs(self.model, weights, nesting.map_structure(lambda a: a[:1], x))
+            outputs = self._loss.drawing(self._draws).outputs(
+                self.model, weights, nesting.map_structure(lambda a: a[:1], x)
+            )
             self._outputs = sum(math.prod(o.shape) for o in nesting.flatten(outputs))
         return self._outputs
 
@@ -356,12 +358,30 @@ class CurvatureOperator:
         return sum(map(batch_size_of, self._batches))
 
     def of_batch(self, batch):
-        """The operator of the same function of the same variables on one batch, `(x, y, sample_weight)` in tensors."""
+        """The operator of the same function of the same variables on one batch, `(x, y, sample_weight)` in tensors.
+
+        Its model draws from the seeds as they are now.
+        """
+        other = self._on(batch)
+        other.draw_anew()
+        # What was checked they have in common, and what it has found.
+        other._prepare()
+        self._draws = other._draws
+        return other
+
+    def _on(self, batch):
         other = copy.copy(self)
         other._batches = OneBatch(batch)
-        other._prepare()
-        self._is_checked = True
         return other
+
+    def draw_anew(self):
+        """Takes the states of the model's seeds as they are now: from here on, dropout has the masks of these.
+
+        Until it is called, all products, losses and gradients have the masks of when the operator was made, whatever
+        else is called in between, and after `move`.
+        """
+        self._sync()
+        self._draws = self._draws.anew(self.model)
 
     # --- products over the data ---
 
@@ -383,7 +403,8 @@ class CurvatureOperator:
         self._prepare()
         (batch,) = self._batches
         batch = nesting.map_structure(_spread, batch)
-        linear = self._spec.of_batch(self.model, self._parameters.variables_as_tensors(), batch, self._seed(0))
+        spec = self._spec.drawing(self._draws)
+        linear = spec.of_batch(self.model, self._parameters.variables_as_tensors(), batch, self._seed(0))
         linear.keep()
 
         size = batch_size_of(batch)
@@ -404,14 +425,14 @@ class CurvatureOperator:
         batch = nesting.map_structure(_spread, batch)
 
         dtype = _array_dtype(self.dtype)
-        key = (self._owner, "flat product", self._spec.key)
-        body = functools.partial(_flat_product, self._spec, self._parameters)
-        example = (np.zeros(self.shape[0], dtype), batch, seed)
+        key, body = self._program("flat product", _flat_product)
+        values = self._draws.values
+        example = (values, np.zeros(self.shape[0], dtype), batch, seed)
         run = compiled.prepare(self._owner, self.model, body, key, example, {})
 
         def product(vector):
             # An array, which a program takes sooner than Keras makes a tensor of it.
-            total, _ = run((np.asarray(vector, dtype), batch, seed), {})
+            total, _ = run((values, np.asarray(vector, dtype), batch, seed), {})
             (total,), count = backend.summed_over_processes([total], size)
             return ops.convert_to_numpy(total) / count
 
@@ -438,7 +459,10 @@ class CurvatureOperator:
 
     def _over_data(self, what, add, zeros, vectors):
         """The sums over all batches of what `add` adds for one to `zeros()`; and the number of examples."""
-        self._prepare()
+        self._prepare("gradient" if what in ("loss", "gradient") else "product")
+        return self._summed(what, add, zeros, vectors)
+
+    def _summed(self, what, add, zeros, vectors):
         # Nothing is added to a single batch, and fewer arguments are faster.
         totals = None if self._batches.count == 1 else zeros()
         count = 0
@@ -449,40 +473,57 @@ class CurvatureOperator:
         return backend.summed_over_processes(totals, count)
 
     def _of_one_batch(self, what, body, vectors):
-        """What `body(spec, parameters, model, vectors, batch, seed)` makes of data in one batch."""
+        """What `body(spec, loss, parameters, model, vectors, batch, seed)` makes of data in one batch."""
         self._prepare()
         (batch,) = self._batches
         return self._run(what, body, vectors, nesting.map_structure(_spread, batch), self._seed(0))
 
     def _run(self, what, add, *args):
-        # The spec is all that the body may hold: what is compiled is kept with the model.
-        body = functools.partial(add, self._spec, self._parameters)
-        key = (self._owner, what, self._spec.key)
-        return compiled.run(self._owner, self.model, body, key, args, {})[0]
+        key, body = self._program(what, add)
+        return compiled.run(self._owner, self.model, body, key, (self._draws.values, *args), {})[0]
+
+    def _program(self, what, add):
+        # These are all that the body may hold: what is compiled is kept with the model.
+        body = functools.partial(_drawing, add, self._spec, self._loss, self._parameters, self._draws)
+        return (self._owner, what, self._spec.key, self._draws.key), body
 
     def _seed(self, number):
         return ops.convert_to_tensor(np.array([self._spec.seed, number], "int32"))
 
-    def _prepare(self):
+    def _sync(self):
         # Between the steps of a training on JAX, the weights are not in the variables.
         for model in (self._given_model, self.model):
             sync = getattr(model, "jax_state_sync", None)
             if sync is not None:
                 sync()
-        if not self._is_checked:
-            self._check()
 
-    def _check(self):
+    def _prepare(self, what="product"):
+        self._sync()
+        if what not in self._checked:
+            self._check(what)
+
+    def _check(self, what):
         """Looks at the first batch: whether the loss has a value for each example, and whether products repeat."""
         batch = next(iter(self._batches))
-        determinism.check(self._owner, self.model, self._loss, self._parameters, batch, self._first_product)
-        self._is_checked = True
+        loss, weights = self._loss.drawing(self._draws), self._parameters.variables_as_tensors()
+        outputs, assigned = loss.outputs_and_assigned(self.model, weights, batch[0])
+        losses = ops.convert_to_numpy(loss.of_each_output(outputs, batch[1]))
+        self._draws = self._draws.with_variables(assigned)
+        compute = self._first_product if what == "product" else self._first_gradient
+        loss = self._loss.drawing(self._draws)
+        determinism.check(self._owner, self.model, loss, self._parameters, batch, losses, compute)
+        self._checked.add(what)
 
     def _first_product(self, batch):
         v = self._parameters.split(np.random.default_rng(0).standard_normal(self.shape[0]))
         totals = None if self._batches.count == 1 else self._parameters.zeros()
         product = self._run("product", _add_product, totals, v, batch, self._seed(0))
         return self._parameters.joined_in_numpy(product)
+
+    def _first_gradient(self, batch):
+        totals = None if self._batches.count == 1 else [ops.zeros((), dtype=self.dtype), *self._parameters.zeros()]
+        gradient = self._run("gradient", _add_loss_and_gradient, totals, None, batch, self._seed(0))[1:]
+        return self._parameters.joined_in_numpy(gradient)
 
 
 def _spread(x):
@@ -511,7 +552,12 @@ class LinearizedOperator:
 # than the products; the sum over the parts is that of the batch.
 
 
-def _add_product(spec, parameters, model, totals, vectors, batch, seed):
+def _drawing(add, spec, loss, parameters, draws, model, values, *args):
+    draws = draws.with_values(values)
+    return add(spec.drawing(draws), loss.drawing(draws), parameters, model, *args)
+
+
+def _add_product(spec, loss, parameters, model, totals, vectors, batch, seed):
     def of_part(part, size):
         linear = spec.of_batch(model, parameters.variables_as_tensors(), part, seed)
         is_stack = len(vectors[0].shape) > len(parameters.shapes[0])
@@ -520,12 +566,12 @@ def _add_product(spec, parameters, model, totals, vectors, batch, seed):
     return _added(totals, of_part, batch, parameters)
 
 
-def _flat_product(spec, parameters, model, vector, batch, seed):
-    products, note = _add_product(spec, parameters, model, None, parameters.split(vector), batch, seed)
+def _flat_product(spec, loss, parameters, model, vector, batch, seed):
+    products, note = _add_product(spec, loss, parameters, model, None, parameters.split(vector), batch, seed)
     return parameters.joined(products), note
 
 
-def _add_rows(place, count, chunk_size, spec, parameters, model, totals, start, batch, seed):
+def _add_rows(place, count, chunk_size, spec, loss, parameters, model, totals, start, batch, seed):
     shape, dtype = parameters.shapes[place], parameters.variables[place].dtype
     every = ops.arange(math.prod(shape), dtype="int32")
 
@@ -543,7 +589,7 @@ def _add_rows(place, count, chunk_size, spec, parameters, model, totals, start, 
     return _added(totals, of_part, batch, parameters)
 
 
-def _add_loss(loss, spec, parameters, model, totals, offset, batch, seed):
+def _add_loss(spec, loss, parameters, model, totals, offset, batch, seed):
     def of_part(part, size):
         weights = _moved(parameters.variables_as_tensors(), offset)
         return [size * loss.total(model, weights, *part)]
@@ -551,7 +597,7 @@ def _add_loss(loss, spec, parameters, model, totals, offset, batch, seed):
     return _added(totals, of_part, batch, parameters)
 
 
-def _add_loss_and_gradient(loss, spec, parameters, model, totals, offset, batch, seed):
+def _add_loss_and_gradient(spec, loss, parameters, model, totals, offset, batch, seed):
     def of_part(part, size):
         weights = _moved(parameters.variables_as_tensors(), offset)
         value, gradient = value_and_grad(lambda w: loss.total(model, w, *part))(weights)

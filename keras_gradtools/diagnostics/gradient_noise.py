@@ -10,6 +10,7 @@ from keras import ops
 from keras_gradtools import nesting, validation
 from keras_gradtools.curvature.batch_loss import BatchLoss, checked_model
 from keras_gradtools.curvature.batches import Batches, batch_size_of
+from keras_gradtools.curvature.draws import Draws
 from keras_gradtools.curvature.parameters import Parameters
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.per_example import per_example_grad
@@ -99,6 +100,7 @@ class ExampleGradients:
         self._parameters = Parameters(owner, self._model, variables)
         of = model if loss is None else self._model
         self._loss = BatchLoss(owner, of, loss, self._parameters.variables, training)
+        self._draws = Draws(self._model)
         self._batches = Batches(owner, data, batch_size)
         if chunk_size is not None and (not validation.is_number(chunk_size) or chunk_size < 1 or chunk_size % 1):
             raise ValueError(
@@ -129,8 +131,9 @@ class ExampleGradients:
 
     def _sums(self, batch):
         """The sum of the gradients, a flat array, and that of their squared lengths."""
-        body = functools.partial(_sums_of_batch, self._loss, self._parameters)
-        (total, squares), _ = compiled.run(self._owner, self._model, body, (NAME, self._loss.key), (batch,), {})
+        body = functools.partial(_sums_of_batch, self._loss, self._parameters, self._draws)
+        key = NAME, self._loss.key, self._draws.key
+        (total, squares), _ = compiled.run(self._owner, self._model, body, key, (batch, self._draws.values), {})
         return ops.convert_to_numpy(total).astype("float64"), float(squares)
 
 
@@ -138,7 +141,8 @@ def _part(batch, start, stop):
     return nesting.map_structure(lambda a: None if a is None else a[start:stop], batch)
 
 
-def _sums_of_batch(loss, parameters, model, batch):
+def _sums_of_batch(loss, parameters, draws, model, batch, values):
+    loss = loss.drawing(draws.with_values(values))
     leaves = nesting.flatten(batch)
     places = [i for i, leaf in enumerate(leaves) if leaf is not None]
 
