@@ -43,8 +43,9 @@ class Settings(typing.NamedTuple):
             if x is not None and not (validation.is_number(x) and 0 <= x < np.inf and (x or name != "step")):
                 raise ValueError(
                     f"The {name} of `{check}` must be a {'positive' if name == 'step' else 'non-negative'} number, "
-                    f"or None. Received: {name}={x!r}. None chooses it by the dtypes."
+                    f"or None. Received: {name}={validation.shown(x)}. None chooses it by the dtypes."
                 )
+        validation.require_seed(check, seed)
         return cls(check, rtol, atol, step, np.random.default_rng(seed))
 
 

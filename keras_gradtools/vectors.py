@@ -1,5 +1,6 @@
 """Tangents and cotangents: what was given for them, as flat tensors that match their counterparts."""
 
+import keras
 from keras import ops
 
 from keras_gradtools import nesting, validation
@@ -26,6 +27,8 @@ def _tensor(given, like, role):
     if ops.is_tensor(given) and given.dtype == like.dtype:
         return given
     try:
+        if isinstance(given, keras.KerasTensor):
+            raise TypeError("a symbolic tensor has no values")
         return ops.convert_to_tensor(given, dtype=like.dtype)
     except (ValueError, TypeError, RuntimeError):
         raise ValueError(

@@ -40,43 +40,44 @@ def tried(call, training, random):
     leaves = Leaves("preflight", primals, "argument")
     if not leaves.vector(gradient).any():
         return verdict_on(layer, "constant")
-    try:
-        computation.product(primals, primals)
-    except Exception as error:
-        return failed(layer, "once", error)
     # What half precision rounds away, single precision shows.
     is_coarse = any(dtype in _COARSE for dtype in (*leaves.dtypes, layer.compute_dtype))
-    with layer_calls.in_single_precision() if is_coarse else contextlib.nullcontext():
-        primals = nesting.map_structure(_at_least_single, primals)
-        # Along all arguments the terms that mix inputs and weights may hide what is wrong by the inputs alone.
-        subjects = ["all"] if layer_calls.is_keras_own(layer) or not all(primals) else ["all", "inputs"]
-        for subject in subjects:
-            verdict, off = _compared(computation, primals, subject, random)
-            if verdict != "yes":
-                break
+    try:
+        if is_coarse:
+            computation.product(primals, primals)
+        with layer_calls.in_single_precision() if is_coarse else contextlib.nullcontext():
+            verdict, off = _compared(layer, computation, nesting.map_structure(_at_least_single, primals), random)
+    except _HasNone as error:
+        return failed(layer, "once", error.__cause__)
     if verdict == "wrong":
         how = f"off by {off:.2g} times its length" if np.isfinite(off) else "not finite"
         return verdict_on(layer, "wrong", f"It is {how}.")
     return verdict_on(layer, verdict, f"{_UNCLEAR}." if verdict == "unclear" else "")
 
 
-def _compared(computation, primals, subject, random):
+def _compared(layer, computation, primals, random):
+    # Along all arguments the terms that mix inputs and weights may hide what is wrong by the inputs alone.
+    verdict, off = _along(computation, primals, False, random)
+    if verdict == "yes" and all(primals) and not layer_calls.is_keras_own(layer):
+        return _along(computation, primals, True, random)
+    return verdict, off
+
+
+def _along(computation, primals, only_inputs, random):
     """What `SlopeSearch` says along random directions, and by how much the product is off at most."""
     leaves = Leaves("preflight", primals, "argument")
     start, off = leaves.vector(primals), []
-    typical = leaves.typical(start)
-    moved = (
-        typical if subject == "all" else np.where(np.arange(start.size) < leaves.vector(primals[0]).size, typical, 0)
-    )
-    dtype = computation.coarsest(primals)
+    sizes, dtype = leaves.typical(start), computation.coarsest(primals)
+    moved = sizes
+    if only_inputs:
+        moved = np.where(np.arange(start.size) < leaves.vector(primals[0]).size, sizes, 0.0)
     for _ in range(_DIRECTIONS):
-        point = leaves.pack(start)
 
         def gradient_at(offset, start=start):
             return leaves.vector(computation.gradient(*leaves.pack(start + offset)))
 
         v = moved * random.standard_normal(start.size)
-        product = leaves.vector(computation.product(point, leaves.pack(v)))
+        product = leaves.vector(computation.product(leaves.pack(start), leaves.pack(v)))
         verdict, share = SlopeSearch(gradient_at, leaves, dtype).verdict(v, product)
         if verdict == "yes" and not off:
             return "yes", 0.0
@@ -85,8 +86,12 @@ def _compared(computation, primals, subject, random):
             return "wrong", max(off)
         if verdict == "unclear":
             # Equal numbers, as many zeros are, may be a kink that others are not.
-            start = start + _ASIDE * typical * random.standard_normal(start.size)
+            start = start + _ASIDE * sizes * random.standard_normal(start.size)
     return "unclear", 0.0
+
+
+class _HasNone(Exception):
+    """Raised from the error of a second derivative."""
 
 
 class _Computation:
@@ -109,12 +114,16 @@ class _Computation:
             return grad(self._scalar, argnums=(0, 1))(*primals)
 
     def product(self, primals, tangents):
-        with self._held_still():
-            return hvp(self._scalar, primals, tangents)
+        try:
+            with self._held_still():
+                return hvp(self._scalar, primals, tangents)
+        except Exception as error:
+            raise _HasNone from error
 
     def coarsest(self, primals):
         """The coarsest dtype of what goes in and comes out."""
-        outputs = self._called(*primals)
+        with self._held_still():
+            outputs = self._called(*primals)
         dtypes = {validation.dtype_of(x) for x in (*nesting.flatten(primals), *outputs)}
         return next(d for d in ("bfloat16", "float16", "float32", "float64") if d in dtypes)
 

@@ -68,9 +68,14 @@ def preflight(model, x=None, training=False, seed=0, verbose="auto"):
         raise ValueError(f"preflight expects a built Keras model or layer. Received: {what}.")
     if not isinstance(training, bool):
         raise ValueError(f"preflight expects True or False as `training`. Received: {validation.describe(training)}.")
+    validation.require_seed("preflight", seed)
+    if not validation.is_one_of(verbose, ("auto", 0, 1)):
+        raise ValueError(
+            f"preflight expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}."
+        )
     # A stream of its own: examples that were drawn with the same seed would be the cotangents, too.
     random = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
-    inputs, note = (nesting.map_structure(ops.convert_to_tensor, x), "") if x is not None else _drawn(model, random)
+    inputs, note = (_examples(x), "") if x is not None else _drawn(model, random)
     with StateScope(), layer_calls.recorded(model) as calls:
         model(inputs, training=training)
     verdicts, known = {}, {}
@@ -94,6 +99,13 @@ def _known_or_tried(call, known, training, random):
         known[kind] = verdict
     path = layer_calls.path_of(call.layer)
     return dataclasses.replace(known[kind], path=path)
+
+
+def _examples(x):
+    tensors = validation.as_tensors("preflight", "x", x)
+    if any(not len(leaf.shape) for leaf in nesting.flatten(tensors)):
+        raise ValueError(f"preflight expects examples of shape (batch, ...) as `x`. Received: {validation.shown(x)}.")
+    return tensors
 
 
 def _drawn(model, random):

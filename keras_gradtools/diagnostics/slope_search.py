@@ -73,9 +73,10 @@ class SlopeSearch:
                 near = self._across(h * v)
                 slope = (8 * near - far) / (12 * h)
                 if last is not None:
-                    columns = self._leaves.split(np.stack([product, slope, last, self._gradient, noise / h]).T)
+                    vectors = product, slope, last, self._gradient, noise / h
+                    parts = list(zip(*map(self._leaves.split, vectors), strict=True))
                     for leaf in list(pending):
-                        found = self._compared(*columns[leaf].T, is_first=len(pending[leaf]) < _FIRST)
+                        found = self._compared(*parts[leaf], is_first=len(pending[leaf]) < _FIRST)
                         pending[leaf].append(found)
                         if found.agrees(_SURE):
                             del pending[leaf]

@@ -61,6 +61,7 @@ class AdversarialTraining(WrappedModel):
             )
         super().__init__(NAME, model, **kwargs)
         self.attack = attack
+        validation.require_seed("AdversarialTraining", seed, may_be_none=True)
         self._seed = seed
         self._seeds = keras.random.SeedGenerator(seed)
         self._step = _Step()

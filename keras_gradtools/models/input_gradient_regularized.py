@@ -13,7 +13,7 @@ from keras import ops
 from keras_gradtools import validation
 from keras_gradtools.backend import example_losses
 from keras_gradtools.models.wrapped_model import WrappedModel
-from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions
+from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions, require_names
 from keras_gradtools.regularization.penalty import Penalty, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.regularization.sample_weights import example_weights
@@ -144,6 +144,8 @@ class InputGradientRegularized(WrappedModel):
         penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
         strength = Strength(NAME, weight, every)
         inputs = checked_choice(NAME, inputs)
+        validation.require_seed(NAME, seed, may_be_none=True)
+        require_names(NAME, model, inputs)
         super().__init__(NAME, model, **kwargs)
         self.penalty_tracker = keras.metrics.Mean(name="input_gradient_penalty")
         self.norm_tracker = keras.metrics.Mean(name="input_gradient_norm")
