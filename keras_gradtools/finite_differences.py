@@ -22,6 +22,8 @@ _PRECISIONS = {
 _HALVINGS = 10
 # How many times its standard deviation (a little less) the rounding may be off.
 SAFETY = 8
+# The least size of an argument that is zero.
+_SMALLEST_FOR_ZEROS = 2.0**-7
 # What a derivative by the arguments is called in messages.
 GRADIENT = "gradient by argument"
 
@@ -41,8 +43,9 @@ class Settings(typing.NamedTuple):
             if x is not None and not (validation.is_number(x) and 0 <= x < np.inf and (x or name != "step")):
                 raise ValueError(
                     f"The {name} of `{check}` must be a {'positive' if name == 'step' else 'non-negative'} number, "
-                    f"or None. Received: {name}={x!r}. None chooses it by the dtypes."
+                    f"or None. Received: {name}={validation.shown(x)}. None chooses it by the dtypes."
                 )
+        validation.require_seed(check, seed)
         return cls(check, rtol, atol, step, np.random.default_rng(seed))
 
 
@@ -64,7 +67,7 @@ class Leaves:
         return np.concatenate([np.zeros(0), *parts])
 
     def pack(self, vector):
-        parts = self._split(vector)
+        parts = self.split(vector)
         tensors = [
             ops.convert_to_tensor(part.reshape(shape), dtype=dtype)
             for part, shape, dtype in zip(parts, self._shapes, self.dtypes, strict=True)
@@ -73,10 +76,23 @@ class Leaves:
 
     def largest(self, vector):
         """For each element the largest absolute value in its tensor: what its rounding is relative to."""
-        parts = [np.full(part.shape, part.max(initial=0)) for part in self._split(np.abs(vector))]
+        parts = [np.full(part.shape, part.max(initial=0)) for part in self.split(np.abs(vector))]
         return np.concatenate([np.zeros(0), *parts])
 
-    def _split(self, vector):
+    def typical(self, vector):
+        """For each element the size of its tensor: a power of two near the root of the mean square.
+
+        A tensor of zeros, as a new bias, goes by the smallest of the others.
+        """
+        parts = self.split(vector)
+        roots = [np.sqrt(np.mean(np.square(part))) if part.size else 0.0 for part in parts]
+        others = min((root for root in roots if root > 0), default=1.0)
+        for_zeros = min(max(others, _SMALLEST_FOR_ZEROS), 1.0)
+        sizes = [2.0 ** np.round(np.log2(root if 0 < root < np.inf else for_zeros)) for root in roots]
+        return np.concatenate([np.zeros(0), *map(np.full, [part.shape for part in parts], sizes)])
+
+    def split(self, vector):
+        """The parts of a vector, or of the rows of a matrix, that belong to each tensor."""
         return np.split(vector, np.cumsum(self.sizes))[:-1]
 
     def name(self, i):

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 
 from keras import ops
 
@@ -135,8 +134,8 @@ def _shape(x):
 
 def checked_mode(mode):
     """Returns `mode`, and raises `ValueError` unless it is one of `MODES`."""
-    if mode not in MODES:
-        raise ValueError(f"mode must be 'auto', 'forward' or 'reverse'. Received: mode={mode!r}.")
+    if not validation.is_one_of(mode, MODES):
+        raise ValueError(f"mode must be 'auto', 'forward' or 'reverse'. Received: mode={validation.shown(mode)}.")
     return mode
 
 
@@ -144,9 +143,11 @@ def checked_chunk_size(chunk_size):
     """Returns `chunk_size` as an int or None, and raises `ValueError` for anything else."""
     if chunk_size is None:
         return None
-    if isinstance(chunk_size, bool) or not hasattr(chunk_size, "__index__") or operator.index(chunk_size) < 1:
-        raise ValueError(f"chunk_size must be a positive integer or None. Received: chunk_size={chunk_size!r}.")
-    return operator.index(chunk_size)
+    if not validation.is_count(chunk_size):
+        raise ValueError(
+            f"chunk_size must be a positive integer or None. Received: chunk_size={validation.shown(chunk_size)}."
+        )
+    return int(chunk_size)
 
 
 def check_batch(name, target, source):

@@ -58,6 +58,8 @@ class GradientTape:
     """
 
     def __init__(self, persistent=False, watch_accessed_variables=True):
+        validation.require_flag("GradientTape", "persistent", persistent)
+        validation.require_flag("GradientTape", "watch_accessed_variables", watch_accessed_variables)
         self._persistent = persistent
         self._tape = backend.Tape(watch_accessed_variables)
         self._inside = False
@@ -292,6 +294,7 @@ class GradientTape:
                 depend on one another; and as `gradient`.
             RuntimeError: as `gradient`.
         """
+        validation.require_flag("batch_jacobian", "check_independence", check_independence)
         target = self._checked_tensor(target, "batch_jacobian")
         if nesting.is_nested(source):
             raise ValueError(
@@ -338,10 +341,10 @@ class GradientTape:
                 "This GradientTape has already been used: a tape gives derivatives once, unless it was made "
                 "with `kg.GradientTape(persistent=True)`."
             )
-        if unconnected_gradients not in ("none", "zero"):
+        if not validation.is_one_of(unconnected_gradients, ("none", "zero")):
             raise ValueError(
                 "unconnected_gradients must be 'none' or 'zero'. "
-                f"Received: unconnected_gradients={unconnected_gradients!r}."
+                f"Received: unconnected_gradients={validation.shown(unconnected_gradients)}."
             )
         targets, flat_sources = nesting.flatten(target), nesting.flatten(sources)
         for t in targets:

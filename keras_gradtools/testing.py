@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_gradtools import validation
 from keras_gradtools.finite_differences import GRADIENT, SAFETY, Point, Settings
 from keras_gradtools.transforms.first_order import grad, jvp, require_tuple, vjp
 from keras_gradtools.transforms.second_order import hvp
@@ -133,15 +134,16 @@ def check_gradients(fun, args, order=2, modes=("forward", "reverse"), *, rtol=No
     Source: as for `check_jvp`; the recursion is that of `jax.test_util.check_grads`.
     """
     settings = Settings.checked("check_gradients", rtol, atol, step, seed)
-    if isinstance(order, bool) or order not in (1, 2, 3):
+    if not validation.is_one_of(order, (1, 2, 3)):
         raise ValueError(
-            f"The order of `check_gradients` must be 1, 2 or 3. Received: order={order!r}. For a higher one, give it "
+            "The order of `check_gradients` must be 1, 2 or 3. "
+            f"Received: order={validation.shown(order)}. For a higher one, give it "
             "the derivative as a function."
         )
     if not isinstance(modes, (tuple, list)) or not modes or not all(m in ("forward", "reverse") for m in modes):
         raise ValueError(
             "The modes of `check_gradients` must be a tuple of 'forward', 'reverse', or both. Received: "
-            f"modes={modes!r}. For one mode, write `('reverse',)`."
+            f"modes={validation.shown(modes)}. For one mode, write `('reverse',)`."
         )
     require_function("check_gradients", fun)
     _check_orders(settings, fun, args, order, tuple(modes), (), "output")

@@ -1,6 +1,7 @@
 """What the public functions accept, and the words in which they refuse the rest."""
 
 import functools
+import math
 import numbers
 
 import keras
@@ -45,6 +46,23 @@ def is_number(x):
     return isinstance(x, numbers.Real) and type(x) is not bool
 
 
+def is_count(x, least=1):
+    """Whether `x` is an integer of Python or NumPy, and `least` or more; a bool is none."""
+    return isinstance(x, numbers.Integral) and not isinstance(x, (bool, np.bool_)) and x >= least
+
+
+def is_one_of(x, choices):
+    """Whether `x` is one of some strings, numbers and None; what has another kind of equality is none of them."""
+    return (x is None or isinstance(x, (str, numbers.Real))) and not isinstance(x, bool) and x in choices
+
+
+def shown(x):
+    """What was received, for a message: as it is written where that is short, else its kind, dtype and shape."""
+    parts = x if isinstance(x, (list, tuple)) else [x]
+    is_plain = all(part is None or isinstance(part, (str, numbers.Number)) for part in parts)
+    return f"{x!r:.80}" if is_plain else describe(x)
+
+
 def is_variable(x):
     """Whether `x` is a Keras variable of the current backend."""
     return isinstance(x, keras.Variable)
@@ -66,6 +84,116 @@ def require_differentiable(x, role, hint=""):
             "convert it with `keras.ops.cast(x, 'float32')` before the tape's block uses it"
             + (", or take the real and the imaginary part." if what == "Complex" else ".")
         )
+
+
+def as_tensors(owner, name, x):
+    """Returns `x`, arrays in any nesting, as tensors; `ValueError` for what has no numbers."""
+    leaves = nesting.flatten(x)
+    if not leaves:
+        raise ValueError(f"{owner} expects tensors or arrays as `{name}`. Received: {name}={shown(x)}.")
+    return nesting.map_structure(lambda leaf: as_tensor(leaf, f"{owner} expects tensors or arrays as `{name}`"), x)
+
+
+def as_tensor(x, expected, dtype=None):
+    """Returns `x` as a tensor; a `ValueError` that begins with what was `expected` for what has no real numbers."""
+    if not keras.ops.is_tensor(x):
+        if isinstance(x, keras.KerasTensor):
+            raise ValueError(f"{expected}. Received: {describe(x)}. A symbolic tensor has no values.")
+        try:
+            x_given, x = x, keras.ops.convert_to_tensor(x, dtype=dtype)
+        except Exception:  # each framework has its own for what it cannot convert
+            raise ValueError(f"{expected}. Received: {shown(x)}.") from None
+        if dtype_of(x) == "string":
+            raise ValueError(f"{expected}. Received: {shown(x_given)}.")
+    if dtype_of(x).startswith("complex"):
+        raise ValueError(f"{expected}, of real numbers. Received: {describe(x)}.")
+    return x
+
+
+def as_array(x, expected):
+    """Returns `x` as a NumPy array; a `ValueError` that begins with what was `expected` for what is not numeric."""
+    found = None
+    if x is not None and not isinstance(x, keras.KerasTensor):
+        try:
+            found = keras.ops.convert_to_numpy(x) if keras.ops.is_tensor(x) or is_variable(x) else np.asarray(x)
+        except Exception:  # each framework has its own for what it cannot convert
+            found = None
+    if found is None or (found.dtype.kind not in "fiub" and dtype_of(found) != "bfloat16"):
+        raise ValueError(f"{expected}. Received: {shown(x)}.")
+    return found
+
+
+def require_flag(owner, name, x):
+    """Raises `ValueError` unless `x` is a bool."""
+    if not isinstance(x, (bool, np.bool_)):
+        raise ValueError(f"{owner} expects True or False as `{name}`. Received: {name}={shown(x)}.")
+
+
+def require_count(owner, name, x, least=1):
+    """Raises `ValueError` unless `x` is an integer, and `least` or more."""
+    if not is_count(x, least):
+        what = "a positive integer" if least == 1 else f"an integer of {least} or more"
+        raise ValueError(f"{owner} expects {what} as `{name}`. Received: {name}={shown(x)}.")
+
+
+def require_seed(owner, seed, may_be_none=False):
+    """Raises `ValueError` unless `seed` is an integer of 0 or more, or None where that is a seed, too."""
+    if not (is_count(seed, 0) or (may_be_none and seed is None)):
+        what = "an integer of 0 or more, or None," if may_be_none else "an integer of 0 or more"
+        raise ValueError(f"{owner} expects {what} as `seed`. Received: seed={shown(seed)}.")
+
+
+def require_positive(owner, name, x):
+    """Raises `ValueError` unless `x` is a finite number above 0."""
+    if not is_number(x) or not 0 < x < math.inf:
+        raise ValueError(f"{owner} expects a positive number as `{name}`. Received: {name}={shown(x)}.")
+
+
+def require_loss(owner, loss):
+    """Raises `ValueError` unless `loss` is what `keras.Model.compile` takes for one; None is that of the model."""
+    for each in keras.tree.flatten(loss) if isinstance(loss, (dict, list, tuple)) else [loss]:
+        if isinstance(each, str):
+            try:
+                is_loss = callable(keras.losses.get(each))
+            except ValueError:
+                is_loss = False
+        else:
+            is_loss = each is None or (callable(each) and not isinstance(each, keras.KerasTensor))
+        if not is_loss:
+            raise ValueError(
+                f"{owner} expects a Keras loss, its name, or a function of (y, y_pred) as `loss`. Received: "
+                f"loss={shown(each)}."
+            )
+
+
+def require_data(owner, data):
+    """Raises `ValueError` for what can be no data set: arrays in a tuple, or what goes through batches."""
+    is_array = hasattr(data, "shape") or isinstance(data, (str, bytes, dict, set, frozenset))
+    is_batches = hasattr(data, "__iter__") or isinstance(data, keras.utils.PyDataset)
+    if is_array or not is_batches:
+        raise ValueError(
+            f"{owner} expects as `data` (x, y) or (x, y, sample_weight), a tf.data.Dataset, a "
+            f"keras.utils.PyDataset or a torch DataLoader. Received: {describe(data)}."
+        )
+
+
+def require_variables(owner, variables):
+    """Raises `ValueError` unless `variables` are Keras variables in a nesting, a layer, or None."""
+    if variables is None or isinstance(variables, keras.Layer):
+        return
+    leaves = nesting.flatten(variables)
+    wrong = [x for x in leaves if not is_variable(x)]
+    if wrong or not leaves:
+        raise ValueError(
+            f"{owner} expects as `variables` keras.Variables of the model, in any nesting, or one of its layers. "
+            f"Received: {describe(wrong[0]) if wrong else describe(variables)}."
+        )
+
+
+def require_callable_model(owner, model):
+    """Raises `ValueError` unless `model` can be called."""
+    if not callable(model) or isinstance(model, keras.KerasTensor):
+        raise ValueError(f"{owner} expects a Keras model or a function as `model`. Received: {describe(model)}.")
 
 
 def _conversion_hint(x):

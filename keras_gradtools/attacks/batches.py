@@ -12,14 +12,14 @@ from keras_gradtools.attacks.ascent import called, constant_weights
 
 def checked_examples(owner, model, x, y, clip):
     """Returns `x` and `y` as NumPy arrays; `ValueError` where they cannot be attacked."""
-    if not callable(model):
-        raise ValueError(f"{owner} expects a Keras model as `model`. Received: {validation.describe(model)}.")
+    validation.require_callable_model(owner, model)
     if isinstance(x, (dict, list, tuple)) or not hasattr(x, "shape"):
         raise ValueError(
             f"{owner} expects one array or tensor of shape (batch, ...) as `x`. Received: {validation.describe(x)}. Of "
             "a model with several inputs, attack a function of the one that may be perturbed."
         )
-    x, y = ops.convert_to_numpy(x), ops.convert_to_numpy(y)
+    x = validation.as_array(x, f"{owner} expects one array or tensor of shape (batch, ...) as `x`")
+    y = validation.as_array(y, f"{owner} expects an array or tensor of labels as `y`")
     if not keras.backend.is_float_dtype(validation.dtype_of(x)):
         raise ValueError(
             f"{owner} perturbs floating-point examples. Received: x={validation.describe(x)}. Pixels: cast them to "
@@ -46,13 +46,9 @@ def checked_examples(owner, model, x, y, clip):
 
 def check_batching(owner, batch_size, verbose):
     """Raises `ValueError` for a `batch_size` or `verbose` that no loop over batches has."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"{owner} expects a positive integer as `batch_size`. Received: "
-            f"batch_size={validation.describe(batch_size)}."
-        )
-    if verbose not in ("auto", 0, 1):
-        raise ValueError(f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={verbose!r}.")
+    validation.require_count(owner, "batch_size", batch_size)
+    if not validation.is_one_of(verbose, ("auto", 0, 1)):
+        raise ValueError(f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}.")
 
 
 def check_labels(owner, model, x, y):

@@ -111,9 +111,8 @@ class GradientAttack(Attack):
         return float(number)
 
     def _checked_count(self, name, number):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise self._refused(name, "a positive integer", number)
-        return number
+        validation.require_count(self.name, name, number)
+        return int(number)
 
     def _refused(self, name, expected, received):
         return ValueError(

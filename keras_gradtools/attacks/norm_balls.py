@@ -13,9 +13,9 @@ from keras_gradtools import validation
 
 def checked_norm(owner, norm):
     """Returns `norm` as 2 or "inf", and raises `ValueError` for another."""
-    if norm in ("inf", math.inf) and not isinstance(norm, bool):
+    if validation.is_one_of(norm, ("inf", math.inf)):
         return "inf"
-    if norm == 2 and not isinstance(norm, bool):
+    if validation.is_one_of(norm, (2,)):
         return 2
     raise ValueError(
         f"{owner} expects 2 or 'inf' as `norm`, that of the perturbation. Received: norm={validation.describe(norm)}."

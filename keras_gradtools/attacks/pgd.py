@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_gradtools import validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.batches import seeds_from
 from keras_gradtools.attacks.gradient_attack import GradientAttack
@@ -45,6 +46,7 @@ class PGD(GradientAttack):
         if not isinstance(random_start, bool):
             raise self._refused("random_start", "True or False", random_start)
         self.random_start = random_start
+        validation.require_seed(self.name, seed, may_be_none=True)
         self.seed = seed
 
     @property

@@ -43,6 +43,7 @@ class _Thread(threading.local):
     calls: Any = None
     record: Any = None
     around: tuple = ()
+    is_single: bool = False
 
 
 _thread = _Thread()
@@ -157,6 +158,34 @@ class _Hooks:
         return __call__
 
 
+@contextlib.contextmanager
+def in_single_precision():
+    """A block in which layers that compute in half precision compute in single precision, in this thread."""
+    name = "_dtype_policy"
+
+    def policy(self):
+        own = self.__dict__[name]
+        if not _thread.is_single or not _is_half(own, self):
+            return own
+        return keras.DTypePolicy("float32")
+
+    with _one_at_a_time:
+        # What Keras asks; in the layers themselves, which other threads may be calling, nothing changes.
+        setattr(Layer, name, property(policy, lambda self, value: self.__dict__.__setitem__(name, value)))
+        _thread.is_single = True
+        try:
+            yield
+        finally:
+            _thread.is_single = False
+            delattr(Layer, name)
+
+
+def _is_half(policy, layer):
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[layer.path]
+    return policy.compute_dtype in ("float16", "bfloat16") and not policy.quantization_mode
+
+
 def _watched_call(original, layer, args, kwargs):
     calls, record = _thread.calls, _thread.record
     leaves, inputs = nesting.flatten((args, kwargs)), []
@@ -196,9 +225,13 @@ def path_of(layer):
 def class_path(layer):
     """The name of a layer's or operation's class, with its module where it is not one of Keras' own."""
     cls = type(layer)
-    own = cls.__module__.split(".")[0] == "keras"
     kind = "layers" if isinstance(layer, Layer) else "ops"
-    return f"keras.{kind}.{cls.__name__}" if own else f"{cls.__module__}.{cls.__qualname__}"
+    return f"keras.{kind}.{cls.__name__}" if is_keras_own(layer) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_keras_own(layer):
+    """Whether a layer's or operation's class comes with Keras."""
+    return type(layer).__module__.split(".")[0] == "keras"
 
 
 def array_of(x):

@@ -93,10 +93,12 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
         known = chosen is None or (isinstance(chosen, (tuple, list)) and chosen and set(chosen) <= set(QUANTITIES))
         if not known:
             raise ValueError(
-                f"{NAME} expects some of {', '.join(QUANTITIES)} as `quantities`. Received: quantities={quantities!r}."
+                f"{NAME} expects some of {', '.join(QUANTITIES)} as `quantities`. "
+                f"Received: quantities={validation.shown(quantities)}."
             )
         if not isinstance(training, bool):
             raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
+        checked_examples(NAME, x)
         self._given, self._quantities = x, chosen
         self._kwargs = {"training": training}
         self._method, self._radius, self._seed = method, radius, seed

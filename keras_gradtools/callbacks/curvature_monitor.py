@@ -85,13 +85,21 @@ class CurvatureMonitor(keras.callbacks.Callback):
     ):
         super().__init__()
         if not validation.is_number(tol) or not 0 < tol < 1:
-            raise ValueError(f"{NAME} expects a number between 0 and 1 as `tol`. Received: tol={tol!r}.")
-        is_count = isinstance(trace_matvecs, int) and not isinstance(trace_matvecs, bool)
-        if not is_count or (trace_matvecs < 2 and trace_matvecs != 0):
             raise ValueError(
-                f"{NAME} expects 0, or an integer of 2 or more, as `trace_matvecs`. Received: {trace_matvecs!r}."
+                f"{NAME} expects a number between 0 and 1 as `tol`. Received: tol={validation.shown(tol)}."
+            )
+        validation.require_seed(NAME, seed)
+        if not validation.is_count(trace_matvecs, 0) or trace_matvecs == 1:
+            raise ValueError(
+                f"{NAME} expects 0, or an integer of 2 or more, as `trace_matvecs`. "
+                f"Received: {validation.shown(trace_matvecs)}."
             )
         self._schedule = Schedule(NAME, every)
+        validation.require_data(NAME, data)
+        validation.require_loss(NAME, loss)
+        validation.require_variables(NAME, variables)
+        validation.require_flag(NAME, "training", training)
+        validation.require_count(NAME, "batch_size", batch_size)
         # Keras may go on training while another thread calls what is due after a batch.
         self.async_safe = self._schedule.is_due_after_epoch()
         self._data, self._variables, self._loss, self._training = data, variables, loss, training

@@ -98,14 +98,22 @@ class GradientMonitor(keras.callbacks.Callback):
     ):
         super().__init__()
         self._schedule = Schedule(NAME, every)
+        validation.require_data(NAME, data)
+        validation.require_loss(NAME, loss)
+        validation.require_variables(NAME, variables)
+        validation.require_flag(NAME, "training", training)
+        validation.require_count(NAME, "batch_size", batch_size)
         chosen = (quantities,) if isinstance(quantities, str) else quantities
         known = chosen is None or (isinstance(chosen, (tuple, list)) and chosen and set(chosen) <= set(QUANTITIES))
         if not known:
             raise ValueError(
-                f"{NAME} expects some of {', '.join(QUANTITIES)} as `quantities`. Received: quantities={quantities!r}."
+                f"{NAME} expects some of {', '.join(QUANTITIES)} as `quantities`. "
+                f"Received: quantities={validation.shown(quantities)}."
             )
         if not isinstance(per_layer, bool):
-            raise ValueError(f"{NAME} expects True or False as `per_layer`. Received: per_layer={per_layer!r}.")
+            raise ValueError(
+                f"{NAME} expects True or False as `per_layer`. Received: per_layer={validation.shown(per_layer)}."
+            )
         if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
             raise ValueError(f"{NAME} expects a path as `log_dir`. Received: {validation.describe(log_dir)}.")
         self._quantities = tuple(chosen or QUANTITIES)

@@ -48,8 +48,8 @@ class NewtonStep(keras.callbacks.Callback):
         damping: the first $\lambda$, 0 or more. The attribute `damping` is that of the next step.
         loss: what `compile` takes as `loss`; the compiled one by default. What a wrapper of `kg.models` adds to it, a
             penalty say, is no part of it; regularizers are.
-        training: whether the model is called as in training: dropout on, with the same mask throughout a step, and another in
-            the next one.
+        training: whether the model is called as in training: dropout on, with the same mask throughout a step, and
+            another in the next one.
         max_iterations: of conjugate gradients for each damping.
         rtol: the residual, over the gradient, at which they stop; None for the smaller of 1/2 and the root of the
             gradient's length.
@@ -106,18 +106,31 @@ class NewtonStep(keras.callbacks.Callback):
     ):
         super().__init__()
         for name, value, choices in (("solver", solver, SOLVERS), ("curvature", curvature, tuple(CURVATURES))):
-            if value not in choices:
-                raise ValueError(f"{NAME} expects one of {list(choices)} as `{name}`. Received: {name}={value!r}.")
+            if not validation.is_one_of(value, choices):
+                raise ValueError(
+                    f"{NAME} expects one of {list(choices)} as `{name}`. Received: {name}={validation.shown(value)}."
+                )
         if not validation.is_number(damping) or not 0 <= damping < np.inf:
-            raise ValueError(f"{NAME} expects a number of 0 or more as `damping`. Received: damping={damping!r}.")
+            raise ValueError(
+                f"{NAME} expects a number of 0 or more as `damping`. Received: damping={validation.shown(damping)}."
+            )
         for name, value in (("max_iterations", max_iterations), ("max_attempts", max_attempts)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{NAME} expects a positive integer as `{name}`. Received: {name}={value!r}.")
+            validation.require_count(NAME, name, value)
+        validation.require_flag(NAME, "allow_underdetermined", allow_underdetermined)
+        if not validation.is_one_of(verbose, (0, 1)) and not isinstance(verbose, bool):
+            raise ValueError(f"{NAME} expects 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}.")
         if rtol is not None and not (validation.is_number(rtol) and 0 < rtol < 1):
-            raise ValueError(f"{NAME} expects a number between 0 and 1, or None, as `rtol`. Received: rtol={rtol!r}.")
+            raise ValueError(
+                f"{NAME} expects a number between 0 and 1, or None, as `rtol`. Received: rtol={validation.shown(rtol)}."
+            )
         self.damping = float(damping)
         self.last_step: Any = None
         self._schedule = Schedule(NAME, every)
+        validation.require_data(NAME, data)
+        validation.require_loss(NAME, loss)
+        validation.require_variables(NAME, variables)
+        validation.require_flag(NAME, "training", training)
+        validation.require_count(NAME, "batch_size", batch_size)
         # Keras may go on training while another thread calls what is due after a batch.
         self.async_safe = self._schedule.is_due_after_epoch()
         self._data, self._variables, self._loss, self._training = data, variables, loss, training

@@ -70,9 +70,12 @@ class RobustnessMonitor(keras.callbacks.Callback):
         batch_size=128,
     ):
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        validation.require_count(NAME, "every", every)
+        arrays = [validation.as_array(a, f"{NAME} expects arrays of shape (batch, ...) as `x` and `y`") for a in (x, y)]
+        if not arrays[0].ndim or (arrays[1].ndim and len(arrays[0]) != len(arrays[1])):
             raise ValueError(
-                f"{NAME} expects a positive integer as `every`. Received: every={validation.describe(every)}."
+                f"{NAME} expects one label for each example. Received: x={validation.describe(x)} and "
+                f"y={validation.describe(y)}."
             )
         self.signs = []
         self._examples, self._every = (x, y), every

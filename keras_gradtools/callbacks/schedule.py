@@ -11,8 +11,7 @@ class Schedule:
     """
 
     def __init__(self, owner, every):
-        is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-        if every != "epoch" and not is_count:
+        if not validation.is_one_of(every, ("epoch",)) and not validation.is_count(every):
             raise ValueError(
                 f"{owner} expects 'epoch', or a positive number of batches, as `every`. Received: "
                 f"every={validation.describe(every)}."

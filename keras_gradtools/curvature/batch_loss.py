@@ -68,10 +68,11 @@ class BatchLoss:
         return bound
 
     def outputs_and_assigned(self, model, weights, x):
-        """The outputs, and the variables that the call assigns, the states of the seeds that it draws from among them."""
-        with self._lent(weights) as scope:
+        """The outputs, and the variables that the call assigns: the states of the seeds that it draws from, too."""
+        lent = self._lent(weights)
+        with lent, lent:
             outputs = model(x, training=self.training)
-        return self._outputs_of(outputs), scope.variables_assigned
+        return self._outputs_of(outputs), lent.scope.variables_assigned
 
     def _lent(self, weights=None):
         return self._draws.lent([] if weights is None else list(zip(self._variables, weights, strict=True)))
@@ -81,13 +82,15 @@ class BatchLoss:
         return self._called(model, weights, x)[0]
 
     def _called(self, model, weights, x):
-        with self._lent(weights):
+        lent = self._lent(weights)
+        with lent, lent:
             outputs = model(x, training=self.training)
             return self._outputs_of(outputs), list(model.losses)
 
     def of_outputs(self, outputs, y, sample_weight):
         """The loss of a batch, as Keras reduces it; `ValueError` where it leaves that to others."""
-        with self._lent():
+        lent = self._lent()
+        with lent, lent:
             loss = example_losses.total_loss(self._compile_loss, y, outputs, sample_weight)
         if len(loss.shape):
             raise ValueError(
@@ -115,7 +118,8 @@ class BatchLoss:
 
     def of_each_output(self, outputs, y):
         """The same, of the outputs."""
-        with self._lent():
+        lent = self._lent()
+        with lent, lent:
             losses = example_losses.example_losses(self._compile_loss, y, outputs, scales_sums=False)
         if losses is None:
             raise ValueError(

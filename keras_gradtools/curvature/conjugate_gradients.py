@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -97,19 +98,39 @@ def conjugate_gradients(
     Source: Hestenes & Stiefel, "Methods of conjugate gradients for solving linear systems" (1952); the rule of progress
     is that of Martens, "Deep learning via Hessian-free optimization" (2010), section 4.4.
     """
+    is_matrix = hasattr(a, "__matmul__") and not isinstance(a, keras.KerasTensor)
+    if not is_matrix or validation.dtype_of(a).startswith("complex"):
+        raise ValueError(
+            "conjugate_gradients expects as `a` a real matrix, or what has a product `a @ v`. Received: "
+            f"{validation.describe(a)}."
+        )
+    if callback is not None and (not callable(callback) or isinstance(callback, keras.KerasTensor)):
+        raise ValueError(
+            "conjugate_gradients expects a function of (i, x, value) as `callback`. Received: "
+            f"{validation.describe(callback)}."
+        )
     b_given, b = b, _vector("b", b)
     n = len(b)
     shape = tuple(getattr(a, "shape", (n, n)))
     if shape != (n, n):
         raise ValueError(f"conjugate_gradients expects a square matrix for b of shape ({n},). Received: shape {shape}.")
-    options = (("damping", damping), ("rtol", rtol), ("atol", atol), ("progress_tol", progress_tol or 0.0))
+    options = (
+        ("damping", damping),
+        ("rtol", rtol),
+        ("atol", atol),
+        ("progress_tol", 0.0 if progress_tol is None else progress_tol),
+    )
     for name, value in options:
         if not validation.is_number(value) or not 0 <= value < np.inf:
-            raise ValueError(f"conjugate_gradients expects a number of 0 or more as `{name}`. Received: {value!r}.")
+            raise ValueError(
+                f"conjugate_gradients expects a number of 0 or more as `{name}`. Received: {validation.shown(value)}."
+            )
     if max_iterations is not None and (
         isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0
     ):
-        raise ValueError(f"conjugate_gradients expects 0 or more as `max_iterations`. Received: {max_iterations!r}.")
+        raise ValueError(
+            f"conjugate_gradients expects 0 or more as `max_iterations`. Received: {validation.shown(max_iterations)}."
+        )
     precondition = _preconditioner(preconditioner, n)
     a = a.linearized() if hasattr(a, "linearized") else a
 
@@ -178,9 +199,11 @@ def _is_slow(values, tol):
 def _preconditioner(given, n):
     if given is None:
         return lambda v: v
-    if callable(given):
+    if callable(given) and not isinstance(given, keras.KerasTensor):
         return lambda v: np.asarray(ops.convert_to_numpy(given(v)), dtype=v.dtype)
-    diagonal = np.asarray(ops.convert_to_numpy(given))
+    diagonal = validation.as_array(
+        given, "conjugate_gradients expects as `preconditioner` a function, or positive numbers"
+    )
     if diagonal.shape != (n,) or not np.all(diagonal > 0):
         raise ValueError(
             f"conjugate_gradients expects as `preconditioner` a function, or {n} positive numbers. Received: "

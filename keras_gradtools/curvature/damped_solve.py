@@ -71,9 +71,13 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
             f"Received: {validation.describe(a)} and {validation.describe(b)}."
         )
     if not validation.is_number(damping) or not 0 <= damping < np.inf:
-        raise ValueError(f"damped_solve expects a number of 0 or more as `damping`. Received: damping={damping!r}.")
+        raise ValueError(
+            f"damped_solve expects a number of 0 or more as `damping`. Received: damping={validation.shown(damping)}."
+        )
     if not validation.is_number(factor) or not 1 < factor < np.inf:
-        raise ValueError(f"damped_solve expects a number above 1 as `factor`. Received: factor={factor!r}.")
+        raise ValueError(
+            f"damped_solve expects a number above 1 as `factor`. Received: factor={validation.shown(factor)}."
+        )
     matrix, columns = lower_triangle(matrix), columns.astype("float64")
     if not np.isfinite(matrix).all() or not np.isfinite(columns).all():
         raise ValueError("damped_solve expects finite numbers. Received: NaN or infinity in the matrix or in `b`.")

@@ -2,12 +2,14 @@
 
 import numpy as np
 
+from keras_gradtools import validation
 from keras_gradtools.curvature.estimate import Estimate
 from keras_gradtools.curvature.trace import checked_budget, random_signs, units
 
 
 def estimate_diagonal(matvec, n, matvecs, seed, progress):
     """The diagonal by Bekas' estimator: see `Hessian.diagonal`."""
+    validation.require_seed("diagonal", seed)
     matvecs = checked_budget("diagonal", matvecs, 2)
     with progress(min(matvecs, n)) as bar:
         if matvecs >= n:

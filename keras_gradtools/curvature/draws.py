@@ -1,6 +1,5 @@
 """What a model draws random numbers from, as it was at one moment, lent to every later call of the model."""
 
-import contextlib
 import copy
 
 import numpy as np
@@ -8,6 +7,7 @@ from keras import ops
 
 from keras_gradtools import backend
 from keras_gradtools.backend import state
+from keras_gradtools.backend.blocks import Block
 from keras_gradtools.transforms.closures import Identity
 
 
@@ -56,13 +56,24 @@ class Draws:
         given.values = values
         return given
 
-    @contextlib.contextmanager
     def lent(self, mapping=()):
-        """A block that draws from these, and in which variables have the values of `mapping`; gives its scope."""
-        seeds = zip(self._variables, self.values, strict=True)
-        with (
-            state.StateScope([*mapping, *seeds]) as scope,
-            state.global_seed_generator_is(self._global),
-            backend.with_random_state(self._random),
-        ):
-            yield scope
+        """A block that draws from these, and in which variables have the values of `mapping`; its `scope` is known."""
+        return _Lent(self, mapping)
+
+
+class _Lent(Block):
+    def __init__(self, draws, mapping):
+        self.scope = state.StateScope([*mapping, *zip(draws._variables, draws.values, strict=True)])
+        self._blocks = (
+            self.scope,
+            state.global_seed_generator_is(draws._global),
+            backend.with_random_state(draws._random),
+        )
+
+    def begin(self):
+        for block in self._blocks:
+            block.__enter__()
+
+    def end(self):
+        for block in reversed(self._blocks):
+            block.__exit__(None, None, None)

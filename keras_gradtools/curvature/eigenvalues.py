@@ -35,6 +35,7 @@ def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0,
     kept orthogonal: an eigenvalue does not come twice because of rounding.
     """
     _check(n, k, which, ncv, max_restarts, tol)
+    validation.require_seed("eigsh", seed)
     ncv = min(n, max(2 * k + 1, 20) if ncv is None else ncv)
     max_restarts = MAX_RESTARTS if max_restarts is None else max_restarts
     eps = np.finfo(dtype).eps
@@ -117,16 +118,22 @@ def _order(values, which):
 
 
 def _check(n, k, which, ncv, max_restarts, tol):
-    if which not in WHICH:
-        raise ValueError(f"eigsh expects `which` to be one of {', '.join(WHICH)}. Received: which={which!r}.")
+    if not validation.is_one_of(which, WHICH):
+        raise ValueError(
+            f"eigsh expects `which` to be one of {', '.join(WHICH)}. Received: which={validation.shown(which)}."
+        )
     if not _is_count(k) or not 0 < k <= n:
-        raise ValueError(f"eigsh expects `k` from 1 to {n}, the size of the matrix. Received: k={k!r}.")
+        raise ValueError(f"eigsh expects `k` from 1 to {n}, the size of the matrix. Received: k={validation.shown(k)}.")
     if ncv is not None and (not _is_count(ncv) or not (k < ncv or k == ncv == n)):
-        raise ValueError(f"eigsh expects `ncv`, the vectors of its basis, above k={k}. Received: ncv={ncv!r}.")
+        raise ValueError(
+            f"eigsh expects `ncv`, the vectors of its basis, above k={k}. Received: ncv={validation.shown(ncv)}."
+        )
     if max_restarts is not None and (not _is_count(max_restarts) or max_restarts < 0):
-        raise ValueError(f"eigsh expects 0 or more as `max_restarts`. Received: max_restarts={max_restarts!r}.")
+        raise ValueError(
+            f"eigsh expects 0 or more as `max_restarts`. Received: max_restarts={validation.shown(max_restarts)}."
+        )
     if tol is not None and not (validation.is_number(tol) and tol >= 0):
-        raise ValueError(f"eigsh expects a number of 0 or more as `tol`. Received: tol={tol!r}.")
+        raise ValueError(f"eigsh expects a number of 0 or more as `tol`. Received: tol={validation.shown(tol)}.")
 
 
 def _is_count(x):

@@ -86,12 +86,18 @@ class Fisher(CurvatureOperator):
         batch_size=256,
         verbose="auto",
     ):
-        if kind not in KINDS:
-            raise ValueError(f"Fisher expects {', '.join(map(repr, KINDS))} as `kind`. Received: kind={kind!r}.")
+        if not validation.is_one_of(kind, KINDS):
+            raise ValueError(
+                f"Fisher expects {', '.join(map(repr, KINDS))} as `kind`. Received: kind={validation.shown(kind)}."
+            )
         if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)) or samples < 1:
-            raise ValueError(f"Fisher expects a positive integer as `samples`. Received: samples={samples!r}.")
+            raise ValueError(
+                f"Fisher expects a positive integer as `samples`. Received: samples={validation.shown(samples)}."
+            )
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**31:
-            raise ValueError(f"Fisher expects an integer from 0 to 2**31 - 1 as `seed`. Received: seed={seed!r}.")
+            raise ValueError(
+                f"Fisher expects an integer from 0 to 2**31 - 1 as `seed`. Received: seed={validation.shown(seed)}."
+            )
         self._kind, self._samples, self._seed_given = kind, int(samples), int(seed)
         super().__init__(model, loss, data, variables, training, batch_size=batch_size, verbose=verbose)
 

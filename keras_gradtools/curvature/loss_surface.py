@@ -26,17 +26,26 @@ class LossSurface(NamedTuple):
 def loss_surface(operator, directions, distance, points, seed, progress):
     """The loss over a plane: see `Hessian.loss_surface`."""
     if not validation.is_number(distance) or not 0 < distance < np.inf:
-        raise ValueError(f"loss_surface expects a positive number as `distance`. Received: distance={distance!r}.")
-    if isinstance(points, bool) or not isinstance(points, (int, np.integer)) or points < 2:
-        raise ValueError(f"loss_surface expects an integer from 2 on as `points`. Received: points={points!r}.")
+        raise ValueError(
+            f"loss_surface expects a positive number as `distance`. Received: distance={validation.shown(distance)}."
+        )
+    if not validation.is_count(points, 2):
+        raise ValueError(
+            f"loss_surface expects an integer from 2 on as `points`. Received: points={validation.shown(points)}."
+        )
+    validation.require_seed("loss_surface", seed)
     if directions is None:
         directions = operator.eigsh(2, seed=seed)[1][:, ::-1]
-    directions = np.asarray(directions)
-    lengths = np.linalg.norm(directions.astype("float64"), axis=0)
-    if directions.shape != (operator.shape[0], 2) or not np.all(lengths > 0):
+    directions = validation.as_array(directions, f"loss_surface expects `directions` of shape ({operator.shape[0]}, 2)")
+    if directions.shape != (operator.shape[0], 2):
         raise ValueError(
-            f"loss_surface expects `directions` of shape ({operator.shape[0]}, 2), none of them zero. Received: "
+            f"loss_surface expects `directions` of shape ({operator.shape[0]}, 2). Received: "
             f"{validation.describe(directions)}."
+        )
+    lengths = np.linalg.norm(directions.astype("float64"), axis=0)
+    if not np.all(lengths > 0):
+        raise ValueError(
+            f"loss_surface expects `directions` of finite length, none of them zero. Received: the lengths {lengths}."
         )
     directions = (directions / lengths).astype(directions.dtype)
     curvatures = np.sum(directions * (operator @ directions), axis=0, dtype="float64")

@@ -13,8 +13,8 @@ class Progress:
 
     QUIET_SECONDS = 3.0
 
-    def __init__(self, total, title, verbose):
-        self._total, self._title = total, title
+    def __init__(self, total, title, verbose, unit="product"):
+        self._total, self._title, self._unit = total, title, unit
         self._done = 0
         self._bar = None
         self._shows_from = {0: float("inf"), 1: 0.0, "auto": self.QUIET_SECONDS}[verbose]
@@ -33,7 +33,7 @@ class Progress:
         is_last = self._done == self._total
         if self._bar is None and not is_last and time.monotonic() - self._started >= self._shows_from:
             print(self._title)
-            self._bar = keras.utils.Progbar(self._total, unit_name="product")
+            self._bar = keras.utils.Progbar(self._total, unit_name=self._unit)
         if self._bar is not None:
             self._bar.update(self._done)
 

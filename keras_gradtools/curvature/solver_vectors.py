@@ -11,6 +11,8 @@ def real_numbers(given):
     """An array or a tensor as an array in single or double precision; None if it has no real numbers."""
     if ops.is_tensor(given) and validation.dtype_of(given) in ("float16", "bfloat16"):
         given = ops.cast(given, "float32")
+    if isinstance(given, keras.KerasTensor):
+        return None
     array = ops.convert_to_numpy(given)
     if array.dtype.kind not in "fiu":
         return None

@@ -36,12 +36,16 @@ class SpectralDensity(NamedTuple):
 def spectral_density(matvec, n, probes, steps, *, points, width, seed, dtype, progress):
     """The density by stochastic Lanczos quadrature: see `Hessian.spectral_density`."""
     for name, given, least in (("probes", probes, 2), ("steps", steps, 1), ("points", points, 2)):
-        if isinstance(given, bool) or not isinstance(given, (int, np.integer)) or given < least:
+        if not validation.is_count(given, least):
             raise ValueError(
-                f"spectral_density expects an integer of at least {least} as `{name}`. Received: {given!r}."
+                f"spectral_density expects an integer of at least {least} as `{name}`. "
+                f"Received: {validation.shown(given)}."
             )
+    validation.require_seed("spectral_density", seed)
     if width is not None and not (validation.is_number(width) and 0 < width < np.inf):
-        raise ValueError(f"spectral_density expects a positive number as `width`. Received: width={width!r}.")
+        raise ValueError(
+            f"spectral_density expects a positive number as `width`. Received: width={validation.shown(width)}."
+        )
     steps = min(steps, n)
     generator = np.random.default_rng(seed)
     nodes, weights = np.full((probes, steps), np.nan), np.zeros((probes, steps))

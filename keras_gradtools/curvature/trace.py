@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_gradtools import validation
 from keras_gradtools.curvature.estimate import Estimate
 from keras_gradtools.curvature.krylov_basis import KrylovBasis, dot
 
@@ -10,8 +11,11 @@ METHODS = ("hutch++", "hutchinson")
 
 def estimate_trace(matvec, n, matvecs, method, seed, dtype, progress):
     """The trace by Hutchinson's estimator or Hutch++: see `Hessian.trace`."""
-    if method not in METHODS:
-        raise ValueError(f"trace expects 'hutch++' or 'hutchinson' as `method`. Received: method={method!r}.")
+    validation.require_seed("trace", seed)
+    if not validation.is_one_of(method, METHODS):
+        raise ValueError(
+            f"trace expects 'hutch++' or 'hutchinson' as `method`. Received: method={validation.shown(method)}."
+        )
     least = 6 if method == "hutch++" else 2
     matvecs = checked_budget("trace", matvecs, least)
     with progress(min(matvecs, n)) as bar:
@@ -73,9 +77,9 @@ def units(n):
 
 def checked_budget(name, matvecs, least):
     """Returns the number of products that may be taken, and raises `ValueError` if it is too small."""
-    if not isinstance(matvecs, (int, np.integer)) or isinstance(matvecs, bool) or matvecs < least:
+    if not validation.is_count(matvecs, least):
         raise ValueError(
             f"{name} expects at least {least} as `matvecs`, the number of products: an error takes more than one "
-            f"sample. Received: matvecs={matvecs!r}."
+            f"sample. Received: matvecs={validation.shown(matvecs)}."
         )
     return int(matvecs)

@@ -60,6 +60,8 @@ def batch_independence(model, x, training=False, seed=0):
         )
     if not isinstance(training, bool):
         raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
+    validation.require_seed(NAME, seed)
+    validation.as_tensors(NAME, "x", x)
     if isinstance(model, keras.Layer):
         kwargs = {"training": training} if model._call_has_training_arg else {}
         return examine(NAME, model, x, kwargs=kwargs, seed=seed)

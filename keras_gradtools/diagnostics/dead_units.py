@@ -55,7 +55,10 @@ def dead_units(model, x, training=False):
     model = checked_model(NAME, model)
     if not isinstance(training, bool):
         raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
-    return zero_units(model, nesting.map_structure(ops.convert_to_tensor, x), training, rectifying_layers(model))
+    x = validation.as_tensors(NAME, "x", x)
+    if any(not len(leaf.shape) for leaf in nesting.flatten(x)):
+        raise ValueError(f"{NAME} expects examples of shape (batch, ...) as `x`. Received: {validation.shown(x)}.")
+    return zero_units(model, x, training, rectifying_layers(model))
 
 
 def zero_units(model, x, training, rectifying):

@@ -97,6 +97,7 @@ class ExampleGradients:
     def __init__(self, owner, model, data, loss, variables, training, batch_size, chunk_size=None):
         self._owner = owner
         self._model = checked_model(owner, model)
+        validation.require_loss(owner, loss)
         self._parameters = Parameters(owner, self._model, variables)
         of = model if loss is None else self._model
         self._loss = BatchLoss(owner, of, loss, self._parameters.variables, training)
@@ -104,7 +105,8 @@ class ExampleGradients:
         self._batches = Batches(owner, data, batch_size)
         if chunk_size is not None and (not validation.is_number(chunk_size) or chunk_size < 1 or chunk_size % 1):
             raise ValueError(
-                f"{owner} expects a positive integer, or None, as `chunk_size`. Received: chunk_size={chunk_size!r}."
+                f"{owner} expects a positive integer, or None, as `chunk_size`. "
+                f"Received: chunk_size={validation.shown(chunk_size)}."
             )
         most = _MOST_NUMBERS // max(self._parameters.size, 1)
         self._chunk_size = min(max(most, 1), _MOST_EXAMPLES) if chunk_size is None else int(chunk_size)

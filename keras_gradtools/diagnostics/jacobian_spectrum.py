@@ -114,6 +114,8 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     dynamical isometry" (arXiv:1711.04735, 2017).
     """
     check_options(NAME, method, iterations, seed)
+    validation.require_callable_model(NAME, model)
+    validation.require_flag(NAME, "training", training)
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
     x = checked_examples(NAME, x)
     if method == "auto":
@@ -129,17 +131,17 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
 
 def check_options(name, method, iterations, seed):
     """Raises `ValueError` for options that do not fit."""
-    if method not in METHODS:
-        raise ValueError(f"{name} expects one of {', '.join(METHODS)} as `method`. Received: method={method!r}.")
-    if not _is_count(iterations) or iterations < 1:
-        raise ValueError(f"{name} expects a positive integer as `iterations`. Received: iterations={iterations!r}.")
-    if not _is_count(seed):
-        raise ValueError(f"{name} expects an integer as `seed`. Received: seed={seed!r}.")
+    if not validation.is_one_of(method, METHODS):
+        raise ValueError(
+            f"{name} expects one of {', '.join(METHODS)} as `method`. Received: method={validation.shown(method)}."
+        )
+    validation.require_count(name, "iterations", iterations)
+    validation.require_seed(name, seed)
 
 
 def checked_examples(name, x):
     """Returns `x` in tensors."""
-    tensors = nesting.map_structure(ops.convert_to_tensor, x)
+    tensors = validation.as_tensors(name, "x", x)
     leaves = nesting.flatten(tensors)
     is_float = [keras.backend.is_float_dtype(validation.dtype_of(leaf)) for leaf in leaves]
     if not leaves or not all(is_float) or any(len(leaf.shape) < 2 for leaf in leaves):

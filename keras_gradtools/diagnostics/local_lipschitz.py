@@ -52,8 +52,10 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
     of power iteration.
     """
     check_radius(NAME, radius)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"{NAME} expects a positive integer as `iterations`. Received: iterations={iterations!r}.")
+    validation.require_callable_model(NAME, model)
+    validation.require_flag(NAME, "training", training)
+    validation.require_count(NAME, "iterations", iterations)
+    validation.require_seed(NAME, seed)
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
     x = checked_examples(NAME, x)
     return largest_ratios(model, x, kwargs, radius, iterations, random_directions(x, radius, seed))[0]
@@ -61,8 +63,7 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
 
 def check_radius(name, radius):
     """Raises `ValueError` unless it is a positive number."""
-    if not validation.is_number(radius) or not 0 < radius < np.inf:
-        raise ValueError(f"{name} expects a positive number as `radius`. Received: radius={radius!r}.")
+    validation.require_positive(name, "radius", radius)
 
 
 def random_directions(x, radius, seed):

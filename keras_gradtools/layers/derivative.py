@@ -16,7 +16,8 @@ class Derivative(keras.layers.Wrapper):
             )
         if not isinstance(return_outputs, bool):
             raise ValueError(
-                f"{type(self).__name__} expects True or False as `return_outputs`. Received: {return_outputs!r}."
+                f"{type(self).__name__} expects True or False as `return_outputs`. "
+                f"Received: {validation.shown(return_outputs)}."
             )
         super().__init__(layer, **kwargs)
         self.return_outputs = return_outputs

@@ -1,7 +1,7 @@
 """What layers that return the Laplacian or the divergence of another one have in common."""
 
 from keras_gradtools.layers.derivative import Derivative
-from keras_gradtools.transforms.differential_operators import checked_axes
+from keras_gradtools.transforms.differential_operators import checked_axes, require_axes
 
 
 class DifferentialOperator(Derivative):
@@ -9,7 +9,7 @@ class DifferentialOperator(Derivative):
 
     def __init__(self, layer, axes=None, return_outputs=False, **kwargs):
         super().__init__(layer, return_outputs, **kwargs)
-        self.axes = None if axes is None else list(axes)
+        self.axes = None if axes is None else require_axes(type(self).__name__, axes)
 
     def _check_axes(self, inputs):
         if len(inputs.shape) != 2 or inputs.shape[1] is None:

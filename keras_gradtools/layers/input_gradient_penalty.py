@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_gradtools import validation
 from keras_gradtools.regularization.inputs import chosen_positions
 from keras_gradtools.regularization.penalty import Penalty, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
@@ -80,7 +81,10 @@ class InputGradientPenalty(keras.layers.Wrapper):
         seed=None,
         **kwargs,
     ):
-        if target == "loss":
+        if not isinstance(layer, keras.Layer):
+            raise ValueError(f"{NAME} expects a Keras layer as `layer`. Received: {validation.describe(layer)}.")
+        validation.require_seed(NAME, seed, may_be_none=True)
+        if validation.is_one_of(target, ("loss",)):
             raise ValueError(
                 f"{NAME} expects 'outputs' or a function of the output as `target`. Received: target='loss', which a "
                 "layer does not know. Use keras_gradtools.models.InputGradientRegularized for the loss of a model."

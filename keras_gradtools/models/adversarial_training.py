@@ -64,6 +64,7 @@ class AdversarialTraining(WrappedModel):
         if len(inputs) > 1:
             raise _several_inputs(f"the model {model.name!r} of {len(inputs)} inputs")
         self.attack = attack
+        validation.require_seed("AdversarialTraining", seed, may_be_none=True)
         self._seed = seed
         self._seeds = keras.random.SeedGenerator(seed)
         self._step = _Step()

@@ -145,6 +145,7 @@ class InputGradientRegularized(WrappedModel):
         penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
         strength = Strength(NAME, weight, every)
         inputs = checked_choice(NAME, inputs)
+        validation.require_seed(NAME, seed, may_be_none=True)
         super().__init__(NAME, model, **kwargs)
         known = model_inputs(model)
         if known is not None:

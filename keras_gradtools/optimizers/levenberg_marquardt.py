@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_gradtools import validation
 from keras_gradtools.curvature.gauss_newton import GaussNewton
 from keras_gradtools.curvature.newton_step import DenseSolver
 from keras_gradtools.optimizers.second_order_optimizer import SecondOrderOptimizer
@@ -65,6 +66,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         learning_rate=1.0,
         name="levenberg_marquardt",
     ):
+        validation.require_flag(type(self).__name__, "allow_underdetermined", allow_underdetermined)
         super().__init__(damping, max_attempts, learning_rate, name)
         self._check_choice("scaling", scaling, SCALINGS)
         self.scaling, self.allow_underdetermined = scaling, allow_underdetermined

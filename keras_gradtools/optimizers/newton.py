@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_gradtools import validation
 from keras_gradtools.curvature.hessian import Hessian
 from keras_gradtools.curvature.newton_step import DenseSolver
 from keras_gradtools.optimizers.second_order_optimizer import SecondOrderOptimizer
@@ -47,6 +48,7 @@ class Newton(SecondOrderOptimizer):
     """
 
     def __init__(self, damping=1e-3, max_attempts=10, allow_underdetermined=False, learning_rate=1.0, name="newton"):
+        validation.require_flag(type(self).__name__, "allow_underdetermined", allow_underdetermined)
         super().__init__(damping, max_attempts, learning_rate, name)
         self.allow_underdetermined = allow_underdetermined
 

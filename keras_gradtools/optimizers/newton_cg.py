@@ -93,7 +93,7 @@ class NewtonCG(SecondOrderOptimizer):
             if value is not None and not (validation.is_number(value) and 0 < value < 1):
                 raise ValueError(
                     f"{type(self).__name__} expects a number between 0 and 1, or None, as `{option}`. Received: "
-                    f"{option}={value!r}."
+                    f"{option}={validation.shown(value)}."
                 )
         self.curvature, self.max_iterations = curvature, max_iterations
         self.rtol, self.progress_tol = rtol, progress_tol

@@ -21,14 +21,23 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
     def __init__(self, damping, max_attempts, learning_rate, name):
         owner = type(self).__name__
         if not validation.is_number(damping) or not 0 <= damping < math.inf:
-            raise ValueError(f"{owner} expects a number of 0 or more as `damping`. Received: damping={damping!r}.")
+            raise ValueError(
+                f"{owner} expects a number of 0 or more as `damping`. Received: damping={validation.shown(damping)}."
+            )
         self._check_count("max_attempts", max_attempts)
+        is_schedule = isinstance(learning_rate, (keras.optimizers.schedules.LearningRateSchedule, keras.Variable))
+        is_function = callable(learning_rate) and not isinstance(learning_rate, keras.KerasTensor)
+        if not (validation.is_number(learning_rate) or is_schedule or is_function):
+            raise ValueError(
+                f"{owner} expects a number or a schedule as `learning_rate`. Received: learning_rate="
+                f"{validation.shown(learning_rate)}."
+            )
         if validation.is_number(learning_rate):
             learning_rate = float(learning_rate)
             if not 0 < learning_rate <= 1:
                 raise ValueError(
                     f"{owner} expects a number above 0, and at most 1, as `learning_rate`. Received: "
-                    f"learning_rate={learning_rate!r}."
+                    f"learning_rate={validation.shown(learning_rate)}."
                 )
         super().__init__(learning_rate, name=name)
         self.initial_damping, self.max_attempts = float(damping), max_attempts
@@ -37,16 +46,13 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         self.has_trainer = False
 
     def _check_count(self, name, value):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"{type(self).__name__} expects a positive integer as `{name}`. Received: {name}="
-                f"{validation.describe(value)}."
-            )
+        validation.require_count(type(self).__name__, name, value)
 
     def _check_choice(self, name, value, choices):
-        if value not in choices:
+        if not validation.is_one_of(value, choices):
             raise ValueError(
-                f"{type(self).__name__} expects one of {list(choices)} as `{name}`. Received: {name}={value!r}."
+                f"{type(self).__name__} expects one of {list(choices)} as `{name}`. "
+                f"Received: {name}={validation.shown(value)}."
             )
 
     @property

@@ -104,7 +104,9 @@ def plot_spectral_density(density, ax=None, floor=1e-6):
             f"{validation.describe(density)}."
         )
     if not validation.is_number(floor) or not 0 < floor < 1:
-        raise ValueError(f"plot_spectral_density expects `floor` between 0 and 1. Received: floor={floor!r}.")
+        raise ValueError(
+            f"plot_spectral_density expects `floor` between 0 and 1. Received: floor={validation.shown(floor)}."
+        )
     pyplot = pyplot_or_error()
     ax = pyplot.gca() if ax is None else ax
     largest = density.density.max()

@@ -39,7 +39,7 @@ def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r")
     if not (isinstance(limit, (int, float, np.number)) and 0 < limit < np.inf):
         raise ValueError(
             "imshow_zero_center expects a positive number as `limit`, or None for the largest value of the image. "
-            f"Received: limit={limit!r}."
+            f"Received: limit={validation.shown(limit)}."
         )
     pyplot = pyplot_or_error()
     ax = pyplot.gca() if ax is None else ax
@@ -92,7 +92,7 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
     jacobian = numbers(jacobian, "plot_as_patches", "(batch, out, in) or (batch, out, batch, in)", (3, 4))
     grid = _as_grid(jacobian, patch_axes)
     if not isinstance(pad, int) or pad < 0:
-        raise ValueError(f"plot_as_patches expects 0 or more pixels as `pad`. Received: pad={pad!r}.")
+        raise ValueError(f"plot_as_patches expects 0 or more pixels as `pad`. Received: pad={validation.shown(pad)}.")
     rows, columns, height, width = grid.shape
     # The last line and column of separators are cut off: they would separate nothing.
     image = np.full((rows, columns, height + pad, width + pad), np.nan)
@@ -165,7 +165,7 @@ def _as_grid(jacobian, patch_axes):
     if len(set(axes)) != 2 or not all(isinstance(a, int) and 0 <= a < rank for a in axes):
         raise ValueError(
             f"plot_as_patches expects two different axes from 0 to {rank - 1} as `patch_axes`, for a Jacobian of "
-            f"shape {jacobian.shape}. Received: patch_axes={patch_axes!r}."
+            f"shape {jacobian.shape}. Received: patch_axes={validation.shown(patch_axes)}."
         )
     others = [a for a in range(rank) if a not in axes]
     grid = jacobian.transpose(*others, *axes)

@@ -152,7 +152,8 @@ _LABELS = {
 def _by_layer(given, quantity):
     if quantity not in _LABELS:
         raise ValueError(
-            f"plot_gradient_flow expects one of {', '.join(_LABELS)} as `quantity`. Received: quantity={quantity!r}."
+            f"plot_gradient_flow expects one of {', '.join(_LABELS)} as `quantity`. "
+            f"Received: quantity={validation.shown(quantity)}."
         )
     given = getattr(given, "layers", getattr(given, "history", given))
     if not isinstance(given, dict):

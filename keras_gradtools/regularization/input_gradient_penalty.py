@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_gradtools import validation
+from keras_gradtools import nesting, validation
 from keras_gradtools.backend import example_losses
 from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions
 from keras_gradtools.regularization.penalty import Penalty
@@ -97,14 +97,17 @@ def input_gradient_penalty(
     """
     penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
     names = checked_choice(NAME, inputs)
-    if not callable(model):
-        raise ValueError(f"{NAME} takes a model or a function. Received: {validation.describe(model)}.")
+    validation.require_callable_model(NAME, model)
+    validation.require_flag(NAME, "training", training)
+    validation.require_seed(NAME, seed, may_be_none=True)
     if isinstance(model, keras.Layer) and not model.built:
         raise ValueError(
             f"{NAME} takes a built model. Received: {model.name!r}, which is not. Give it a keras.Input, or call it on "
             "data once."
         )
     x = as_tensors(x)
+    if any(leaf is not None and not len(leaf.shape) for leaf in nesting.flatten(x)):
+        raise ValueError(f"{NAME} expects inputs of shape (batch, ...) as `x`. Received: {validation.shown(x)}.")
     chosen = chosen_positions(NAME, model, x, names)
     choice = penalty.choose(model)
     snapshot = Snapshot(model)

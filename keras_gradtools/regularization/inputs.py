@@ -9,7 +9,10 @@ from keras_gradtools.regularization.penalty import no_gradient
 
 def as_tensors(inputs):
     """NumPy arrays as tensors; Keras does not convert what goes to a model's `call` everywhere."""
-    return nesting.map_structure(lambda x: x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(x), inputs)
+    expected = "An input whose gradient is penalized must be a tensor or an array"
+    return nesting.map_structure(
+        lambda x: x if x is None or ops.is_tensor(x) else validation.as_tensor(x, expected), inputs
+    )
 
 
 def checked_choice(owner, names):
@@ -42,17 +45,26 @@ def chosen_positions(owner, model, inputs, names):
             raise no_gradient(owner, "inputs without a gradient", [x for x in leaves if x is not None])
         return chosen
     known = _names(model, inputs, leaves)
+    chosen = _known(owner, known, names)
+    without = [leaves[i] for i in chosen if leaves[i] is None or not _has_gradient(leaves[i])]
+    if without:
+        raise no_gradient(owner, f"inputs={list(names)!r}, of which some have no gradient", without)
+    return sorted(set(chosen))
+
+
+def _known(owner, known, names):
+    """The positions of the inputs of some names, out of the names of each."""
     chosen = []
     for name in names:
         found = [i for i, of in enumerate(known) if name in of]
         if not found:
             every = ", ".join(repr(next(iter(sorted(of, key=lambda n: isinstance(n, int))))) for of in known)
-            raise ValueError(f"{owner} was given an input that the model does not have. Received: {name!r} of {every}.")
+            raise ValueError(
+                f"{owner} was given an input in `inputs` that the model does not have. "
+                f"Received: {validation.shown(name)} of {every}."
+            )
         chosen += found
-    without = [leaves[i] for i in chosen if leaves[i] is None or not _has_gradient(leaves[i])]
-    if without:
-        raise no_gradient(owner, f"inputs={list(names)!r}, of which some have no gradient", without)
-    return sorted(set(chosen))
+    return chosen
 
 
 def _names(model, inputs, leaves):

@@ -182,7 +182,8 @@ class Penalty:
         if jit_compile and choice.method != "finite_difference" and not backend.COMPILES_SECOND_ORDER:
             raise ValueError(
                 f"{self.owner} with method={choice.method!r} differentiates twice, which the compiler of this backend "
-                f"cannot do. Received: jit_compile={jit_compile!r}. Use method='finite_difference', which "
+                "cannot do. "
+                f"Received: jit_compile={validation.shown(jit_compile)}. Use method='finite_difference', which "
                 "differentiates once, or compile the model with jit_compile=False."
             )
 
@@ -197,9 +198,9 @@ class Penalty:
         )
 
     def _checked_norm(self, norm):
-        if norm in ("inf", math.inf) and not isinstance(norm, bool):
+        if validation.is_one_of(norm, ("inf", math.inf)):
             return "inf"
-        if norm in (1, 2) and not isinstance(norm, bool):
+        if validation.is_one_of(norm, (1, 2)):
             return int(norm)
         raise self._refused(
             "norm", "1, 2 or 'inf'", norm, "It is the norm of the gradient: 1 answers l-infinity attacks."
@@ -216,7 +217,7 @@ class Penalty:
         return float(number)
 
     def _checked_method(self, method):
-        if method not in METHODS:
+        if not validation.is_one_of(method, METHODS):
             raise self._refused("method", ", ".join(map(repr, METHODS[:-1])) + f" or {METHODS[-1]!r}", method, "")
         if method == "random_projection" and self.target != "outputs":
             raise self._refused(
@@ -228,7 +229,7 @@ class Penalty:
         return method
 
     def _checked_projections(self, projections):
-        if isinstance(projections, bool) or not isinstance(projections, int) or projections < 1 and projections != ALL:
+        if not validation.is_count(projections) and not validation.is_one_of(projections, (ALL,)):
             raise self._refused("projections", f"a positive integer, or {ALL} for all outputs,", projections, "")
         is_estimate = self.target == "outputs" and self.method in ("random_projection", "finite_difference")
         if is_estimate and projections != ALL and not self.is_plain_square:

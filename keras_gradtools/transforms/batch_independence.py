@@ -19,7 +19,7 @@ def examine(name, fun, x, args=(), kwargs=None, seed=0):
     kwargs = kwargs or {}
     leaves = [_tensor(name, leaf) for leaf in nesting.flatten(x)]
     if not leaves:
-        raise ValueError(f"{name} expects examples. Received: x={x!r}.")
+        raise ValueError(f"{name} expects examples. Received: x={validation.shown(x)}.")
     independence.require_values(name, leaves)
     batch_size = independence.require_batch(name, "inputs", leaves)
 

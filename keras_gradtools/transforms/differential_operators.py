@@ -121,6 +121,18 @@ def divergence(fun, axes=None):
     return transformed
 
 
+def require_axes(name, axes):
+    """The numbers of axes in a list; raises `ValueError` for what are none, whatever the input."""
+    right = (
+        isinstance(axes, (list, tuple, range)) and len(axes) and all(validation.is_count(i, -math.inf) for i in axes)
+    )
+    if not right or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"{name} expects different numbers of axes as `axes`. Received: axes={validation.shown(axes)}."
+        )
+    return [int(i) for i in axes]
+
+
 def checked_axes(name, axes, size):
     """The numbers of the axes, from 0 on; raises `ValueError` for what are none."""
     given = range(size) if axes is None else axes
@@ -129,13 +141,13 @@ def checked_axes(name, axes, size):
     if not right or len({i % size for i in given}) < len(given):
         raise ValueError(
             f"{name} expects different numbers of axes as `axes`, from {-size} to {size - 1} for an input of shape "
-            f"(batch, {size}). Received: axes={axes!r}."
+            f"(batch, {size}). Received: axes={validation.shown(axes)}."
         )
     return [i % size for i in given]
 
 
 def _points(name, x):
-    x = ops.convert_to_tensor(x)
+    x = validation.as_tensor(x, f"{name} expects an input of shape (batch, n)")
     if len(x.shape) != 2 or not x.shape[1]:
         raise ValueError(
             f"{name} expects an input of shape (batch, n), with n known and not 0. Received: {validation.describe(x)}."

@@ -45,6 +45,7 @@ def grad(fun, argnums=0, has_aux=False):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.2.
     """
     require_function("grad", fun)
+    validation.require_flag("grad", "has_aux", has_aux)
 
     @functools.wraps(fun, updated=())
     def gradient(*args, **kwargs):
@@ -84,6 +85,7 @@ def value_and_grad(fun, argnums=0, has_aux=False):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.2.
     """
     require_function("value_and_grad", fun)
+    validation.require_flag("value_and_grad", "has_aux", has_aux)
 
     @functools.wraps(fun, updated=())
     def value_and_gradient(*args, **kwargs):
@@ -128,6 +130,7 @@ def vjp(fun, *primals, has_aux=False):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.2.
     """
     require_function("vjp", fun)
+    validation.require_flag("vjp", "has_aux", has_aux)
     call = TapedCall("vjp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
 
     def pullback(cotangent):
@@ -167,6 +170,7 @@ def jvp(fun, primals, tangents, has_aux=False):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.1.
     """
     require_function("jvp", fun)
+    validation.require_flag("jvp", "has_aux", has_aux)
     primals = require_tuple("jvp", "primals", primals)
     tangents = require_tangents("jvp", primals, tangents)
     call = TapedCall("jvp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_gradtools import jacobians, nesting
+from keras_gradtools import jacobians, nesting, validation
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.batch_independence import examine
 from keras_gradtools.transforms.first_order import grad
@@ -96,6 +96,7 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False):
     Source: TensorFlow's guide "Advanced automatic differentiation", section "Batch Jacobian".
     """
     transformed = _transformed("batch_jacobian", fun, 0, mode, chunk_size, batch_axes=1)
+    validation.require_flag("batch_jacobian", "check_independence", check_independence)
     if not check_independence:
         return transformed
 

@@ -1,6 +1,7 @@
 """Gradients of each example alone."""
 
 import functools
+import math
 
 from keras import ops
 
@@ -46,8 +47,10 @@ def per_example_grad(fun, argnums=0):
     Source: Goodfellow, "Efficient per-example gradient computations" (2015).
     """
     require_function("per_example_grad", fun)
-    if isinstance(argnums, bool) or not isinstance(argnums, int):
-        raise ValueError(f"The argnums of `per_example_grad` must be one position. Received: argnums={argnums!r}.")
+    if not validation.is_count(argnums, -math.inf):
+        raise ValueError(
+            f"The argnums of `per_example_grad` must be one position. Received: argnums={validation.shown(argnums)}."
+        )
 
     @functools.wraps(fun, updated=())
     def gradients(*args, **kwargs):
@@ -58,7 +61,7 @@ def per_example_grad(fun, argnums=0):
             )
         place = argnums % len(args)
         weights = nesting.map_structure(lambda x: differentiable_argument("per_example_grad", place, x), args[place])
-        batch = nesting.map_structure(_tensor, (*args[:place], *args[place + 1 :]))
+        batch = validation.as_tensors("per_example_grad", "fun's batch", (*args[:place], *args[place + 1 :]))
         _check_batch(batch)
 
         def value(flat_weights, flat_examples):
@@ -78,10 +81,6 @@ def per_example_grad(fun, argnums=0):
         return nesting.pack_as(weights, found)
 
     return gradients
-
-
-def _tensor(x):
-    return ops.convert_to_tensor(x)
 
 
 def _check_batch(batch):

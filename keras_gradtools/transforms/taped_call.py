@@ -99,13 +99,12 @@ def require_scalar(name, value):
 
 def differentiable_argument(name, position, x):
     """Returns an alias of argument `x` as a tensor, and raises `ValueError` if it has no gradient."""
-    if x is None or isinstance(x, str):
-        validation.require_differentiable(x, f"Argument {position} under `{name}`")
     x = read(x)
-    if isinstance(x, (float, int)) and not isinstance(x, bool) or not hasattr(x, "dtype"):
-        x = ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None)
-    elif not ops.is_tensor(x):
-        x = ops.convert_to_tensor(x)
+    if not ops.is_tensor(x):
+        if x is None or isinstance(x, (str, keras.KerasTensor)):
+            validation.require_differentiable(x, f"Argument {position} under `{name}`")
+        dtype = keras.config.floatx() if isinstance(x, float) else None
+        x = validation.as_tensor(x, f"Argument {position} under `{name}` must be a tensor", dtype)
     validation.require_differentiable(x, f"Argument {position} under `{name}`")
     return backend.alias(x)
 
@@ -116,7 +115,7 @@ def _positions(name, argnums, count):
     if not right or len({i % count for i in chosen}) < len(chosen):
         raise ValueError(
             f"The argnums of `{name}` must be the position of an argument, or a tuple of different positions, of "
-            f"which the call has {count}. Received: argnums={argnums!r}."
+            f"which the call has {count}. Received: argnums={validation.shown(argnums)}."
         )
     return [i % count for i in chosen]
 

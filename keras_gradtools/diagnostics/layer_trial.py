@@ -1,0 +1,164 @@
+"""One layer, as it was called: has it a second derivative, and is that the derivative of its gradient?"""
+
+import contextlib
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools import backend, nesting, validation
+from keras_gradtools.backend import layer_calls
+from keras_gradtools.backend.state import StateScope, get_keras_mask, set_keras_mask
+from keras_gradtools.diagnostics.layer_verdict import failed, verdict_on
+from keras_gradtools.diagnostics.slope_search import SlopeSearch
+from keras_gradtools.finite_differences import Leaves
+from keras_gradtools.transforms.first_order import grad
+from keras_gradtools.transforms.functional import functionalize
+from keras_gradtools.transforms.second_order import hvp
+
+# How many directions are tried before a layer is accused or given up.
+_DIRECTIONS = 3
+# How far from where it was called a layer is tried again, as a share of the size of its arguments.
+_ASIDE = 0.25
+_COARSE = ("float16", "bfloat16")
+_UNCLEAR = (
+    "The differences of its gradient do not converge: it has kinks, decides by its values, draws random numbers, or "
+    "rounds too much"
+)
+
+
+def tried(call, training, random):
+    """The `LayerVerdict` on the layer of a `LayerCall`."""
+    layer, computation = call.layer, _Computation(call, training, random)
+    primals = computation.primals
+    if not computation.has_outputs or not nesting.flatten(primals):
+        return verdict_on(layer, "constant")
+    try:
+        gradient = computation.gradient(*primals)
+    except Exception as error:
+        return failed(layer, "no", error)
+    leaves = Leaves("preflight", primals, "argument")
+    if not leaves.vector(gradient).any():
+        return verdict_on(layer, "constant")
+    # What half precision rounds away, single precision shows.
+    is_coarse = any(dtype in _COARSE for dtype in (*leaves.dtypes, layer.compute_dtype))
+    try:
+        if is_coarse:
+            computation.product(primals, primals)
+        with layer_calls.in_single_precision() if is_coarse else contextlib.nullcontext():
+            verdict, off = _compared(layer, computation, nesting.map_structure(_at_least_single, primals), random)
+    except _HasNone as error:
+        return failed(layer, "once", error.__cause__)
+    if verdict == "wrong":
+        how = f"off by {off:.2g} times its length" if np.isfinite(off) else "not finite"
+        return verdict_on(layer, "wrong", f"It is {how}.")
+    return verdict_on(layer, verdict, f"{_UNCLEAR}." if verdict == "unclear" else "")
+
+
+def _compared(layer, computation, primals, random):
+    # Along all arguments the terms that mix inputs and weights may hide what is wrong by the inputs alone.
+    verdict, off = _along(computation, primals, False, random)
+    if verdict == "yes" and all(primals) and not layer_calls.is_keras_own(layer):
+        return _along(computation, primals, True, random)
+    return verdict, off
+
+
+def _along(computation, primals, only_inputs, random):
+    """What `SlopeSearch` says along random directions, and by how much the product is off at most."""
+    leaves = Leaves("preflight", primals, "argument")
+    start, off = leaves.vector(primals), []
+    sizes, dtype = leaves.typical(start), computation.coarsest(primals)
+    moved = sizes
+    if only_inputs:
+        moved = np.where(np.arange(start.size) < leaves.vector(primals[0]).size, sizes, 0.0)
+    for _ in range(_DIRECTIONS):
+
+        def gradient_at(offset, start=start):
+            return leaves.vector(computation.gradient(*leaves.pack(start + offset)))
+
+        v = moved * random.standard_normal(start.size)
+        product = leaves.vector(computation.product(leaves.pack(start), leaves.pack(v)))
+        verdict, share = SlopeSearch(gradient_at, leaves, dtype).verdict(v, product)
+        if verdict == "yes" and not off:
+            return "yes", 0.0
+        off += [share] if verdict == "wrong" else []
+        if len(off) == 2:
+            return "wrong", max(off)
+        if verdict == "unclear":
+            # Equal numbers, as many zeros are, may be a kink that others are not.
+            start = start + _ASIDE * sizes * random.standard_normal(start.size)
+    return "unclear", 0.0
+
+
+class _HasNone(Exception):
+    """Raised from the error of a second derivative."""
+
+
+class _Computation:
+    """A layer's outputs times random cotangents, as a function of its inputs and its weights."""
+
+    def __init__(self, call, training, random):
+        self._fun, weights = functionalize(call.layer)
+        self._training = training
+        self._given = (call.args, {key: value for key, value in call.kwargs.items() if key != "training"})
+        self._leaves = nesting.flatten(self._given)
+        self._places = [i for i, leaf in enumerate(self._leaves) if is_float_tensor(leaf)]
+        self._masks = [get_keras_mask(self._leaves[i]) for i in self._places]
+        self.primals = ([ops.stop_gradient(self._leaves[i]) for i in self._places], weights)
+        self._cotangents = [random.standard_normal(y.shape) for y in call.outputs]
+        self._random_state = backend.random_state()
+        self.has_outputs = any(_is_floating(validation.dtype_of(y)) for y in call.outputs)
+
+    def gradient(self, *primals):
+        with self._held_still():
+            return grad(self._scalar, argnums=(0, 1))(*primals)
+
+    def product(self, primals, tangents):
+        try:
+            with self._held_still():
+                return hvp(self._scalar, primals, tangents)
+        except Exception as error:
+            raise _HasNone from error
+
+    def coarsest(self, primals):
+        """The coarsest dtype of what goes in and comes out."""
+        with self._held_still():
+            outputs = self._called(*primals)
+        dtypes = {validation.dtype_of(x) for x in (*nesting.flatten(primals), *outputs)}
+        return next(d for d in ("bfloat16", "float16", "float32", "float64") if d in dtypes)
+
+    @contextlib.contextmanager
+    def _held_still(self):
+        with StateScope(), backend.with_random_state(self._random_state):
+            yield
+
+    def _called(self, values, weights):
+        replaced = list(self._leaves)
+        for place, value, mask in zip(self._places, values, self._masks, strict=True):
+            if mask is not None:
+                set_keras_mask(value, mask)
+            replaced[place] = value
+        args, kwargs = nesting.pack_as(self._given, replaced)
+        outputs = self._fun(weights, *args, training=self._training, **kwargs)
+        return [y for y in nesting.flatten(outputs) if y is not None]
+
+    def _scalar(self, values, weights):
+        products = []
+        for y, c in zip(self._called(values, weights), self._cotangents, strict=True):
+            if is_float_tensor(y):
+                y = _at_least_single(y)
+                products.append(ops.sum(y * ops.convert_to_tensor(c, dtype=y.dtype)))
+        return sum(products)
+
+
+def is_float_tensor(x):
+    """Whether `x` is a tensor that has a gradient."""
+    return ops.is_tensor(x) and _is_floating(validation.dtype_of(x))
+
+
+def _is_floating(dtype):
+    return keras.backend.is_float_dtype(dtype)
+
+
+def _at_least_single(x):
+    return ops.cast(x, "float32") if validation.dtype_of(x) in _COARSE else x

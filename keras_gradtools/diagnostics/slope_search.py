@@ -1,0 +1,129 @@
+"""A product with a second derivative compared with the differences of the gradient, where these can be trusted."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_gradtools.finite_differences import SAFETY
+
+# By the coarsest dtype: the rounding; the first step, as a share of the size of each argument; how often it is halved;
+# and by which share of its length a product may be off.
+_PRECISIONS = {
+    "float64": (2.0**-53, 2.0**-5, 12, 0.01),
+    "float32": (2.0**-24, 2.0**-3, 10, 0.01),
+    "float16": (2.0**-11, 2.0**-2, 3, 0.1),
+    "bfloat16": (2.0**-8, 2.0**-1, 2, 0.2),
+}
+# Which share of the elements has to have settled before these are believed at once, and at the end.
+_SURE, _ENOUGH = 0.9, 0.5
+# How much smaller than the error of a product its differences have to change before they accuse it.
+_CLEAR = 4
+# With how many of the steps the rounding counts as small.
+_FIRST = 2
+_OF_MANY = 4
+# A gradient whose rounding is that share of its length is another one at every call.
+_UNSTEADY = 0.05
+
+
+class _Comparison(NamedTuple):
+    """One tensor's product and its differences with one step, by the elements whose differences have settled."""
+
+    share: float
+    error: float
+    change: float
+    size: float
+    is_close: bool
+    # Whether its rounding is small beside what it may be off by, or as small as it gets.
+    is_fine: bool
+
+    def agrees(self, share):
+        return self.is_close and self.is_fine and self.share >= share
+
+    @property
+    def accuses(self):
+        # A difference that is off by its rounding changes by that much, too.
+        return self.share >= _ENOUGH and not self.is_close and self.error >= _CLEAR * self.change
+
+
+class SlopeSearch:
+    """Central differences of `gradient_at(offset)` along a direction, with steps that are halved.
+
+    `leaves` knows the tensors in a vector (a `finite_differences.Leaves`), `dtype` is the coarsest of the computation.
+    """
+
+    def __init__(self, gradient_at, leaves, dtype):
+        self._at, self._gradient, self._leaves = gradient_at, gradient_at(0.0), leaves
+        self._epsilon, self._first_step, self._halvings, self._rtol = _PRECISIONS[dtype]
+
+    def verdict(self, v, product):
+        """`("yes" | "wrong" | "unclear", by which share of its length the worst tensor is off)`.
+
+        An element has settled where two steps give the same difference. A product is right where it is the difference
+        of all but a few elements, and wrong where the differences of three steps agree far better with each other than
+        with it. An element at a kink settles late or never, so that it says nothing.
+        """
+        noise = self._noise(v)
+        if not np.linalg.norm(noise) <= SAFETY * _UNSTEADY * np.linalg.norm(self._gradient):
+            return "unclear", np.inf
+        pending = {leaf: [] for leaf in range(len(self._leaves.sizes))}
+        last, h = None, self._first_step
+        with np.errstate(all="ignore"):
+            far = self._across(2 * h * v)
+            for _ in range(1 + self._halvings):
+                near = self._across(h * v)
+                slope = (8 * near - far) / (12 * h)
+                if last is not None:
+                    vectors = product, slope, last, self._gradient, noise / h
+                    parts = list(zip(*map(self._leaves.split, vectors), strict=True))
+                    for leaf in list(pending):
+                        found = self._compared(*parts[leaf], is_first=len(pending[leaf]) < _FIRST)
+                        pending[leaf].append(found)
+                        if found.agrees(_SURE):
+                            del pending[leaf]
+                    if not pending:
+                        return "yes", 0.0
+                last, far, h = slope, near, h / 2
+        return self._concluded(pending.values())
+
+    def _across(self, offset):
+        return self._at(offset) - self._at(-offset)
+
+    def _noise(self, v):
+        # The second difference of neighbours leaves of a smooth function the rounding, sqrt(6) times as large. The
+        # dtype alone tells too little, where large terms cancel.
+        h = max(32 * self._epsilon, 2.0**-20)
+        second = self._at(h * v) - 2 * self._gradient + self._at(-h * v)
+        noises = []
+        for found, g in zip(self._leaves.split(second), self._leaves.split(self._gradient), strict=True):
+            measured = np.sqrt(np.mean(np.square(found)) / 6) if found.size else 0.0
+            dtypes = self._epsilon * (np.abs(g) + np.sqrt(np.mean(np.square(g)) if g.size else 0.0))
+            noises.append(SAFETY * np.maximum(measured, dtypes))
+        return np.concatenate([np.zeros(0), *noises])
+
+    def _compared(self, product, slope, last, gradient, rounding, is_first):
+        # Where neither is anything, there is nothing to settle.
+        counted = (gradient != 0) | (np.abs(slope) > rounding) | (np.abs(product) > rounding)
+        change = np.abs(slope - last)
+        typical = np.median(np.abs(slope[counted])) if counted.any() else 0.0
+        settled = change <= self._rtol / 2 * (np.abs(slope) + typical) + rounding
+        settled &= counted & np.isfinite(slope)
+        share = settled.sum() / counted.sum() if counted.any() else 1.0
+        error = np.linalg.norm(np.nan_to_num((product - slope)[settled], nan=np.inf))
+        size = max(np.linalg.norm(np.nan_to_num(product[settled])), np.linalg.norm(slope[settled]))
+        # Of many elements few are off by as much as each may be.
+        noise = np.linalg.norm(rounding[settled]) / _OF_MANY
+        allowed, is_fine = self._rtol * size + noise, is_first or noise <= 2 * self._rtol * size
+        return _Comparison(share, error, np.linalg.norm(change[settled]), size, error <= allowed, is_fine)
+
+    def _concluded(self, tensors):
+        verdict, off = "yes", 0.0
+        for steps in tensors:
+            if any(step.agrees(_ENOUGH) for step in steps):
+                continue
+            accusing = [b for a, b in zip(steps, steps[1:], strict=False) if a.accuses and b.accuses]
+            if accusing:
+                best = min(accusing, key=lambda s: s.change / s.error)
+                verdict, off = "wrong", max(off, best.error / best.size if best.size else np.inf)
+            elif verdict == "yes":
+                verdict = "unclear"
+        return verdict, off
