@@ -158,26 +158,35 @@ class _Hooks:
         return __call__
 
 
-@contextlib.contextmanager
-def in_single_precision():
+class in_single_precision(Block):  # noqa: N801 - said of a block
     """A block in which layers that compute in half precision compute in single precision, in this thread."""
-    name = "_dtype_policy"
 
-    def policy(self):
-        own = self.__dict__[name]
-        if not _thread.is_single or not _is_half(own, self):
-            return own
-        return keras.DTypePolicy("float32")
+    _NAME = "_dtype_policy"
+    _lock = threading.Lock()
+    _blocks: set = set()
 
-    with _one_at_a_time:
-        # What Keras asks; in the layers themselves, which other threads may be calling, nothing changes.
-        setattr(Layer, name, property(policy, lambda self, value: self.__dict__.__setitem__(name, value)))
+    def begin(self):
+        with self._lock:
+            self._blocks.add(id(self))
+            # What Keras asks; in the layers themselves, which other threads may be calling, nothing changes.
+            setattr(Layer, self._NAME, property(_policy, _set_policy))
         _thread.is_single = True
-        try:
-            yield
-        finally:
-            _thread.is_single = False
-            delattr(Layer, name)
+
+    def end(self):
+        _thread.is_single = False
+        with self._lock:
+            self._blocks.discard(id(self))
+            if not self._blocks and self._NAME in vars(Layer):
+                delattr(Layer, self._NAME)
+
+
+def _policy(layer):
+    own = vars(layer)[in_single_precision._NAME]
+    return keras.DTypePolicy("float32") if _thread.is_single and _is_half(own, layer) else own
+
+
+def _set_policy(layer, value):
+    vars(layer)[in_single_precision._NAME] = value
 
 
 def _is_half(policy, layer):
