@@ -10,10 +10,24 @@ import numpy as np
 from jax._src import ad_util, core
 
 
+def _is_of_jax(fun):
+    return (getattr(fun.f, "__module__", None) or "").startswith("jax.")
+
+
+def closes_over_nothing(fun):
+    """Whether the function of a custom derivative is one of JAX's own (relu) that nothing else is given to."""
+    # `nondiff_argnums`, which may close over anything, are given by a transformation of that name.
+    return (
+        _is_of_jax(fun)
+        and getattr(getattr(fun.f, "__wrapped__", fun.f), "__closure__", ()) is None
+        and not any("partial" in getattr(transform, "__name__", "partial") for transform, _ in fun.transforms)
+    )
+
+
 def is_batched(fun):
     """Whether the function of a custom derivative is a user's that a `vmap` has been laid over."""
-    # JAX's own functions close over nothing, and a sweep with them is found again by their names.
-    if (getattr(fun.f, "__module__", None) or "").startswith("jax."):
+    # A sweep with JAX's own functions, which do not need it, is found again by their names.
+    if _is_of_jax(fun):
         return False
     return any(isinstance(p, core.TraceTag) for _, parameters in fun.transforms for p in parameters)
 

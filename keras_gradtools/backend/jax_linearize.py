@@ -7,18 +7,24 @@ from keras_gradtools.backend import jax_programs, jax_sweep, jax_trace
 
 def linearize(part):
     """Returns the pushforward of a `jax_sweep.Slice`, as a function of the tangents of its inputs."""
-    with jax_sweep.naming_deleted_arrays(part):
+    try:
         if not part.steps or jax_trace.is_traced(part.arrays.values()):
             linear = _linear_steps(part, part.arrays, ())
             return lambda tangents: _push(part, linear, tangents)
         # Compiled at the first time: who linearizes will push more than once.
         linear = jax_sweep.compiled_sweeps.run(_linear_steps, part, part.arrays, (), at_once=True)
+    except (RuntimeError, ValueError) as error:
+        jax_sweep.raise_if_deleted(part, error)
+        raise
 
     def push(tangents):
-        with jax_sweep.naming_deleted_arrays(part):
-            if jax_trace.is_traced([*jax.tree.leaves(linear), *tangents]):
-                return _push(part, linear, tangents)
+        if jax_trace.is_traced([*jax.tree.leaves(linear), *tangents]):
+            return _push(part, linear, tangents)
+        try:
             return jax_sweep.compiled_sweeps.run(_push, part, linear, tangents, at_once=True)
+        except (RuntimeError, ValueError) as error:
+            jax_sweep.raise_if_deleted(part, error)
+            raise
 
     return push
 

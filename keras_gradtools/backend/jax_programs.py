@@ -52,6 +52,18 @@ def programs_in(params):
     return found
 
 
+def programs_of(primitive, params):
+    """The same of an operation of this primitive, looking only at parameters that may hold programs: once for each."""
+    names = _names.get(primitive)
+    if names is None:
+        holding = (name for name, value in params.items() if "jaxpr" in name or programs_in({name: value}))
+        names = _names[primitive] = tuple(holding)
+    return programs_in({name: params[name] for name in names if name in params}) if names else ()
+
+
+_names: dict = {}
+
+
 def _open(program):
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 

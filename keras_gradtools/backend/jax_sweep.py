@@ -8,7 +8,6 @@ argument; inside an enclosing `jax.jit` there is nothing to do, because the comp
 """
 
 import collections
-import contextlib
 import threading
 import types
 import typing
@@ -19,13 +18,13 @@ from jax._src.array import ArrayImpl
 from jax._src.linear_util import WrappedFun
 from jax.extend.core import ClosedJaxpr
 
-from keras_gradtools.backend import jax_programs, jax_trace
+from keras_gradtools.backend import jax_operation, jax_programs, jax_trace
 
 
 class Step(typing.NamedTuple):
     """One operation of a slice, between slots; `active` are the positions that a derivative passes through."""
 
-    operation: jax_trace.Operation
+    operation: jax_operation.Operation
     inputs: tuple
     outputs: tuple
     active_inputs: tuple
@@ -171,21 +170,19 @@ def add(sums, slots, values):
 
 def differentiate(mode, part, vectors):
     """Runs `mode` (one of the functions above) on a slice, compiled where that pays."""
-    with naming_deleted_arrays(part):
+    try:
         if not part.steps or jax_trace.is_traced([*part.arrays.values(), *vectors]):
             return mode(part, part.arrays, vectors)
         return compiled_sweeps.run(mode, part, part.arrays, vectors)
-
-
-@contextlib.contextmanager
-def naming_deleted_arrays(part):
-    """Says of an error in its block that it comes from a recorded array that is gone, where that is so."""
-    try:
-        yield
     except (RuntimeError, ValueError) as error:
-        gone = [x for x in part.arrays.values() if isinstance(x, ArrayImpl) and x.is_deleted()]
-        if not gone:
-            raise
+        raise_if_deleted(part, error)
+        raise
+
+
+def raise_if_deleted(part, error):
+    """Says what happened, where `error` comes from a recorded array that is gone."""
+    gone = [x for x in part.arrays.values() if isinstance(x, ArrayImpl) and x.is_deleted()]
+    if gone:
         raise RuntimeError(
             "This derivative needs a value that the tape's block has used and that is gone. Received: a recorded array "
             f"of shape {gone[0].shape} and dtype {gone[0].dtype}, which was deleted since. On JAX, `fit`, "

@@ -26,7 +26,7 @@ from jax._src.array import ArrayImpl
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from keras_gradtools.backend import jax_custom_calls, jax_programs
+from keras_gradtools.backend import jax_custom_calls, jax_operation, jax_programs
 
 alias_p = Primitive("tape_alias")
 alias_p.def_impl(lambda x: x)
@@ -80,52 +80,6 @@ def is_tracing_program():
     return not isinstance(core.trace_ctx.trace, TapeTrace)
 
 
-class Operation:
-    """One recorded operation: what to bind again, on which inputs, and what came out.
-
-    `subfuns` are the functions of a custom derivative: `(fun, jvp)`, `(fun, fwd, bwd)`, else nothing.
-    Derivatives pass through `differentiable`, the inputs up to the first that is known to have none. `rule`
-    stands for the functions of a custom derivative of our own, by value; else it is None. The last `closed_over`
-    inputs are not given to the operation: it closes over them, and has no derivative by them.
-    """
-
-    __slots__ = ("closed_over", "differentiable", "inputs", "outputs", "params", "primitive", "rule", "subfuns")
-
-    def __init__(self, primitive, subfuns, params, inputs, outputs, rule=None, count=None, closed_over=()):
-        self.primitive = primitive
-        self.subfuns = subfuns
-        self.params = params
-        self.inputs = [*inputs, *closed_over] if closed_over else inputs
-        self.outputs = outputs
-        self.rule = rule
-        self.differentiable = self.inputs[:count]
-        self.closed_over = len(closed_over)
-
-    def bind(self, inputs):
-        """Carries the operation out again, under the current trace."""
-        if self.closed_over:
-            for x in inputs[-self.closed_over :]:
-                jax_programs.closed_over_p.bind(x, by=jax_programs.named(self.primitive))
-            inputs = inputs[: -self.closed_over]
-        outputs = self._bind_custom(inputs) if self.subfuns else self.primitive.bind(*inputs, **self.params)
-        return outputs if self.primitive.multiple_results else [outputs]
-
-    def _bind_custom(self, inputs):
-        # A wrapped function notes the structure of its output once; here it runs a second time.
-        _reset(self.subfuns)
-        # How `bind` takes functions differs from one JAX to the next; what it comes to does not.
-        with core.take_current_trace() as trace:
-            process = trace.process_custom_jvp_call if len(self.subfuns) == 2 else trace.process_custom_vjp_call
-            return process(self.primitive, *self.subfuns, inputs, **self.params)
-
-
-def _reset(subfuns):
-    for subfun in subfuns:
-        for store in subfun.stores:
-            if store is not None:
-                store.reset()
-
-
 class TapeTrace(core.Trace):
     """Has `parent` carry out every operation, and notes it on the tapes that are recording."""
 
@@ -146,9 +100,13 @@ class TapeTrace(core.Trace):
         return self.parent.cur_qdd(x)
 
     def process_primitive(self, primitive, tracers, params, /):
-        programs = jax_programs.programs_in(params)
-        closed_over = ()
-        if self.parent.requires_low and _is_high(primitive, tracers, params, programs):
+        programs, is_high, closed_over = (), False, ()
+        if primitive not in _plain:
+            programs = jax_programs.programs_of(primitive, params)
+            is_high = _is_high(primitive, tracers, params, programs)
+            if programs == () and not is_high:
+                _plain.add(primitive)
+        if is_high and self.parent.requires_low:
             outputs, closed_over = self._lowered(primitive, tracers, params)
         else:
             # JAX's other traces may come here with this one as the current trace, and the parent then would come
@@ -166,7 +124,10 @@ class TapeTrace(core.Trace):
             observation = _Observation(self.tapes)
             inputs = [alias(x) if observation.follows(x) else x for x in tracers]
             with observation():
-                return primitive.to_lojax(*inputs, **params), list(observation.found.values())
+                outputs = primitive.to_lojax(*inputs, **params)
+            if primitive.name == "call_hi_primitive":
+                outputs = [_distinct(x) for x in outputs]
+            return outputs, list(observation.found.values())
 
     def process_call(self, primitive, fun, tracers, params, /):
         with core.set_current_trace(self):
@@ -190,7 +151,7 @@ class TapeTrace(core.Trace):
         subfuns = fun, fwd, bwd
         params = {"out_trees": out_trees, "symbolic_zeros": symbolic_zeros}
         if self.tapes and jax_custom_calls.is_batched(fun):
-            bind = Operation(primitive, subfuns, params, tracers, None).bind
+            bind = jax_operation.Operation(primitive, subfuns, params, tracers, None).bind
             call = jax_custom_calls.vjp_by_programs(bind, tracers)
             with core.set_current_trace(self):
                 return call(*tracers)
@@ -201,65 +162,70 @@ class TapeTrace(core.Trace):
 
     def _process_custom(self, process, primitive, subfuns, tracers, params):
         with core.take_current_trace():
-            if not self.tapes or _thread.custom_rule[0] is not None:
+            is_ours = _thread.custom_rule[0] is not None
+            if not self.tapes or is_ours or jax_custom_calls.closes_over_nothing(subfuns[0]):
                 outputs = process(primitive, *subfuns, tracers, **params)
                 return self._record(primitive, subfuns, params, tracers, outputs)
             fun = _observed(subfuns[0], observation := _Observation(self.tapes))
-            outputs = process(primitive, fun, *subfuns[1:], tracers, **params)
+            outputs = [_distinct(x) for x in process(primitive, fun, *subfuns[1:], tracers, **params)]
             if not observation.has_run:
                 # The parent differentiates, and ran the rule instead.
                 jax.make_jaxpr(fun.call_wrapped)(*tracers)
-                _reset(subfuns[:1])
+                jax_operation.reset(subfuns[:1])
         return self._record(primitive, subfuns, params, tracers, outputs, (), list(observation.found.values()))
 
     def _record(self, primitive, subfuns, params, inputs, outputs, programs=(), closed_over=()):
         outputs = list(outputs)
         taken = {id(x) for x in inputs}
-        # A function with a derivative of its own may return whatever it has at hand: a number, an array of its closure.
-        is_custom = bool(subfuns) or primitive.name == "call_hi_primitive"
         for i, x in enumerate(outputs):
-            if is_custom and not isinstance(x, jax.Array) and (hasattr(x, "dtype") or isinstance(x, (int, float))):
-                outputs[i] = x = jax.numpy.asarray(x)
-            elif isinstance(x, (ArrayImpl, core.Tracer)) and (id(x) in taken or is_custom and isinstance(x, ArrayImpl)):
+            if id(x) in taken and isinstance(x, (ArrayImpl, core.Tracer)):
                 outputs[i] = x = alias(x)
             taken.add(id(x))
         if self.tapes and primitive is not ad_util.stop_gradient_p:
             rule, count = _thread.custom_rule if subfuns else (None, None)
-            constants = self._followed_constants(programs) if programs else None
             operation = None
-            if constants or closed_over:
-                operation = _with_closure(primitive, subfuns, params, inputs, outputs, constants, closed_over)
+            if programs or closed_over:
+                constants = self._followed_constants(programs)
+                operation = jax_operation.with_closure(
+                    primitive, subfuns, params, inputs, outputs, constants, closed_over
+                )
             differentiable = operation.differentiable if operation else inputs[:count]
             for tape in self.tapes:
                 if any(id(x) in tape.followed for x in differentiable):
-                    operation = operation or Operation(primitive, subfuns, params, inputs, outputs, rule, count)
+                    operation = operation or jax_operation.Operation(
+                        primitive, subfuns, params, inputs, outputs, rule, count
+                    )
                     tape.operations.append(operation)
                     tape.followed.update((id(x), x) for x in outputs if is_followable(x))
         return outputs
 
     def _followed_constants(self, programs):
-        every = [x for program in programs for x in jax_programs.constants(program)]
-        for x in every:
-            if id(x) in reads_by_programs:
-                reads_by_programs[id(x)](x, self.tapes)
-        return {id(x): x for x in every if any(id(x) in tape.followed for tape in self.tapes)}
+        found = {}
+        for program in programs:
+            for x in jax_programs.constants(program):
+                if id(x) in reads_by_programs:
+                    reads_by_programs[id(x)](x, self.tapes)
+                if any(id(x) in tape.followed for tape in self.tapes):
+                    found[id(x)] = x
+        return found
 
 
-def _with_closure(primitive, subfuns, params, inputs, outputs, constants, closed_over):
-    """An operation that takes in what its programs or its functions close over."""
-    if constants:
-        try:
-            params, inserted = jax_programs.constants_as_inputs(primitive, params, constants)
-            inputs = jax_programs.insert(inputs, inserted, constants)
-        except jax_programs.Unknown:
-            closed_over = [*constants.values(), *closed_over]
-    return Operation(primitive, subfuns, params, inputs, outputs, closed_over=closed_over)
+def _distinct(x):
+    """What a function with a derivative of its own has returned, which may be whatever it has at hand, as an array."""
+    if isinstance(x, ArrayImpl):
+        return alias(x)
+    is_number = not isinstance(x, jax.Array) and (hasattr(x, "dtype") or isinstance(x, (int, float)))
+    return jax.numpy.asarray(x) if is_number else x
+
+
+# The primitives without programs among their parameters, which are most: they need no looking into.
+_plain: set = set()
 
 
 def _is_high(primitive, inputs, params, programs):
     """Whether the primitive is one that JAX expands into others before anything is carried out."""
     rule = primitive.is_high
-    if getattr(rule, "__func__", None) is core.Primitive.is_high:
+    if getattr(rule, "__func__", None) is core.Primitive.is_high or programs and type(primitive) is core.Primitive:
         return any(program.is_high for program in programs)
     return rule(*map(core.typeof, inputs), **params)
 
