@@ -48,7 +48,7 @@ def is_number(x):
 
 def is_count(x, least=1):
     """Whether `x` is an integer of Python or NumPy, and `least` or more; a bool is none."""
-    return isinstance(x, numbers.Integral) and not isinstance(x, (bool, np.bool_)) and x >= least
+    return isinstance(x, numbers.Integral) and type(x) not in (bool, np.bool_) and int(x) >= least
 
 
 def is_one_of(x, choices):

@@ -89,7 +89,7 @@ class TapeTrace(core.Trace):
     def __init__(self, parent):
         super().__init__()
         # High-level primitives come whole: what they are made of would not have their derivatives.
-        self.requires_low = False
+        self.requires_low = False  # type: ignore[misc]
         self.parent = parent
         self.open_tapes = []
         self.tapes = []
@@ -277,9 +277,9 @@ class _Observation:
 @lu.transformation2
 def _observed(fun, observation, *args):
     # What is passed is another object than the same value where it is closed over.
-    args = [alias(x) if observation.follows(x) else x for x in args]
+    given = [alias(x) if observation.follows(x) else x for x in args]
     with observation():
-        return fun(*args)
+        return fun(*given)
 
 
 def _in_nobodys_place(process, *args, **kwargs):

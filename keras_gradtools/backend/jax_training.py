@@ -16,6 +16,7 @@ import functools
 import inspect
 import itertools
 import threading
+import typing
 import weakref
 
 import jax
@@ -39,7 +40,7 @@ _returned: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 class _Thread(threading.local):
     # The trainer whose step function is being made.
-    trainer = None
+    trainer: typing.Any = None
 
 
 _thread = _Thread()

@@ -20,7 +20,10 @@ def differentiable(original):
         if tf.executing_eagerly() and not recording.active_tapes():
             # Not inside a graph, which may be called under a tape long after it was traced.
             return original(target, output, target_length, output_length, mask_index)
-        return _loss(*map(tf.convert_to_tensor, (target, output, target_length, output_length)), mask_index)
+        target, output, target_length, output_length = map(
+            tf.convert_to_tensor, (target, output, target_length, output_length)
+        )
+        return _loss(target, output, target_length, output_length, mask_index)
 
     return ctc_loss
 

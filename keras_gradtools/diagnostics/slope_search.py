@@ -76,7 +76,7 @@ class SlopeSearch:
                     vectors = product, slope, last, self._gradient, noise / h
                     parts = list(zip(*map(self._leaves.split, vectors), strict=True))
                     for leaf in list(pending):
-                        found = self._compared(*parts[leaf], is_first=len(pending[leaf]) < _FIRST)
+                        found = self._compared(len(pending[leaf]) < _FIRST, *parts[leaf])
                         pending[leaf].append(found)
                         if found.agrees(_SURE):
                             del pending[leaf]
@@ -100,7 +100,7 @@ class SlopeSearch:
             noises.append(SAFETY * np.maximum(measured, dtypes))
         return np.concatenate([np.zeros(0), *noises])
 
-    def _compared(self, product, slope, last, gradient, rounding, is_first):
+    def _compared(self, is_first, product, slope, last, gradient, rounding):
         # Where neither is anything, there is nothing to settle.
         counted = (gradient != 0) | (np.abs(slope) > rounding) | (np.abs(product) > rounding)
         change = np.abs(slope - last)
@@ -113,7 +113,8 @@ class SlopeSearch:
         # Of many elements few are off by as much as each may be.
         noise = np.linalg.norm(rounding[settled]) / _OF_MANY
         allowed, is_fine = self._rtol * size + noise, is_first or noise <= 2 * self._rtol * size
-        return _Comparison(share, error, np.linalg.norm(change[settled]), size, error <= allowed, is_fine)
+        change = np.linalg.norm(change[settled])
+        return _Comparison(share, float(error), float(change), float(size), error <= allowed, is_fine)
 
     def _concluded(self, tensors):
         verdict, off = "yes", 0.0

@@ -204,11 +204,16 @@ def jitted(fun):
         reads = closures.attributes_read_by(fun)
         leaves = nesting.flatten((args, kwargs) if kwargs else args)
         # Of tensors, the compiler knows shapes and dtypes by itself.
-        constants = [x for x in leaves if not hasattr(x, "dtype") and not isinstance(x, float)]
-        constants = tuple([closures.surroundings(x, reads=reads).key for x in constants])
+        others = [x for x in leaves if not hasattr(x, "dtype") and not isinstance(x, float)]
+        constants = tuple([closures.surroundings(x, reads=reads).key for x in others])
         key = _Key("jit", state.ambient(), constants, around.key)
         made = []
-        program = programs.get(key, lambda: made.append(backend.jit(fun)) or made[0])
+
+        def make():
+            made.append(backend.jit(fun))
+            return made[0]
+
+        program = programs.get(key, make)
         if not made:
             return program(*args, **kwargs)
         try:
