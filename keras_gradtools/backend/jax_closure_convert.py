@@ -17,7 +17,8 @@ from keras_gradtools.backend import jax_programs, jax_trace
 def install():
     convert = custom_derivatives._closure_convert_for_avals
     changed = functools.partial(_closure_convert_for_avals, convert)
-    changed.__wrapped__ = functools.partial(_closure_convert_for_avals, convert.__wrapped__)  # past JAX's cache
+    # What goes past JAX's cache.
+    vars(changed)["__wrapped__"] = functools.partial(_closure_convert_for_avals, convert.__wrapped__)
     custom_derivatives._closure_convert_for_avals = changed
     partial_eval.separate_consts = functools.partial(_separate_consts, partial_eval.separate_consts)
 

@@ -88,7 +88,7 @@ class TapeTrace(core.Trace):
     def __init__(self, parent):
         super().__init__()
         # High-level primitives come whole: what they are made of would not have their derivatives.
-        self.requires_low = False
+        self.requires_low = False  # type: ignore[misc]
         self.parent = parent
         self.open_tapes = 0
         self.tapes = []
@@ -103,7 +103,7 @@ class TapeTrace(core.Trace):
         programs, is_high, closed_over = (), False, ()
         if primitive not in _plain:
             programs = jax_programs.programs_of(primitive, params)
-            is_high = _is_high(primitive, tracers, params, programs)
+            is_high = jax_programs.is_high(primitive, tracers, params, programs)
             if programs == () and not is_high:
                 _plain.add(primitive)
         if is_high and self.parent.requires_low:
@@ -222,14 +222,6 @@ def _distinct(x):
 _plain: set = set()
 
 
-def _is_high(primitive, inputs, params, programs):
-    """Whether the primitive is one that JAX expands into others before anything is carried out."""
-    rule = primitive.is_high
-    if getattr(rule, "__func__", None) is core.Primitive.is_high or programs and type(primitive) is core.Primitive:
-        return any(program.is_high for program in programs)
-    return rule(*map(core.typeof, inputs), **params)
-
-
 class ClosureTrace(TapeTrace):
     """Notes which of the values that tapes follow are read while a function runs that they do not see into."""
 
@@ -277,9 +269,8 @@ class _Observation:
 @lu.transformation2
 def _observed(fun, observation, *args):
     # What is passed is another object than the same value where it is closed over.
-    args = [alias(x) if observation.follows(x) else x for x in args]
     with observation():
-        return fun(*args)
+        return fun(*[alias(x) if observation.follows(x) else x for x in args])
 
 
 class _Thread(threading.local):
