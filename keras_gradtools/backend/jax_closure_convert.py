@@ -6,7 +6,6 @@ solvers do it with all arrays, except for those in programs that are compiled in
 """
 
 import functools
-import typing
 
 import jax
 from jax._src import core, custom_derivatives
@@ -17,8 +16,9 @@ from keras_gradtools.backend import jax_programs, jax_trace
 
 def install():
     convert = custom_derivatives._closure_convert_for_avals
-    changed: typing.Any = functools.partial(_closure_convert_for_avals, convert)
-    changed.__wrapped__ = functools.partial(_closure_convert_for_avals, convert.__wrapped__)  # past JAX's cache
+    changed = functools.partial(_closure_convert_for_avals, convert)
+    # What goes past JAX's cache.
+    vars(changed)["__wrapped__"] = functools.partial(_closure_convert_for_avals, convert.__wrapped__)
     custom_derivatives._closure_convert_for_avals = changed
     partial_eval.separate_consts = functools.partial(_separate_consts, partial_eval.separate_consts)
 

@@ -64,6 +64,14 @@ def programs_of(primitive, params):
 _names: dict = {}
 
 
+def is_high(primitive, inputs, params, programs):
+    """Whether the primitive is one that JAX expands into others before anything is carried out."""
+    rule = primitive.is_high
+    if getattr(rule, "__func__", None) is core.Primitive.is_high or programs and type(primitive) is core.Primitive:
+        return any(program.is_high for program in programs)
+    return rule(*map(core.typeof, inputs), **params)
+
+
 def _open(program):
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
@@ -195,12 +203,13 @@ def _lift(program, wanted):
                     by = {"by": named(equation.primitive)}
                     equations.append(core.new_jaxpr_eqn([v], [inputs[i]], closed_over_p, by, core.no_effects))
         equations.append(equation.replace(invars=inputs, params=params))
+    names = jaxpr.debug_info.arg_names
     lifted = jaxpr.replace(
         constvars=[v for v in jaxpr.constvars if v not in renamed],
         invars=[*variables.values(), *jaxpr.invars],
         outvars=[atom(v) for v in jaxpr.outvars],
         eqns=equations,
-        debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+        debug_info=jaxpr.debug_info._replace(arg_names=names and ("",) * len(variables) + tuple(names)),
     )
     if not isinstance(program, ClosedJaxpr):
         return lifted

@@ -104,7 +104,7 @@ class TapeTrace(core.Trace):
         programs, is_high, closed_over = (), False, ()
         if primitive not in _plain:
             programs = jax_programs.programs_of(primitive, params)
-            is_high = _is_high(primitive, tracers, params, programs)
+            is_high = jax_programs.is_high(primitive, tracers, params, programs)
             if programs == () and not is_high:
                 _plain.add(primitive)
         if is_high and self.parent.requires_low:
@@ -222,14 +222,6 @@ def _distinct(x):
 _plain: set = set()
 
 
-def _is_high(primitive, inputs, params, programs):
-    """Whether the primitive is one that JAX expands into others before anything is carried out."""
-    rule = primitive.is_high
-    if getattr(rule, "__func__", None) is core.Primitive.is_high or programs and type(primitive) is core.Primitive:
-        return any(program.is_high for program in programs)
-    return rule(*map(core.typeof, inputs), **params)
-
-
 class ClosureTrace(TapeTrace):
     """Notes which of the values that tapes follow are read while a function runs that they do not see into."""
 
@@ -277,9 +269,8 @@ class _Observation:
 @lu.transformation2
 def _observed(fun, observation, *args):
     # What is passed is another object than the same value where it is closed over.
-    given = [alias(x) if observation.follows(x) else x for x in args]
     with observation():
-        return fun(*given)
+        return fun(*[alias(x) if observation.follows(x) else x for x in args])
 
 
 def _in_nobodys_place(process, *args, **kwargs):
