@@ -48,8 +48,8 @@ class NewtonStep(keras.callbacks.Callback):
         damping: the first $\lambda$, 0 or more. The attribute `damping` is that of the next step.
         loss: what `compile` takes as `loss`; the compiled one by default. What a wrapper of `kg.models` adds to it, a
             penalty say, is no part of it; regularizers are.
-        training: whether the model is called as in training: dropout on, with the same mask throughout a step, and another in
-            the next one.
+        training: whether the model is called as in training: dropout on, with the same mask throughout a step, and
+            another in the next one.
         max_iterations: of conjugate gradients for each damping.
         rtol: the residual, over the gradient, at which they stop; None for the smaller of 1/2 and the root of the
             gradient's length.

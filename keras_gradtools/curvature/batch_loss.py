@@ -68,7 +68,7 @@ class BatchLoss:
         return bound
 
     def outputs_and_assigned(self, model, weights, x):
-        """The outputs, and the variables that the call assigns, the states of the seeds that it draws from among them."""
+        """The outputs, and the variables that the call assigns: states of the seeds that it draws from, and others."""
         with self._lent(weights) as scope:
             outputs = model(x, training=self.training)
         return self._outputs_of(outputs), scope.variables_assigned
