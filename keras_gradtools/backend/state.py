@@ -28,6 +28,7 @@ __all__ = [
     "get_keras_mask",
     "global_seed_generator_is",
     "global_seeds",
+    "has_seeds",
     "in_scope",
     "is_assigned_in_scope",
     "is_overridden",
@@ -177,6 +178,11 @@ def global_seeds():
 def seed_states(layer):
     """The states of the seeds that belong to `layer` and to all layers in it."""
     return [generator.state for part in layers_of(layer) for generator in part._seed_generators]
+
+
+def has_seeds(layer):
+    """Whether there are seeds that belong to `layer` itself."""
+    return bool(layer._seed_generators)
 
 
 def is_seed(variable):

@@ -33,7 +33,8 @@ class Hessian(CurvatureOperator):
         model: a built Keras model or layer; a wrapper of `kg.models` stands for the model in it.
         loss: what `compile` takes as `loss`; None for the loss that the model was compiled with.
         data: `(x, y)` or `(x, y, sample_weight)` of arrays or tensors; or batches of these: a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, a torch `DataLoader`, a list. It is gone through once for each product.
+            `keras.utils.PyDataset`, a torch `DataLoader`, a list. It is gone through once for each product, and has to
+            have the same examples each time. Their order may change where the loss is a mean over them.
         variables: trainable variables of the model in a list or any nesting, or one of its layers; all by default.
         training: whether the model is called as in training: dropout on, BatchNormalization by the batch.
         batch_size: of arrays; what data that comes in batches has its own of. The last batch may be smaller.
@@ -44,10 +45,13 @@ class Hessian(CurvatureOperator):
 
     Raises:
         ValueError: for options and data that do not fit; at the first product, for a loss without a value for each
-            example, and for a model that does not compute the same twice, naming the layer.
+            example, for a model that does not compute the same twice, naming the layer, and for data that differ from
+            pass to pass, naming the cause.
 
     Cost:
-        A product costs two to three gradients over the data, and one compilation for each shape of a batch.
+        A product costs two to three gradients over the data, and one compilation for each shape of a batch. Before the
+        first one, two products with the first batch; and other data than arrays and lists are read twice, without the
+        model, with two products more where their order changes.
 
     Example:
 

@@ -56,10 +56,12 @@ class CurvatureOperator:
         self._parameters = Parameters(owner, self.model, variables)
         # The loss that a wrapper was compiled with is the one that is trained.
         self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
-        self._batches: Batches | OneBatch = Batches(owner, data, batch_size)
+        self._batches: Batches | OneBatch = Batches(owner, data, batch_size, must_repeat=True)
         self._spec = self._make_spec()
+        self._batches.counts_order = self._spec.draws_by_batch
         self._draws = Draws(self.model)
         self._checked: set[str] = set()
+        self._may_reorder: set[str] = set()
         self._outputs = None
         self.variables = list(self._parameters.variables)
         self.slices = list(self._parameters.slices)
@@ -275,12 +277,8 @@ class CurvatureOperator:
 
     def loss_and_gradient(self, offset=None):
         """Both at the cost of the gradient; `offset` as for `loss`."""
-
-        def zeros():
-            return [ops.zeros((), dtype=self.dtype), *self._parameters.zeros()]
-
         offset = self._offset("loss_and_gradient", offset)
-        totals, count = self._over_data("gradient", _add_loss_and_gradient, zeros, offset)
+        totals, count = self._over_data("gradient", *self._gradient_of(offset))
         gradient = self._parameters.joined_in_numpy([total / count for total in totals[1:]])
         return float(totals[0]) / count, gradient
 
@@ -506,9 +504,11 @@ class CurvatureOperator:
         self._sync()
         if what not in self._checked:
             self._check(what)
+        if self._batches.is_reordered and what not in self._may_reorder:
+            self._check_order(what)
 
     def _check(self, what):
-        """Looks at the first batch: whether the loss has a value for each example, and whether products repeat."""
+        """Whether the loss has a value for each example of the first batch, and what is computed of it repeats."""
         batch = next(iter(self._batches))
         loss, weights = self._loss.drawing(self._draws), self._parameters.variables_as_tensors()
         outputs, assigned = loss.outputs_and_assigned(self.model, weights, batch[0])
@@ -517,18 +517,46 @@ class CurvatureOperator:
         compute = self._first_product if what == "product" else self._first_gradient
         loss = self._loss.drawing(self._draws)
         determinism.check(self._owner, self.model, loss, self._parameters, batch, losses, compute)
+        if not self._checked:
+            self._batches.look()
         self._checked.add(what)
 
+    def _check_order(self, what):
+        """Whether it matters that the examples come in another order at each pass."""
+
+        def gradient():
+            return self._parameters.joined_in_numpy(self._summed("gradient", *self._gradient_of(None))[0][1:])
+
+        def product():
+            zeros = self._parameters.zeros
+            return self._parameters.joined_in_numpy(self._summed("product", _add_product, zeros, self._direction())[0])
+
+        is_drawn = self._spec.draws_by_batch
+        computed = [gradient] if what == "gradient" else [product] if is_drawn else [product, gradient]
+        determinism.check_order(self._owner, self.model, self._loss.training, is_drawn, computed)
+        self._may_reorder.add(what)
+
+    def _direction(self):
+        return self._parameters.split(np.random.default_rng(0).standard_normal(self.shape[0]))
+
     def _first_product(self, batch):
-        v = self._parameters.split(np.random.default_rng(0).standard_normal(self.shape[0]))
         totals = None if self._batches.count == 1 else self._parameters.zeros()
-        product = self._run("product", _add_product, totals, v, batch, self._seed(0))
+        product = self._run("product", _add_product, totals, self._direction(), batch, self._seed(0))
         return self._parameters.joined_in_numpy(product)
 
     def _first_gradient(self, batch):
-        totals = None if self._batches.count == 1 else [ops.zeros((), dtype=self.dtype), *self._parameters.zeros()]
-        gradient = self._run("gradient", _add_loss_and_gradient, totals, None, batch, self._seed(0))[1:]
+        add, zeros, offset = self._gradient_of(None)
+        totals = None if self._batches.count == 1 else zeros()
+        gradient = self._run("gradient", add, totals, offset, batch, self._seed(0))[1:]
         return self._parameters.joined_in_numpy(gradient)
+
+    def _gradient_of(self, offset):
+        """What the sums over the data take for the loss and its gradient."""
+
+        def zeros():
+            return [ops.zeros((), dtype=self.dtype), *self._parameters.zeros()]
+
+        return _add_loss_and_gradient, zeros, offset
 
 
 def _spread(x):
