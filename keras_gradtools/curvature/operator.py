@@ -286,6 +286,8 @@ class CurvatureOperator:
 
     def move(self, offset):
         """Adds a vector, as `@` takes one, to the variables."""
+        if offset is None:
+            raise ValueError("move expects a vector as `offset`. Received: offset=None.")
         parts = self._offset("move", offset)
         for variable, part in zip(self.variables, parts, strict=True):
             variable.assign(ops.convert_to_tensor(variable) + part)
