@@ -117,6 +117,8 @@ class Point:
         self.fun, self.settings = fun, settings
         self.inputs = Leaves(check, primals, "argument")
         self.start = self.inputs.vector(primals)
+        # What a step is measured by: a function of small numbers varies on a small scale.
+        self._sizes = self.inputs.typical(self.start)
         returned = self._call(self.start)
         self.outputs = Leaves(check, returned, returns)
         value, again = self.outputs.vector(returned), self.at(self.start)
@@ -149,11 +151,12 @@ class Point:
         # The fourth difference of seven neighbours leaves of a smooth function the rounding, sqrt(70) times as large
         # (Hamming, "Introduction to Applied Numerical Analysis", section 6.4). The dtype alone tells too little: a
         # sum over a normalized batch is zero, and its terms are not.
-        h = min(self._first_step, self.settings.step or np.inf) / 256
+        h = self._first_step / 256
         # Keras may compute in a lower precision than float64, whose rounding steps of few bits can miss. In the
         # coarser dtypes other steps would be rounded themselves.
         fine = set(self.inputs.dtypes) == {"float64"}
-        v = self.settings.random.normal(size=self.start.size) if fine else self.direction()
+        v = self._sizes * self.settings.random.normal(size=self.start.size) if fine else self.direction()
+        h *= self._unit(v)
         with np.errstate(all="ignore"):
             fourth = np.diff([self.at(self.start + k * h * v) for k in range(-3, 4)], n=4, axis=0)
         return self.outputs.largest(np.nan_to_num(np.abs(fourth).max(axis=0), nan=0, posinf=0)) / 70**0.5
@@ -161,7 +164,7 @@ class Point:
     def direction(self, given=None):
         """A direction of the arguments, as a vector."""
         if given is None:
-            return self._draw(self.start.size)
+            return self._sizes * self._draw(self.start.size)
         given = require_tuple(self.settings.check, "tangents", given)
         expected = self.inputs.pack(self.start)
         validation.require_same_structure(given, expected, "The tangents", "`primals`")
@@ -171,6 +174,14 @@ class Point:
             validation.require_shape(x, primal.shape, "Each of the tangents", "its primal")
             tensors.append(x)
         return self.inputs.vector(tensors)
+
+    def _unit(self, v):
+        """By how much `v` can be multiplied until it moves some argument by its size; a power of two."""
+        moved = [part[part != 0] for part in self.inputs.split(v)]
+        lengths = [np.sqrt(np.mean(np.square(part))) if part.size else 0.0 for part in moved]
+        sizes = [part[0] if part.size else 0.0 for part in self.inputs.split(self._sizes)]
+        units = [size / length for size, length in zip(sizes, lengths, strict=True) if length > 0 and size > 0]
+        return 2.0 ** np.floor(np.log2(min(units))) if units else 1.0
 
     def cotangent(self):
         return self._draw(sum(self.outputs.sizes))
@@ -182,7 +193,7 @@ class Point:
 
     def slope(self, v):
         """The derivative along `v`, each element with the step at which two estimates agree best, and its rounding."""
-        h = self.settings.step or self._first_step
+        h = self.settings.step or self._first_step * self._unit(v)
         far, _ = self._across(2 * h * v)
         estimates = []
         with np.errstate(all="ignore"):
@@ -222,7 +233,8 @@ class Point:
             f"({wrong.sum()} of {wrong.size} compared are wrong)\n"
             "Correct the custom gradient on the way to this element, if there is one, or look for a `stop_gradient`, "
             "a `round`, or a kink or a pole near the point. Pass `step` if the function varies on a scale below "
-            f"{self._first_step:g}, and `rtol` or `atol` if it is less precise than its dtypes."
+            f"{self._first_step:g} of the size of its arguments, and `rtol` or `atol` if it is less precise than its "
+            "dtypes."
         )
 
     def _error(self, ours, theirs, noise, scale):

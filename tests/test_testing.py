@@ -103,6 +103,35 @@ class TestRight:
     def test_values_of_every_scale(self, fun, x):
         testing.check_gradients(fun, (tensor(x),), order=1)
 
+    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("size", [1e-3, 0.02, 1.0, 100.0])
+    def test_second_derivatives_at_every_scale(self, size, seed):
+        random = np.random.default_rng(seed)
+        layer = keras.layers.LayerNormalization(epsilon=1e-6)
+        x, c = tensor(size * random.normal(size=(3, 8))), tensor(random.normal(size=(3, 8)))
+        layer.build((3, 8))
+
+        def fun(x):
+            return ops.sum(layer(x) * c)
+
+        def off(x):
+            # The gradient is right, and its derivative off by a tenth.
+            right = kg.grad(fun)(x)
+            return 0.9 * right + 0.1 * ops.stop_gradient(right)
+
+        testing.check_hvp(fun, (x,), seed=seed)
+        wrong = kg.custom_gradient(lambda x: (fun(x), lambda upstream: upstream * off(x)))
+        failure(testing.check_hvp, wrong, (x,), seed=seed)
+
+    @pytest.mark.parametrize("size", [1e-6, 1e6])
+    def test_a_direction_of_another_size(self, size):
+        testing.check_jvp(lambda x: ops.sin(x) * x, (tensor(X),), (tensor(size * np.ones(3)),))
+        failure(testing.check_jvp, sine(1.05), (tensor(X),), (tensor(size * np.ones(3)),))
+
+    def test_arguments_of_different_sizes(self):
+        x = (tensor(1e-3 * X), tensor(1e3 * X), tensor(np.zeros(3)))
+        testing.check_hvp(lambda a, b, c: ops.sum(ops.tanh(1e3 * a) * ops.sin(1e-3 * b) + ops.exp(c) * a), x)
+
     def test_a_minimum_of_zero(self):
         testing.check_gradients(CASES[0].fun, (tensor(np.ones(2)),))
 

@@ -284,6 +284,8 @@ class CurvatureOperator:
 
     def move(self, offset):
         """Adds a vector, as `@` takes one, to the variables: to all of them, or after an error or interrupt to none."""
+        if offset is None:
+            raise ValueError("move expects a vector as `offset`. Received: offset=None.")
         self._parameters.move(self._offset("move", offset))
 
     def loss_surface(self, directions=None, distance=1.0, points=21, seed=0):

@@ -95,7 +95,7 @@ class NewtonCG(SecondOrderOptimizer):
                     f"{type(self).__name__} expects a number between 0 and 1, or None, as `{option}`. Received: "
                     f"{option}={validation.shown(value)}."
                 )
-        self.curvature, self.max_iterations = curvature, max_iterations
+        self.curvature, self.max_iterations = curvature, int(max_iterations)
         self.rtol, self.progress_tol = rtol, progress_tol
         self.preconditioner_rank = checked_rank(type(self).__name__, preconditioner_rank)
         self._preconditioner = None

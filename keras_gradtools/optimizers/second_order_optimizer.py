@@ -40,7 +40,7 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
                     f"learning_rate={validation.shown(learning_rate)}."
                 )
         super().__init__(learning_rate, name=name)
-        self.initial_damping, self.max_attempts = float(damping), max_attempts
+        self.initial_damping, self.max_attempts = float(damping), int(max_attempts)
         initial = keras.initializers.Constant(self.initial_damping)
         self._damping = self.add_variable((), initial, aggregation="only_first_replica", name="damping")
         self.has_trainer = False

@@ -166,6 +166,10 @@ def plot_eigenvalue_history(history, ax=None, keys=None):
 
 def _curves(history, keys):
     history = getattr(history, "history", history)
+    if keys is not None and not (isinstance(keys, (list, tuple)) and all(isinstance(key, str) for key in keys)):
+        raise ValueError(
+            f"plot_eigenvalue_history expects names of entries in a list as `keys`. Received: {validation.shown(keys)}."
+        )
     if isinstance(history, dict):
         names = [name for name in history if "eigenvalue" in name] if keys is None else list(keys)
         missing = [name for name in names if name not in history]
@@ -212,6 +216,7 @@ def plot_loss_surface(surface, ax=None, levels=_LEVELS):
             "plot_loss_surface expects what `loss_surface` of a curvature operator returns. Received: "
             f"{validation.describe(surface)}."
         )
+    validation.require_count("plot_loss_surface", "levels", levels)
     pyplot = pyplot_or_error()
     ax = pyplot.gca() if ax is None else ax
     loss = np.ma.masked_invalid(surface.loss)

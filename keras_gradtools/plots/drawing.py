@@ -1,16 +1,12 @@
 """What all pictures begin with: numbers, and matplotlib."""
 
-import keras
-
 from keras_gradtools import validation
 
 
 def numbers(values, name, shape, ranks):
     """Returns `values` as an array in double precision, and raises `ValueError` unless it has one of these ranks."""
-    array = keras.ops.convert_to_numpy(values)
-    # numpy's own kinds do not tell bfloat16 from anything else.
-    real = validation.dtype_of(array).startswith(("float", "bfloat", "int", "uint", "bool"))
-    if array.ndim not in ranks or array.size == 0 or not real:
+    array = validation.as_array(values, f"{name} expects real numbers of shape {shape}")
+    if array.ndim not in ranks or array.size == 0:
         raise ValueError(
             f"{name} expects real numbers of shape {shape}, no axis of which is empty. "
             f"Received: {validation.describe(array)}. Reshape it, or take the part that is to be shown."

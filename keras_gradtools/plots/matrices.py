@@ -36,7 +36,8 @@ def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r")
     if limit is None:
         magnitudes = np.abs(image[np.isfinite(image)])
         limit = magnitudes.max(initial=0.0) or 1.0
-    if not (isinstance(limit, (int, float, np.number)) and 0 < limit < np.inf):
+    validation.require_flag("imshow_zero_center", "colorbar", colorbar)
+    if not (validation.is_number(limit) and 0 < limit < np.inf):
         raise ValueError(
             "imshow_zero_center expects a positive number as `limit`, or None for the largest value of the image. "
             f"Received: limit={validation.shown(limit)}."
@@ -91,7 +92,7 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
     """
     jacobian = numbers(jacobian, "plot_as_patches", "(batch, out, in) or (batch, out, batch, in)", (3, 4))
     grid = _as_grid(jacobian, patch_axes)
-    if not isinstance(pad, int) or pad < 0:
+    if not validation.is_count(pad, 0):
         raise ValueError(f"plot_as_patches expects 0 or more pixels as `pad`. Received: pad={validation.shown(pad)}.")
     rows, columns, height, width = grid.shape
     # The last line and column of separators are cut off: they would separate nothing.

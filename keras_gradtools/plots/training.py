@@ -150,7 +150,7 @@ _LABELS = {
 
 
 def _by_layer(given, quantity):
-    if quantity not in _LABELS:
+    if not validation.is_one_of(quantity, _LABELS):
         raise ValueError(
             f"plot_gradient_flow expects one of {', '.join(_LABELS)} as `quantity`. "
             f"Received: quantity={validation.shown(quantity)}."

@@ -239,7 +239,7 @@ class Penalty:
                 projections,
                 "Random projections estimate the squared l2 norm alone without bias.",
             )
-        return projections
+        return int(projections)
 
     def _refused(self, name, expected, received, advice):
         return ValueError(

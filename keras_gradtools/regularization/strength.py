@@ -27,12 +27,12 @@ class Strength:
     def __init__(self, owner, weight, every=1):
         self.owner = owner
         self.weight = self._checked_weight(weight)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if not validation.is_count(every):
             raise ValueError(
                 f"{owner} expects a positive number of steps as `every`. Received: every={validation.describe(every)}. "
                 "1 is every step."
             )
-        self.every = every
+        self.every = int(every)
 
     @property
     def depends_on_step(self):

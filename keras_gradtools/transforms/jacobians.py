@@ -10,7 +10,7 @@ from keras_gradtools import jacobians, nesting, validation
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.batch_independence import examine
 from keras_gradtools.transforms.first_order import grad
-from keras_gradtools.transforms.taped_call import TapedCall, require_function
+from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function
 
 
 def jacobian(fun, argnums=0, mode="auto", chunk_size=None):
@@ -112,6 +112,7 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False):
 
 def _transformed(name, fun, argnums, mode, chunk_size, batch_axes=0):
     require_function(name, fun)
+    require_argnums(name, argnums)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
     mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
     return Jacobian(fun, Options(name, argnums, mode, chunk_size, batch_axes)).as_function()

@@ -1,5 +1,7 @@
 """Running a function once under a tape: what every transform begins with."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -109,9 +111,19 @@ def differentiable_argument(name, position, x):
     return backend.alias(x)
 
 
+def require_argnums(name, argnums):
+    """Raises `ValueError` unless `argnums` is a position or several, whatever the arguments."""
+    chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
+    if not all(validation.is_count(i, -math.inf) for i in chosen):
+        raise ValueError(
+            f"The argnums of `{name}` must be the position of an argument, or a tuple of different positions. "
+            f"Received: argnums={validation.shown(argnums)}."
+        )
+
+
 def _positions(name, argnums, count):
     chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
-    right = chosen and all(isinstance(i, int) and not isinstance(i, bool) and -count <= i < count for i in chosen)
+    right = chosen and all(validation.is_count(i, -count) and i < count for i in chosen)
     if not right or len({i % count for i in chosen}) < len(chosen):
         raise ValueError(
             f"The argnums of `{name}` must be the position of an argument, or a tuple of different positions, of "

@@ -1,12 +1,15 @@
 """`preflight` against layers whose second derivative is known to be there, to be missing, or to be wrong."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
-from keras_gradtools.diagnostics import preflight
+from keras_gradtools.backend import layer_calls
+from keras_gradtools.diagnostics import layer_trial, preflight
 
 X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
 
@@ -50,11 +53,86 @@ class Never(layers.Layer):
         return without_gradient(x * x)
 
 
-def of_one(layer, shape=(4,), dtype="float32"):
+def of_one(layer, shape=(4,), dtype="float32", x=None, **options):
     inputs = keras.Input(shape, dtype=dtype)
     model = keras.Model(inputs, layer(inputs), name="net")
-    (verdict,) = preflight(model).layers
+    (verdict,) = preflight(model, x, verbose=0, **options).layers
     return verdict
+
+
+def with_slope(fun, slope, factor):
+    """`fun` with its right gradient, whose own derivative is `factor` times the right one."""
+
+    def gradient(x, upstream):
+        right = slope(x)
+        return upstream * (factor * right + (1.0 - factor) * ops.stop_gradient(right))
+
+    return kg.custom_gradient(lambda x: (fun(x), lambda upstream: gradient(x, upstream)))
+
+
+FUNCTIONS = {
+    "square": (lambda x: x * x, lambda x: 2.0 * x),
+    "tanh": (ops.tanh, lambda x: 1.0 - ops.square(ops.tanh(x))),
+    "silu": (ops.silu, lambda x: ops.sigmoid(x) * (1.0 + x * (1.0 - ops.sigmoid(x)))),
+}
+
+
+class Feedforward(layers.Layer):
+    """Two dense layers with a function in between."""
+
+    def __init__(self, fun, **kwargs):
+        super().__init__(**kwargs)
+        self.fun, self.first, self.second = fun, layers.Dense(16), layers.Dense(4)
+
+    def call(self, x):
+        return self.second(self.fun(self.first(x)))
+
+
+class RootMeanSquare(layers.Layer):
+    """The input over its length, whose inverse has the second derivative times `factor`."""
+
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.inverse = with_slope(ops.rsqrt, lambda x: -0.5 * x**-1.5, factor)
+
+    def call(self, x):
+        return x * self.inverse(ops.mean(ops.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+class Routed(layers.Layer):
+    """Each token to the best of some dense maps, times a gate: the choice by `top_k` has no derivative."""
+
+    def build(self, shape):
+        self.router = self.add_weight(shape=(shape[-1], 4), initializer=SMALL)
+        self.experts = self.add_weight(shape=(4, shape[-1], shape[-1]), initializer=SMALL)
+
+    def call(self, x):
+        scores = ops.softmax(ops.matmul(x, self.router))
+        best, chosen = ops.top_k(scores, 2)
+        gates = ops.sum(ops.one_hot(chosen, 4, dtype=x.dtype) * best[..., None], axis=-2)
+        return ops.einsum("btn,btnd->btd", gates, ops.silu(ops.einsum("btd,nde->btne", x, self.experts)))
+
+
+class Signs(layers.Layer):
+    """The square of the nearest of many thousandths: no step is too small to see another one."""
+
+    def call(self, x):
+        return ops.square(x) + 1e-3 * ops.abs(ops.sin(3e4 * x))
+
+
+SMALL = keras.initializers.RandomNormal(stddev=0.02)
+
+
+def transformer():
+    """A fresh one, of the weights that language models begin with."""
+    tokens = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(20, 8, embeddings_initializer=SMALL)(tokens)
+    h = layers.RMSNormalization(epsilon=1e-6)(x)
+    x = x + layers.GroupQueryAttention(4, 2, 1, kernel_initializer=SMALL)(h, h)
+    h = layers.LayerNormalization(epsilon=1e-12)(x)
+    x = x + layers.Dense(8, kernel_initializer=SMALL)(layers.Dense(16, "gelu", kernel_initializer=SMALL)(h))
+    x = x + Routed()(layers.RMSNormalization()(x))
+    return keras.Model(tokens, layers.Dense(20)(layers.LayerNormalization(epsilon=1e-6)(x)), name="net")
 
 
 RIGHT = {
@@ -63,6 +141,7 @@ RIGHT = {
     "Conv1D": lambda: layers.Conv1D(3, 2),
     "BatchNormalization": lambda: layers.BatchNormalization(),
     "LayerNormalization": lambda: layers.LayerNormalization(),
+    "RMSNormalization": lambda: layers.RMSNormalization(),
     "LSTM": lambda: layers.LSTM(3),
     "Bidirectional": lambda: layers.Bidirectional(layers.GRU(2)),
     "TimeDistributed": lambda: layers.TimeDistributed(layers.Dense(2)),
@@ -81,6 +160,150 @@ def test_a_layer_that_is_right(name):
     verdict = of_one(RIGHT[name](), shape)
     assert verdict.verdict == "yes", str(verdict)
     assert verdict.message == verdict.advice == ""
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_small_numbers_are_no_mistake(seed):
+    keras.utils.set_random_seed(seed)
+    tokens = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(20, 8, embeddings_initializer=SMALL)(tokens)
+    model = keras.Model(tokens, layers.Dense(2)(layers.LayerNormalization(epsilon=1e-6)(x)))
+    report = preflight(model, seed=seed, verbose=0)
+    assert [layer.verdict for layer in report.layers] == ["yes", "yes", "yes"], str(report)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_a_fresh_transformer(policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = transformer()
+    finally:
+        keras.config.set_dtype_policy(before)
+    tokens = np.random.default_rng(1).integers(0, 20, (2, 5))
+    report = preflight(model, tokens, verbose=0)
+    assert not report.problems and not report.unclear, str(report)
+    assert len([layer for layer in report.layers if layer.verdict == "yes"]) >= 9
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_size_of_inputs(size):
+    x = (size * X).astype("float32")
+    assert of_one(layers.LayerNormalization(epsilon=1e-12), x=x).verdict == "yes"
+    assert of_one(layers.Activation("tanh"), x=x).verdict in ("yes", "constant")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("factor", [0.0, 0.9, 1.0, 1.1])
+def test_a_second_derivative_that_is_off(name, factor):
+    fun = with_slope(*FUNCTIONS[name], factor)
+    expected = "yes" if factor == 1.0 else "wrong"
+    assert of_one(layers.Dense(3, fun)).verdict == expected
+    assert of_one(Feedforward(fun)).verdict == expected
+
+
+def test_it_is_off_by_a_tenth():
+    verdict = of_one(Squared(lambda x, u: u * (2.2 * x - 0.2 * ops.stop_gradient(x))))
+    assert verdict.verdict == "wrong"
+    assert float(verdict.message.split()[4]) == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.9, 1.0, 1.1])
+def test_a_normalization_of_small_numbers_that_is_off(factor):
+    verdict = of_one(RootMeanSquare(factor), x=0.02 * X)
+    assert verdict.verdict == ("yes" if factor == 1.0 else "wrong")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    for factor, expected in ((1.0, "yes"), (1.1, "wrong")):
+        layer = layers.Dense(3, with_slope(*FUNCTIONS["square"], factor), dtype=f"mixed_{dtype}")
+        assert of_one(layer).verdict == expected
+        assert layer.compute_dtype == dtype and layer.dtype_policy.name == f"mixed_{dtype}"
+
+
+def test_what_cannot_be_told():
+    verdict = of_one(Signs(name="signs"))
+    assert verdict.verdict == "unclear"
+    assert "do not converge" in verdict.message
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), Signs(name="signs")], name="net")
+    report = preflight(model, verbose=0)
+    assert report.twice_differentiable and [layer.path for layer in report.unclear] == ["net/signs"]
+    assert "of 1 it cannot be told" in str(report) and "all of them" not in str(report)
+
+
+def test_random_numbers_that_are_not_held():
+    draws = np.random.default_rng(0)
+
+    class Drawn(layers.Layer):
+        def call(self, x):
+            return x**3 * ops.convert_to_tensor(draws.normal(size=()).astype("float32"))
+
+    assert of_one(Drawn()).verdict == "unclear"
+
+
+def test_equal_numbers_are_tried_aside():
+    # Of a window of zeros another element is the largest at each step.
+    inputs = keras.Input((8, 3))
+    model = keras.Model(inputs, layers.MaxPooling1D(2)(layers.ReLU()(inputs)))
+    assert [layer.verdict for layer in preflight(model, verbose=0).layers] == ["yes", "yes"]
+
+
+def test_dropout_without_a_seed_in_training():
+    inputs = keras.Input((16, 4))
+    model = keras.Model(inputs, layers.Dense(3, "tanh")(layers.Dropout(0.3)(inputs)))
+    assert [layer.verdict for layer in preflight(model, training=True, verbose=0).layers] == ["yes", "yes"]
+
+
+def test_like_layers_are_tried_once(monkeypatch):
+    tried, original = [], layer_trial.tried
+
+    def counted(call, *args):
+        tried.append(call.layer)
+        return original(call, *args)
+
+    # The package's attribute of this name is the function.
+    monkeypatch.setattr(sys.modules["keras_gradtools.diagnostics.preflight"], "tried", counted)
+    parts = [layers.Dense(4, "tanh") for _ in range(3)] + [layers.Dense(4, "gelu"), layers.Dense(4, use_bias=False)]
+    parts += [layers.Dense(4, with_slope(*FUNCTIONS["square"], factor)) for factor in (1.0, 0.0)]
+    report = preflight(keras.Sequential([keras.Input((4,)), *parts]), verbose=0)
+    assert [layer.verdict for layer in report.layers] == ["yes"] * 6 + ["wrong"]
+    assert len({layer.path for layer in report.layers}) == 7
+    assert tried == [parts[0], *parts[3:]]
+
+
+def test_the_cause_is_shown():
+    class Fails(layers.Layer):
+        def call(self, x):
+            if self.fails:
+                raise RuntimeError("the cause\nand more")
+            return ops.square(x)
+
+    layer = Fails()
+    layer.fails = False
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layer(inputs))
+    with layer_calls.recorded(model) as calls:
+        model(X)
+    layer.fails = True
+    verdict = layer_trial.tried(calls[-2], False, np.random.default_rng(0))
+    assert (verdict.verdict, verdict.message) == ("no", "RuntimeError: the cause.")
+
+
+def test_lengths_that_are_not_known():
+    inputs = keras.Input((None, 3), name="steps")
+    model = keras.Model(inputs, layers.Conv1D(2, 2)(inputs))
+    assert "Unknown lengths were taken for 8: (None, None, 3) of 'steps'" in str(preflight(model, verbose=0))
+    report = preflight(model, np.ones((2, 5, 3), "float32"), verbose=0)
+    assert report.note == "" and "Unknown" not in str(report)
+
+
+def test_the_bar(capsys):
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2), layers.Dense(2)], name="net")
+    preflight(model, verbose=0)
+    assert capsys.readouterr().out == ""
+    preflight(model, verbose=1)
+    assert "preflight of 'net'" in capsys.readouterr().out
 
 
 def test_attention():
@@ -109,7 +332,7 @@ def test_a_second_derivative_that_is_wrong_without_an_error():
 def test_a_layer_that_is_differentiable_once():
     verdict = of_one(Once(name="once"))
     assert verdict.verdict == "once", str(verdict)
-    assert verdict.advice
+    assert verdict.advice and "Exception encountered" not in verdict.message
 
 
 def test_a_layer_without_a_gradient():
