@@ -19,6 +19,7 @@ from keras_gradtools.backend import (
 from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
 from keras_gradtools.backend.jax_jit import depends_on_values, jit
+from keras_gradtools.keras_internals import batches
 
 __all__ = [
     "COMPILES_SECOND_ORDER",
@@ -278,12 +279,8 @@ def train_function(model, step):
                 if variable._value is not value:
                     variable.assign(value)
         model._jax_state_synced = True
-        logs = step(next(iterator))
-        for _ in range(model.steps_per_execution - 1):
-            try:
-                logs = step(next(iterator))
-            except StopIteration:
-                break
+        for batch in batches.of_execution(iterator, model.steps_per_execution):
+            logs = step(batch)
         return logs, tuple([v.value for v in variables] for variables in stores)
 
     return function

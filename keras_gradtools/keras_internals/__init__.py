@@ -14,6 +14,7 @@ error, and a Keras newer than the tested ones is one warning; both say what was 
 | `losses`          | compiled losses and how they are reduced                                 |
 | `jax_trainer`     | the trainer for JAX                                                      |
 | `backend_modules` | the modules that Keras' operations call on the current backend           |
+| `batches`         | what Keras' training loop on JAX hands to a train function               |
 | `attributes`      | the private attributes of Keras' objects that the package reads or sets  |
 
 It imports no framework and no backend of ours, so that it can be read under every Keras backend.
