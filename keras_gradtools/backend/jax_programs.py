@@ -209,7 +209,9 @@ def _lift(program, wanted):
         invars=[*variables.values(), *jaxpr.invars],
         outvars=[atom(v) for v in jaxpr.outvars],
         eqns=equations,
-        debug_info=jaxpr.debug_info._replace(arg_names=names and ("",) * len(variables) + tuple(names)),
+        debug_info=jaxpr.debug_info._replace(
+            arg_names=None if names is None else ("",) * len(variables) + tuple(names)
+        ),
     )
     if not isinstance(program, ClosedJaxpr):
         return lifted
