@@ -148,7 +148,8 @@ def preflight(model, x=None, training=False, seed=0):
         raise ValueError(f"preflight expects True or False as `training`. Received: {validation.describe(training)}.")
     random = np.random.default_rng(seed)
     inputs = _random_inputs(model, random) if x is None else nesting.map_structure(ops.convert_to_tensor, x)
-    with StateScope(), layer_calls.recorded(model) as calls:
+    scope = StateScope()
+    with scope, scope, layer_calls.recorded(model) as calls:
         model(inputs, training=training)
     verdicts = {}
     for call in _outermost(model, calls):
