@@ -144,7 +144,8 @@ class Point:
         return self.outputs.vector(self._call(vector))
 
     def _call(self, vector):
-        with StateScope():
+        scope = StateScope()
+        with scope, scope:
             return self.fun(*self.inputs.pack(vector))
 
     def _measured_noise(self):

@@ -13,6 +13,8 @@ from keras_gradtools.curvature import Hessian
 from tests.interrupts import left_behind
 
 SIGNALS = 300
+# What an interrupt may leave in JAX's and TensorFlow's own caches of what they compile: see docs/limits.md.
+BROKEN_CACHES = ("Recursively calling <weakref", "Input Parameters:")
 RNG = np.random.default_rng(11)
 X = RNG.normal(size=(8, 3)).astype("float32")
 Y = RNG.normal(size=(8, 1)).astype("float32")
@@ -23,6 +25,8 @@ class Timer:
 
     def __init__(self):
         self._armed = False
+        # Whether a cache of the framework's was left unusable, by an earlier interrupt inside of its own code.
+        self.broken = False
         signal.signal(signal.SIGALRM, self._handle)
 
     def _handle(self, number, frame):
@@ -37,11 +41,14 @@ class Timer:
             signal.setitimer(signal.ITIMER_REAL, seconds)
             run()
             self._armed = False
-        except BaseException:
+        except BaseException as error:
             # Not always KeyboardInterrupt: Python's own locks make errors of it.
-            if self._armed:
+            if not self._armed:
+                return True
+            self._armed = False
+            if not any(words in str(error) for words in BROKEN_CACHES):
                 raise
-            return True
+            self.broken = True
         return False
 
 
@@ -126,6 +133,15 @@ class Work:
         self.regularized.fit(X, Y, batch_size=4, verbose=0)
 
 
+def made_anew(work):
+    """As the limits say it is cured."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+    work.__init__()
+
+
 WORK = [name for name in vars(Work) if not name.startswith("_") and name != "fun"]
 
 
@@ -142,12 +158,16 @@ def test_signals_leave_nothing_behind(work, timer, name):
     for _ in range(3):
         run()
     seconds = _seconds(run)
-    models = [work.model, work.regularized, work.second_order]
     hit = 0
     for i in range(SIGNALS):
+        models = [work.model, work.regularized, work.second_order]
         moved = [ops.convert_to_numpy(v).copy() for v in work.hessian.variables]
         hit += timer.interrupts(run, RNG.uniform(1e-5, seconds))
         assert not left_behind(), f"signal {i}"
+        if timer.broken:
+            made_anew(work)
+            timer.broken = False
+            continue
         assert not getattr(work.x, "requires_grad", False)
         assert layers.Layer.__call__ is keras_call and layers.BatchNormalization.call is batch_normalization
         assert all(part._trainable for m in models for part in m._flatten_layers())

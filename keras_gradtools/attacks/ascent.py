@@ -15,7 +15,8 @@ from keras_gradtools.transforms import compiled
 def input_gradients(model, objective, x, y):
     """The gradient of the objective of each example by the example, a constant, the objective, and how bad each is."""
     x = backend.alias(x)
-    with constant_weights(model):
+    scope = constant_weights(model)
+    with scope, scope:
         record = backend.Tape(watch_accessed_variables=False)
         with record, record:
             record.watch(x)
@@ -82,7 +83,8 @@ def measure_slopes(model, objective, norm, x, y):
 
 def measure_badness(model, objective, norm, x, y):
     """How bad each example is."""
-    with constant_weights(model):
+    scope = constant_weights(model)
+    with scope, scope:
         return objective(y, called(model, x), output_activation(model))[1]
 
 

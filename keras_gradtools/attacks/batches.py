@@ -53,7 +53,8 @@ def check_batching(owner, batch_size, verbose):
 
 def check_labels(owner, model, x, y):
     """Raises `ValueError` unless `y` are classes of the classifier, or one-hot."""
-    with constant_weights(model):
+    scope = constant_weights(model)
+    with scope, scope:
         outputs = called(model, ops.convert_to_tensor(x[:1]))
     if not ops.is_tensor(outputs) or len(outputs.shape) != 2:
         raise ValueError(

@@ -113,7 +113,8 @@ class RobustnessMetrics:
         return HUGE * max(self._epsilons) if clip is None else extent(clip, x, self._pgd.norm)
 
     def _chance(self, model, x):
-        with constant_weights(model):
+        scope = constant_weights(model)
+        with scope, scope:
             outputs = called(model, ops.convert_to_tensor(x[:1]))
         return 1.0 / max(outputs.shape[-1], 2)
 

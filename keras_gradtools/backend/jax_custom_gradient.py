@@ -63,7 +63,8 @@ def custom_gradient(fun):
 
         linked = [values[i] for i in places]
         # The rule is traced here, and runs later, and more than once: what it assigned now would be a tracer.
-        with StateScope() as scope:
+        scope = StateScope()
+        with scope, scope:
             closed = jax.make_jaxpr(rule)(*linked)
         if scope.variables_assigned:
             raise ValueError(

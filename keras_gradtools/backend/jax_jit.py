@@ -56,7 +56,8 @@ class _Program:
         given = iter(arrays)
         leaves = [next(given) if leaf is _ARRAY else leaf for leaf in self._static]
         args, kwargs = jax.tree.unflatten(self._structure, leaves)
-        with StateScope(zip(self._read or [], values, strict=True)) as scope:
+        scope = StateScope(zip(self._read or [], values, strict=True))
+        with scope, scope:
             result = self._fun(*args, **kwargs)
         self._assigned = scope.variables_assigned
         if read is not None:

@@ -60,7 +60,8 @@ def recorded(model):
         if all(y is not None for y in found):
             calls.append(LayerCall(layer, args, kwargs, found))
 
-    with seen(model, see):
+    block = seen(model, see)
+    with block, block:
         yield calls
 
 

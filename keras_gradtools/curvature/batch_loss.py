@@ -108,7 +108,8 @@ class BatchLoss:
 
     def regularization(self, model, weights):
         """What the regularizers of the weights add to the loss; None if there are none."""
-        with StateScope(list(zip(self._variables, weights, strict=True))):
+        scope = StateScope(list(zip(self._variables, weights, strict=True)))
+        with scope, scope:
             losses = regularization_losses(model)
             return sum(ops.cast(a, losses[0].dtype) for a in losses) if losses else None
 

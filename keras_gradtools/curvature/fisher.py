@@ -136,7 +136,8 @@ class _MonteCarloOfBatch(OfBatch):
         state = self._generator.state
         first = ops.stack([seed[0], seed[1] * self._samples])
         samples = []
-        with StateScope([(state, ops.cast(first, state.dtype))]):
+        scope = StateScope([(state, ops.cast(first, state.dtype))])
+        with scope, scope:
             for _ in range(self._samples):
                 labels = self._likelihood.sampled(z, self._generator)
                 gradient = self._pulled(labels, z, call.target, sample_weight)

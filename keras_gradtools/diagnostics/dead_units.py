@@ -90,7 +90,8 @@ def _zero_units(rectifying, model, x, training):
             is_zero = ops.logical_and(found[name], is_zero)
         found[name] = is_zero
 
-    with StateScope(), layer_calls.seen(model, see):
+    scope, seen = StateScope(), layer_calls.seen(model, see)
+    with scope, scope, seen, seen:
         model(x, training=training)
     return list(found.values()), list(found)
 

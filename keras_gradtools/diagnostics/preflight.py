@@ -76,7 +76,8 @@ def preflight(model, x=None, training=False, seed=0, verbose="auto"):
     # A stream of its own: examples that were drawn with the same seed would be the cotangents, too.
     random = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
     inputs, note = (_examples(x), "") if x is not None else _drawn(model, random)
-    with StateScope(), layer_calls.recorded(model) as calls:
+    scope = StateScope()
+    with scope, scope, layer_calls.recorded(model) as calls:
         model(inputs, training=training)
     verdicts, known = {}, {}
     calls = _outermost(model, calls)

@@ -175,7 +175,8 @@ def _example(tensor):
 
 def _gradient_size(model, inputs, watched):
     """The squared norm of the gradient of the outputs' squares by the inputs."""
-    with state.StateScope(), GradientTape(watch_accessed_variables=False) as tape:
+    scope = state.StateScope()
+    with scope, scope, GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(watched)
         outputs = keras.tree.flatten(model(inputs, training=False))
         size = sum(ops.sum(ops.square(y)) for y in outputs if keras.backend.is_float_dtype(y.dtype))

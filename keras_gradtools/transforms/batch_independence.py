@@ -63,7 +63,8 @@ def _exchange(name, called, leaves, others, batch_size, seed, leak):
     """Adds to `leak` what changes in the outputs of a half of the examples when the rest of them is replaced."""
 
     def outputs_of(leaves):
-        with StateScope():
+        scope = StateScope()
+        with scope, scope:
             return _float_leaves(called(leaves))
 
     outputs = outputs_of(leaves)

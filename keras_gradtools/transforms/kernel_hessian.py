@@ -83,10 +83,12 @@ def kernel_hessian(fun, layer):
 def _evaluate(layer, fun, *args, **kwargs):
     outer = GradientTape(persistent=True, watch_accessed_variables=False)
     inner = GradientTape(persistent=True, watch_accessed_variables=False)
-    with StateScope(), outer:
+    scope = StateScope()
+    with scope, scope, outer:
         # By all that leads to the kernel, for the comparison with what leads through `calls`.
         outer.watch(layer.kernel)
-        with _one_at_a_time, inner, _CallsOf(layer, (outer, inner)) as block:
+        block = _CallsOf(layer, (outer, inner))
+        with _one_at_a_time, inner, block, block:
             inner.watch(layer.kernel)
             value = fun(*args, **kwargs)
         require_scalar("kernel_hessian", value)
