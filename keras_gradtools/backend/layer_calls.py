@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.masking import get_keras_mask
 from keras.src.layers.layer import Layer
 from keras.src.ops.operation import Operation
 
@@ -26,6 +27,7 @@ class LayerCall(NamedTuple):
 class WatchedCall(NamedTuple):
     """One call of a layer under a tape: aliases of its inputs, which no other layer has, and its outputs.
 
+    `given` are all the tensors that it was given, and their masks.
     `layer` may also be an operation in the graph of a functional model. `name` has the names of the layers around it,
     but for the outermost. `key` stands for this call, and `parent` for the one around it.
     """
@@ -36,6 +38,7 @@ class WatchedCall(NamedTuple):
     outputs: Any
     key: int
     parent: int
+    given: list
 
 
 class _Thread(threading.local):
@@ -122,6 +125,8 @@ def _watched_call(original, layer, args, kwargs):
     if calls is None or record is None:
         return original(layer, *args, **kwargs)
     leaves, inputs = nesting.flatten((args, kwargs)), []
+    given = [x for x in leaves if ops.is_tensor(x)]
+    given += [mask for mask in map(get_keras_mask, given) if mask is not None]
     for i, leaf in enumerate(leaves):
         if _is_float_tensor(leaf) and len(leaf.shape):
             # What a loop of the framework traces has no values.
@@ -139,7 +144,7 @@ def _watched_call(original, layer, args, kwargs):
     finally:
         _thread.around = around
     name = "/".join(name for _, name in (*around, (key, layer.name))[1:]) or layer.name
-    calls.append(WatchedCall(layer, name, inputs, outputs, key, around[-1][0] if around else -1))
+    calls.append(WatchedCall(layer, name, inputs, outputs, key, around[-1][0] if around else -1, given))
     return outputs
 
 
