@@ -16,7 +16,8 @@ class BatchIndependence:
     """What `kg.diagnostics.batch_independence` found; printed, plain sentences.
 
     Attributes:
-        independent: whether no output of an example depends on the input of another one, but for rounding.
+        independent: whether no output of an example depends on the input of another one, but for rounding; None where
+            that cannot be told from these examples and weights, for the `reason`.
         leak: the length of the gradients that cross from one example to another over that of those within an example;
             0.0 where they are exactly zero, infinity where only those that cross are not.
         layers: the names of the layers that mix the examples, in the order of their calls, with the names of the
@@ -25,14 +26,18 @@ class BatchIndependence:
         classes: the class of each of them.
         batch_size: the number of examples.
         of: the name of the model or function.
+        reason: why it cannot be told; empty where it can.
+        training: whether the model was called in training mode; None where the call had no such argument.
     """
 
-    independent: bool
+    independent: bool | None
     leak: float
     layers: tuple
     classes: tuple
     batch_size: int
     of: str
+    reason: str = ""
+    training: bool | None = None
 
     def __str__(self):
         tried = f"{self.of}, tried with {self.batch_size} examples"
@@ -42,6 +47,12 @@ class BatchIndependence:
             else:
                 size = f"what crosses from one example to another is rounding, {self.leak:.1g} of what stays within one"
             return f"{tried}: the examples are independent; {size}. A batch Jacobian means what it says."
+        if self.independent is None:
+            mixing = f" What {self._named()} mixes has no effect here." if self.layers else ""
+            return (
+                f"{tried}: it cannot be told whether the examples are independent: {self.reason}.{mixing} Try it with "
+                "other weights, after some training for one, or other examples."
+            )
         size = (
             "gradients cross from one example to another, and none stays within one"
             if np.isinf(self.leak)
@@ -50,19 +61,40 @@ class BatchIndependence:
         return (
             f"{tried}: the output of an example depends on the input of others; {size}. {self._cause()} The batch "
             "Jacobian of it has the right shape and no meaning: it sums what crosses. Use the whole `jacobian`, or "
-            "leave out what mixes the examples: BatchNormalization, for one, with training=False."
+            f"{self._advice()}."
         )
 
     def _cause(self):
         if not self.layers:
-            return (
-                "No layer is known to be the cause: the function computes it outside of layers, or a tape has recorded "
-                "it, which knows none; `keras_gradtools.diagnostics.batch_independence(model, x)` names them."
-            )
+            if self.of == RECORD:
+                return (
+                    "A tape knows of no layers; `keras_gradtools.diagnostics.batch_independence` of the model names "
+                    "those that are the cause."
+                )
+            return "No layer is the cause: it is computed outside of layers."
+        if len(self.layers) > 1:
+            return f"The causes are {self._named()}."
+        if self.of == f"the model {self.layers[0]!r}":
+            return f"The cause is the model's own call, that of {self.classes[0]}."
+        return f"The cause is {self._named()}."
+
+    def _named(self):
         named = [f"{layer!r} ({cls})" for layer, cls in zip(self.layers, self.classes, strict=True)]
         if len(named) == 1:
-            return f"The cause is the layer {named[0]}."
-        return f"The causes are the layers {', '.join(named[:-1])} and {named[-1]}."
+            return f"the layer {named[0]}"
+        return f"the layers {', '.join(named[:-1])} and {named[-1]}"
+
+    def _advice(self):
+        if self.training and any("Normalization" in cls for cls in self.classes):
+            return "call the model with training=False, in which BatchNormalization goes by its moving statistics"
+        if self.training:
+            return "leave out what mixes the examples; with training=False, some layers mix none"
+        if self.of == RECORD:
+            return "leave out what mixes the examples: BatchNormalization in training mode, for one"
+        return "leave out what mixes the examples"
+
+
+RECORD = "what the tape has recorded"
 
 
 def tolerance(dtype):
@@ -105,6 +137,11 @@ class Leak:
         self.within += float((rows[own] ** 2).sum())
 
     @property
+    def is_zero(self):
+        """Whether nothing crosses, and nothing stays within either: what says nothing."""
+        return not self.crossing and not self.within
+
+    @property
     def value(self):
         if not self.crossing:
             return 0.0
@@ -141,7 +178,7 @@ def require_of_record(name, tape, targets, sources):
     leak = of_record(tape, targets, sources, batch_size)
     require_finite(name, leak)
     if leak.value > tolerance(targets[0]):
-        report = BatchIndependence(False, leak.value, (), (), batch_size, "what the tape has recorded")
+        report = BatchIndependence(False, leak.value, (), (), batch_size, RECORD)
         raise ValueError(f"{name}: {report}")
 
 

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gradtools import backend, nesting
 from keras_gradtools.backend.blocks import Block
-from keras_gradtools.keras_internals.layers import Layer, Operation
+from keras_gradtools.keras_internals.layers import Layer, Operation, get_keras_mask
 
 
 class LayerCall(NamedTuple):
@@ -26,6 +26,7 @@ class LayerCall(NamedTuple):
 class WatchedCall(NamedTuple):
     """One call of a layer under a tape: aliases of its inputs, which no other layer has, and its outputs.
 
+    `given` are all the tensors that it was given, and their masks.
     `layer` may also be an operation in the graph of a functional model. `name` has the names of the layers around it,
     but for the outermost. `key` stands for this call, and `parent` for the one around it.
     """
@@ -36,6 +37,7 @@ class WatchedCall(NamedTuple):
     outputs: Any
     key: int
     parent: int
+    given: list
 
 
 class _Thread(threading.local):
@@ -199,6 +201,8 @@ def _is_half(policy, layer):
 def _watched_call(original, layer, args, kwargs):
     calls, record = _thread.calls, _thread.record
     leaves, inputs = nesting.flatten((args, kwargs)), []
+    given = [x for x in leaves if ops.is_tensor(x)]
+    given += [mask for mask in map(get_keras_mask, given) if mask is not None]
     for i, leaf in enumerate(leaves):
         if _is_float_tensor(leaf) and len(leaf.shape):
             # What a loop of the framework traces has no values.
@@ -216,7 +220,7 @@ def _watched_call(original, layer, args, kwargs):
     finally:
         _thread.around = around
     name = "/".join(name for _, name in (*around, (key, layer.name))[1:]) or layer.name
-    calls.append(WatchedCall(layer, name, inputs, outputs, key, around[-1][0] if around else -1))
+    calls.append(WatchedCall(layer, name, inputs, outputs, key, around[-1][0] if around else -1, given))
     return outputs
 
 

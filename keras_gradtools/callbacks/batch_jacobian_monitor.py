@@ -1,5 +1,6 @@
 """The batch Jacobian of a model in the logs."""
 
+import warnings
 from typing import Any
 
 import keras
@@ -113,8 +114,10 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
         self._examples = checked_examples(NAME, self._given)
         if len(nesting.flatten(self._examples)[0]) > 1:
             report = batch_independence(model, self._examples, **self._kwargs)
-            if not report.independent:
+            if report.independent is False:
                 raise ValueError(f"{NAME}: {report}")
+            if report.independent is None:
+                warnings.warn(f"{NAME}: {report}", stacklevel=2)
         if self._method == "auto":
             self._method = chosen_method(model, self._examples, self._kwargs)
         self._chosen = self._checked_quantities()

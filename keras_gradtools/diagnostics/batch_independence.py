@@ -21,7 +21,9 @@ def batch_independence(model, x, training=False, seed=0):
 
     for three halves and their complements. If it is more than rounding (64 units in the last place), each layer is
     judged in the same way by its own inputs and outputs. Inputs that are not floating-point, tokens say, have no
-    gradient: there the outputs of $S$ are compared when the other examples change places. Nothing in the model changes.
+    gradient: there the outputs of $S$ are compared when the other examples change places. Where nothing that is looked
+    at is other than zero, behind a head that begins with zeros for one, it cannot be told. All calls draw the same
+    random numbers. Nothing in the model changes.
 
     Args:
         model: a Keras model or layer, or a function of `x`, a loss of each example for instance.
@@ -31,7 +33,8 @@ def batch_independence(model, x, training=False, seed=0):
         seed: of the random numbers.
 
     Returns:
-        A `BatchIndependence`: `report.independent`, `report.leak`, `report.layers`, and `print(report)`.
+        A `BatchIndependence`: `report.independent`, which is None where it cannot be told, `report.leak`,
+        `report.layers`, and `print(report)`.
 
     Raises:
         ValueError: for fewer than two examples, outputs without a batch axis, gradients that are not finite, and

@@ -10,6 +10,9 @@ from keras_gradtools.backend.state import StateScope
 from keras_gradtools.independence import BatchIndependence, Leak
 from keras_gradtools.transforms.taped_call import read
 
+# Of numbers that are computed twice.
+_REPEATED = 1e-5
+
 
 def examine(name, fun, x, args=(), kwargs=None, seed=0):
     """The `BatchIndependence` of `fun(x, *args, **kwargs)`, in `x`, whose leaves have the shape `(batch, ...)`.
@@ -22,23 +25,30 @@ def examine(name, fun, x, args=(), kwargs=None, seed=0):
         raise ValueError(f"{name} expects examples. Received: x={validation.shown(x)}.")
     independence.require_values(name, leaves)
     batch_size = independence.require_batch(name, "inputs", leaves)
+    # Of seeds, the scope around each call drops the next state; what the framework draws from is put back.
+    random_state = backend.random_state()
 
     def called(leaves):
-        return fun(nesting.pack_as(x, leaves), *args, **kwargs)
+        block = backend.with_random_state(random_state)
+        with block, block:
+            return fun(nesting.pack_as(x, leaves), *args, **kwargs)
 
-    leak, dtype = _leak_of(name, called, leaves, batch_size, seed)
+    leak, dtype, reason = _leak_of(name, called, leaves, batch_size, seed)
     value = leak.value
-    independent = value <= independence.tolerance(dtype)
+    independent = False if value > independence.tolerance(dtype) else None if reason else True
     layers = [] if independent else _mixing_layers(called, leaves, batch_size, seed)
+    if not layers and independent is False:
+        layers = _layers_that_change_others(called, leaves, batch_size, seed)
     of = f"the model {fun.name!r}" if isinstance(fun, keras.Layer) else f"the function {validation.name_of(fun)!r}"
     names, classes = zip(*layers, strict=True) if layers else ((), ())
-    return BatchIndependence(independent, value, names, classes, batch_size, of)
+    training = kwargs.get("training")
+    return BatchIndependence(independent, value, names, classes, batch_size, of, reason, training)
 
 
 def _leak_of(name, called, leaves, batch_size, seed):
-    """What crosses between examples, and the dtype to judge it by."""
+    """What crosses between examples, the dtype to judge it by, and why it says nothing, if so."""
     floats = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
-    leak = Leak()
+    leak, reason = Leak(), ""
     outputs = []
     if floats:
         record = backend.Tape(watch_accessed_variables=False)
@@ -53,10 +63,36 @@ def _leak_of(name, called, leaves, batch_size, seed):
         sources = [aliases[i] for i in floats]
         leak = independence.of_record(record, outputs, sources, batch_size, seed)
         independence.require_finite(name, leak)
+        unreached = _count_unreached(record, outputs, sources, leak, seed)
+        if unreached:
+            some = "" if unreached == len(outputs) else f" of {unreached} of the {len(outputs)} outputs"
+            reason = f"the gradient{some} is zero everywhere, as behind a layer whose weights are zero"
     if len(floats) < len(leaves):
         others = [i for i in range(len(leaves)) if i not in floats]
-        outputs = _exchange(name, called, leaves, others, batch_size, seed, leak)
-    return leak, min((validation.dtype_of(y) for y in outputs), key=independence.tolerance, default="float32")
+        outputs, repeats = _exchange(name, called, leaves, others, batch_size, seed, leak)
+        reason = ""
+        if not repeats:
+            leak = Leak()
+            reason = (
+                "two calls with the same examples differ, since it draws random numbers that no seed repeats; those of "
+                "keras.random with a keras.random.SeedGenerator are repeated"
+            )
+        elif leak.is_zero:
+            reason = "no output changes when examples change places, as behind a layer whose weights are zero"
+    dtype = min((validation.dtype_of(y) for y in outputs), key=independence.tolerance, default="float32")
+    return leak, dtype, reason
+
+
+def _count_unreached(record, outputs, sources, leak, seed):
+    """How many of the outputs have a gradient of zero by all sources."""
+    if len(outputs) == 1 or leak.is_zero:
+        return len(outputs) if leak.is_zero else 0
+    random, count = np.random.default_rng(seed), 0
+    for y in outputs:
+        cotangent = ops.convert_to_tensor(random.uniform(0.5, 1.5, tuple(y.shape)), dtype=y.dtype)
+        found = backend.pullback(record, [y], sources, [cotangent])
+        count += not any(g is not None and np.any(independence.numbers(g)) for g in found)
+    return count
 
 
 def _exchange(name, called, leaves, others, batch_size, seed, leak):
@@ -70,33 +106,86 @@ def _exchange(name, called, leaves, others, batch_size, seed, leak):
     outputs = outputs_of(leaves)
     _require_outputs(name, outputs, batch_size)
     before = [independence.numbers(y).astype("float64") for y in outputs]
+    again = [independence.numbers(y) for y in outputs_of(leaves)]
+    repeats = all(np.allclose(a, b, rtol=_REPEATED, atol=0, equal_nan=True) for a, b in zip(before, again, strict=True))
     for half in independence.halves(batch_size, seed):
-        replaced = list(leaves)
-        rows = np.where(half, np.arange(batch_size), np.roll(np.arange(batch_size), 1)).astype("int32")
-        for i in others:
-            replaced[i] = ops.take(leaves[i], rows, axis=0)
+        replaced = _with_others_replaced(leaves, others, half)
         for y, old in zip(outputs_of(replaced), before, strict=True):
             leak.add(independence.numbers(y) - old, ~half)
-    return outputs
+    return outputs, repeats
+
+
+def _with_others_replaced(leaves, others, half):
+    """The leaves, those at `others` with another example in the place of each that is not in the half."""
+    places = np.arange(len(half))
+    rows = np.where(half, places, np.roll(places, 1)).astype("int32")
+    return [ops.take(leaf, rows, axis=0) if i in others else leaf for i, leaf in enumerate(leaves)]
 
 
 def _mixing_layers(called, leaves, batch_size, seed):
     """The names and classes of the innermost layers in which gradients cross between examples."""
-    record = backend.Tape(watch_accessed_variables=False)
-    scope, watched = StateScope(), layer_calls.watched(record)
-    with scope, scope, record, record, watched, watched:
-        called(leaves)
+    record, calls = _watched(called, leaves)
     mixing = []
-    for call in watched.calls:
+    for call in calls:
         outputs = _float_leaves(call.outputs)
         if call.inputs and outputs:
             leak = independence.of_record(record, outputs, call.inputs, batch_size, seed)
             if leak.value > independence.tolerance(outputs[0]):
                 mixing.append(call)
+    return _innermost(mixing)
+
+
+def _layers_that_change_others(called, leaves, batch_size, seed):
+    """The same of what no gradient knows of, masks for one: what a layer returns for the examples of a half changes.
+
+    And what it is given for these does not, though all others are replaced.
+    """
+    others = [i for i, leaf in enumerate(leaves) if not _is_float(leaf)]
+    _, before = _watched(called, leaves)
+    for half in independence.halves(batch_size, seed):
+        _, after = _watched(called, _with_others_replaced(leaves, others, half))
+        mixing = [
+            b
+            for a, b in zip(before, after, strict=False)
+            if not _changed(a.given, b.given, half) and _changed(_leaves_of(a.outputs), _leaves_of(b.outputs), half)
+        ]
+        if mixing:
+            return _innermost(mixing)
+    return []
+
+
+def _watched(called, leaves):
+    """A record of a call, and the calls of layers in it."""
+    record = backend.Tape(watch_accessed_variables=False)
+    scope, watched = StateScope(), layer_calls.watched(record)
+    with scope, scope, record, record, watched, watched:
+        called(leaves)
+    return record, watched.calls
+
+
+def _innermost(mixing):
     # What is around a layer that mixes mixes as well, and is not the cause.
     around = {call.parent for call in mixing}
     found = {call.name: layer_calls.class_path(call.layer) for call in mixing if call.key not in around}
     return list(found.items())
+
+
+def _changed(before, after, half):
+    """Whether some tensors differ in the rows of the examples of a half, or as a whole where they have no such rows."""
+    for a, b in zip(before, after, strict=False):
+        a, b = layer_calls.array_of(a), layer_calls.array_of(b)
+        if a is None or b is None or a.shape != b.shape:
+            continue
+        if a.ndim and a.shape[0] and a.shape[0] % len(half) == 0:
+            rows = np.repeat(half, a.shape[0] // len(half))
+            a, b = a[rows], b[rows]
+        if not np.allclose(a, b, rtol=_REPEATED, atol=_REPEATED * np.abs(a).max(initial=0.0), equal_nan=True):
+            return True
+    return False
+
+
+def _leaves_of(outputs):
+    return [y for y in nesting.flatten(outputs) if ops.is_tensor(y)]
 
 
 def _tensor(name, leaf):

@@ -103,7 +103,7 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False):
     @functools.wraps(fun, updated=())
     def checked(x, *args, **kwargs):
         report = examine("batch_jacobian", fun, x, args, kwargs)
-        if not report.independent:
+        if report.independent is False:
             raise ValueError(f"batch_jacobian: {report}")
         return transformed(x, *args, **kwargs)
 

@@ -349,6 +349,141 @@ def test_the_report_in_words():
     assert ("is rounding" in str(rounded)) == (rounded.leak > 0)
 
 
+class TestWhatCannotBeTold:
+    """A third verdict: nothing that is looked at is other than zero."""
+
+    @staticmethod
+    def behind_zeros(*outputs):
+        x = keras.Input((D,))
+        h = layers.BatchNormalization(name="bn")(x)
+        zeros = layers.Dense(2, "softmax", kernel_initializer="zeros", name="zeros")(h)
+        return keras.Model(x, [zeros, layers.Dense(2, name="other")(x)] if outputs else zeros)
+
+    def test_a_head_of_zeros(self):
+        model, x = self.behind_zeros(), examples(VECTOR, 0)
+        report = kg.diagnostics.batch_independence(model, x, training=True)
+        assert report.independent is None and report.leak == 0.0 and report.layers == ("bn",)
+        text = str(report)
+        assert "cannot be told" in text and "the gradient is zero everywhere" in text and f"'bn' ({NORM})" in text
+        assert "means what it says" not in text
+        # Once it is trained, it can be told.
+        model.get_layer("zeros").kernel.assign(np.ones((D, 2)) * [1.0, -1.0])
+        assert kg.diagnostics.batch_independence(model, x, training=True).independent is False
+
+    def test_one_of_two_outputs(self):
+        report = kg.diagnostics.batch_independence(self.behind_zeros("both"), examples(VECTOR, 0), training=True)
+        assert report.independent is None and "of 1 of the 2 outputs is zero everywhere" in str(report)
+        assert kg.diagnostics.batch_independence(lambda x: [x, ops.softmax(x)], examples(VECTOR, 0)).independent
+
+    def test_tokens(self):
+        model = tokens(layers.Flatten(), layers.Dense(2, kernel_initializer="zeros"))
+        report = kg.diagnostics.batch_independence(model, examples(TOKENS, 0))
+        assert report.independent is None and "no output changes when examples change places" in str(report)
+        same = np.ones((B, T), "int32")
+        assert kg.diagnostics.batch_independence(tokens(layers.Flatten(), layers.Dense(2)), same).independent is None
+
+    def test_who_asks(self):
+        # The batch Jacobian is zero, and right; what a callback will measure later is not.
+        model, x = self.behind_zeros(), examples(VECTOR, 0)
+        found = kg.batch_jacobian(model, check_independence=True)(x, training=True)
+        assert not np.any(ops.convert_to_numpy(found))
+        model.compile("sgd", "mse")
+        monitor = kg.callbacks.BatchJacobianMonitor(x, training=True)
+        with pytest.warns(UserWarning, match="BatchJacobianMonitor: .* it cannot be told"):
+            model.fit(x, np.ones((B, 2), "float32"), verbose=0, callbacks=[monitor])
+
+
+class TestWhatIsDrawn:
+    def test_dropout_of_tokens(self):
+        # Two calls are compared: they have one mask, also that of torch's own generator.
+        for dropout in (layers.Dropout(0.5), layers.Dropout(0.5, seed=1), layers.GaussianNoise(0.5)):
+            report = kg.diagnostics.batch_independence(tokens(dropout, layers.GRU(3)), examples(TOKENS, 0), True)
+            assert report.independent is True and report.leak < 1e-6, report
+
+    def test_the_generator_goes_on(self):
+        model = tokens(layers.Dropout(0.5), layers.GRU(3))
+        x = ops.ones((50,))
+        drawn = []
+        for ask in (False, True):
+            keras.utils.set_random_seed(3)
+            dropout = layers.Dropout(0.5)
+            if ask:
+                kg.diagnostics.batch_independence(model, examples(TOKENS, 0), training=True)
+            drawn.append(ops.convert_to_numpy(dropout(x, training=True)))
+        np.testing.assert_array_equal(*drawn)
+
+    def test_what_no_seed_repeats(self):
+        noise = np.random.default_rng(0)
+
+        def fun(x):
+            return ops.cast(x, "float32") * noise.uniform()
+
+        report = kg.diagnostics.batch_independence(fun, examples(TOKENS, 0))
+        assert report.independent is None and "two calls with the same examples differ" in str(report)
+
+
+class MaskOfTheBatch(keras.Model):
+    """As a transformer whose padding mask is that of all examples."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding, self.last = layers.Embedding(11, D), layers.Dense(2)
+
+    def call(self, tokens):
+        is_padding = ops.any(ops.equal(tokens, 3), axis=0)
+        return self.last(ops.where(is_padding[None, :, None], 0.0, self.embedding(tokens)))
+
+
+class Masking(layers.Layer):
+    """Mixes examples by the Keras mask that it is given."""
+
+    supports_masking = True
+
+    def call(self, h, mask=None):
+        return h if mask is None else h * ops.cast(ops.any(mask, axis=0), h.dtype)[None, :, None]
+
+
+class TestMasks:
+    """No gradient passes through a mask: the layer is named by what comes out when the others are replaced."""
+
+    def test_in_the_call_of_the_model(self):
+        report = kg.diagnostics.batch_independence(MaskOfTheBatch(name="own"), examples(TOKENS, 0))
+        assert report.independent is False and report.layers == ("own",)
+        assert f"The cause is the model's own call, that of {__name__}.MaskOfTheBatch" in str(report)
+        wrapped = tokens_through(MaskOfTheBatch(name="inner"), layers.Flatten(), layers.Dense(2))
+        assert kg.diagnostics.batch_independence(wrapped, examples(TOKENS, 0)).layers == ("inner",)
+
+    def test_in_a_layer(self):
+        x = keras.Input((T,), dtype="int32")
+        h = Masking(name="masking")(layers.Embedding(11, D, mask_zero=True)(x))
+        model = keras.Model(x, layers.Dense(2)(h))
+        sparse = examples(TOKENS, 0) * (np.arange(B * T).reshape(B, T) % 7 == 0)
+        report = kg.diagnostics.batch_independence(model, sparse.astype("int32"))
+        assert report.independent is False and report.layers == ("masking",)
+
+    def test_in_a_function(self):
+        embed = tokens(layers.Flatten())
+        report = kg.diagnostics.batch_independence(
+            lambda x: embed(x) * ops.mean(ops.cast(x, "float32")), np.arange(B * T).reshape(B, T) % 11
+        )
+        assert report.independent is False and report.layers == ()
+        assert "outside of layers" in str(report) and "diagnostics.batch_independence" not in str(report)
+
+
+def tokens_through(*parts):
+    return keras.Sequential([keras.Input((T,), dtype="int32"), *parts])
+
+
+def test_the_advice_suits_the_call():
+    x = examples(VECTOR, 0)
+    # No mode in which it was not called, for what has none.
+    for model, training in ((vectors(BatchStatistics()), False), (lambda x: x + ops.mean(x, axis=0), False)):
+        text = str(kg.diagnostics.batch_independence(model, x, training=training))
+        assert "training" not in text and "BatchNormalization" not in text
+    text = str(kg.diagnostics.batch_independence(normalized(), x, training=True))
+    assert "call the model with training=False" in text and "training=True" not in text
+
+
 def test_nothing_changes():
     keras.utils.set_random_seed(3)
     model = vectors(layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5, seed=1))
