@@ -4,7 +4,6 @@ from jax._src import core
 
 from keras_gradtools.backend import jax_programs
 
-
 _WRITE_IN_PLACE = {"addupdate", "new_ref", "swap"}
 
 
