@@ -4,6 +4,8 @@ from jax._src import core
 
 from keras_gradtools.backend import jax_programs
 
+_WRITE_IN_PLACE = {"addupdate", "new_ref", "swap"}
+
 
 class Operation:
     """One recorded operation: what to bind again, on which inputs, and what came out.
@@ -17,6 +19,11 @@ class Operation:
     __slots__ = ("closed_over", "differentiable", "inputs", "outputs", "params", "primitive", "rule", "subfuns")
 
     def __init__(self, primitive, subfuns, params, inputs, outputs, rule=None, count=None, closed_over=()):
+        if primitive.name in _WRITE_IN_PLACE:
+            raise NotImplementedError(
+                "A GradientTape cannot follow a value into a `jax.Ref`. Received: one that is written into a Ref "
+                "inside a tape's block. Compile what the Ref is for: `jax.jit(function)`."
+            )
         self.primitive = primitive
         self.subfuns = subfuns
         self.params = params

@@ -230,3 +230,17 @@ def test_an_unknown_primitive_is_an_error_where_it_matters(a):
     close(recording.gradient(y, b), 8.0)
     with pytest.raises(ValueError, match="closes over"):
         recording.gradient(y, a)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no Refs")
+def test_a_value_that_is_written_into_a_ref_is_an_error(a):
+    def fun(a):
+        ref = jax.new_ref(jnp.zeros(()))
+        ref[...] = a * a
+        return ref[...] * a
+
+    with pytest.raises(NotImplementedError, match="cannot follow a value into a `jax.Ref`"):
+        kg.grad(fun)(a)
+    with pytest.raises(NotImplementedError, match="cannot follow a value into a `jax.Ref`"):
+        kg.grad(lambda a: jax.new_ref(a * a)[...])(a)
+    close(kg.grad(jax.jit(fun))(a), 12.0)
