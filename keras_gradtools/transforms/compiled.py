@@ -196,17 +196,20 @@ def jitted(fun):
 
     @functools.wraps(fun, updated=())
     def call(*args, **kwargs):
+        reads = closures.attributes_read_by(fun)
+        leaves = nesting.flatten((args, kwargs) if kwargs else args)
         try:
             around = programs.surroundings(fun)
+            # Of tensors, the compiler knows shapes and dtypes by itself.
+            constants = [
+                closures.surroundings(x, reads=reads).key
+                for x in leaves
+                if not hasattr(x, "dtype") and not isinstance(x, float)
+            ]
         except TypeError as error:
             programs.warn_once("kg.jit", fun, error, _TOO_MUCH)
             return fun(*args, **kwargs)
-        reads = closures.attributes_read_by(fun)
-        leaves = nesting.flatten((args, kwargs) if kwargs else args)
-        # Of tensors, the compiler knows shapes and dtypes by itself.
-        others = [x for x in leaves if not hasattr(x, "dtype") and not isinstance(x, float)]
-        constants = tuple([closures.surroundings(x, reads=reads).key for x in others])
-        key = _Key("jit", state.ambient(), constants, around.key)
+        key = _Key("jit", state.ambient(), tuple(constants), around.key)
         made = []
 
         def make():
