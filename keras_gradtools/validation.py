@@ -106,7 +106,7 @@ def as_tensor(x, expected, dtype=None):
         if dtype_of(x) == "string":
             raise ValueError(f"{expected}. Received: {shown(x_given)}.")
     if dtype_of(x).startswith("complex"):
-        raise ValueError(f"{expected}, of real numbers. Received: {describe(x)}.")
+        raise ValueError(f"{expected}. It has to be real. Received: {describe(x)}.")
     return x
 
 
@@ -137,9 +137,13 @@ def require_count(owner, name, x, least=1):
 
 
 def require_seed(owner, seed, may_be_none=False):
-    """Raises `ValueError` unless `seed` is an integer of 0 or more, or None where that is a seed, too."""
-    if not (is_count(seed, 0) or (may_be_none and seed is None)):
-        what = "an integer of 0 or more, or None," if may_be_none else "an integer of 0 or more"
+    """Raises `ValueError` unless `seed` is an integer of 0 or more; where it may be None, a generator is one, too."""
+    if not (is_count(seed, 0) or (may_be_none and isinstance(seed, (type(None), keras.random.SeedGenerator)))):
+        what = (
+            "an integer of 0 or more, a keras.random.SeedGenerator or None"
+            if may_be_none
+            else "an integer of 0 or more"
+        )
         raise ValueError(f"{owner} expects {what} as `seed`. Received: seed={shown(seed)}.")
 
 

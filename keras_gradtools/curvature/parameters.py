@@ -80,7 +80,7 @@ class Parameters:
 
         The columns, of a matrix, are the first axis of the tensors; a single vector has None of them.
         """
-        if given is None or isinstance(given, keras.KerasTensor):
+        if isinstance(given, keras.KerasTensor):
             raise ValueError(f"{self._owner} multiplies arrays and tensors. Received: {validation.describe(given)}.")
         if nesting.is_nested(given):
             if not all(map(validation.is_number, nesting.flatten(given))):

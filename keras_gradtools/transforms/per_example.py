@@ -61,7 +61,7 @@ def per_example_grad(fun, argnums=0):
             )
         place = argnums % len(args)
         weights = nesting.map_structure(lambda x: differentiable_argument("per_example_grad", place, x), args[place])
-        batch = validation.as_tensors("per_example_grad", "fun's batch", (*args[:place], *args[place + 1 :]))
+        batch = validation.as_tensors("per_example_grad", "*batch", (*args[:place], *args[place + 1 :]))
         _check_batch(batch)
 
         def value(flat_weights, flat_examples):

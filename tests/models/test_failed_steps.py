@@ -111,7 +111,7 @@ def test_what_the_inputs_of_a_model_tell_is_refused_at_once(model, wrap, x):
 
 
 def test_inputs_that_are_chosen_are_looked_for_at_once():
-    with pytest.raises(ValueError, match="an input that the model does not have. Received: 'c'"):
+    with pytest.raises(ValueError, match="an input in `inputs` that the model does not have. Received: 'c'"):
         InputGradientRegularized(two_inputs(), 0.1, inputs=["c"])
     with pytest.raises(ValueError, match="of which some have no gradient"):
         InputGradientRegularized(tokens(), 0.1, inputs=[0])

@@ -930,8 +930,8 @@ def test_the_first_random_number_of_a_process_may_be_ours():
         ({"inputs": []}, "expects the name of an input, its position, or a list of these as `inputs`. Received: "),
         ({"inputs": 1.5}, "as `inputs`. Received: inputs=1.5"),
         ({"inputs": True}, "as `inputs`. Received: inputs=True"),
-        ({"inputs": "image"}, "was given an input that the model does not have. Received: 'image' of "),
-        ({"inputs": 1}, "was given an input that the model does not have. Received: 1 of "),
+        ({"inputs": "image"}, "was given an input in `inputs` that the model does not have. Received: 'image' of "),
+        ({"inputs": 1}, "was given an input in `inputs` that the model does not have. Received: 1 of "),
         ({"loss": None}, "needs a loss. Received: loss=None and a model that was not compiled with one."),
     ],
     ids=lambda value: str(value)[:40],
@@ -973,5 +973,5 @@ def test_inputs_without_a_gradient(method):
 
 
 def test_what_is_not_a_model():
-    with pytest.raises(ValueError, match="takes a model or a function. Received: 'model'"):
+    with pytest.raises(ValueError, match="expects a Keras model or a function as `model`. Received: 'model'"):
         penalty_of("model", X, target="outputs")
