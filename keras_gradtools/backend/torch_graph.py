@@ -201,6 +201,7 @@ class passing(Block):  # noqa: N801 - said of a block
         self._part = part
         self._handles = []
         self._was_multithreaded = torch._C._is_multithreading_enabled()
+        self._levels = torch._C._functorch.get_dynamic_layer_stack_depth()
 
     def begin(self):
         _thread.passes.append(self)
@@ -216,6 +217,8 @@ class passing(Block):  # noqa: N801 - said of a block
 
     def end(self):
         torch._C._set_multithreading_enabled(self._was_multithreaded)
+        # torch vectorizes in a level of its own, which an interrupt may leave open.
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._levels)
         for handle in self._handles:
             handle.remove()
         while self in _thread.passes:
