@@ -250,6 +250,7 @@ class passing(Block):  # noqa: N801 - said of a block
         self._is_recorded = is_recorded
         self._handles = []
         self._was_multithreaded = torch._C._is_multithreading_enabled()
+        self._levels = torch._C._functorch.get_dynamic_layer_stack_depth()
 
     def begin(self):
         _thread.passes.append(self)
@@ -270,6 +271,8 @@ class passing(Block):  # noqa: N801 - said of a block
 
     def end(self):
         torch._C._set_multithreading_enabled(self._was_multithreaded)
+        # torch vectorizes in a level of its own, which an interrupt may leave open.
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._levels)
         for handle in self._handles:
             handle.remove()
         for leaf in self._part.leaves:
