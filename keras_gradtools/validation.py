@@ -20,7 +20,28 @@ def describe(x):
         return f"a tensor of dtype {dtype_of(x)} and shape {tuple(x.shape)}"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"a {type(x).__name__} of dtype {dtype_of(x)} and shape {tuple(x.shape)}"
-    return f"{x!r:.80} (of type {type(x).__module__}.{type(x).__qualname__})"
+    shown = _outline(x) if nesting.is_nested(x) else repr(x)
+    return f"{shown:.80} (of type {type(x).__module__}.{type(x).__qualname__})"
+
+
+# Entries of a container that an outline has.
+_ENTRIES = 5
+
+
+def _outline(x):
+    """A container as Python writes it, with dtypes and shapes in the place of the tensors and arrays in it."""
+    if isinstance(x, dict):
+        shown = [f"{key!r}: {_outline(value)}" for key, value in list(x.items())[:_ENTRIES]]
+        return f"{{{', '.join(shown)}{', ...' if len(x) > _ENTRIES else ''}}}"
+    if isinstance(x, (list, tuple)):
+        shown = [_outline(value) for value in x[:_ENTRIES]]
+        inside = (
+            f"{', '.join(shown)}{', ...' if len(x) > _ENTRIES else ',' if len(x) == 1 and type(x) is tuple else ''}"
+        )
+        return f"[{inside}]" if isinstance(x, list) else f"({inside})"
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{dtype_of(x)} {tuple(x.shape)}"
+    return repr(x)
 
 
 def dtype_of(x):

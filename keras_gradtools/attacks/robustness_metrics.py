@@ -48,11 +48,16 @@ class RobustnessMetrics:
         self._pgd = PGD(0.0, norm, clip, None, steps, restarts, seed=seed)
         self._has_jacobian, self._seed, self._batch_size = jacobian, seed, batch_size
 
+    def checked(self, model, x, y):
+        """Returns `x` and `y` as NumPy arrays; `ValueError` where they, or the model, do not fit."""
+        x, y = checked_examples(self._owner, model, x, y, self._pgd.clip)
+        check_labels(self._owner, model, x, y)
+        return x, y
+
     def measure(self, model, x, y, verbose=0):
         """The numbers by name, and the signs of masked gradients, sentences."""
         check_batching(self._owner, self._batch_size, verbose)
-        x, y = checked_examples(self._owner, model, x, y, self._pgd.clip)
-        check_labels(self._owner, model, x, y)
+        x, y = self.checked(model, x, y)
         strengths = [*self._epsilons, self._huge(x)]
         rows = map_batches(self._measure_batch(model, strengths), (x, y), self._batch_size, verbose, "batch")
         clean, lengths, squares, *by_strength = rows

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.callbacks.left_out import LeftOut
 from keras_gradtools.callbacks.schedule import Schedule
 from keras_gradtools.curvature.batch_loss import checked_model
 from keras_gradtools.diagnostics.batch_independence import batch_independence
@@ -43,7 +44,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
     `keras.callbacks.EarlyStopping("jacobian_spectral_norm_max", mode="min")`. Where it measures every n batches, the
     logs of an epoch have its last values. Before training it asks `kg.diagnostics.batch_independence` whether these
     numbers will mean anything. Nothing in the model changes. After the first measurement nothing is traced again. A
-    Jacobian that is not finite is logged as NaN.
+    Jacobian that is not finite is logged as NaN; what cannot be measured of this model is left out with a warning.
 
     Args:
         x: the examples, floating-point tensors of shape `(batch, ...)`, in any nesting. A dozen is enough to watch it.
@@ -106,6 +107,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
         self._examples: Any = None
         self._directions: Any = None
         self._chosen: tuple = ()
+        self._left_out = LeftOut(NAME)
         self.spectra: list = []
         self.last: dict[str, float] = {}
 
@@ -122,6 +124,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
             self._method = chosen_method(model, self._examples, self._kwargs)
         self._chosen = self._checked_quantities()
         self._directions = None
+        self._left_out = LeftOut(NAME)
         self._schedule.begin()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -153,15 +156,22 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
             sync()
         model = checked_model(NAME, self.model)
         found: dict[str, float] = {}
+        spectrum: Any = None
         if set(self._chosen) - {"local_lipschitz"}:
-            spectrum = spectrum_of(model, self._examples, self._kwargs, self._method, seed=self._seed)
+            spectrum = self._left_out.tried(
+                "the singular values",
+                lambda: spectrum_of(model, self._examples, self._kwargs, self._method, seed=self._seed),
+            )
+        if spectrum is not None:
             if spectrum.singular_values is not None:
                 self.spectra.append(spectrum.singular_values)
             for quantity in self._chosen:
                 if quantity != "local_lipschitz":
                     found |= _summary(quantity, getattr(spectrum, quantity))
         if "local_lipschitz" in self._chosen:
-            found |= _summary("local_lipschitz", self._lipschitz_ratios(model))
+            ratios = self._left_out.tried("local_lipschitz", lambda: self._lipschitz_ratios(model))
+            if ratios is not None:
+                found |= _summary("local_lipschitz", ratios)
         self.last = found
         if logs is not None:
             logs.update(found)

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.callbacks.left_out import LeftOut
 from keras_gradtools.callbacks.schedule import Schedule
 from keras_gradtools.curvature.estimate import Estimate
 from keras_gradtools.curvature.hessian import Hessian
@@ -46,7 +47,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
         batch_size: of arrays.
 
     Raises:
-        ValueError: for options that do not fit; in `fit`, for a model without a loss, or data that do not fit it.
+        ValueError: for options that do not fit; as `fit` begins, for a model without a loss, or that does not compute
+            the same twice, and for data that do not fit it, or differ from pass to pass.
 
     Cost:
         In each measurement a gradient, 5 to 20 products for the eigenvalues, and `trace_matvecs` for the trace, some
@@ -105,6 +107,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self._data, self._variables, self._loss, self._training = data, variables, loss, training
         self._tol, self._trace_matvecs, self._seed, self._batch_size = tol, trace_matvecs, seed, batch_size
         self._operator: Any = None
+        self._left_out = LeftOut(NAME)
         self._start: Any = None
         self._begins_at_once: bool | None = None
         self.last: dict[str, float] = {}
@@ -119,6 +122,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
             batch_size=self._batch_size,
             verbose=0,
         )
+        self._operator.check("product")
+        self._left_out = LeftOut(NAME)
         self._start = self._begins_at_once = None
         self._schedule.begin()
 
@@ -136,6 +141,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
         self._operator = None
 
     def _measure(self, logs):
+        self.last = self._left_out.tried("the curvature", self._measured) or {}
+        if logs is not None:
+            logs.update(self.last)
+
+    def _measured(self):
         hessian = self._operator
         smallest, largest, trace, gradient_norm = self._spectrum(hessian)
         if gradient_norm is None:
@@ -150,9 +160,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         rate = getattr(self.model.optimizer, "learning_rate", None)
         if rate is not None:
             found["sharpness_times_learning_rate"] = largest * float(ops.convert_to_numpy(rate))
-        self.last = found
-        if logs is not None:
-            logs.update(found)
+        return found
 
     def _spectrum(self, hessian):
         """The smallest and the largest eigenvalue, the trace or None, and the gradient's length if it is known."""

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.callbacks.event_file import EventFile
+from keras_gradtools.callbacks.left_out import LeftOut
 from keras_gradtools.callbacks.schedule import Schedule
 from keras_gradtools.curvature.batches import Batches
 from keras_gradtools.curvature.hessian import Hessian
@@ -37,8 +38,9 @@ class GradientMonitor(keras.callbacks.Callback):
     They are in the `History`, `CSVLogger` and `TensorBoard`, and callbacks that come after it in the list can act on
     them, given a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. Where it measures every n
     batches, the logs of an epoch have its last values. With a `log_dir`, TensorBoard shows the same numbers and a
-    histogram of the gradient of each variable. What is not finite is logged as NaN, and left out there. Nothing in the
-    model changes.
+    histogram of the gradient of each variable. What is not finite is logged as NaN, and left out there. A quantity that
+    this model does not have, the noise scale for one where an example cannot stand alone, is left out with a warning.
+    Nothing in the model changes.
 
     Args:
         data: what the loss is of, as `kg.curvature.Hessian` takes it. Some dozens of examples are enough to watch it.
@@ -58,7 +60,8 @@ class GradientMonitor(keras.callbacks.Callback):
         last: what was logged last, layers included.
 
     Raises:
-        ValueError: for options that do not fit; in `fit`, for a model without a loss, or data that do not fit it.
+        ValueError: for options that do not fit; as `fit` begins, for a model without a loss, or data that do not fit
+            it.
         ImportError: with a `log_dir`, without tensorboardX.
 
     Cost:
@@ -123,6 +126,7 @@ class GradientMonitor(keras.callbacks.Callback):
         self._examples: Any = None
         self._batches: Any = None
         self._rectifying: frozenset = frozenset()
+        self._left_out = LeftOut(NAME)
         self._events: Any = None
         self._places: dict[str, list[int]] = {}
         self._before: list | None = None
@@ -134,9 +138,12 @@ class GradientMonitor(keras.callbacks.Callback):
         self.last: dict[str, float] = {}
 
     def on_train_begin(self, logs=None):
+        self._left_out = LeftOut(NAME)
         common = (self._loss, self._data, self._variables, self._training)
         # Of the operator nothing but its gradient is asked for.
         self._operator = Hessian(self.model, *common, batch_size=self._batch_size, verbose=0)
+        if "gradient_norm" in self._quantities or self._log_dir is not None:
+            self._operator.check("gradient")
         self._places = places_by_layer(self._operator.model, self._operator.variables)
         if "gradient_noise_scale" in self._quantities:
             loss, data, variables, training = common
@@ -195,21 +202,26 @@ class GradientMonitor(keras.callbacks.Callback):
         found: dict[str, float] = {}
         gradient = None
         if "gradient_norm" in self._quantities or self._events is not None:
-            flat = self._operator.gradient()
-            gradient = [flat[place].astype("float64") for place in self._operator.slices]
-        if "gradient_norm" in self._quantities:
+            gradient = self._left_out.tried("gradient_norm", self._gradient)
+        if "gradient_norm" in self._quantities and gradient is not None:
             found |= self._by_layer("gradient_norm", gradient, _length)
         if "dead_units" in self._quantities:
-            found |= self._dead_units()
+            found |= self._left_out.tried("dead_units", self._dead_units) or {}
         if "update_to_weight_ratio" in self._quantities:
             found |= self._update_ratios()
         if "gradient_noise_scale" in self._quantities:
-            found["gradient_noise_scale"] = self._examples.noise().noise_scale
+            noise = self._left_out.tried("gradient_noise_scale", self._examples.noise)
+            if noise is not None:
+                found["gradient_noise_scale"] = noise.noise_scale
         self.last = found
         if logs is not None:
             logs.update(self._logged())
         if self._events is not None:
             self._write(gradient, step)
+
+    def _gradient(self):
+        flat = self._operator.gradient()
+        return [flat[place].astype("float64") for place in self._operator.slices]
 
     def _logged(self):
         return self.last if self._per_layer else {name: x for name, x in self.last.items() if "/" not in name}
@@ -246,7 +258,8 @@ class GradientMonitor(keras.callbacks.Callback):
     def _write(self, gradient, step):
         self._events.scalars(self.last, step)
         paths = [v.path for v in self._operator.variables]
-        self._events.histograms({f"gradients/{p}": g for p, g in zip(paths, gradient, strict=True)}, step)
+        if gradient is not None:
+            self._events.histograms({f"gradients/{p}": g for p, g in zip(paths, gradient, strict=True)}, step)
         self._events.flush()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.callbacks.schedule import Schedule
+from keras_gradtools.curvature import dense_memory
 from keras_gradtools.curvature.batches import refuse_non_finite
 from keras_gradtools.curvature.newton_step import (
     CURVATURES,
@@ -61,8 +62,9 @@ class NewtonStep(keras.callbacks.Callback):
         verbose: 1 to print a line for each step.
 
     Raises:
-        ValueError: for options that do not fit; in `fit`, for a model without a loss, for data that are not finite or
-            too few for `"dense"`, and for a model that does not compute the same twice; the weights are as they were.
+        ValueError: for options that do not fit; as `fit` begins, for a model without a loss, for data that are not
+            finite, too few for `"dense"` or others at each pass, and for a model that does not compute the same twice.
+            The weights are as they were.
 
     Cost:
         A gradient over the data, for each damping an evaluation of the loss, and for `"cg"` up to `max_iterations`
@@ -153,11 +155,15 @@ class NewtonStep(keras.callbacks.Callback):
             batch_size=self._batch_size,
             verbose=0,
         )
+        refuse_non_finite(NAME, self._operator.batches())
         self._equations = NormalEquations(self._operator)
         if self._solver == "cg":
             self._preconditioner = recycled_preconditioner(self._operator.shape[0], self._rank, self._operator.dtype)
         if self._solver == "dense" and not self._allow_underdetermined:
             require_enough_outputs(NAME, self._operator, self._operator.count_examples())
+        if self._solver == "dense":
+            dense_memory.check(NAME, self._operator.shape[0], np.dtype("float64"))
+        self._operator.check("product")
         self._schedule.begin()
 
     def on_train_batch_end(self, batch, logs=None):

@@ -6,6 +6,7 @@ import keras
 
 from keras_gradtools import validation
 from keras_gradtools.attacks.robustness_metrics import RobustnessMetrics
+from keras_gradtools.callbacks.left_out import LeftOut
 
 NAME = "RobustnessMonitor"
 
@@ -35,7 +36,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
         batch_size: how many examples go together.
 
     Raises:
-        ValueError: for options, or in the first measurement for examples or labels, that do not fit.
+        ValueError: for options, or as `fit` begins for examples, labels or a model, that do not fit.
 
     Cost:
         That of `kg.attacks.robustness_metrics` in each measurement.
@@ -78,14 +79,22 @@ class RobustnessMonitor(keras.callbacks.Callback):
                 f"y={validation.describe(y)}."
             )
         self.signs = []
+        self._left_out = LeftOut(NAME)
         self._examples, self._every = (x, y), every
         self._metrics = RobustnessMetrics(epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size, NAME)
+
+    def on_train_begin(self, logs=None):
+        self._left_out = LeftOut(NAME)
+        self._metrics.checked(self.model, *self._examples)
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self._every:
             return
         had_signs = bool(self.signs)
-        metrics, self.signs = self._metrics.measure(self.model, *self._examples)
+        measured = self._left_out.tried("all metrics", lambda: self._metrics.measure(self.model, *self._examples))
+        if measured is None:
+            return
+        metrics, self.signs = measured
         if logs is not None:
             logs.update({f"val_{name}": value for name, value in metrics.items()})
         if self.signs and not had_signs:

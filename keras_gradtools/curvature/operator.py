@@ -354,6 +354,10 @@ class CurvatureOperator:
             self._outputs = sum(math.prod(o.shape) for o in nesting.flatten(outputs))
         return self._outputs
 
+    def check(self, of="product"):
+        """Raises at once what the first product would, or with `of="gradient"` the first loss or gradient."""
+        self._prepare(of)
+
     def batches(self):
         """Goes through the batches of the data, `(x, y, sample_weight)` in tensors."""
         return iter(self._batches)
@@ -504,7 +508,8 @@ class CurvatureOperator:
 
     def _prepare(self, what="product"):
         self._sync()
-        if what not in self._checked:
+        # Where products repeat, gradients do.
+        if not self._checked & {what, "product"}:
             self._check(what)
         if self._batches.is_reordered and what not in self._may_reorder:
             self._check_order(what)

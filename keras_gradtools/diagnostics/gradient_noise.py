@@ -12,12 +12,15 @@ from keras_gradtools.curvature.batch_loss import BatchLoss, checked_model
 from keras_gradtools.curvature.batches import Batches, batch_size_of
 from keras_gradtools.curvature.draws import Draws
 from keras_gradtools.curvature.parameters import Parameters
+from keras_gradtools.diagnostics.example_vectors import numbers
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.per_example import per_example_grad
 
 NAME = "gradient_noise_scale"
 # Numbers in the gradients of the examples that go together, and how many these are at most.
 _MOST_NUMBERS, _MOST_EXAMPLES = 1 << 26, 256
+# By how much the outputs of an example may differ from those of it alone: by rounding.
+_ALONE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,8 @@ def gradient_noise_scale(
         A `GradientNoise`.
 
     Raises:
-        ValueError: for fewer than two examples, and for what does not fit.
+        ValueError: for fewer than two examples, for those that do not stand alone (a contrast with the others of the
+            batch, a graph for each batch), and for what does not fit.
 
     Cost:
         About three gradients of the data, compiled once on TensorFlow and JAX, and kept with the model.
@@ -102,6 +106,7 @@ class ExampleGradients:
         of = model if loss is None else self._model
         self._loss = BatchLoss(owner, of, loss, self._parameters.variables, training)
         self._draws = Draws(self._model)
+        self._is_checked = False
         self._batches = Batches(owner, data, batch_size)
         if chunk_size is not None and (not validation.is_number(chunk_size) or chunk_size < 1 or chunk_size % 1):
             raise ValueError(
@@ -112,9 +117,12 @@ class ExampleGradients:
         self._chunk_size = min(max(most, 1), _MOST_EXAMPLES) if chunk_size is None else int(chunk_size)
 
     def noise(self):
-        """The `GradientNoise` of all examples."""
+        """The `GradientNoise` of all examples; `ValueError` where an example alone is another one than in its batch."""
         count, squares, total = 0, 0.0, np.zeros(self._parameters.size)
         for batch in self._batches:
+            if not self._is_checked:
+                self._require_examples_that_stand_alone(batch)
+                self._is_checked = True
             size = batch_size_of(batch)
             count += size
             for start in range(0, size, self._chunk_size):
@@ -130,6 +138,25 @@ class ExampleGradients:
         if not math.isfinite(trace):
             return GradientNoise(math.nan, math.nan, math.nan, count)
         return GradientNoise(trace / squared_norm if squared_norm > 0 else math.inf, trace, squared_norm, count)
+
+    def _require_examples_that_stand_alone(self, batch):
+        # In training mode, a layer that mixes examples is meant to see one only.
+        size = batch_size_of(batch)
+        if self._loss.training or size == 1:
+            return
+        loss, weights = self._loss.drawing(self._draws), self._parameters.variables_as_tensors()
+        whole = nesting.flatten(loss.outputs(self._model, weights, batch[0]))
+        alone = nesting.flatten(loss.outputs(self._model, weights, _part(batch[0], size - 1, size)))
+        for together, y in zip(whole, alone, strict=True):
+            if tuple(y.shape) == (1, *together.shape[1:]) and together.shape[0] == size:
+                last, y = numbers(together)[-1:], numbers(y)
+                if np.allclose(last, y, rtol=_ALONE, atol=_ALONE * np.abs(last).max(initial=0.0), equal_nan=True):
+                    continue
+            raise ValueError(
+                f"{self._owner} calls each example as a batch of one, and an example of this model does not stand "
+                f"alone: from a batch of {size} comes {validation.describe(together)}, and from its last example alone "
+                f"{validation.describe(y)}, with other values."
+            )
 
     def _sums(self, batch):
         """The sum of the gradients, a flat array, and that of their squared lengths."""

@@ -216,6 +216,32 @@ def test_no_loss(cls):
         made(cls, model, None)
 
 
+@pytest.mark.parametrize("cls", OPERATORS)
+@pytest.mark.parametrize("loss", ["mean_squared_eror", 3, object(), ["mse", "mze"], {"out": 1.0}], ids=repr)
+def test_no_such_loss(cls, loss):
+    # As it is made, and not at the first product.
+    with refused(f"{cls.__name__} expects as `loss` what `compile` takes: .* Received: .* \\(of type"):
+        made(cls, loss=loss)
+
+
+@pytest.mark.parametrize("cls", [Hessian, GaussNewton])
+def test_a_cross_entropy_that_is_chosen_by_the_labels(cls):
+    model = keras.Sequential([keras.Input((D,)), layers.Dense(K, "softmax")])
+    v = np.ones(D * K + K)
+    labels = np.arange(N) % K
+    chosen, named = (made(cls, model, loss, (X, labels)) for loss in ("ce", "sparse_categorical_crossentropy"))
+    if cls is Hessian:
+        np.testing.assert_allclose(chosen @ v, named @ v, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(chosen.loss(), named.loss(), rtol=1e-5)
+
+
+def test_a_compiled_loss_that_there_is_not():
+    model = keras.Sequential([keras.Input((D,)), layers.Dense(K)])
+    model.compile("sgd", "mean_squared_eror")
+    with refused("Hessian expects as `loss` what `compile` takes: .* Received: 'mean_squared_eror'"):
+        made(Hessian, model, None)
+
+
 @pytest.mark.parametrize(("cls", "options"), [(Hessian, {}), (GaussNewton, {}), (Fisher, {"kind": "empirical"})])
 def test_a_loss_of_the_batch(cls, options):
     def of_the_batch(y_true, y_pred):
