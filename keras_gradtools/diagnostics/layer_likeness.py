@@ -33,7 +33,9 @@ def _argument(x):
 
 
 def _layer(layer):
-    own = {name: x for name, x in vars(layer).items() if name not in _attributes_of_any_layer()}
+    # `_self_` is where TensorFlow keeps what it tracks of a layer.
+    names = [name for name in vars(layer) if name not in _attributes_of_any_layer() and not name.startswith("_self_")]
+    own = {name: vars(layer)[name] for name in names}
     policy = layer.dtype_policy.name
     variables = tuple((*_value(v, 0), v.trainable) for v in layer.variables)
     return type(layer), policy, variables, _value(own, 0)

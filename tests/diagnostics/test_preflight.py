@@ -162,7 +162,7 @@ def test_a_layer_that_is_right(name):
     assert verdict.message == verdict.advice == ""
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_small_numbers_are_no_mistake(seed):
     keras.utils.set_random_seed(seed)
     tokens = keras.Input((5,), dtype="int32")
@@ -172,7 +172,10 @@ def test_small_numbers_are_no_mistake(seed):
     assert [layer.verdict for layer in report.layers] == ["yes", "yes", "yes"], str(report)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy",
+    ["float32", *[pytest.param(policy, marks=pytest.mark.slow) for policy in ("mixed_bfloat16", "mixed_float16")]],
+)
 def test_a_fresh_transformer(policy):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -193,13 +196,11 @@ def test_a_size_of_inputs(size):
     assert of_one(layers.Activation("tanh"), x=x).verdict in ("yes", "constant")
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("factor", [0.0, 0.9, 1.0, 1.1])
-def test_a_second_derivative_that_is_off(name, factor):
-    fun = with_slope(*FUNCTIONS[name], factor)
-    expected = "yes" if factor == 1.0 else "wrong"
-    assert of_one(layers.Dense(3, fun)).verdict == expected
-    assert of_one(Feedforward(fun)).verdict == expected
+@pytest.mark.parametrize(("name", "factor"), [("square", 0.0), ("silu", 0.9), ("tanh", 1.0), ("tanh", 1.1)])
+@pytest.mark.parametrize("layer", [lambda fun: layers.Dense(3, fun), Feedforward], ids=["dense", "inside"])
+def test_a_second_derivative_that_is_off(layer, name, factor):
+    verdict = of_one(layer(with_slope(*FUNCTIONS[name], factor))).verdict
+    assert verdict == ("yes" if factor == 1.0 else "wrong")
 
 
 def test_it_is_off_by_a_tenth():
