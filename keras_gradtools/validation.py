@@ -174,20 +174,23 @@ def require_positive(owner, name, x):
         raise ValueError(f"{owner} expects a positive number as `{name}`. Received: {name}={shown(x)}.")
 
 
+# Names by which `compile` chooses a cross-entropy that suits the labels.
+LOSSES_BY_THE_LABELS = ("crossentropy", "ce")
+
+
 def require_loss(owner, loss):
     """Raises `ValueError` unless `loss` is what `keras.Model.compile` takes for one; None is that of the model."""
     for each in keras.tree.flatten(loss) if isinstance(loss, (dict, list, tuple)) else [loss]:
+        is_loss = each is None or (callable(each) and not isinstance(each, keras.KerasTensor))
         if isinstance(each, str):
             try:
-                is_loss = callable(keras.losses.get(each))
+                is_loss = each in LOSSES_BY_THE_LABELS or callable(keras.losses.get(each))
             except ValueError:
                 is_loss = False
-        else:
-            is_loss = each is None or (callable(each) and not isinstance(each, keras.KerasTensor))
         if not is_loss:
             raise ValueError(
-                f"{owner} expects a Keras loss, its name, or a function of (y, y_pred) as `loss`. Received: "
-                f"loss={shown(each)}."
+                f"{owner} expects as `loss` what `compile` takes: the name of a Keras loss, a keras.losses.Loss, or a "
+                f"function (y_true, y_pred). Received: loss={shown(each)}."
             )
 
 
@@ -228,7 +231,7 @@ def _conversion_hint(x):
         return ""
     if isinstance(x, np.ndarray):
         return (
-            " Write `x = keras.ops.convert_to_tensor(x)` first, and use that inside the tape's block. (Keras hands "
+            " Convert it with `keras.ops.convert_to_tensor` and use the result inside the tape's block. (Keras hands "
             "NumPy arrays to `call` and `compute_loss` where it does not compile the step: `run_eagerly=True`, on JAX "
             "`jit_compile=False`, on torch always in `train_on_batch`.)"
         )

@@ -12,10 +12,6 @@ from keras_gradtools.backend.state import StateScope, get_keras_mask, regulariza
 from keras_gradtools.transforms.closures import Identity
 
 
-# Names by which `compile` chooses a cross-entropy that suits the labels.
-BY_THE_LABELS = ("crossentropy", "ce")
-
-
 class BatchLoss:
     """A loss as `compile` takes it, and how the model is called for it.
 
@@ -43,11 +39,11 @@ class BatchLoss:
                     f"{owner} expects a loss, or a compiled model. Received: loss=None and the model {model.name!r}, "
                     "which has none. Give it a `loss` as in `compile`."
                 )
-            self.loss = _checked_loss(owner, model.loss)
+            self.loss = model.loss
             self._loss_weights = example_losses.loss_weights_of(self._compile_loss)
             what: Any = Identity(self._compile_loss)
         else:
-            self._compile_loss = example_losses.compiled(_checked_loss(owner, loss))
+            self._compile_loss = example_losses.compiled(loss)
             self.loss = loss
             what = loss if isinstance(loss, str) else Identity(loss)
         self.key: tuple = (what, training, tuple(map(Identity, variables)))
@@ -156,21 +152,6 @@ def checked_model(owner, model):
             "call it on data once."
         )
     return model
-
-
-def _checked_loss(owner, loss):
-    """Returns what `compile` takes as `loss`; `ValueError` for what Keras would refuse at the first call."""
-    for part in nesting.flatten(loss):
-        try:
-            is_loss = part is None or part in BY_THE_LABELS or callable(keras.losses.get(part))
-        except Exception:  # Keras has several for this
-            is_loss = False
-        if not is_loss:
-            raise ValueError(
-                f"{owner} expects as `loss` what `compile` takes: the name of a Keras loss, a keras.losses.Loss, or a "
-                f"function (y_true, y_pred). Received: {validation.describe(part)}."
-            )
-    return loss
 
 
 def _as_they_are(outputs):

@@ -7,8 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_gradtools import validation
 from keras_gradtools.backend.example_losses import arguments_of
-from keras_gradtools.curvature.batch_loss import BY_THE_LABELS
 
 _CATEGORICAL = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
 _BERNOULLI = ("BinaryCrossentropy",)
@@ -66,7 +66,7 @@ def _as_loss(loss):
     """The loss as an object of Keras' class, from its name or function too."""
     if isinstance(loss, (list, tuple)) and len(loss) == 1:
         (loss,) = loss
-    if isinstance(loss, str) and loss not in BY_THE_LABELS:
+    if isinstance(loss, str) and loss not in validation.LOSSES_BY_THE_LABELS:
         loss = keras.losses.get(loss)
     for name in NAMES:
         cls = getattr(keras.losses, name)

@@ -158,7 +158,7 @@ def plot_eigenvalue_history(history, ax=None, keys=None):
         ax.set_yscale("symlog", linthresh=float(np.median(positive)))
     ax.axhline(0.0, color="0.5", linewidth=0.8, linestyle=":")
     ax.set(xlabel="measurement", ylabel="eigenvalue")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
     ax.legend()
     return ax
