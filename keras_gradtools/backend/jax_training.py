@@ -18,6 +18,7 @@ import itertools
 import threading
 import typing
 import weakref
+from typing import Any
 
 import jax
 import numpy as np
