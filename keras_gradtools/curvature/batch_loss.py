@@ -11,7 +11,6 @@ from keras_gradtools.backend import example_losses
 from keras_gradtools.backend.state import StateScope, get_keras_mask, regularization_losses, set_keras_mask
 from keras_gradtools.transforms.closures import Identity
 
-
 # Names by which `compile` chooses a cross-entropy that suits the labels.
 BY_THE_LABELS = ("crossentropy", "ce")
 

@@ -42,7 +42,7 @@ def check_order(owner, model, training, is_drawn, computed):
         first, second = compute(), compute()
         if _agree(first, second):
             return
-        difference = difference or np.linalg.norm(first - second) / (np.linalg.norm(first) or 1.0)
+        difference = difference or float(np.linalg.norm(first - second) / (np.linalg.norm(first) or 1.0))
     if is_drawn:
         cause = "the labels that are drawn go by the place of an example"
     else:
