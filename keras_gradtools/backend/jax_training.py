@@ -9,7 +9,7 @@ Here the state is noted before the variables are emptied, a step's result as it 
 a copy of the state before a program runs for the first time, whose errors and interrupts may come at any point of it.
 
 This file knows Keras' trainer for JAX: `_get_jax_state`, `_make_function`, `_jax_state`, `_jax_state_synced`
-and `jax_state_sync`; `tests/backend/test_jax_training.py` pins it.
+and `jax_state_sync`; `tests/models/test_failed_steps.py` pins it.
 """
 
 import functools
@@ -18,7 +18,6 @@ import itertools
 import threading
 import typing
 import weakref
-from typing import Any
 
 import jax
 import numpy as np

@@ -20,7 +20,7 @@ class Draws:
 
     Attributes:
         key: equal for two of them that have the same variables.
-        values: the states, in NumPy arrays.
+        values: the states, in tensors.
     """
 
     def __init__(self, model, more=()):
@@ -29,7 +29,7 @@ class Draws:
         self._global = state.spare_seed_generator()
         own = [*state.seed_states(model), *self._more]
         self._variables = [*own, self._global.state]
-        self.values = [np.array(ops.convert_to_numpy(v)) for v in own] + [state.next_global_seed()]
+        self.values = [*map(_copy, own), _tensor(state.next_global_seed())]
         self._random = backend.random_state()
         self.key = tuple(map(Identity, self._variables))
 
@@ -46,7 +46,7 @@ class Draws:
         more = copy.copy(self)
         more._more = [*self._more, *new]
         more._variables = [*new, *self._variables]
-        more.values = [*(np.array(ops.convert_to_numpy(v)) for v in new), *self.values]
+        more.values = [*map(_copy, new), *self.values]
         more.key = tuple(map(Identity, more._variables))
         return more
 
@@ -77,3 +77,13 @@ class _Lent(Block):
     def end(self):
         for block in reversed(self._blocks):
             block.__exit__(None, None, None)
+
+
+def _copy(variable):
+    return _tensor(np.array(ops.convert_to_numpy(variable)))
+
+
+def _tensor(array):
+    # Made once, as a program takes a tensor sooner than an array.
+    with backend.eagerly():
+        return ops.convert_to_tensor(array)
