@@ -12,8 +12,8 @@ import pytest
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
-
 import keras  # noqa: E402
+import matplotlib.pyplot  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import ops  # noqa: E402
 
@@ -569,7 +569,7 @@ def rows():
         "plot_spectral_density": (pl.plot_spectral_density, {"density": density}, "density: model, floor: number"),
         "plot_eigenvalue_history": (
             pl.plot_eigenvalue_history,
-            {"history": {"eigenvalue_max": [1.0, 2.0]}},
+            {"history": {"eigenvalue_max": [1.0, 2.0], "eigenvalue_min": [0.0, 1.0]}},
             "history: history, keys: quantities?",
         ),
         "plot_loss_surface": (pl.plot_loss_surface, {"surface": surface}, "surface: model, levels: count"),
@@ -637,6 +637,12 @@ def found(row, argument, value):
         problem = complaint(error, argument)
         return problem and f"{problem}: {type(error).__name__}: {str(error)[:150]!r}"
     return "taken"
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    matplotlib.pyplot.close("all")
 
 
 @pytest.mark.parametrize("row", ROWS)

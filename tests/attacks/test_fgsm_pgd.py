@@ -475,7 +475,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"model": "model"}, "expects a Keras model as `model`. Received: 'model'"),
+            ({"model": "model"}, "expects a Keras model or a function as `model`. Received: 'model'"),
             ({"x": [X, X]}, "one array or tensor .* as `x`.* attack a function of the one"),
             ({"x": {"a": X}}, "one array or tensor .* as `x`"),
             ({"x": 0.5}, "one array or tensor .* as `x`"),

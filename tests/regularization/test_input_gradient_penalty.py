@@ -972,5 +972,5 @@ def test_inputs_without_a_gradient(method):
 
 
 def test_what_is_not_a_model():
-    with pytest.raises(ValueError, match="takes a model or a function. Received: 'model'"):
+    with pytest.raises(ValueError, match="expects a Keras model or a function as `model`. Received: 'model'"):
         penalty_of("model", X, target="outputs")
