@@ -95,7 +95,7 @@ class Batches:
         return array
 
     def _checked_length(self, data):
-        if hasattr(data, "shape") or isinstance(data, (str, dict)) or not hasattr(data, "__iter__"):
+        if hasattr(data, "shape") or isinstance(data, (str, dict, set, frozenset)) or not hasattr(data, "__iter__"):
             raise ValueError(
                 f"{self._owner} expects as `data` (x, y) or (x, y, sample_weight), a tf.data.Dataset, a "
                 f"keras.utils.PyDataset or a torch DataLoader. Received: {validation.describe(data)}."
