@@ -69,7 +69,8 @@ def is_number(x):
 
 def is_count(x, least=1):
     """Whether `x` is an integer of Python or NumPy, and `least` or more; a bool is none."""
-    return isinstance(x, numbers.Integral) and type(x) not in (bool, np.bool_) and int(x) >= least
+    # NumPy's bool is no `Integral`.
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool) and bool(x >= least)  # type: ignore[unreachable]
 
 
 def is_one_of(x, choices):
@@ -115,7 +116,7 @@ def as_tensors(owner, name, x):
     return nesting.map_structure(lambda leaf: as_tensor(leaf, f"{owner} expects tensors or arrays as `{name}`"), x)
 
 
-def as_tensor(x, expected, dtype=None):
+def as_tensor(x, expected, dtype=None, may_be_complex=False):
     """Returns `x` as a tensor; a `ValueError` that begins with what was `expected` for what has no real numbers."""
     if not keras.ops.is_tensor(x):
         if isinstance(x, keras.KerasTensor):
@@ -126,8 +127,8 @@ def as_tensor(x, expected, dtype=None):
             raise ValueError(f"{expected}. Received: {shown(x)}.") from None
         if dtype_of(x) == "string":
             raise ValueError(f"{expected}. Received: {shown(x_given)}.")
-    if dtype_of(x).startswith("complex"):
-        raise ValueError(f"{expected}. It has to be real. Received: {describe(x)}.")
+    if dtype_of(x).startswith("complex") and not may_be_complex:
+        raise ValueError(f"{expected}, of real numbers. Received: {describe(x)}.")
     return x
 
 

@@ -4,6 +4,7 @@ Each row of `ROWS` is a call that is right and the sorts of its arguments; `BAD`
 """
 
 import functools
+import json
 import pathlib
 import re
 import traceback
@@ -12,8 +13,8 @@ import pytest
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
-
 import keras  # noqa: E402
+import matplotlib.pyplot  # noqa: E402
 import numpy as np  # noqa: E402
 from keras import ops  # noqa: E402
 
@@ -569,7 +570,7 @@ def rows():
         "plot_spectral_density": (pl.plot_spectral_density, {"density": density}, "density: model, floor: number"),
         "plot_eigenvalue_history": (
             pl.plot_eigenvalue_history,
-            {"history": {"eigenvalue_max": [1.0, 2.0]}},
+            {"history": {"eigenvalue_max": [1.0, 2.0], "eigenvalue_min": [0.0, 1.0]}},
             "history: history, keys: quantities?",
         ),
         "plot_loss_surface": (pl.plot_loss_surface, {"surface": surface}, "surface: model, levels: count"),
@@ -613,6 +614,31 @@ ROWS = rows()
 CASES = [(name, argument) for name, row in ROWS.items() for argument in sorts_of(row)]
 
 
+# What stands for the name of an argument in messages; where it is the first of a function, "argument 0".
+WORDS = {
+    "fun": "function",
+    "model_fun": "function",
+    "loss_fun": "function",
+    "x": "argument|example|input|batch|tensor|vector",
+    "weights": "argument",
+    "args": "primals|argument",
+    "model": "model|layer",
+    "layer": "layer|model",
+    "target": "target|tensor",
+    "tensor": "tensor|watch",
+    "jacobian": "numbers",
+    "image": "numbers",
+    "hessian": "numbers",
+    "a": "matrix",
+    "b": "vector|matrix",
+    "offset": "multiplies|vector",
+    "sources": "source",
+    "inputs": "input",
+    "cotangent": "output_gradients",
+    "tangent": "tangents",
+}
+
+
 def complaint(error, argument):
     """What is wrong with an error about an argument; None if it has the house's form."""
     message = str(error)
@@ -623,6 +649,8 @@ def complaint(error, argument):
         return f"raised in {last.rpartition('site-packages/')[2]}"
     if "Received" not in message:
         return "without what was received"
+    if not re.search(rf"\b{argument}\b|{WORDS.get(argument, argument)}", message, re.IGNORECASE):
+        return "without a word of the argument"
     if len(message) > LONGEST or "array(" in message or "tensor(" in message:
         return "prints what it was given"
     return None
@@ -637,6 +665,12 @@ def found(row, argument, value):
         problem = complaint(error, argument)
         return problem and f"{problem}: {type(error).__name__}: {str(error)[:150]!r}"
     return "taken"
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    matplotlib.pyplot.close("all")
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -654,3 +688,29 @@ def test_bad_input(row, argument):
         if problem:
             problems[label(value)] = problem
     assert not problems, "\n".join(f"{value}: {problem}" for value, problem in problems.items())
+
+
+def test_the_numbers_of_numpy_are_numbers():
+    one, two, tenth = np.int64(1), np.int32(2), np.float32(0.1)
+    np.testing.assert_array_equal(kg.jacobian(lambda x: x, argnums=np.int64(0), chunk_size=two)(VECTOR), np.eye(3))
+    np.testing.assert_array_equal(kg.per_example_grad(weighted, np.int64(0))(VECTOR, X), X)
+    found = kg.diagnostics.local_lipschitz(model(), X, tenth, iterations=two, seed=one)
+    np.testing.assert_array_equal(found, kg.diagnostics.local_lipschitz(model(), X, float(tenth), iterations=2, seed=1))
+    options = {"steps": one, "restarts": one, "batch_size": two, "seed": one, "verbose": 0}
+    assert kg.attacks.pgd(classifier(), PICTURES, Y.tolist(), np.float64(0.1), **options).shape == PICTURES.shape
+    assert hessian_operator().diagonal(np.int64(3), seed=one).value.shape == (8,)
+    assert kg.curvature.conjugate_gradients(np.eye(3), [1.0, 2.0, 3.0], max_iterations=two).reason == "converged"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: kg.optimizers.Newton(max_attempts=n),
+        lambda n: kg.optimizers.NewtonCG(max_iterations=n, max_attempts=n),
+        lambda n: kg.attacks.PGD(0.1, steps=n, restarts=n),
+        lambda n: kg.layers.InputGradientPenalty(keras.layers.Dense(1, name="d"), 0.1, every=n, name="p"),
+        lambda n: kg.layers.Laplacian(keras.layers.Dense(1, name="d"), axes=[n], name="l"),
+    ],
+)
+def test_counts_of_numpy_are_saved(make):
+    assert json.dumps(make(np.int64(2)).get_config()) == json.dumps(make(2).get_config())

@@ -149,7 +149,7 @@ class Batches:
         return array
 
     def _checked_length(self, data):
-        if hasattr(data, "shape") or isinstance(data, (str, dict)) or not hasattr(data, "__iter__"):
+        if hasattr(data, "shape") or isinstance(data, (str, dict, set, frozenset)) or not hasattr(data, "__iter__"):
             hint = " Give the list of the batches that it returns, `list(data())`." if callable(data) else ""
             raise ValueError(
                 f"{self._owner} expects as `data` (x, y) or (x, y, sample_weight), a tf.data.Dataset, a "

@@ -99,7 +99,7 @@ def conjugate_gradients(
     is that of Martens, "Deep learning via Hessian-free optimization" (2010), section 4.4.
     """
     is_matrix = hasattr(a, "__matmul__") and not isinstance(a, keras.KerasTensor)
-    if not is_matrix or "complex" in str(getattr(a, "dtype", "")):
+    if not is_matrix or (hasattr(a, "dtype") and validation.dtype_of(a).startswith("complex")):
         raise ValueError(
             "conjugate_gradients expects as `a` a real matrix, or what has a product `a @ v`. Received: "
             f"{validation.describe(a)}."

@@ -44,8 +44,6 @@ class CurvatureOperator:
     def __init__(self, model, loss, data, variables=None, training=False, *, batch_size=256, verbose="auto"):
         owner = self._owner = type(self).__name__
         validation.require_loss(owner, loss)
-        if isinstance(data, (set, frozenset)):
-            validation.require_data(owner, data)
         if not validation.is_one_of(verbose, ("auto", 0, 1)):
             raise ValueError(
                 f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}."

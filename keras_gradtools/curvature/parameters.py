@@ -81,7 +81,7 @@ class Parameters:
         The columns, of a matrix, are the first axis of the tensors; a single vector has None of them.
         """
         if isinstance(given, keras.KerasTensor):
-            raise ValueError(f"{self._owner} multiplies arrays and tensors. Received: {validation.describe(given)}.")
+            raise self._refused(given)
         if nesting.is_nested(given):
             if not all(map(validation.is_number, nesting.flatten(given))):
                 return self._received_structure(given)
@@ -91,11 +91,7 @@ class Parameters:
         shape = tuple(vectors.shape)
         is_real = validation.dtype_of(vectors).startswith(("float", "bfloat", "int", "uint", "bool"))
         if not is_real or len(shape) not in (1, 2) or shape[0] != self.size:
-            raise ValueError(
-                f"{self._owner} multiplies a vector of shape ({self.size},), a matrix of shape ({self.size}, columns), "
-                f"or tensors nested and shaped as its {len(self.variables)} variables are. Received: "
-                f"{validation.describe(given)}."
-            )
+            raise self._refused(given)
         transpose = np.transpose if is_array else ops.transpose
         columns = shape[1:]
 
@@ -105,6 +101,13 @@ class Parameters:
 
         parts = self.split(transpose(vectors) if columns else vectors)
         return parts, columns[0] if columns else None, in_kind
+
+    def _refused(self, given):
+        return ValueError(
+            f"{self._owner} multiplies a vector of shape ({self.size},), a matrix of shape ({self.size}, columns), "
+            f"or tensors nested and shaped as its {len(self.variables)} variables are. Received: "
+            f"{validation.describe(given)}."
+        )
 
     def _received_structure(self, given):
         leaves = nesting.flatten(given)

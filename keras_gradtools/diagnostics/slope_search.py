@@ -76,7 +76,7 @@ class SlopeSearch:
                     vectors = product, slope, last, self._gradient, noise / h
                     parts = list(zip(*map(self._leaves.split, vectors), strict=True))
                     for leaf in list(pending):
-                        found = self._compared(len(pending[leaf]) < _FIRST, *parts[leaf])
+                        found = self._compared(parts[leaf], len(pending[leaf]) < _FIRST)
                         pending[leaf].append(found)
                         if found.agrees(_SURE):
                             del pending[leaf]
@@ -100,7 +100,8 @@ class SlopeSearch:
             noises.append(SAFETY * np.maximum(measured, dtypes))
         return np.concatenate([np.zeros(0), *noises])
 
-    def _compared(self, is_first, product, slope, last, gradient, rounding):
+    def _compared(self, parts, is_first):
+        product, slope, last, gradient, rounding = parts
         # Where neither is anything, there is nothing to settle.
         counted = (gradient != 0) | (np.abs(slope) > rounding) | (np.abs(product) > rounding)
         change = np.abs(slope - last)
@@ -108,13 +109,12 @@ class SlopeSearch:
         settled = change <= self._rtol / 2 * (np.abs(slope) + typical) + rounding
         settled &= counted & np.isfinite(slope)
         share = settled.sum() / counted.sum() if counted.any() else 1.0
-        error = np.linalg.norm(np.nan_to_num((product - slope)[settled], nan=np.inf))
-        size = max(np.linalg.norm(np.nan_to_num(product[settled])), np.linalg.norm(slope[settled]))
+        error = float(np.linalg.norm(np.nan_to_num((product - slope)[settled], nan=np.inf)))
+        size = float(max(np.linalg.norm(np.nan_to_num(product[settled])), np.linalg.norm(slope[settled])))
         # Of many elements few are off by as much as each may be.
-        noise = np.linalg.norm(rounding[settled]) / _OF_MANY
-        allowed, is_fine = self._rtol * size + noise, is_first or noise <= 2 * self._rtol * size
-        change = np.linalg.norm(change[settled])
-        return _Comparison(share, float(error), float(change), float(size), error <= allowed, is_fine)
+        noise = float(np.linalg.norm(rounding[settled])) / _OF_MANY
+        allowed, is_fine = self._rtol * size + noise, is_first or bool(noise <= 2 * self._rtol * size)
+        return _Comparison(share, error, float(np.linalg.norm(change[settled])), size, bool(error <= allowed), is_fine)
 
     def _concluded(self, tensors):
         verdict, off = "yes", 0.0

@@ -99,7 +99,8 @@ def input_gradient_penalty(
     names = checked_choice(NAME, inputs)
     validation.require_callable_model(NAME, model)
     validation.require_flag(NAME, "training", training)
-    validation.require_seed(NAME, seed, may_be_none=True)
+    if not isinstance(seed, keras.random.SeedGenerator):
+        validation.require_seed(NAME, seed, may_be_none=True)
     if isinstance(model, keras.Layer) and not model.built:
         raise ValueError(
             f"{NAME} takes a built model. Received: {model.name!r}, which is not. Give it a keras.Input, or call it on "

@@ -61,7 +61,7 @@ def per_example_grad(fun, argnums=0):
             )
         place = argnums % len(args)
         weights = nesting.map_structure(lambda x: differentiable_argument("per_example_grad", place, x), args[place])
-        batch = validation.as_tensors("per_example_grad", "*batch", (*args[:place], *args[place + 1 :]))
+        batch = nesting.map_structure(_example_tensor, (*args[:place], *args[place + 1 :]))
         _check_batch(batch)
 
         def value(flat_weights, flat_examples):
@@ -81,6 +81,10 @@ def per_example_grad(fun, argnums=0):
         return nesting.pack_as(weights, found)
 
     return gradients
+
+
+def _example_tensor(x):
+    return validation.as_tensor(x, "per_example_grad takes, beside the weights, tensors of shape (batch, ...)")
 
 
 def _check_batch(batch):

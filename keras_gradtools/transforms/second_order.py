@@ -8,7 +8,7 @@ from keras import ops
 from keras_gradtools import backend, jacobians, nesting, validation, vectors
 from keras_gradtools.transforms.first_order import grad, require_tangents, require_tuple
 from keras_gradtools.transforms.jacobians import Jacobian, Options
-from keras_gradtools.transforms.taped_call import TapedCall, require_function, require_scalar
+from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
 
 
 def hessian(fun, argnums=0, chunk_size=None):
@@ -47,6 +47,7 @@ def hessian(fun, argnums=0, chunk_size=None):
     Source: TensorFlow's guide "Advanced automatic differentiation", section "Example: Hessian".
     """
     require_function("hessian", fun)
+    require_argnums("hessian", argnums)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
     options = Options(
         "hessian", argnums, backend.HESSIAN_MODE, jacobians.checked_chunk_size(chunk_size), of_gradient=True

@@ -106,7 +106,7 @@ def differentiable_argument(name, position, x):
         if x is None or isinstance(x, (str, keras.KerasTensor)):
             validation.require_differentiable(x, f"Argument {position} under `{name}`")
         dtype = keras.config.floatx() if isinstance(x, float) else None
-        x = validation.as_tensor(x, f"Argument {position} under `{name}` must be a tensor", dtype)
+        x = validation.as_tensor(x, f"Argument {position} under `{name}` must be a tensor", dtype, True)
     validation.require_differentiable(x, f"Argument {position} under `{name}`")
     return backend.alias(x)
 

@@ -141,6 +141,7 @@ RIGHT = {
     "Conv1D": lambda: layers.Conv1D(3, 2),
     "BatchNormalization": lambda: layers.BatchNormalization(),
     "LayerNormalization": lambda: layers.LayerNormalization(),
+    "LayerNormalization, no scale": lambda: layers.LayerNormalization(scale=False),
     "RMSNormalization": lambda: layers.RMSNormalization(),
     "LSTM": lambda: layers.LSTM(3),
     "Bidirectional": lambda: layers.Bidirectional(layers.GRU(2)),

@@ -137,7 +137,7 @@ def test_a_layer_that_was_measured_later(ax):
         ({"loss": 1.0}, {}, "has 'gradient_norm' of them"),
         ({"gradient_norm": [1.0]}, {}, "has 'gradient_norm' of them"),
         (3, {}, "Received: 3"),
-        (kg.callbacks.GradientMonitor((np.ones((4, 3)), np.ones(4))), {}, "has 'gradient_norm' of them"),
+        (kg.callbacks.GradientMonitor((np.ones((2, 1)), np.ones((2, 1)))), {}, "has 'gradient_norm' of them"),
         ({"a": [1.0]}, {"quantity": "loss"}, "as `quantity`"),
     ],
     ids=["empty", "numbers", "no layers", "int", "unused", "quantity"],
