@@ -10,9 +10,16 @@ import warnings
 import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn as keras_nn
+from keras.src.backend.tensorflow import numpy as keras_numpy
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import chunks, recording, tensorflow_custom_gradients, tensorflow_resizing
+from keras_gradtools.backend import (
+    chunks,
+    recording,
+    tensorflow_custom_gradients,
+    tensorflow_elementwise,
+    tensorflow_resizing,
+)
 from keras_gradtools.backend.tensorflow_jit import jit
 
 __all__ = [
@@ -136,7 +143,10 @@ def _watch_read(variable, value, tapes):
 
 recording.install_read_hook(_watch_read)
 tensorflow_custom_gradients.install()
+tensorflow_elementwise.install()
 tensorflow_resizing.install()
+keras_nn.celu = tensorflow_elementwise.celu(keras_nn.celu)
+keras_numpy.sinc = tensorflow_elementwise.sinc(keras_numpy.sinc)
 
 
 def _moments(x, axes, keepdims):
