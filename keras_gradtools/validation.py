@@ -158,15 +158,16 @@ def require_count(owner, name, x, least=1):
         raise ValueError(f"{owner} expects {what} as `{name}`. Received: {name}={shown(x)}.")
 
 
-def require_seed(owner, seed, may_be_none=False):
-    """Raises `ValueError` unless `seed` is an integer of 0 or more; where it may be None, a generator is one, too."""
-    if not (is_count(seed, 0) or (may_be_none and isinstance(seed, (type(None), keras.random.SeedGenerator)))):
-        what = (
-            "an integer of 0 or more, a keras.random.SeedGenerator or None"
-            if may_be_none
-            else "an integer of 0 or more"
-        )
-        raise ValueError(f"{owner} expects {what} as `seed`. Received: seed={shown(seed)}.")
+def require_seed(owner, seed, may_be_none=False, may_be_generator=False):
+    """Raises `ValueError` unless `seed` is an integer of 0 or more, or what else may be one."""
+    if is_count(seed, 0) or (may_be_none and seed is None):
+        return
+    if may_be_generator and isinstance(seed, keras.random.SeedGenerator):
+        return
+    others = [", a keras.random.SeedGenerator"] * may_be_generator + [", or None,"] * may_be_none
+    raise ValueError(
+        f"{owner} expects an integer of 0 or more{''.join(others)} as `seed`. Received: seed={shown(seed)}."
+    )
 
 
 def require_positive(owner, name, x):

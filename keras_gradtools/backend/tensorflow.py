@@ -18,6 +18,7 @@ from keras_gradtools.backend import (
     recording,
     tensorflow_ctc,
     tensorflow_custom_gradients,
+    tensorflow_elementwise,
     tensorflow_gradients,
     tensorflow_resizing,
 )
@@ -172,6 +173,7 @@ def _watch_read(variable, value, tapes):
 
 recording.install_read_hook(_watch_read)
 tensorflow_custom_gradients.install()
+tensorflow_elementwise.install()
 tensorflow_resizing.install()
 tensorflow_gradients.install()
 
@@ -196,6 +198,9 @@ def _moments(to_first_order, x, axes, keepdims):
 
 backend_modules.hooks["nn"]["_compute_moments"].replace(_differentiable_moments)
 backend_modules.hooks["nn"]["ctc_loss"].replace(tensorflow_ctc.differentiable)
+backend_modules.hooks["nn"]["celu"].replace(tensorflow_elementwise.celu)
+if "sinc" in backend_modules.hooks["numpy"]:
+    backend_modules.hooks["numpy"]["sinc"].replace(tensorflow_elementwise.sinc)
 
 
 def _dense(gradients):

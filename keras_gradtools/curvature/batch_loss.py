@@ -39,6 +39,7 @@ class BatchLoss:
                     f"{owner} expects a loss, or a compiled model. Received: loss=None and the model {model.name!r}, "
                     "which has none. Give it a `loss` as in `compile`."
                 )
+            validation.require_loss(owner, model.loss)
             self.loss = model.loss
             self._loss_weights = example_losses.loss_weights_of(self._compile_loss)
             what: Any = Identity(self._compile_loss)

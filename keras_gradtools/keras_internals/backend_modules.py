@@ -25,7 +25,10 @@ def _of_operations(*names):
 
 # The functions that an adapter replaces, by module, with who calls them: an operation, or a function beside them.
 _USERS: dict = {
-    "tensorflow": {"nn": {**_of_operations("ctc_loss"), "_compute_moments": "moments"}},
+    "tensorflow": {
+        "nn": {**_of_operations("celu", "ctc_loss"), "_compute_moments": "moments"},
+        "numpy": _of_operations("sinc"),
+    },
     "jax": {
         "core": _of_operations("stop_gradient"),
         "numpy": _of_operations(
@@ -50,7 +53,7 @@ _USERS: dict = {
     },
 }
 # Not in every supported Keras: `keras.ops.grad` is there from 3.16 on.
-_OPTIONAL = {"_maybe_convert_to_channels_last", "cholesky_inverse", "grad"}
+_OPTIONAL = {"_maybe_convert_to_channels_last", "cholesky_inverse", "grad", "sinc"}
 
 
 def _hooks():

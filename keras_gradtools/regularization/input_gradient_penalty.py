@@ -100,7 +100,7 @@ def input_gradient_penalty(
     validation.require_callable_model(NAME, model)
     validation.require_flag(NAME, "training", training)
     if not isinstance(seed, keras.random.SeedGenerator):
-        validation.require_seed(NAME, seed, may_be_none=True)
+        validation.require_seed(NAME, seed, may_be_none=True, may_be_generator=True)
     if isinstance(model, keras.Layer) and not model.built:
         raise ValueError(
             f"{NAME} takes a built model. Received: {model.name!r}, which is not. Give it a keras.Input, or call it on "

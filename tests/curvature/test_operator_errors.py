@@ -238,7 +238,7 @@ def test_a_cross_entropy_that_is_chosen_by_the_labels(cls):
 def test_a_compiled_loss_that_there_is_not():
     model = keras.Sequential([keras.Input((D,)), layers.Dense(K)])
     model.compile("sgd", "mean_squared_eror")
-    with refused("Hessian expects as `loss` what `compile` takes: .* Received: 'mean_squared_eror'"):
+    with refused("Hessian expects as `loss` what `compile` takes: .* Received: loss='mean_squared_eror'"):
         made(Hessian, model, None)
 
 

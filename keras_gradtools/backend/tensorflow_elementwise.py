@@ -1,0 +1,105 @@
+"""Elementwise functions whose derivatives TensorFlow gets wrong at single points, or lacks.
+
+| function         | TensorFlow's derivative                                              |
+| ---------------- | -------------------------------------------------------------------- |
+| `celu`           | 2 at 0, for 1: 0 is taken for positive and for negative              |
+| `sinc`           | NaN at 0, for 0                                                      |
+| `power`          | NaN at 0 from the order on at which the exponent is used up, for 0   |
+| `hsv_to_rgb`     | zero                                                                 |
+| `softsign`       | no second one                                                        |
+"""
+
+import functools
+import math
+
+import tensorflow as tf
+from tensorflow.python.framework import ops
+
+from keras_gradtools.backend import recording
+
+_registry = ops.gradient_registry._registry
+
+
+def _where_followed(original):
+    """Puts a function of a float tensor in the place of `original`, in blocks and in graphs, which blocks may call."""
+
+    def decorator(fun):
+        @functools.wraps(original)
+        def call(x, *args, **kwargs):
+            if tf.executing_eagerly() and not recording.active_tapes():
+                return original(x, *args, **kwargs)
+            x = tf.convert_to_tensor(x)
+            return (fun if x.dtype.is_floating else original)(x, *args, **kwargs)
+
+        return call
+
+    return decorator
+
+
+def celu(original):
+    """Keras' `celu`, with one formula on each side of 0."""
+
+    @_where_followed(original)
+    def celu(x, alpha=1.0):
+        return tf.where(x > 0, x, alpha * tf.math.expm1(tf.minimum(x, 0) / alpha))
+
+    return celu
+
+
+def sinc(original):
+    """Keras' `sinc`, by its power series around 0, where the quotient has no derivatives."""
+
+    @_where_followed(original)
+    def sinc(x):
+        z = math.pi * x
+        is_small = tf.abs(z) < 0.5
+        square = tf.square(tf.where(is_small, z, tf.zeros_like(z)))
+        series = tf.zeros_like(z)
+        for k in reversed(range(10)):
+            series = series * square + (-1) ** k / math.factorial(2 * k + 1)
+        z = tf.where(is_small, tf.ones_like(z), z)
+        return tf.where(is_small, series, tf.sin(z) / z)
+
+    return sinc
+
+
+def _hsv_to_rgb(original):
+    @_where_followed(original)
+    def hsv_to_rgb(images, name=None):
+        """As TensorFlow's kernel computes it."""
+        hue, saturation, value = tf.split(images, 3, axis=-1)
+        sixths = 6 * hue
+        ramps = [tf.abs(sixths - 3) - 1, 2 - tf.abs(sixths - 2), 2 - tf.abs(sixths - 4)]
+        pure = tf.clip_by_value(tf.concat(ramps, -1), 0, 1)
+        return (1 - saturation + saturation * pure) * value
+
+    return hsv_to_rgb
+
+
+def _pull_power(original):
+    def gradient(op, upstream):
+        x, y = op.inputs
+        exponent = tf.get_static_value(y) if y.shape.rank == 0 else None
+        is_skipped = 0 in (getattr(op, "skip_input_indices", None) or ())
+        if x.dtype.is_complex or is_skipped or (exponent is not None and exponent != 0):
+            return original(op, upstream)
+        # The derivative of x^0 is 0, where 0 x^-1 is NaN at 0.
+        by_x = upstream * y * tf.pow(x, tf.where(tf.equal(y, 0), tf.ones_like(y), y - 1))
+        axes, _ = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(x), s1=tf.shape(y))
+        return tf.reshape(tf.reduce_sum(by_x, axes), tf.shape(x)), original(op, upstream)[1]
+
+    return gradient
+
+
+def _pull_softsign_gradient(op, upstream):
+    gradients, x = op.inputs
+    slope = 1 / tf.square(1 + tf.abs(x))
+    return upstream * slope, -2 * upstream * gradients * slope * tf.sign(x) / (1 + tf.abs(x))
+
+
+def install():
+    power = _registry.pop("Pow")["type"]
+    ops.RegisterGradient("Pow")(_pull_power(power))
+    if "SoftsignGrad" not in _registry:
+        ops.RegisterGradient("SoftsignGrad")(_pull_softsign_gradient)
+    tf.image.hsv_to_rgb = _hsv_to_rgb(tf.image.hsv_to_rgb)

@@ -1,0 +1,79 @@
+"""Derivatives of elementwise functions at the points where TensorFlow's own are wrong, in closed form."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_gradtools as kg
+from tests.cases import close, tensor
+
+if keras.config.backend() != "tensorflow":
+    pytest.skip("functions of TensorFlow", allow_module_level=True)
+
+import tensorflow as tf
+
+COMPILERS = [lambda f: f, kg.jit, lambda f: tf.function(f, jit_compile=True)]
+
+
+def derivatives(fun, x, orders):
+    found = []
+    for _ in range(orders):
+        fun = kg.grad(fun)
+        found.append(fun(x))
+    return found
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize(
+    ("fun", "expected"),
+    [
+        (lambda x: ops.celu(x, alpha=2.0), [1, 1 / 2, 1 / 4]),
+        (ops.sinc, [0, -(np.pi**2) / 3, 0, np.pi**4 / 5]),
+        (lambda x: x**1.0, [1, 0, 0]),
+        (lambda x: x**2, [0, 2, 0, 0]),
+        (lambda x: ops.power(x, 3.0), [0, 0, 6, 0]),
+        (lambda x: ops.sum(ops.power(x, tensor([0.0, 2.0]))), [0, 2, 0]),
+        (ops.softsign, [1, 0]),
+    ],
+    ids=["celu", "sinc", "first power", "square", "cube", "powers", "softsign"],
+)
+def test_derivatives_at_zero(fun, expected, compiler):
+    found = compiler(lambda x: derivatives(fun, x, len(expected)))(tensor(0.0))
+    close(found, [np.asarray(e) for e in expected], 1e-4, 1e-5)
+
+
+def test_power_by_its_exponent_and_of_broadcast_arguments():
+    x, y = tensor([[1.0], [2.0]]), tensor([0.0, 1.0, 3.0])
+    by_x, by_y = kg.grad(lambda x, y: ops.sum(ops.power(x, y)), argnums=(0, 1))(x, y)
+    close(by_x, [[4.0], [13.0]])
+    close(by_y, np.log(2) * np.array([1.0, 2.0, 8.0]))
+
+
+def test_second_derivative_of_softsign():
+    x = np.array([-1.0, 0.5])
+    close(kg.grad(lambda x: ops.sum(kg.grad(lambda x: ops.sum(ops.softsign(x)))(x)))(tensor(x)), [0.25, -16 / 27])
+
+
+@pytest.mark.parametrize("at", [0.2, -0.7, 1e-3])
+def test_sinc_away_from_zero(at):
+    z = np.pi * at
+    expected = [np.pi * (z * np.cos(z) - np.sin(z)) / z**2] if abs(at) > 0.1 else [-(np.pi**2) / 3 * at]
+    close(derivatives(ops.sinc, tensor(at), 1), expected, 1e-4)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_hsv_to_rgb(compiler):
+    """Between red and yellow: (v, v (1 - s + 6 h s), v (1 - s))."""
+    h, s, v = 0.1, 0.5, 0.8
+    jacobian = [[0, 0, 1], [6 * s * v, v * (6 * h - 1), 1 - s + 6 * h * s], [0, -v, 1 - s]]
+    x = tensor([[[h, s, v]]])
+    close(ops.reshape(compiler(kg.jacobian(ops.image.hsv_to_rgb))(x), (3, 3)), jacobian, 1e-4)
+
+
+def test_values_are_those_of_keras():
+    x = tensor(np.random.default_rng(0).uniform(size=(2, 2, 3)))
+    for fun in (ops.celu, ops.sinc, ops.image.hsv_to_rgb):
+        expected = ops.convert_to_numpy(fun(x))
+        with kg.GradientTape():
+            close(fun(x), expected)
