@@ -78,7 +78,7 @@ def check_labels(owner, model, x, y):
 
 def seeds_from(seed):
     """A source of seeds. Without a seed it comes from Python's generator, as in Keras."""
-    return random.Random(random.randrange(2**31) if seed is None else seed)
+    return random.Random(random.randrange(2**31) if seed is None else int(seed))
 
 
 def map_batches(fun, arrays, batch_size, verbose, title):
