@@ -47,7 +47,7 @@ class PGD(GradientAttack):
             raise self._refused("random_start", "True or False", random_start)
         self.random_start = random_start
         validation.require_seed(self.name, seed, may_be_none=True)
-        self.seed = seed
+        self.seed = None if seed is None else int(seed)
 
     @property
     def rate(self):
