@@ -274,6 +274,8 @@ def _structure(x):
 
 
 def _leaf(x, reads):
+    if isinstance(x, keras.KerasTensor):
+        raise TypeError("A symbolic tensor is no argument of a program.")
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return tuple(x.shape), validation.dtype_of(x)
     if isinstance(x, float):
