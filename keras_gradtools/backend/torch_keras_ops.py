@@ -15,6 +15,7 @@ def install():
     for module, name, mended in (
         ("nn", "_maybe_convert_to_channels_last", _where_it_can),
         ("linalg", "cholesky_inverse", _of_the_triangle),
+        ("linalg", "det", _of_any_rank),
         ("image", "affine_transform", _of_a_copy),
         ("numpy", "floor_divide", _constant),
         ("core", "grad", _recorded),
@@ -44,6 +45,33 @@ def _of_the_triangle(cholesky_inverse):
         return cholesky_inverse(torch.triu(x) if upper else torch.tril(x), upper=upper)
 
     return call
+
+
+def _of_any_rank(det):
+    @functools.wraps(det)
+    def call(a):
+        a = ops.convert_to_tensor(a)
+        value = det(a)
+        if not recording.active_tapes() or not a.is_floating_point() or not bool((value == 0).any()):
+            return value
+        # torch's gradient goes by the inverse, and is zero where there is none.
+        is_singular = (value == 0)[..., None, None]
+        identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        regular, singular = torch.where(is_singular, identity, a), torch.where(is_singular, a, identity)
+        return torch.where(value == 0, _determinant_by_products(singular), det(regular))
+
+    return call
+
+
+def _determinant_by_products(a):
+    """By the algorithm of Faddeev and LeVerrier: products and traces alone, differentiable at any matrix."""
+    n = a.shape[-1]
+    identity = torch.eye(n, dtype=a.dtype, device=a.device)
+    product, coefficient = torch.zeros_like(a), a.new_ones(a.shape[:-2])
+    for k in range(1, n + 1):
+        product = a @ product + coefficient[..., None, None] * identity
+        coefficient = -(a @ product).diagonal(dim1=-2, dim2=-1).sum(-1) / k
+    return coefficient if n % 2 == 0 else -coefficient
 
 
 def _of_a_copy(affine_transform):

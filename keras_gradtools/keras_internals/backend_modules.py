@@ -47,7 +47,10 @@ _USERS: dict = {
         "core": _of_operations("grad"),
         "nn": {**_of_operations("dot_product_attention"), "_maybe_convert_to_channels_last": "conv"},
         "numpy": _of_operations("floor_divide"),
-        "linalg": {"cholesky_inverse": "keras.src.ops.linalg:_cholesky_inverse"},
+        "linalg": {
+            "cholesky_inverse": "keras.src.ops.linalg:_cholesky_inverse",
+            "det": "keras.src.ops.linalg:_det",
+        },
         "image": {"affine_transform": "keras.ops.image:affine_transform"},
         "rnn": {"cudnn_ok": "lstm"},
     },

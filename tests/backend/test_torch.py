@@ -849,3 +849,23 @@ def test_weights_that_processes_share_out_have_no_sums(monkeypatch, tmp_path):
     finally:
         monkeypatch.undo()
         distributed.destroy_process_group()
+
+
+class TestDeterminantOfASingularMatrix:
+    """torch goes by the inverse: to it the gradient is zero and the Hessian NaN."""
+
+    @pytest.mark.parametrize("rank", [0, 1, 2, 3])
+    def test_gradient_is_the_matrix_of_cofactors(self, rank):
+        a = np.diag([2.0, -1.0, 3.0][:rank] + [0.0] * (3 - rank)) @ np.array([[1.0, 2, 0], [0, 1, 0], [1, 0, 1]])
+        minors = [[np.delete(np.delete(a, i, 0), j, 1) for j in range(3)] for i in range(3)]
+        cofactors = (-1.0) ** np.add.outer(range(3), range(3)) * np.linalg.det(minors)
+        close(kg.grad(ops.det)(tensor(a)), cofactors, atol=1e-5)
+        close(kg.grad(lambda a: ops.sum(ops.det(a)))(tensor([a, np.eye(3)])), [cofactors, np.eye(3)], atol=1e-5)
+
+    def test_hessian_of_a_diagonal(self):
+        """Of the product of three numbers, two of them zero."""
+
+        def det(x):
+            return ops.det(ops.diag(x))
+
+        close(kg.hessian(det)(tensor([0.0, 0.0, 3.0])), [[0, 3, 0], [3, 0, 0], [0, 0, 0]])
