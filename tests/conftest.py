@@ -52,3 +52,13 @@ def no_tape_left_recording():
     for tape in reversed(left):
         tape.__exit__()
     assert not left, f"the test left {len(left)} tape(s) recording: {left}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_program_kept():
+    """On JAX, each compiled program holds maps of memory, of which a process may have some 65,000."""
+    yield
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
