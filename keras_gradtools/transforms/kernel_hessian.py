@@ -135,17 +135,21 @@ class _CallsOf(Block):
         self._layer, self._tapes, self._thread = layer, tapes, threading.get_ident()
         self.calls: list = []
         self._inputs: list = []
-        self._call, self._activation = layer.call, layer.activation
-        # Past Keras' own attributes, which would take these for a change of the layer.
-        self._before = {name: layer.__dict__[name] for name in ("call", "activation") if name in layer.__dict__}
+        self._before: dict | None = None
 
     def begin(self):
-        self._layer.__dict__.update(call=self._call_and_note, activation=self._activate_and_note)
+        # Not sooner: until here, another thread may have its own in these places.
+        self._call, self._activation = self._layer.call, self._layer.activation
+        # Past Keras' own attributes, which would take these for a change of the layer.
+        own = vars(self._layer)
+        self._before = {name: own[name] for name in ("call", "activation") if name in own}
+        own.update(call=self._call_and_note, activation=self._activate_and_note)
 
     def end(self):
-        for name in ("call", "activation"):
-            self._layer.__dict__.pop(name, None)
-        self._layer.__dict__.update(self._before)
+        if self._before is not None:
+            for name in ("call", "activation"):
+                vars(self._layer).pop(name, None)
+            vars(self._layer).update(self._before)
 
     def _call_and_note(self, x, *args, **kwargs):
         if threading.get_ident() == self._thread:
