@@ -60,7 +60,7 @@ def _known(owner, known, names):
         if not found:
             every = ", ".join(repr(next(iter(sorted(of, key=lambda n: isinstance(n, int))))) for of in known)
             raise ValueError(
-                f"{owner} was given an input that the model does not have. "
+                f"{owner} was given an input in `inputs` that the model does not have. "
                 f"Received: {validation.shown(name)} of {every}."
             )
         chosen += found
