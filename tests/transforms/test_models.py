@@ -110,17 +110,24 @@ def dropout_reference(v, x, training, mask):
     return [dense(v, "out", mask * np.tanh(dense(v, "hidden", x)))], []
 
 
+def activity_loss(h):
+    """The regularizer's loss of an activity: newer versions of Keras divide it by the batch size, older ones do not."""
+    probe = layers.Activation("linear", activity_regularizer=keras.regularizers.L2(1.0))
+    probe(np.ones((2, 1), "float32"))
+    is_mean = float(numpy(probe.losses[0])) < 1.5
+    return 0.2 * np.sum(h**2) / (len(h) if is_mean else 1)
+
+
 def losses_reference(v, x, training, mask):
     h = np.tanh(dense(v, "hidden", x))
-    # The regularizer of an activity counts by example.
-    losses = [0.2 * np.sum(h**2) / len(h), 0.3 * np.mean(h**2), 0.1 * np.sum(v["hidden/kernel"] ** 2)]
+    losses = [activity_loss(h), 0.3 * np.mean(h**2), 0.1 * np.sum(v["hidden/kernel"] ** 2)]
     return [dense(v, "out", h)], losses
 
 
 def everything_reference(v, x, training, mask):
     h = np.tanh(dense(v, "hidden", x))
     dropped = mask * normalized(v, h, training)
-    losses = [0.2 * np.sum(h**2) / len(h), 0.3 * np.mean(dropped**2), 0.1 * np.sum(v["hidden/kernel"] ** 2)]
+    losses = [activity_loss(h), 0.3 * np.mean(dropped**2), 0.1 * np.sum(v["hidden/kernel"] ** 2)]
     return [dense(v, "out", dropped)], losses
 
 
