@@ -55,12 +55,13 @@ def left_behind():
     if backend == "torch":
         import torch
 
-        from keras_gradtools.backend import torch_graph, torch_tape
+        from keras_gradtools.backend import torch_graph, torch_levels, torch_tape
 
         found += ["grad mode"] if not torch.is_grad_enabled() else []
         found += ["threads of the engine"] if not torch._C._is_multithreading_enabled() else []
         found += ["borrowed tensors"] if torch_graph._borrowed else []
         found += ["levels of functorch"] if torch._C._functorch.get_dynamic_layer_stack_depth() else []
+        found += ["a vectorized pass"] if torch_levels.is_in_vectorized_pass() else []
         found += ["passes"] if torch_graph._thread.passes else []
         found += ["grad modes"] if torch_tape._thread.grad_modes else []
     elif backend == "jax":

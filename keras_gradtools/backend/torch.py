@@ -181,15 +181,17 @@ def _run_batch(outputs, inputs, upstream, is_recorded):
         return _run_rows(outputs, inputs, upstream, is_recorded)
     try:
         # Not `torch.vmap` nor `torch.func`, which fail on convolutions in channels-last.
-        return torch.autograd.grad(
-            outputs,
-            inputs,
-            upstream,
-            retain_graph=True,
-            create_graph=is_recorded,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
+        vectorized = torch_levels.VectorizedPass()
+        with vectorized, vectorized:
+            return torch.autograd.grad(
+                outputs,
+                inputs,
+                upstream,
+                retain_graph=True,
+                create_graph=is_recorded,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
     except RuntimeError as error:
         rows = _run_rows(outputs, inputs, upstream, is_recorded)
         _warn_unvectorized(str(error).splitlines()[0])

@@ -10,7 +10,31 @@ import contextlib
 
 import torch
 
+from keras_gradtools.backend.blocks import Block
+
 _functorch = torch._C._functorch
+
+
+class VectorizedPass(Block):
+    """The time of a backward pass of many cotangents, after which torch knows that it is over.
+
+    torch counts these passes, and an interrupt can come after it has counted one and before the `try` in which it
+    would take it back. It then refuses random numbers for good.
+    """
+
+    _is_inner = True  # nothing to undo, until it is known
+
+    def begin(self):
+        self._is_inner = is_in_vectorized_pass()
+
+    def end(self):
+        while not self._is_inner and is_in_vectorized_pass():
+            torch._C._vmapmode_decrement_nesting()
+
+
+def is_in_vectorized_pass():
+    """Whether a backward pass of many cotangents is under way."""
+    return torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
 
 
 def depth():

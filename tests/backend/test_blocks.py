@@ -95,6 +95,23 @@ def test_an_interrupt_leaves_nothing_behind(run):
     np.testing.assert_allclose(ops.convert_to_numpy(kg.grad(lambda x: ops.sum(x * v * x))(x)), 2 * X * X)
 
 
+def test_an_interrupt_inside_of_a_pass_of_many_cotangents(backend):
+    """torch counts such passes; one that it would go on to count refuses random numbers from then on."""
+    files = HERE if backend != "torch" else (*HERE, "torch_levels.py", "torch/_vmap_internals.py")
+    x = ops.convert_to_tensor(X)
+
+    def run():
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            y = ops.tanh(x) * x
+        tape.jacobian(y, x)
+
+    run()
+    for point in at_every_point(run, files):
+        assert not left_behind(), f"interrupted at point {point}"
+    keras.random.normal((2,))
+
+
 def dense():
     model = keras.Sequential([keras.Input((2,)), layers.Dense(2, "tanh"), layers.BatchNormalization(), layers.Dense(1)])
     model.compile("sgd", "mse")
