@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_gradtools.transforms.guards import Guards
+
 _LIBRARIES = {"jax", "keras", "numpy", "tensorflow", "torch"}
 _INSTALLED = tuple({os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib")})
 _PRIMITIVES = (bool, int, str, bytes, type(None))
@@ -64,7 +66,7 @@ class Surroundings(NamedTuple):
         return found
 
 
-def surroundings(fun, ignored=frozenset(), reads=frozenset()):
+def surroundings(fun, ignored=frozenset(), reads=frozenset(), guards=None):
     """The `Surroundings` of `fun`: what it closes over, its defaults, and the globals and attributes that it names.
 
     It goes through the functions and methods among them, not into those of installed packages. Of layers and models it
@@ -73,11 +75,12 @@ def surroundings(fun, ignored=frozenset(), reads=frozenset()):
     a function assigns by itself tells nothing of its surroundings; nor does what is found under the labels `ignored`.
 
     Keras variables are inputs of a program, so that what they hold is not in it. What is in an array, in an object of
-    an installed package, or behind `getattr` is not seen. `reads` are names of attributes that are read of `fun`.
+    an installed package, or behind `getattr` is not seen. `reads` are names of attributes that are read of `fun`. The
+    places at which it was found are added to `guards`.
 
     Raises `TypeError` where there is too much of it.
     """
-    walk = _Walk(ignored)
+    walk = _Walk(ignored, guards or Guards())
     walk.add(fun, (), reads)
     return Surroundings(tuple(walk.found), tuple(walk.labels))
 
@@ -89,7 +92,8 @@ def attributes_read_by(fun):
 
 
 class _Walk:
-    def __init__(self, ignored):
+    def __init__(self, ignored, guards):
+        self._guards = guards
         self.found: list = []
         self.labels: list = []
         self._ignored = ignored
@@ -100,9 +104,12 @@ class _Walk:
         self.found.append(value)
         self.labels.append(label)
 
+    def _is_ignored(self, label):
+        return bool(self._ignored) and label in self._ignored
+
     def add(self, x, label, reads):
         """Notes `x` and what is around it; `reads` are the attributes that the code which has it reads."""
-        if self._ignored and label in self._ignored:
+        if self._is_ignored(label):
             return
         if isinstance(x, (float, complex)):
             self.note((type(x), repr(x)), label)  # 0.0 == -0.0
@@ -129,11 +136,13 @@ class _Walk:
             self.add(x.__self__, (label, "self"), attributes_read_by(x) | {x.__func__.__name__})
             self.add(x.__func__, (label, "method"), reads)
         elif isinstance(x, functools.partial):
+            self._guards.contents(x.keywords)
             self._add_all([x.func, *x.args, *x.keywords.values()], label, reads)
         elif type(x) in _CONTAINERS:
             self._add_entries(x, label, reads)
         elif isinstance(x, keras.Variable):
             self.note(x.trainable, label)
+            self._guards.rules(_trainable, x)
         elif isinstance(x, keras.Layer):
             for layer in x._flatten_layers():
                 self._add_layer(layer)
@@ -156,6 +165,9 @@ class _Walk:
         if not ours and _is_library(module, fun.__code__.co_filename):
             return
         names = _names(fun.__code__)
+        self._guards.function(fun)
+        if fun.__kwdefaults__:
+            self._guards.contents(fun.__kwdefaults__)
         if ours and hasattr(fun, "__wrapped__"):
             self.add(fun.__wrapped__, (label, "of"), frozenset())
         self._add_all(
@@ -163,12 +175,25 @@ class _Walk:
         )
         # What the function assigns itself, such as a counter of its calls, tells nothing of its surroundings.
         for name, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
-            if name not in names.stored and _is_filled(cell):
+            if name in names.stored:
+                continue
+            if not self._is_ignored((label, name)):
+                self._guards.rules(_is_filled, cell)
+            if _is_filled(cell):
+                if not self._is_ignored((label, name)):
+                    self._guards.cell(cell)
                 self.add(cell.cell_contents, (label, name), names.reads)
         if not ours:
             for name in names.globals:
-                if name in fun.__globals__ and name not in names.stored:
+                if name in names.stored:
+                    continue
+                self._guard(fun.__globals__, name, label)
+                if name in fun.__globals__:
                     self.add(fun.__globals__[name], (label, name), names.reads)
+
+    def _guard(self, mapping, name, label):
+        if not self._is_ignored((label, name)):
+            self._guards.at(mapping, name)
 
     def _add_entries(self, x, label, reads):
         inside = list(x.values() if type(x) is dict else x)
@@ -178,6 +203,7 @@ class _Walk:
         contents = (label, "contents")
         if contents in self._ignored:
             return
+        self._guards.contents(x)
         self.note((tuple(map(_key_of_entry, x)) if type(x) is dict else None, len(x)), contents)
         if len(inside) > _MOST_ENTRIES:
             inside = [p for p in inside if isinstance(p, (keras.Layer, types.FunctionType, *_CONTAINERS))]
@@ -193,6 +219,13 @@ class _Walk:
         self._layers.add(id(layer))
         rules, arguments = _rules_of(type(layer))
         values = vars(layer)
+        self._guards.rules(rules, layer)
+        for name in (*arguments, "_layers", "_trainable_variables"):
+            self._guards.at(values, name)
+        for parts in (layer._layers, layer._trainable_variables):
+            self._guards.contents(parts)
+        for variable in layer._trainable_variables:
+            self._guards.rules(_trainable, variable)
         self.found.append(weakref.ref(layer))
         self.found += rules(layer)
         self.found += map(_trainable, layer._trainable_variables)
@@ -215,17 +248,25 @@ class _Walk:
         found, methods = _reads_of(type(x), reads)
         self._add_attributes(getattr(x, "__dict__", {}), type(x).__mro__, label, found)
         for name in methods:
+            self._guard_classes(type(x).__mro__, name, label)
             for fun in _functions_named(type(x), name):
                 self.add(fun, (label, name), found)
 
     def _add_attributes(self, values, classes, label, names):
         for name in names:
+            self._guard(values, name, label)
             if name in values:
                 self.add(values[name], (label, name), names)
                 continue
+            self._guard_classes(classes, name, label)
             owner = next((cls for cls in classes if name in vars(cls)), None)
             if owner is not None and not _is_library_type(owner) and not hasattr(vars(owner)[name], "__get__"):
                 self.add(vars(owner)[name], (label, name), names)
+
+    def _guard_classes(self, classes, name, label):
+        for cls in classes:
+            if not _is_library_type(cls):
+                self._guard(vars(cls), name, label)
 
 
 # By class, what is known of its code; nothing in it holds the class.

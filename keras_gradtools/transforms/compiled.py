@@ -14,6 +14,7 @@ from keras import ops
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend import state
 from keras_gradtools.transforms import closures
+from keras_gradtools.transforms.guards import Guards
 from keras_gradtools.transforms.taped_call import read
 
 MOST_PROGRAMS = 64
@@ -62,9 +63,20 @@ class Programs:
         # Where the function changes its own surroundings, by a list that it writes to.
         self._ignored = frozenset()
         self._last = None
+        self._guarded = None
 
     def surroundings(self, fun):
         return closures.surroundings(fun, self._ignored)
+
+    def guarded_surroundings(self, fun):
+        """The same, in less time if nothing has changed. For that, it holds the function and what is around it."""
+        if self._guarded is not None and self._guarded[0].hold():
+            return self._guarded[1]
+        self._guarded = None
+        guards = Guards()
+        found = closures.surroundings(fun, self._ignored, guards=guards)
+        self._guarded = guards, found
+        return found
 
     def get(self, key, make):
         last = self._last
@@ -94,6 +106,7 @@ class Programs:
             return
         with self.lock:
             self._ignored |= after.changed_since(before)
+            self._guarded = None
             program = self.by_key.pop(key, None)
             if program is not None:
                 self._last = None
@@ -199,7 +212,7 @@ def jitted(fun):
         reads = closures.attributes_read_by(fun)
         leaves = nesting.flatten((args, kwargs) if kwargs else args)
         try:
-            around = programs.surroundings(fun)
+            around = programs.guarded_surroundings(fun)
             # Of tensors, the compiler knows shapes and dtypes by itself.
             constants = [
                 closures.surroundings(x, reads=reads).key
