@@ -12,7 +12,7 @@ LEVELS = [
     {"nesting"},
     {"validation", "keras_internals"},
     {"backend"},
-    {"jacobians", "vectors", "independence"},
+    {"jacobians", "vectors", "independence", "chosen_inputs"},
     {"tape", "custom_gradients"},
     {"gradient_ops"},
     {"transforms"},

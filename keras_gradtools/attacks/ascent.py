@@ -1,14 +1,11 @@
 """One step of an attack: up the gradient of the objective, back into the ball and into the range of the data."""
 
-import contextlib
-
-import keras
 from keras import ops
 
 from keras_gradtools import backend, validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.data_range import bounds
-from keras_gradtools.backend import state
+from keras_gradtools.attacks.perturbed_input import OfOneInput, called, constant_weights, output_activation
 from keras_gradtools.transforms import compiled
 
 
@@ -37,30 +34,6 @@ def ascend(model, objective, norm, moved, x, y, epsilon, step_size, low, high):
     further = x + norm_balls.projected(moved + step - x, epsilon, norm)
     # Where x is in the range, going back into it leads no further away from x.
     return ops.clip(further, low, high), badness
-
-
-def called(model, x):
-    """The outputs of a model in inference mode, or of a function."""
-    return model(x, training=False) if isinstance(model, keras.Layer) else model(x)
-
-
-def output_activation(model):
-    """The activation that the outputs of `model` come from; None where that cannot be seen."""
-    while isinstance(model, keras.Model):
-        parts = model.layers if isinstance(model, keras.Sequential) else getattr(model, "operations", None)
-        if not parts:
-            # What a `call` of its own does after its last layer is not seen, but a sigmoid is mostly the end.
-            last = getattr(state.layers_of(model)[-1], "activation", None)
-            return last if last is keras.activations.sigmoid else None
-        model = parts[-1]
-    return getattr(model, "activation", None)
-
-
-def constant_weights(model):
-    """A block in which no gradient reaches the weights of `model`, and what it assigns is dropped."""
-    if not isinstance(model, keras.Layer):
-        return contextlib.nullcontext()
-    return state.StateScope([(v, ops.stop_gradient(ops.convert_to_tensor(v))) for v in model.trainable_variables])
 
 
 def look(model, objective, norm, moved, y, best, worst):
@@ -106,11 +79,19 @@ def _worse(badness, moved, best, worst):
 
 
 class CompiledAscent:
-    """Ascents on one model, in programs that are compiled once for each objective, norm and shape."""
+    """Ascents on one model, in programs that are compiled once for each objective, norm and shape.
 
-    def __init__(self, model, norm, clip):
+    `examples`, an `Examples`, says which of the model's inputs is moved; `carry` what the others are.
+    """
+
+    def __init__(self, model, norm, clip, examples=None):
         self._model, self._norm, self._clip = model, norm, clip
-        self._programs = {}
+        self._chosen = None if examples is None else examples.chosen
+        self._programs, self._inputs = {}, None
+
+    def carry(self, inputs):
+        """Has what follows be of these inputs, in tensors; what stands for the one that is moved does not matter."""
+        self._inputs = inputs
 
     def step(self, objective, x, y, epsilon):
         """The end of one step of length `epsilon` from `x`."""
@@ -147,12 +128,14 @@ class CompiledAscent:
     def _run(self, part, objective, *args):
         program = self._programs.get((part, objective))
         if program is None:
-            norm = self._norm
+            norm, chosen = self._norm, self._chosen
 
-            def body(model, *args):
-                return part(model, objective, norm, *args), None
+            def body(model, inputs, *args):
+                of_one = model if chosen is None else OfOneInput(model, chosen, inputs)
+                return part(of_one, objective, norm, *args), None
 
             # What is compiled is kept with the model: the body must not hold it.
-            program = compiled.prepare("attack", self._model, body, (part, objective, norm), args, {})
+            options = (part, objective, norm, chosen)
+            program = compiled.prepare("attack", self._model, body, options, (self._inputs, *args), {})
             self._programs[part, objective] = program
-        return program(args, {})[0]
+        return program((self._inputs, *args), {})[0]

@@ -1,24 +1,71 @@
 """Arrays of examples, checked and taken batch by batch, with a progress bar."""
 
 import random
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import validation
-from keras_gradtools.attacks.ascent import called, constant_weights
+from keras_gradtools import chosen_inputs, nesting, validation
+from keras_gradtools.attacks.perturbed_input import OfOneInput, called, constant_weights
 
 
-def checked_examples(owner, model, x, y, clip):
-    """Returns `x` and `y` as NumPy arrays; `ValueError` where they cannot be attacked."""
+class Examples(NamedTuple):
+    """Checked examples and labels, in NumPy arrays.
+
+    Attributes:
+        x: the input to perturb.
+        y: the labels.
+        inputs: all inputs, nested as they were given.
+        chosen: which of them `x` is; None where it is the only one, and `inputs` is `x`.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    inputs: Any
+    chosen: Any
+
+    @property
+    def arrays(self):
+        """What is taken batch by batch: `x`, `y`, and the inputs that stay as they are."""
+        return (self.x, self.y, *([] if self.chosen is None else self.chosen.rest(self.inputs)))
+
+    def carried(self, x, rest):
+        """All inputs of a batch, in tensors, `x` and `rest` being its part of `arrays`; None where `x` is all."""
+        if self.chosen is None:
+            return None
+        rest = iter([a if a is None else ops.convert_to_tensor(a) for a in rest])
+        count, positions = self.chosen.count, self.chosen.positions
+        return nesting.pack_as(self.inputs, [x if i in positions else next(rest) for i in range(count)])
+
+    def with_perturbed(self, x):
+        """The inputs with other numbers in the place of `x`."""
+        return x if self.chosen is None else self.chosen.filled(self.inputs, [x])
+
+    def first(self, model):
+        """`model` as a function of the perturbed input, and the first example of that."""
+        x = ops.convert_to_tensor(self.x[:1])
+        if self.chosen is None:
+            return model, x
+        rest = [a[:1] if a is not None and a.ndim else a for a in self.chosen.rest(self.inputs)]
+        return OfOneInput(model, self.chosen, self.carried(x, rest)), x
+
+
+def checked_examples(owner, model, x, y, clip, names=None):
+    """Returns the `Examples`; `ValueError` where they cannot be attacked. `names` are what `checked_choice` returns."""
     validation.require_callable_model(owner, model)
-    if isinstance(x, (dict, list, tuple)) or not hasattr(x, "shape"):
-        raise ValueError(
-            f"{owner} expects one array or tensor of shape (batch, ...) as `x`. Received: {validation.describe(x)}. Of "
-            "a model with several inputs, attack a function of the one that may be perturbed."
-        )
-    x = validation.as_array(x, f"{owner} expects one array or tensor of shape (batch, ...) as `x`")
+    expected = f"{owner} expects arrays or tensors of shape (batch, ...) as `x`"
+    if nesting.is_nested(x) and len(nesting.flatten(x)):
+        given = nesting.map_structure(lambda a: a if a is None else validation.as_array(a, expected), x)
+        chosen = chosen_inputs.choose_one(owner, model, given, names)
+        chosen_inputs.require_examples(owner, chosen, given, rank=2)
+        (x,) = chosen.parts(given)
+    else:
+        given = x = validation.as_array(x, expected)
+        if names is not None:
+            chosen_inputs.choose_one(owner, model, given, names)
+        chosen = None
     y = validation.as_array(y, f"{owner} expects an array or tensor of labels as `y`")
     if not keras.backend.is_float_dtype(validation.dtype_of(x)):
         raise ValueError(
@@ -41,7 +88,7 @@ def checked_examples(owner, model, x, y, clip):
             f"{owner} expects examples within the range `clip`. Received: clip={clip}, and `x` from {x.min():g} to "
             f"{x.max():g}. Give the range of your data, or clip=None for none."
         )
-    return x, y
+    return Examples(x, y, given, chosen)
 
 
 def check_batching(owner, batch_size, verbose):
@@ -51,11 +98,9 @@ def check_batching(owner, batch_size, verbose):
         raise ValueError(f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}.")
 
 
-def check_labels(owner, model, x, y):
-    """Raises `ValueError` unless `y` are classes of the classifier, or one-hot."""
-    scope = constant_weights(model)
-    with scope, scope:
-        outputs = called(model, ops.convert_to_tensor(x[:1]))
+def check_labels(owner, model, examples):
+    """Raises `ValueError` unless the labels are classes of the classifier, or one-hot."""
+    y, outputs = examples.y, first_outputs(model, examples)
     if not ops.is_tensor(outputs) or len(outputs.shape) != 2:
         raise ValueError(
             f"{owner} expects a classifier, which returns one score for each class, of shape (batch, classes). "
@@ -77,6 +122,14 @@ def check_labels(owner, model, x, y):
         )
 
 
+def first_outputs(model, examples):
+    """What the model returns for the first example."""
+    model, x = examples.first(model)
+    scope = constant_weights(model)
+    with scope, scope:
+        return called(model, x)
+
+
 def seeds_from(seed):
     """A source of seeds. Without a seed it comes from Python's generator, as in Keras."""
     return random.Random(random.randrange(2**31) if seed is None else int(seed))
@@ -85,7 +138,7 @@ def seeds_from(seed):
 def map_batches(fun, arrays, batch_size, verbose, title):
     """`fun(*batches)`, NumPy arrays in a tuple, of all batches together. The last one is filled up for `fun`.
 
-    So it needs no program of its own.
+    So it needs no program of its own. Arrays without a batch axis, and None, are in every batch as they are.
     """
     count = len(arrays[0])
     starts = range(0, count, batch_size)
@@ -95,7 +148,9 @@ def map_batches(fun, arrays, batch_size, verbose, title):
     for number, start in enumerate(starts, 1):
         places = np.arange(start, min(start + batch_size, count))
         filled = np.resize(places, min(batch_size, count))
-        found.append([result[: len(places)] for result in fun(*(a[filled] for a in arrays))])
+        found.append(
+            [result[: len(places)] for result in fun(*(a if a is None or not a.ndim else a[filled] for a in arrays))]
+        )
         if verbose:
             bar.update(number)
     return tuple(np.concatenate(column) for column in zip(*found, strict=True))

@@ -31,7 +31,18 @@ class FGSM(GradientAttack):
 
 
 def fgsm(
-    model, x, y, epsilon, *, norm="inf", clip=(0.0, 1.0), loss=None, targeted=False, batch_size=128, verbose="auto"
+    model,
+    x,
+    y,
+    epsilon,
+    *,
+    norm="inf",
+    clip=(0.0, 1.0),
+    loss=None,
+    targeted=False,
+    batch_size=128,
+    verbose="auto",
+    inputs=None,
 ):
     r"""Attacks a model with one step up the gradient of its loss, the fast gradient sign method.
 
@@ -41,9 +52,10 @@ def fgsm(
 
     Args:
         model: a classifier, which returns logits or probabilities of shape `(batch, classes)` (or one logit, of class
-            1; after a sigmoid, its probability); with a `loss` of your own, any model or function of one input. It is
+            1; after a sigmoid, its probability); with a `loss` of your own, any model or function. It is
             called in inference mode, and nothing of it changes.
-        x: examples of shape `(batch, ...)`, an array or a tensor of floating-point numbers within `clip`.
+        x: examples of shape `(batch, ...)`, an array or a tensor of floating-point numbers within `clip`; or a nesting
+            of them, as the model takes it.
         y: classes of shape `(batch,)`, or one-hot rows; one class for all, if you like.
         epsilon: how far each example may be moved, in units of `x`.
         norm: `"inf"` (or `float("inf")`: the largest change of a pixel) or 2.
@@ -54,9 +66,11 @@ def fgsm(
         targeted: whether `y` is what the model shall answer; the loss is made small then.
         batch_size: how many examples go together. It does not change the result.
         verbose: 1 or `"auto"` for a progress bar, 0 for none.
+        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
+            by default. The others stay as they are.
 
     Returns:
-        The perturbed examples, a NumPy array like `x`.
+        The perturbed examples, a NumPy array like `x`, or nested as `x` is.
 
     Raises:
         ValueError: for options, examples or labels that do not fit; each is named.
@@ -78,4 +92,4 @@ def fgsm(
 
     Source: Goodfellow, Shlens & Szegedy, "Explaining and harnessing adversarial examples" (arXiv:1412.6572, 2014).
     """
-    return FGSM(epsilon, norm, clip, loss, targeted).generate(model, x, y, batch_size, verbose)
+    return FGSM(epsilon, norm, clip, loss, targeted).generate(model, x, y, batch_size, verbose, inputs)

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_gradtools import validation
+from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent, ascend
 from keras_gradtools.attacks.attack import Attack
@@ -55,20 +55,23 @@ class GradientAttack(Attack):
             )
         return ops.stop_gradient(moved)
 
-    def generate(self, model, x, y, batch_size=128, verbose="auto"):
-        """The perturbed examples of `x`, batch by batch, as a NumPy array."""
+    def generate(self, model, x, y, batch_size=128, verbose="auto", inputs=None):
+        """The perturbed examples of `x`, batch by batch, as a NumPy array, or nested as `x` is."""
         check_batching(self.name, batch_size, verbose)
-        x, y = checked_examples(self.name, model, x, y, self.clip)
+        names = chosen_inputs.checked_choice(self.name, inputs)
+        examples = checked_examples(self.name, model, x, y, self.clip, names)
         if all(objective.is_named for objective in self.objectives):
-            check_labels(self.name, model, x, y)
-        attacker = self._attacker(CompiledAscent(model, self.norm, self.clip))
+            check_labels(self.name, model, examples)
+        ascent = CompiledAscent(model, self.norm, self.clip, examples)
+        attacker = self._attacker(ascent)
 
-        def attacked(x, y):
+        def attacked(x, y, *rest):
             x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+            ascent.carry(examples.carried(x, rest))
             epsilon = ops.full((len(x),), self.epsilon, dtype=x.dtype)
             return [ops.convert_to_numpy(attacker(x, y, epsilon))]
 
-        return map_batches(attacked, (x, y), batch_size, verbose, self.name)[0]
+        return examples.with_perturbed(map_batches(attacked, examples.arrays, batch_size, verbose, self.name)[0])
 
     def _attacker(self, ascent):
         """The attack of one batch after the other, a function `(x, y, epsilon)` that returns the perturbed examples."""

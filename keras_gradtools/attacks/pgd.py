@@ -98,6 +98,7 @@ def pgd(
     seed=None,
     batch_size=128,
     verbose="auto",
+    inputs=None,
 ):
     r"""Attacks a model by projected gradient ascent of its loss, and returns the worst that it meets.
 
@@ -111,7 +112,8 @@ def pgd(
 
     Args:
         model: a classifier, or with a `loss` of your own any model or function, as in `kg.attacks.fgsm`.
-        x: examples of shape `(batch, ...)`, floating-point numbers within `clip`.
+        x: examples of shape `(batch, ...)`, floating-point numbers within `clip`; or a nesting of them, as the model
+            takes it.
         y: classes of shape `(batch,)`, or one-hot rows; one class for all, if you like.
         epsilon: how far each example may be moved, in units of `x`.
         norm: `"inf"` (or `float("inf")`: the largest change of a pixel) or 2.
@@ -129,9 +131,11 @@ def pgd(
         targeted: whether `y` is what the model shall answer; the loss is made small then.
         batch_size: how many examples go together; with random starts, they are others for another size.
         verbose: 1 or `"auto"` for a progress bar, 0 for none.
+        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
+            by default. The others stay as they are.
 
     Returns:
-        The perturbed examples, a NumPy array like `x`.
+        The perturbed examples, a NumPy array like `x`, or nested as `x` is.
 
     Raises:
         ValueError: for options, examples or labels that do not fit; each is named.
@@ -156,4 +160,4 @@ def pgd(
     (arXiv:1608.04644, 2016).
     """
     attack = PGD(epsilon, norm, clip, loss, steps, restarts, step_size, random_start, targeted, seed)
-    return attack.generate(model, x, y, batch_size, verbose)
+    return attack.generate(model, x, y, batch_size, verbose, inputs)

@@ -5,10 +5,17 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_gradtools import validation
+from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.attacks import norm_balls
-from keras_gradtools.attacks.ascent import CompiledAscent, called, constant_weights
-from keras_gradtools.attacks.batches import check_batching, check_labels, checked_examples, map_batches, seeds_from
+from keras_gradtools.attacks.ascent import CompiledAscent
+from keras_gradtools.attacks.batches import (
+    check_batching,
+    check_labels,
+    checked_examples,
+    first_outputs,
+    map_batches,
+    seeds_from,
+)
 from keras_gradtools.attacks.data_range import bounds, extent
 from keras_gradtools.attacks.masked_gradients import signs_of_masking
 from keras_gradtools.attacks.objectives import Objective
@@ -37,8 +44,9 @@ class RobustnessMetrics:
         seed=0,
         batch_size=128,
         owner="robustness_metrics",
+        inputs=None,
     ):
-        self._owner = owner
+        self._owner, self._inputs = owner, chosen_inputs.checked_choice(owner, inputs)
         self._epsilons = _checked_epsilons(owner, epsilons)
         check_batching(owner, batch_size, 0)
         if not isinstance(jacobian, bool):
@@ -49,17 +57,17 @@ class RobustnessMetrics:
         self._has_jacobian, self._seed, self._batch_size = jacobian, seed, batch_size
 
     def checked(self, model, x, y):
-        """Returns `x` and `y` as NumPy arrays; `ValueError` where they, or the model, do not fit."""
-        x, y = checked_examples(self._owner, model, x, y, self._pgd.clip)
-        check_labels(self._owner, model, x, y)
-        return x, y
+        """Returns the `Examples`; `ValueError` where they, or the model, do not fit."""
+        examples = checked_examples(self._owner, model, x, y, self._pgd.clip, self._inputs)
+        check_labels(self._owner, model, examples)
+        return examples
 
     def measure(self, model, x, y, verbose=0):
         """The numbers by name, and the signs of masked gradients, sentences."""
         check_batching(self._owner, self._batch_size, verbose)
-        x, y = self.checked(model, x, y)
-        strengths = [*self._epsilons, self._huge(x)]
-        rows = map_batches(self._measure_batch(model, strengths), (x, y), self._batch_size, verbose, "batch")
+        examples = self.checked(model, x, y)
+        measure_batch = self._measure_batch(model, [*self._epsilons, self._huge(examples.x)], examples)
+        rows = map_batches(measure_batch, examples.arrays, self._batch_size, verbose, "batch")
         clean, lengths, squares, *by_strength = rows
         *attacked, _, huge, _ = [float((badness < 0).mean()) for badness in by_strength]
         fgsm, pgd, noise = (dict(zip(self._epsilons, attacked[i::3], strict=True)) for i in range(3))
@@ -74,23 +82,27 @@ class RobustnessMetrics:
         }
         if self._has_jacobian:
             metrics["jacobian_norm"] = math.sqrt(squares.mean())
-        signs = signs_of_masking(pgd, fgsm, noise, huge, self._chance(model, x))
+        signs = signs_of_masking(pgd, fgsm, noise, huge, self._chance(model, examples))
         return metrics | {"masked_gradients": float(len(signs))}, signs
 
-    def _measure_batch(self, model, strengths):
-        ascent = CompiledAscent(model, self._pgd.norm, self._pgd.clip)
+    def _measure_batch(self, model, strengths, examples):
+        ascent = CompiledAscent(model, self._pgd.norm, self._pgd.clip, examples)
         objective = Objective("cross_entropy", 1.0)
         seeds = seeds_from(self._seed)
-        jacobian = batch_jacobian(model) if self._has_jacobian else None
+        names = None if examples.chosen is None else examples.chosen.positions
+        jacobian = batch_jacobian(model, inputs=names) if self._has_jacobian else None
 
-        def measure(x, y):
+        def measure(x, y, *rest):
             x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+            inputs = examples.carried(x, rest)
+            ascent.carry(inputs)
             lengths, clean = ascent.gradient_lengths(objective, x, y)
             squares = ops.zeros_like(lengths)
             if jacobian is not None:
-                squares = ops.sum(
-                    ops.square(ops.cast(jacobian(x), lengths.dtype)), axis=tuple(range(1, len(x.shape) + 1))
-                )
+                block = jacobian(x if inputs is None else inputs)
+                if inputs is not None:
+                    (block,) = examples.chosen.parts(block)
+                squares = ops.sum(ops.square(ops.cast(block, lengths.dtype)), axis=tuple(range(1, len(x.shape) + 1)))
             results = [clean, lengths, squares]
             for strength in strengths:
                 epsilon = ops.full((len(x),), strength, dtype=x.dtype)
@@ -117,11 +129,8 @@ class RobustnessMetrics:
         clip = self._pgd.clip
         return HUGE * max(self._epsilons) if clip is None else extent(clip, x, self._pgd.norm)
 
-    def _chance(self, model, x):
-        scope = constant_weights(model)
-        with scope, scope:
-            outputs = called(model, ops.convert_to_tensor(x[:1]))
-        return 1.0 / max(outputs.shape[-1], 2)
+    def _chance(self, model, examples):
+        return 1.0 / max(first_outputs(model, examples).shape[-1], 2)
 
 
 def robustness_metrics(
@@ -138,6 +147,7 @@ def robustness_metrics(
     seed=0,
     batch_size=128,
     verbose="auto",
+    inputs=None,
 ):
     r"""Measures a classifier under attack, and looks for signs that it hides its gradients.
 
@@ -164,6 +174,8 @@ def robustness_metrics(
         seed: an integer, for random starts and noise: two calls draw the same. None draws anew.
         batch_size: how many examples go together.
         verbose: 1 or `"auto"` for a progress bar, 0 for none.
+        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
+            by default. The others stay as they are.
 
     Returns:
         A dict of numbers: `clean_accuracy`; for each strength, as in `pgd_0.1_accuracy`, those under `fgsm`, `pgd` and
@@ -194,7 +206,7 @@ def robustness_metrics(
     (arXiv:1802.00420, 2018), section 3.1, and Carlini et al., "On evaluating adversarial robustness"
     (arXiv:1902.06705, 2019).
     """
-    metrics = RobustnessMetrics(epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size)
+    metrics = RobustnessMetrics(epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size, inputs=inputs)
     return metrics.measure(model, x, y, verbose)[0]
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_gradtools import validation
+from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent
 from keras_gradtools.attacks.batches import check_batching, check_labels, checked_examples, map_batches, seeds_from
@@ -100,6 +100,7 @@ def robustness_report(
     seed=0,
     batch_size=128,
     verbose="auto",
+    inputs=None,
 ):
     r"""Estimates in four ways how far each example can be moved before a classifier errs.
 
@@ -132,6 +133,8 @@ def robustness_report(
         seed: an integer, for the random starts: two calls draw the same. None draws anew.
         batch_size: how many examples go together.
         verbose: 1 or `"auto"` for a progress bar, 0 for none.
+        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
+            by default. The others stay as they are.
 
     Returns:
         A `kg.attacks.RobustnessReport`: four arrays of distances of shape `(batch,)`, and what they are made of.
@@ -161,10 +164,10 @@ def robustness_report(
     """
     attack = PGD(0.0, norm, clip, None, steps, restarts, seed=seed)
     check_batching(NAME, batch_size, verbose)
-    x, y = checked_examples(NAME, model, x, y, attack.clip)
-    check_labels(NAME, model, x, y)
-    most = _checked_most(max_epsilon, attack, x)
-    rows = map_batches(_measure_batch(model, attack, most), (x, y), batch_size, verbose, "batch")
+    examples = checked_examples(NAME, model, x, y, attack.clip, chosen_inputs.checked_choice(NAME, inputs))
+    check_labels(NAME, model, examples)
+    measure = _measure_batch(model, attack, _checked_most(max_epsilon, attack, examples.x), examples)
+    rows = map_batches(measure, examples.arrays, batch_size, verbose, "batch")
     margin, margin_slope, loss, loss_slope, largest_slope, curvature, found = (row.astype("float64") for row in rows)
     correct = margin > 0
     lipschitz, curvature = float(largest_slope.max()), max(float(curvature.max()), 0.0)
@@ -206,14 +209,15 @@ def _checked_most(max_epsilon, attack, x):
     return float(max_epsilon)
 
 
-def _measure_batch(model, attack, most):
-    ascent = CompiledAscent(model, attack.norm, attack.clip)
+def _measure_batch(model, attack, most, examples):
+    ascent = CompiledAscent(model, attack.norm, attack.clip, examples)
     # A margin is that of another class over the label; what is reported is the other way round.
     margin_objective, loss_objective = Objective("margin", -1.0), Objective("cross_entropy", 1.0)
     seeds = seeds_from(attack.seed)
 
-    def measure(x, y):
+    def measure(x, y, *rest):
         x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+        ascent.carry(examples.carried(x, rest))
         margin, margin_slope, _ = ascent.slopes(margin_objective, x, y)
         loss, slope, direction = ascent.slopes(loss_objective, x, y)
         found = _distances(ascent, attack, x, y, most, seeds)

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_gradtools import nesting, validation
+from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.callbacks.left_out import LeftOut
 from keras_gradtools.callbacks.schedule import Schedule
 from keras_gradtools.curvature.batch_loss import checked_model
@@ -15,6 +15,7 @@ from keras_gradtools.diagnostics.jacobian_spectrum import (
     ITERATIONS,
     check_options,
     checked_examples,
+    checked_inputs,
     chosen_method,
     spectrum_of,
 )
@@ -47,7 +48,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
     Jacobian that is not finite is logged as NaN; what cannot be measured of this model is left out with a warning.
 
     Args:
-        x: the examples, floating-point tensors of shape `(batch, ...)`, in any nesting. A dozen is enough to watch it.
+        x: the examples, tensors of shape `(batch, ...)`, in any nesting. A dozen is enough to watch it.
         every: `"epoch"`, or a number n of batches.
         quantities: which of the above. By default all; without those of all singular values, where the Jacobian is too
             large to form.
@@ -55,6 +56,8 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
         method: `"explicit"`, `"implicit"` or `"auto"`: see `kg.diagnostics.jacobian_spectrum`.
         radius: that of `"local_lipschitz"`, in units of `x`.
         seed: of what is random, the same in each measurement.
+        inputs: the names (keys, or positions) of the inputs to differentiate by; all floating-point ones by default.
+            The others, integers and masks for instance, are carried along as they are.
 
     Attributes:
         spectra: the singular values of each measurement, of shape `(batch, r)`, in a list, which
@@ -84,7 +87,9 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
     ([3.0], [1.755])
     """
 
-    def __init__(self, x, every="epoch", quantities=None, *, training=False, method="auto", radius=0.1, seed=0):
+    def __init__(
+        self, x, every="epoch", quantities=None, *, training=False, method="auto", radius=0.1, seed=0, inputs=None
+    ):
         super().__init__()
         self._schedule = Schedule(NAME, every)
         # Keras may go on training while another thread calls what is due after a batch.
@@ -101,10 +106,11 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
         if not isinstance(training, bool):
             raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
         checked_examples(NAME, x)
-        self._given, self._quantities = x, chosen
+        self._given, self._quantities, self._inputs = x, chosen, chosen_inputs.checked_choice(NAME, inputs)
         self._kwargs = {"training": training}
         self._method, self._radius, self._seed = method, radius, seed
         self._examples: Any = None
+        self._by: Any = None
         self._directions: Any = None
         self._chosen: tuple = ()
         self._left_out = LeftOut(NAME)
@@ -114,14 +120,15 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         model = checked_model(NAME, self.model)
         self._examples = checked_examples(NAME, self._given)
-        if len(nesting.flatten(self._examples)[0]) > 1:
-            report = batch_independence(model, self._examples, **self._kwargs)
+        self._by = checked_inputs(NAME, model, self._examples, self._inputs)
+        if len(self._by.parts(self._examples)[0]) > 1:
+            report = batch_independence(model, self._examples, **self._kwargs, inputs=self._inputs)
             if report.independent is False:
                 raise ValueError(f"{NAME}: {report}")
             if report.independent is None:
                 warnings.warn(f"{NAME}: {report}", stacklevel=2)
         if self._method == "auto":
-            self._method = chosen_method(model, self._examples, self._kwargs)
+            self._method = chosen_method(model, self._examples, self._by, self._kwargs)
         self._chosen = self._checked_quantities()
         self._directions = None
         self._left_out = LeftOut(NAME)
@@ -160,7 +167,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
         if set(self._chosen) - {"local_lipschitz"}:
             spectrum = self._left_out.tried(
                 "the singular values",
-                lambda: spectrum_of(model, self._examples, self._kwargs, self._method, seed=self._seed),
+                lambda: spectrum_of(model, self._examples, self._by, self._kwargs, self._method, seed=self._seed),
             )
         if spectrum is not None:
             if spectrum.singular_values is not None:
@@ -180,9 +187,10 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
         # The directions of the last measurement are near those of this one.
         steps = _LIPSCHITZ_STEPS
         if self._directions is None:
-            self._directions, steps = random_directions(self._examples, self._radius, self._seed), _FIRST_STEPS
+            self._directions = random_directions(self._examples, self._by, self._radius, self._seed)
+            steps = _FIRST_STEPS
         ratios, self._directions = largest_ratios(
-            model, self._examples, self._kwargs, self._radius, steps, self._directions
+            model, self._examples, self._by, self._kwargs, self._radius, steps, self._directions
         )
         return ratios
 

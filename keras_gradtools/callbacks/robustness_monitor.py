@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_gradtools import validation
+from keras_gradtools import nesting, validation
 from keras_gradtools.attacks.robustness_metrics import RobustnessMetrics
 from keras_gradtools.callbacks.left_out import LeftOut
 
@@ -34,6 +34,8 @@ class RobustnessMonitor(keras.callbacks.Callback):
         jacobian: whether to measure the Jacobian of the outputs, at one gradient for each class and example.
         seed: an integer: every measurement draws the same random starts and noise. None draws anew.
         batch_size: how many examples go together.
+        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
+            by default. The others stay as they are.
 
     Raises:
         ValueError: for options, or as `fit` begins for examples, labels or a model, that do not fit.
@@ -69,11 +71,16 @@ class RobustnessMonitor(keras.callbacks.Callback):
         jacobian=True,
         seed=0,
         batch_size=128,
+        inputs=None,
     ):
         super().__init__()
         validation.require_count(NAME, "every", every)
-        arrays = [validation.as_array(a, f"{NAME} expects arrays of shape (batch, ...) as `x` and `y`") for a in (x, y)]
-        if not arrays[0].ndim or (arrays[1].ndim and len(arrays[0]) != len(arrays[1])):
+        expected = f"{NAME} expects arrays of shape (batch, ...) as `x` and `y`"
+        parts = nesting.flatten(x) or [None]
+        if len(parts) > 1:
+            parts = [a for a in parts if a is not None and len(getattr(a, "shape", ()))] or [None]
+        labels, *arrays = [validation.as_array(a, expected) for a in (y, *parts)]
+        if not arrays[0].ndim or (labels.ndim and any(len(a) != len(labels) for a in arrays)):
             raise ValueError(
                 f"{NAME} expects one label for each example. Received: x={validation.describe(x)} and "
                 f"y={validation.describe(y)}."
@@ -81,7 +88,9 @@ class RobustnessMonitor(keras.callbacks.Callback):
         self.signs = []
         self._left_out = LeftOut(NAME)
         self._examples, self._every = (x, y), every
-        self._metrics = RobustnessMetrics(epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size, NAME)
+        self._metrics = RobustnessMetrics(
+            epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size, NAME, inputs
+        )
 
     def on_train_begin(self, logs=None):
         self._left_out = LeftOut(NAME)

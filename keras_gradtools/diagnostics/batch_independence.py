@@ -2,13 +2,13 @@
 
 import keras
 
-from keras_gradtools import validation
+from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.transforms.batch_independence import examine
 
 NAME = "batch_independence"
 
 
-def batch_independence(model, x, training=False, seed=0):
+def batch_independence(model, x, training=False, seed=0, *, inputs=None):
     r"""Says whether any output of example i depends on the input of example j, and which layers are the cause.
 
     A batch Jacobian, per-example gradients and penalties on input gradients take for granted that it does not,
@@ -31,6 +31,8 @@ def batch_independence(model, x, training=False, seed=0):
             the more surely pairs that depend on one another are among them.
         training: whether a model is called as in training. Not for functions.
         seed: of the random numbers.
+        inputs: the names (keys, or positions) of the inputs to judge by, floating-point ones; all by default, whatever
+            their dtype.
 
     Returns:
         A `BatchIndependence`: `report.independent`, which is None where it cannot be told, `report.leak`,
@@ -64,13 +66,15 @@ def batch_independence(model, x, training=False, seed=0):
     if not isinstance(training, bool):
         raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
     validation.require_seed(NAME, seed)
-    validation.as_tensors(NAME, "x", x)
+    x = chosen_inputs.as_tensors(x, f"{NAME} expects tensors or arrays as `x`")
+    names = chosen_inputs.checked_choice(NAME, inputs)
+    chosen = None if names is None else chosen_inputs.choose(NAME, model, x, names)
     if isinstance(model, keras.Layer):
         kwargs = {"training": training} if model._call_has_training_arg else {}
-        return examine(NAME, model, x, kwargs=kwargs, seed=seed)
+        return examine(NAME, model, x, kwargs=kwargs, seed=seed, chosen=chosen)
     if training:
         raise ValueError(
             f"{NAME} has no `training` for functions, which call their model as they do. Received: training=True, and "
             f"{validation.describe(model)}."
         )
-    return examine(NAME, model, x, seed=seed)
+    return examine(NAME, model, x, seed=seed, chosen=chosen)

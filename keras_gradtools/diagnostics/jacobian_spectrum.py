@@ -1,6 +1,7 @@
 """The singular values of each example's Jacobian, their largest one without the others, and what is made of them."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import nesting, validation
+from keras_gradtools import chosen_inputs, nesting, validation
 from keras_gradtools.diagnostics.example_vectors import for_each, normalized, numbers, split, squares
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.jacobians import batch_jacobian
@@ -70,7 +71,7 @@ class JacobianSpectrum:
         return np.finfo("float32").eps * self.singular_values.shape[1]
 
 
-def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITERATIONS, seed=0):
+def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITERATIONS, seed=0, inputs=None):
     r"""The singular values of each example's Jacobian, or where these are too many, its norms alone.
 
     `"explicit"` forms the Jacobians, by `kg.batch_jacobian`, and decomposes them with NumPy. `"implicit"` has the
@@ -81,12 +82,14 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     Args:
         model: a Keras model or a function of `x` whose examples are independent of one another: see
             `kg.diagnostics.batch_independence`.
-        x: floating-point tensors of shape `(batch, ...)`, in any nesting.
+        x: tensors of shape `(batch, ...)`, in any nesting.
         training: the mode in which a model is called.
         method: `"explicit"`, `"implicit"`, or `"auto"`: explicit up to four million numbers, and 128 singular values of
             an example.
         iterations: of the implicit method. It is exact where an example has no more inputs or outputs.
         seed: of its random vectors.
+        inputs: the names (keys, or positions) of the inputs to differentiate by; all floating-point ones by default.
+            The others are carried along as they are.
 
     Returns:
         A `JacobianSpectrum`.
@@ -118,9 +121,10 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     validation.require_flag(NAME, "training", training)
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
     x = checked_examples(NAME, x)
+    chosen = checked_inputs(NAME, model, x, chosen_inputs.checked_choice(NAME, inputs))
     if method == "auto":
-        method = chosen_method(model, x, kwargs)
-    spectrum = spectrum_of(model, x, kwargs, method, iterations, seed)
+        method = chosen_method(model, x, chosen, kwargs)
+    spectrum = spectrum_of(model, x, chosen, kwargs, method, iterations, seed)
     if not np.isfinite(spectrum.spectral_norm).all():
         raise ValueError(
             f"{NAME} expects examples at which the Jacobian is finite. Received: NaN or infinity in that of "
@@ -141,37 +145,48 @@ def check_options(name, method, iterations, seed):
 
 def checked_examples(name, x):
     """Returns `x` in tensors."""
-    tensors = validation.as_tensors(name, "x", x)
-    leaves = nesting.flatten(tensors)
-    is_float = [keras.backend.is_float_dtype(validation.dtype_of(leaf)) for leaf in leaves]
-    if not leaves or not all(is_float) or any(len(leaf.shape) < 2 for leaf in leaves):
-        raise ValueError(
-            f"{name} expects floating-point examples of shape (batch, ...), of rank 2 or more. Received: "
-            f"{', '.join(validation.describe(leaf) for leaf in leaves) or repr(x)}."
-        )
+    tensors = chosen_inputs.as_tensors(x, f"{name} expects tensors or arrays as `x`")
+    chosen = chosen_inputs.choose(name, None, tensors, None)
+    if all(len(part.shape) < 2 for part in chosen.parts(tensors)):
+        chosen_inputs.require_examples(name, chosen, tensors, rank=2)
     return tensors
 
 
-def chosen_method(model, x, kwargs):
+def checked_inputs(name, model, x, names):
+    """Returns the `ChosenInputs` of some names, of examples in tensors."""
+    chosen = chosen_inputs.choose(name, model, x, names)
+    chosen_inputs.require_examples(name, chosen, x, rank=2)
+    return chosen
+
+
+def outputs_of(name, model, x, chosen, kwargs):
+    """What a model returns, flat."""
+    body = functools.partial(_outputs, chosen)
+    return compiled.run(name, model, body, ("outputs", chosen), (x,), kwargs)[0]
+
+
+def chosen_method(model, x, chosen, kwargs):
     """The method where the choice is ours."""
-    outputs = nesting.flatten(compiled.run(NAME, model, _outputs, ("outputs",), (x,), kwargs)[0])
-    n, m = (sum(math.prod(a.shape[1:]) for a in tensors) for tensors in (nesting.flatten(x), outputs))
+    outputs = outputs_of(NAME, model, x, chosen, kwargs)
+    n, m = (sum(math.prod(a.shape[1:]) for a in tensors) for tensors in (chosen.parts(x), outputs))
     is_small = outputs[0].shape[0] * n * m <= _MOST_NUMBERS and min(n, m) <= _MOST_VALUES
     return "explicit" if is_small else "implicit"
 
 
-def spectrum_of(model, x, kwargs, method, iterations=ITERATIONS, seed=0):
+def spectrum_of(model, x, chosen, kwargs, method, iterations=ITERATIONS, seed=0):
     """The `JacobianSpectrum` by one of the two methods, NaN where the Jacobian of an example is not finite."""
-    return _explicit(model, x, kwargs) if method == "explicit" else _implicit(model, x, kwargs, iterations, seed)
+    if method == "explicit":
+        return _explicit(model, x, chosen, kwargs)
+    return _implicit(model, x, chosen, kwargs, iterations, seed)
 
 
-def _explicit(model, x, kwargs):
-    blocks = batch_jacobian(model)(x, **kwargs)
-    count = nesting.flatten(x)[0].shape[0]
+def _explicit(model, x, chosen, kwargs):
+    blocks = batch_jacobian(model, inputs=chosen.positions)(x, **kwargs)
+    parts = chosen.parts(x)
+    count, structure = parts[0].shape[0], len(parts)
     # Rows are those of the outputs: of each, the blocks by all inputs.
-    structure = len(nesting.flatten(x))
-    flat = [numbers(block) for block in nesting.flatten(blocks)]
-    inputs = [math.prod(a.shape[1:]) for a in nesting.flatten(x)] * (len(flat) // structure)
+    flat = [numbers(block) for block in nesting.flatten(blocks) if block is not None]
+    inputs = [math.prod(a.shape[1:]) for a in parts] * (len(flat) // structure)
     flat = [block.reshape(count, -1, n) for block, n in zip(flat, inputs, strict=True)]
     rows = [np.concatenate(flat[i : i + structure], axis=2) for i in range(0, len(flat), structure)]
     jacobian = np.concatenate(rows, axis=1)
@@ -181,10 +196,10 @@ def _explicit(model, x, kwargs):
     return JacobianSpectrum(values[:, 0], np.sqrt((values**2).sum(axis=1)), values)
 
 
-def _implicit(model, x, kwargs, iterations, seed):
+def _implicit(model, x, chosen, kwargs, iterations, seed):
     random = np.random.default_rng(seed)
-    inputs = nesting.flatten(x)
-    outputs = nesting.flatten(compiled.run(NAME, model, _outputs, ("outputs",), (x,), kwargs)[0])
+    inputs = chosen.parts(x)
+    outputs = outputs_of(NAME, model, x, chosen, kwargs)
     count = inputs[0].shape[0]
     n, m = (sum(math.prod(a.shape[1:]) for a in tensors) for tensors in (inputs, outputs))
 
@@ -193,55 +208,58 @@ def _implicit(model, x, kwargs, iterations, seed):
     u = [ops.zeros_like(y) for y in outputs]
     beta = ops.zeros((count,), dtype=inputs[0].dtype)
     steps = min(iterations, n, m)
-    bidiagonal = np.zeros((count, steps, steps))
+    # U^T J = B V^T, in which the last row has a column more: without it, norms of fewer outputs than inputs are too small.
+    bidiagonal = np.zeros((count, steps, steps + 1))
     for i in range(steps):
-        (u, v, alpha, beta), _ = compiled.run(NAME, model, _bidiagonalize, ("step",), (x, v, u, beta), kwargs)
+        step = functools.partial(_bidiagonalize, chosen)
+        (u, v, alpha, beta), _ = compiled.run(NAME, model, step, ("step", chosen), (x, v, u, beta), kwargs)
         bidiagonal[:, i, i] = numbers(alpha)
-        if i + 1 < steps:
-            bidiagonal[:, i, i + 1] = numbers(beta)
+        bidiagonal[:, i, i + 1] = numbers(beta)
     is_finite = np.isfinite(bidiagonal).all(axis=(1, 2))
     largest = np.full(count, np.nan)
     largest[is_finite] = np.linalg.svd(bidiagonal[is_finite], compute_uv=False)[:, 0]
 
     # An orthonormal frame of random direction, the same for all examples, on the side that is smaller.
     smaller, like, body = (m, outputs, _pull) if m <= n else (n, inputs, _push)
-    chosen = min(iterations, smaller)
-    frame, _ = np.linalg.qr(random.standard_normal((smaller, chosen)))
+    directions = min(iterations, smaller)
+    frame, _ = np.linalg.qr(random.standard_normal((smaller, directions)))
     total = 0.0
     for direction in frame.T:
         along = split(np.broadcast_to(direction, (count, smaller)), like)
-        total = total + numbers(compiled.run(NAME, model, body, (body.__name__,), (x, along), kwargs)[0])
-    return JacobianSpectrum(largest, np.sqrt(total * (smaller / chosen)), None)
+        product = functools.partial(body, chosen)
+        total = total + numbers(compiled.run(NAME, model, product, (body.__name__, chosen), (x, along), kwargs)[0])
+    return JacobianSpectrum(largest, np.sqrt(total * (smaller / directions)), None)
 
 
-# --- what is compiled: of a function, its examples, and vectors for each of them ---
+# --- what is compiled: of chosen inputs, a function, its examples, and vectors for each of them ---
 
 
-def _outputs(fun, x, **kwargs):
-    return TapedCall(NAME, fun, (x,), kwargs).value, None
+def _outputs(chosen, fun, x, **kwargs):
+    return nesting.flatten(taped(NAME, chosen, fun, x, kwargs).value), None
 
 
-def _bidiagonalize(fun, x, v, u, beta, **kwargs):
+def taped(name, chosen, fun, x, kwargs):
+    """A call that is recorded as a function of the chosen inputs, in a list."""
+    return TapedCall(name, chosen.function(fun, x), (chosen.parts(x),), kwargs)
+
+
+def _bidiagonalize(chosen, fun, x, v, u, beta, **kwargs):
     """A step: J v = alpha u' + beta u and J^T u' = alpha v + beta' v', all of length 1."""
-    call = TapedCall(NAME, fun, (x,), kwargs)
+    call = taped(NAME, chosen, fun, x, kwargs)
     call.record.keeps_graph = True
-    pushed = nesting.flatten(call.push(nesting.pack_as(x, v)))
+    pushed = nesting.flatten(call.push(v))
     u, alpha = normalized([p - for_each(beta, p) * old for p, old in zip(pushed, u, strict=True)])
     pulled = nesting.flatten(call.pull(nesting.pack_as(call.target, u)))
     v, beta = normalized([p - for_each(alpha, p) * old for p, old in zip(pulled, v, strict=True)])
     return (u, v, alpha, beta), None
 
 
-def _pull(fun, x, u, **kwargs):
-    call = TapedCall(NAME, fun, (x,), kwargs)
+def _pull(chosen, fun, x, u, **kwargs):
+    call = taped(NAME, chosen, fun, x, kwargs)
     return squares(nesting.flatten(call.pull(nesting.pack_as(call.target, u), is_last=True))), None
 
 
-def _push(fun, x, v, **kwargs):
-    call = TapedCall(NAME, fun, (x,), kwargs)
+def _push(chosen, fun, x, v, **kwargs):
+    call = taped(NAME, chosen, fun, x, kwargs)
     call.record.keeps_graph = True
-    return squares(nesting.flatten(call.push(nesting.pack_as(x, v)))), None
-
-
-def _is_count(x):
-    return isinstance(x, int) and not isinstance(x, bool)
+    return squares(nesting.flatten(call.push(v))), None

@@ -1,19 +1,20 @@
 """How far a model's outputs move when its inputs do, within a ball around each example."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import nesting, validation
+from keras_gradtools import chosen_inputs, nesting, validation
 from keras_gradtools.diagnostics.example_vectors import for_each, normalized, numbers, split, squares
-from keras_gradtools.diagnostics.jacobian_spectrum import checked_examples
+from keras_gradtools.diagnostics.jacobian_spectrum import checked_examples, checked_inputs, outputs_of, taped
 from keras_gradtools.transforms import compiled
-from keras_gradtools.transforms.taped_call import TapedCall
 
 NAME = "local_lipschitz"
 
 
-def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed=0):
+def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed=0, inputs=None):
     r"""The Lipschitz constant of a model within a ball around each example, from below.
 
     $\max_{\lVert \delta \rVert \le r} \lVert f(x + \delta) - f(x) \rVert / \lVert \delta \rVert$, searched for by
@@ -23,11 +24,13 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
 
     Args:
         model: a Keras model or a function of `x` whose examples are independent of one another.
-        x: floating-point tensors of shape `(batch, ...)`, in any nesting.
+        x: tensors of shape `(batch, ...)`, in any nesting.
         radius: $r$, in units of `x`.
         training: the mode in which a model is called.
         iterations: steps of the search.
         seed: of the directions that it begins with.
+        inputs: the names (keys, or positions) of the inputs to move; all floating-point ones by default. The others
+            stay as they are.
 
     Returns:
         A NumPy array of shape `(batch,)`: the largest ratio that was met for each example, a lower bound.
@@ -58,7 +61,8 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
     validation.require_seed(NAME, seed)
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
     x = checked_examples(NAME, x)
-    return largest_ratios(model, x, kwargs, radius, iterations, random_directions(x, radius, seed))[0]
+    chosen = checked_inputs(NAME, model, x, chosen_inputs.checked_choice(NAME, inputs))
+    return largest_ratios(model, x, chosen, kwargs, radius, iterations, random_directions(x, chosen, radius, seed))[0]
 
 
 def check_radius(name, radius):
@@ -66,34 +70,30 @@ def check_radius(name, radius):
     validation.require_positive(name, "radius", radius)
 
 
-def random_directions(x, radius, seed):
-    """Where the search begins, of examples in tensors."""
-    inputs = nesting.flatten(x)
+def random_directions(x, chosen, radius, seed):
+    """Where the search begins, of examples in tensors: a tensor for each chosen input."""
+    inputs = chosen.parts(x)
     start = np.concatenate(
         [np.random.default_rng(seed).standard_normal((len(a), int(np.prod(a.shape[1:])))) for a in inputs], axis=1
     )
     return split(radius * start / np.linalg.norm(start, axis=1, keepdims=True), inputs)
 
 
-def largest_ratios(model, x, kwargs, radius, iterations, delta):
+def largest_ratios(model, x, chosen, kwargs, radius, iterations, delta):
     """What the search comes to from `delta`, of examples in tensors; and where it ended."""
-    radius = ops.convert_to_tensor(radius, dtype=nesting.flatten(x)[0].dtype)
-    here, _ = compiled.run(NAME, model, _outputs, ("outputs",), (x,), kwargs)
-    ratios = []
+    radius = ops.convert_to_tensor(radius, dtype=chosen.parts(x)[0].dtype)
+    here = outputs_of(NAME, model, x, chosen, kwargs)
+    step, ratios = functools.partial(_step, chosen), []
     for _ in range(iterations):
-        (ratio, delta), _ = compiled.run(NAME, model, _step, ("step",), (x, here, delta, radius), kwargs)
+        (ratio, delta), _ = compiled.run(NAME, model, step, ("step", chosen), (x, here, delta, radius), kwargs)
         ratios.append(numbers(ratio))
     return np.max(ratios, axis=0), delta
 
 
-def _outputs(fun, x, **kwargs):
-    return nesting.flatten(TapedCall(NAME, fun, (x,), kwargs).value), None
-
-
-def _step(fun, x, here, delta, radius, **kwargs):
+def _step(chosen, fun, x, here, delta, radius, **kwargs):
     """The ratio at `delta`, and the next one; `here` are the outputs at `x`."""
-    moved = [a + d for a, d in zip(nesting.flatten(x), delta, strict=True)]
-    there = TapedCall(NAME, fun, (nesting.pack_as(x, moved),), kwargs)
+    moved = [a + d for a, d in zip(chosen.parts(x), delta, strict=True)]
+    there = taped(NAME, chosen, fun, chosen.filled(x, moved), kwargs)
     change = [b - a for a, b in zip(here, there.flat_targets, strict=True)]
     ratio = ops.sqrt(squares(change) / squares(delta))
     pulled = nesting.flatten(there.pull(nesting.pack_as(there.target, change), is_last=True))

@@ -15,9 +15,10 @@ class BatchJacobian(Derivative):
     one another: see `kg.diagnostics.batch_independence`.
 
     Args:
-        layer: a Keras layer or model of one tensor of shape `(batch, ...)`, which returns one. It is shared, not
-            copied.
+        layer: a Keras layer or model of tensors of shape `(batch, ...)`, which returns one. It is shared, not copied.
         return_outputs: whether to return the outputs of the layer as well, `(outputs, jacobian)`.
+        inputs: the name (key, or position) of the input to differentiate by, where `layer` takes several; the only
+            floating-point one by default. The others are carried along as they are.
         **kwargs: those of `keras.layers.Layer`.
 
     Call arguments:
@@ -25,10 +26,11 @@ class BatchJacobian(Derivative):
         training: passed on to `layer`.
 
     Returns:
-        A tensor of shape `(batch, *out, *in)`.
+        A tensor of shape `(batch, *out, *in)`, with `in` the shape of the input to differentiate by.
 
     Raises:
-        ValueError: for options that do not fit, and for inputs or outputs that are not one tensor of rank 2 or more.
+        ValueError: for options that do not fit, and for outputs, or an input to differentiate by, that are not
+            one tensor of rank 2 or more.
 
     Cost:
         That of `kg.batch_jacobian`, and one call of the layer if its outputs or its state are asked for.
@@ -50,8 +52,8 @@ class BatchJacobian(Derivative):
     Source: Czarnecki et al., "Sobolev training for neural networks" (arXiv:1706.04859, 2017).
     """
 
-    def derivative(self, inputs, training):
-        return batch_jacobian(lambda x: self._value_at(x, training))(inputs)
+    def derivative(self, fun, x):
+        return batch_jacobian(fun)(x)
 
     def derivative_spec(self, inputs, outputs):
         return (*outputs.shape, *inputs.shape[1:])

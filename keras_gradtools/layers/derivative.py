@@ -2,14 +2,14 @@
 
 import keras
 
-from keras_gradtools import validation
+from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.backend.state import state_variables
 
 
 class Derivative(keras.layers.Wrapper):
-    """A layer that returns a derivative of the wrapped one, by its input, of each example."""
+    """A layer that returns a derivative of the wrapped one, by one of its inputs, of each example."""
 
-    def __init__(self, layer, return_outputs=False, **kwargs):
+    def __init__(self, layer, return_outputs=False, inputs=None, **kwargs):
         if not isinstance(layer, keras.Layer):
             raise ValueError(
                 f"{type(self).__name__} expects a Keras layer or model. Received: {validation.describe(layer)}."
@@ -19,22 +19,42 @@ class Derivative(keras.layers.Wrapper):
                 f"{type(self).__name__} expects True or False as `return_outputs`. "
                 f"Received: {validation.shown(return_outputs)}."
             )
+        self._inputs = chosen_inputs.checked_choice(type(self).__name__, inputs)
         super().__init__(layer, **kwargs)
         self.return_outputs = return_outputs
+
+    def build(self, input_shape=None):
+        # Keras' own takes one shape for granted.
+        if not self.layer.built:
+            self.layer.build(input_shape)
+            self.layer.built = True
+        self.built = True
 
     def call(self, inputs, training=None):
         # What the layer assigns, statistics and seeds, is that of this call; inside the derivative it is dropped.
         outputs = None
         if self.return_outputs or (training and state_variables(self.layer)):
             outputs = self._value_at(inputs, training)
-        derivative = self.derivative(inputs, training)
+        chosen = self._chosen(inputs)
+        (x,) = chosen.parts(inputs)
+        derivative = self.derivative(lambda x: self._value_at(chosen.filled(inputs, [x]), training), x)
         return (outputs, derivative) if self.return_outputs else derivative
 
     def _value_at(self, inputs, training):
         return self.layer(inputs, training=training) if self.layer._call_has_training_arg else self.layer(inputs)
 
-    def derivative(self, inputs, training):
-        """The derivative, by transforms."""
+    def _chosen(self, inputs):
+        chosen = chosen_inputs.choose(type(self).__name__, self.layer, inputs, self._inputs)
+        if len(chosen.positions) > 1:
+            raise ValueError(
+                f"{type(self).__name__} differentiates by one input. Received: {len(chosen.positions)} floating-point "
+                f"ones, {', '.join(validation.describe(x) for x in chosen.parts(inputs))}. Choose one by `inputs`, its "
+                "name or its position; the others are carried along."
+            )
+        return chosen
+
+    def derivative(self, fun, x):
+        """The derivative of a function of the input, by transforms."""
         raise NotImplementedError
 
     def derivative_spec(self, inputs, outputs):
@@ -43,11 +63,13 @@ class Derivative(keras.layers.Wrapper):
 
     def compute_output_spec(self, inputs, training=None):
         outputs = self.layer.compute_output_spec(inputs)
-        for role, x in (("input", inputs), ("output of the layer", outputs)):
-            if not isinstance(x, keras.KerasTensor):
-                raise ValueError(f"{type(self).__name__} expects one tensor as {role}. Received: {type(x).__name__}.")
-        derivative = keras.KerasTensor(self.derivative_spec(inputs, outputs), dtype=outputs.dtype)
+        if not isinstance(outputs, keras.KerasTensor):
+            raise ValueError(
+                f"{type(self).__name__} expects one tensor as output of the layer. Received: {type(outputs).__name__}."
+            )
+        (x,) = self._chosen(inputs).parts(inputs)
+        derivative = keras.KerasTensor(self.derivative_spec(x, outputs), dtype=outputs.dtype)
         return (outputs, derivative) if self.return_outputs else derivative
 
     def get_config(self):
-        return {**super().get_config(), "return_outputs": self.return_outputs}
+        return {**super().get_config(), "return_outputs": self.return_outputs, "inputs": self._inputs}

@@ -7,8 +7,8 @@ from keras_gradtools.transforms.differential_operators import checked_axes, requ
 class DifferentialOperator(Derivative):
     """A derivative of a layer of points, along some of their axes."""
 
-    def __init__(self, layer, axes=None, return_outputs=False, **kwargs):
-        super().__init__(layer, return_outputs, **kwargs)
+    def __init__(self, layer, axes=None, return_outputs=False, inputs=None, **kwargs):
+        super().__init__(layer, return_outputs, inputs, **kwargs)
         self.axes = None if axes is None else require_axes(type(self).__name__, axes)
 
     def _check_axes(self, inputs):

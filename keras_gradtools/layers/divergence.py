@@ -18,10 +18,12 @@ class Divergence(DifferentialOperator):
             is shared, not copied.
         axes: the input that belongs to each of the m outputs, a list of numbers; all n by default.
         return_outputs: whether to return the outputs of the layer as well, `(outputs, divergence)`.
+        inputs: the name (key, or position) of the input to differentiate by, where `layer` takes several; the only
+            floating-point one by default. The others are carried along as they are.
         **kwargs: those of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a tensor of shape `(batch, n)`.
+        inputs: a tensor of shape `(batch, n)`, or what else `layer` takes.
         training: passed on to `layer`.
 
     Returns:
@@ -44,8 +46,8 @@ class Divergence(DifferentialOperator):
     Source: Raissi, Perdikaris & Karniadakis, "Physics-informed neural networks" (2019).
     """
 
-    def derivative(self, inputs, training):
-        return divergence(lambda x: self._value_at(x, training), self.axes)(inputs)
+    def derivative(self, fun, x):
+        return divergence(fun, self.axes)(x)
 
     def derivative_spec(self, inputs, outputs):
         axes = self._check_axes(inputs)

@@ -6,8 +6,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.regularization.inputs import chosen_positions
-from keras_gradtools.regularization.penalty import Penalty, restored
+from keras_gradtools.regularization.penalty import Penalty, chosen_positions, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.regularization.strength import Strength
 from keras_gradtools.regularization.targets import FunctionTarget, OutputsTarget

@@ -17,10 +17,12 @@ class Laplacian(DifferentialOperator):
         layer: a Keras layer or model of points, of shape `(batch, n)`. It is shared, not copied.
         axes: over which of the n inputs the sum goes, a list of numbers; all by default.
         return_outputs: whether to return the outputs of the layer as well, `(outputs, laplacian)`.
+        inputs: the name (key, or position) of the input to differentiate by, where `layer` takes several; the only
+            floating-point one by default. The others are carried along as they are.
         **kwargs: those of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a tensor of shape `(batch, n)`.
+        inputs: a tensor of shape `(batch, n)`, or what else `layer` takes.
         training: passed on to `layer`.
 
     Returns:
@@ -43,8 +45,8 @@ class Laplacian(DifferentialOperator):
     Source: Raissi, Perdikaris & Karniadakis, "Physics-informed neural networks" (2019).
     """
 
-    def derivative(self, inputs, training):
-        return laplacian(lambda x: self._value_at(x, training), self.axes)(inputs)
+    def derivative(self, fun, x):
+        return laplacian(fun, self.axes)(x)
 
     def derivative_spec(self, inputs, outputs):
         self._check_axes(inputs)

@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_gradtools import nesting, validation
+from keras_gradtools import chosen_inputs, nesting, validation
+from keras_gradtools.attacks.perturbed_input import OfOneInput
 from keras_gradtools.models.wrapped_model import WrappedModel
 
 NAME = "AdversarialTraining"
@@ -22,17 +23,20 @@ class AdversarialTraining(WrappedModel):
     `evaluate` and `val_...` are of the examples as they are.
 
     Args:
-        model: a built `keras.Model` of one floating-point input. It is shared, not copied.
+        model: a built `keras.Model` of one floating-point input, or of several inputs of which one is attacked. It is
+            shared, not copied.
         attack: `kg.attacks.FGSM`, `kg.attacks.PGD` or `kg.attacks.GaussianNoise` with its options, or any object with a
             method `perturb(model, x, y, seed)` that returns the perturbed `x`. PGD trains on the end of one run by the
             first of its losses.
         seed: an integer for random starts and noise. Keras saves no state of seeds: a loaded model draws from the
             start.
+        inputs: the name (key, or position) of the input to attack, where the model has several; the only floating-point
+            one by default. The others stay as they are.
         **kwargs: the `name`, `trainable` and `dtype` of any `keras.Model`; `dtype` is the model's by default.
 
     Raises:
-        ValueError: for a `model` that is not built or has several inputs, or an `attack` that is none; in a step, if
-            there are no labels. The weights stay as they were.
+        ValueError: for a `model` that is not built or has several inputs to choose from, or an `attack` that is none;
+            in a step, if there are no labels. The weights stay as they were.
 
     Cost:
         In units of a plain training step (3 forward passes): FGSM 5/3, PGD of n steps 1 + 2 n / 3, noise 1.
@@ -53,16 +57,18 @@ class AdversarialTraining(WrappedModel):
     Source: Goodfellow et al. (arXiv:1412.6572, 2014) for FGSM; Madry et al. (arXiv:1706.06083, 2017), equation 2.1.
     """
 
-    def __init__(self, model, attack, seed=None, **kwargs):
+    def __init__(self, model, attack, seed=None, inputs=None, **kwargs):
         if not callable(getattr(attack, "perturb", None)):
             raise ValueError(
                 f"{NAME} expects an attack, such as keras_gradtools.attacks.PGD(0.1, steps=7), as `attack`. Received: "
                 f"attack={validation.describe(attack)}."
             )
+        inputs = chosen_inputs.checked_choice(NAME, inputs)
         super().__init__(NAME, model, **kwargs)
-        inputs = nesting.flatten(getattr(model, "inputs", None) or [])
-        if len(inputs) > 1:
-            raise _several_inputs(f"the model {model.name!r} of {len(inputs)} inputs")
+        known = chosen_inputs.model_inputs(model)
+        if known is not None and len(nesting.flatten(known)) > 1:
+            chosen_inputs.choose_one(NAME, model, known, inputs)
+        self._inputs = inputs
         self.attack = attack
         validation.require_seed("AdversarialTraining", seed, may_be_none=True)
         self._seed = seed
@@ -70,9 +76,11 @@ class AdversarialTraining(WrappedModel):
         self._step = _Step()
 
     def train_step(self, *args):
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
-        if len(nesting.flatten(x)) != 1 or y is None:
-            raise _several_inputs(f"{len(nesting.flatten(x))} inputs and {'no labels' if y is None else 'labels'}")
+        _, y, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
+        if y is None:
+            raise ValueError(
+                f"{NAME} trains on labels. Received: y=None. Give `fit` or `train_on_batch` labels as `y`."
+            )
         self._step.labels = (y,)
         try:
             return super().train_step(*args)
@@ -82,14 +90,24 @@ class AdversarialTraining(WrappedModel):
     def call(self, inputs, training=None):
         if self._step.labels is not None:
             (y,) = self._step.labels
-            inputs = nesting.map_structure(lambda x: self.attack.perturb(self.model, x, y, self._seeds), inputs)
+            inputs = self._attacked(inputs, y)
         return self._forward(inputs, training)
+
+    def _attacked(self, inputs, y):
+        if len(nesting.flatten(inputs)) == 1:
+            return nesting.map_structure(lambda x: self.attack.perturb(self.model, x, y, self._seeds), inputs)
+        inputs = chosen_inputs.as_tensors(inputs)
+        chosen = chosen_inputs.choose_one(NAME, self.model, inputs, self._inputs)
+        (x,) = chosen.parts(inputs)
+        model = OfOneInput(self.model, chosen, inputs)
+        return chosen.filled(inputs, [self.attack.perturb(model, x, y, self._seeds)])
 
     def get_config(self):
         return {
             **super().get_config(),
             "attack": keras.saving.serialize_keras_object(self.attack),
             "seed": self._seed,
+            "inputs": self._inputs,
         }
 
     @classmethod
@@ -99,13 +117,6 @@ class AdversarialTraining(WrappedModel):
             for name in ("model", "attack")
         }
         return cls(**config | restored)
-
-
-def _several_inputs(received):
-    return ValueError(
-        f"{NAME} trains models of one input, on labels. Received: {received}. Of several inputs, wrap the part of the "
-        "model that comes after those that stay as they are."
-    )
 
 
 class _Step(threading.local):

@@ -12,9 +12,9 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.backend import example_losses
+from keras_gradtools.chosen_inputs import as_tensors, checked_choice, model_inputs
 from keras_gradtools.models.wrapped_model import WrappedModel
-from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions, model_inputs
-from keras_gradtools.regularization.penalty import Penalty, restored
+from keras_gradtools.regularization.penalty import Penalty, chosen_positions, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.regularization.sample_weights import example_weights
 from keras_gradtools.regularization.strength import Strength

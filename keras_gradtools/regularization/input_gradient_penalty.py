@@ -5,8 +5,8 @@ from keras import ops
 
 from keras_gradtools import nesting, validation
 from keras_gradtools.backend import example_losses
-from keras_gradtools.regularization.inputs import as_tensors, checked_choice, chosen_positions
-from keras_gradtools.regularization.penalty import Penalty
+from keras_gradtools.chosen_inputs import as_tensors, checked_choice
+from keras_gradtools.regularization.penalty import Penalty, chosen_positions
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.regularization.sample_weights import example_weights
 from keras_gradtools.regularization.targets import FunctionTarget, LossTarget, OutputsTarget

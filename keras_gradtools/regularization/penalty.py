@@ -7,12 +7,16 @@ import warnings
 import keras
 from keras import ops
 
-from keras_gradtools import backend, validation, vectors
+from keras_gradtools import backend, chosen_inputs, validation, vectors
 from keras_gradtools.backend import state
 from keras_gradtools.regularization import gradient_norms, smoothness
 from keras_gradtools.regularization.targets import ALL
 
 METHODS = ("auto", "exact", "finite_difference", "random_projection")
+_INDICES = (
+    "Where they are indices, penalize the output of the embedding: wrap the part of the model that comes after it, and "
+    "train that on embedded data, or put it into a `keras_gradtools.layers.InputGradientPenalty`."
+)
 
 
 class Penalties(typing.NamedTuple):
@@ -121,7 +125,9 @@ class Penalty:
     def _connected(self, call, gradients):
         connected = [g for g in gradients if g is not None]
         if not connected:
-            raise no_gradient(self.owner, "inputs that the target does not depend on differentiably", call.sources)
+            raise chosen_inputs.no_gradient(
+                self.owner, "inputs that the target does not depend on differentiably", call.sources, _INDICES
+            )
         return connected
 
     def _shifted(self, sources, directions):
@@ -257,12 +263,6 @@ def restored(config, names, custom_objects):
     }
 
 
-def no_gradient(owner, received, tensors):
-    """The error where there is nothing to differentiate by."""
-    return ValueError(
-        f"{owner} penalizes the gradient by floating-point inputs. Received: {received}, "
-        f"{', '.join(validation.describe(x) for x in tensors)}. Where the values are numbers, such as pixels, cast "
-        "them to 'float32' first. Where they are indices, penalize the output of the embedding: wrap the part of the "
-        "model that comes after it, and train that on embedded data, or put it into a "
-        "`keras_gradtools.layers.InputGradientPenalty`."
-    )
+def chosen_positions(owner, model, inputs, names):
+    """The positions, among the flat `inputs`, of those to differentiate by."""
+    return chosen_inputs.choose(owner, model, inputs, names, _INDICES).positions

@@ -14,17 +14,19 @@ from keras_gradtools.transforms.taped_call import read
 _REPEATED = 1e-5
 
 
-def examine(name, fun, x, args=(), kwargs=None, seed=0):
+def examine(name, fun, x, args=(), kwargs=None, seed=0, chosen=None):
     """The `BatchIndependence` of `fun(x, *args, **kwargs)`, in `x`, whose leaves have the shape `(batch, ...)`.
 
-    Floating-point leaves are judged by pullbacks, all others by what comes out when examples change places.
+    Floating-point leaves are judged by pullbacks, all others by what comes out when examples change places. With
+    `chosen`, the `ChosenInputs`, these alone are judged.
     """
     kwargs = kwargs or {}
-    leaves = [_tensor(name, leaf) for leaf in nesting.flatten(x)]
-    if not leaves:
+    leaves = [leaf if leaf is None else _tensor(name, leaf) for leaf in nesting.flatten(x)]
+    judged = [i for i, leaf in enumerate(leaves) if leaf is not None] if chosen is None else chosen.positions
+    if not judged:
         raise ValueError(f"{name} expects examples. Received: x={validation.shown(x)}.")
-    independence.require_values(name, leaves)
-    batch_size = independence.require_batch(name, "inputs", leaves)
+    independence.require_values(name, [leaves[i] for i in judged])
+    batch_size = independence.require_batch(name, "inputs", [leaves[i] for i in judged])
     # Of seeds, the scope around each call drops the next state; what the framework draws from is put back.
     random_state = backend.random_state()
 
@@ -33,21 +35,23 @@ def examine(name, fun, x, args=(), kwargs=None, seed=0):
         with block, block:
             return fun(nesting.pack_as(x, leaves), *args, **kwargs)
 
-    leak, dtype, reason = _leak_of(name, called, leaves, batch_size, seed)
+    floats = [i for i in judged if _is_float(leaves[i])]
+    others = [i for i in judged if i not in floats]
+    leak, dtype, reason = _leak_of(name, called, leaves, (floats, others), batch_size, seed)
     value = leak.value
     independent = False if value > independence.tolerance(dtype) else None if reason else True
     layers = [] if independent else _mixing_layers(called, leaves, batch_size, seed)
     if not layers and independent is False:
-        layers = _layers_that_change_others(called, leaves, batch_size, seed)
+        layers = _layers_that_change_others(called, leaves, others, batch_size, seed)
     of = f"the model {fun.name!r}" if isinstance(fun, keras.Layer) else f"the function {validation.name_of(fun)!r}"
     names, classes = zip(*layers, strict=True) if layers else ((), ())
     training = kwargs.get("training")
     return BatchIndependence(independent, value, names, classes, batch_size, of, reason, training)
 
 
-def _leak_of(name, called, leaves, batch_size, seed):
+def _leak_of(name, called, leaves, judged, batch_size, seed):
     """What crosses between examples, the dtype to judge it by, and why it says nothing, if so."""
-    floats = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    floats, others = judged
     leak, reason = Leak(), ""
     outputs = []
     if floats:
@@ -67,8 +71,7 @@ def _leak_of(name, called, leaves, batch_size, seed):
         if unreached:
             some = "" if unreached == len(outputs) else f" of {unreached} of the {len(outputs)} outputs"
             reason = f"the gradient{some} is zero everywhere, as behind a layer whose weights are zero"
-    if len(floats) < len(leaves):
-        others = [i for i in range(len(leaves)) if i not in floats]
+    if others:
         outputs, repeats = _exchange(name, called, leaves, others, batch_size, seed, leak)
         reason = ""
         if not repeats:
@@ -135,12 +138,11 @@ def _mixing_layers(called, leaves, batch_size, seed):
     return _innermost(mixing)
 
 
-def _layers_that_change_others(called, leaves, batch_size, seed):
+def _layers_that_change_others(called, leaves, others, batch_size, seed):
     """The same of what no gradient knows of, masks for one: what a layer returns for the examples of a half changes.
 
     And what it is given for these does not, though all others are replaced.
     """
-    others = [i for i, leaf in enumerate(leaves) if not _is_float(leaf)]
     _, before = _watched(called, leaves)
     for half in independence.halves(batch_size, seed):
         _, after = _watched(called, _with_others_replaced(leaves, others, half))

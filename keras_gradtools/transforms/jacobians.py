@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_gradtools import jacobians, nesting, validation
+from keras_gradtools import chosen_inputs, jacobians, nesting, validation
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.batch_independence import examine
 from keras_gradtools.transforms.first_order import grad
@@ -52,10 +52,11 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None):
 
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), sections 3.1 and 3.2.
     """
-    return _transformed("jacobian", fun, argnums, mode, chunk_size)
+    require_function("jacobian", fun)
+    return Jacobian(fun, _options("jacobian", argnums, mode, chunk_size)).as_function()
 
 
-def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False):
+def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, inputs=None):
     r"""Turns a function of a batch into each example's Jacobian, $J_{b k i} = \partial f_{b k} / \partial x_{b i}$.
 
     It is right where the examples are independent of one another, which it does not see for itself and
@@ -70,15 +71,18 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False):
             memory and changes no value; each chunk evaluates `fun` anew where it is compiled.
         check_independence: whether each call first asks `kg.diagnostics.batch_independence`, eagerly, and raises an
             error with its report where the examples depend on one another.
+        inputs: the names (keys, or positions) of the inputs in `x` to differentiate by; all floating-point ones by
+            default. The others, integers and masks for instance, are carried along as they are.
 
     Returns:
         A function with the arguments of `fun` that returns its Jacobian by the first: in the structure of what `fun`
-        returns, each entry in the structure of `x`, of shape `(batch, *out, *in)`.
+        returns, each entry in the structure of `x`, of shape `(batch, *out, *in)`, with None in the place of an input
+        that is carried along.
 
     Raises:
-        ValueError: for an unknown option; when called, if the batch sizes differ, a rank is below 2, or an argument
-            has no gradient; with `check_independence`, if the examples depend on one another, and inside a compiled
-            function.
+        ValueError: for an unknown option; when called, if the batch sizes differ, a rank is below 2, or there is no
+            input with a gradient; with `check_independence`, if the examples depend on one another, and inside a
+            compiled function.
 
     Cost:
         `min(out, in)` vectorized gradients of the whole batch, with `out` and `in` the sizes of one example: time
@@ -95,27 +99,39 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False):
 
     Source: TensorFlow's guide "Advanced automatic differentiation", section "Batch Jacobian".
     """
-    transformed = _transformed("batch_jacobian", fun, 0, mode, chunk_size, batch_axes=1)
-    validation.require_flag("batch_jacobian", "check_independence", check_independence)
-    if not check_independence:
-        return transformed
+    name = "batch_jacobian"
+    require_function(name, fun)
+    options = _options(name, 0, mode, chunk_size, batch_axes=1)
+    validation.require_flag(name, "check_independence", check_independence)
+    names = chosen_inputs.checked_choice(name, inputs)
 
     @functools.wraps(fun, updated=())
-    def checked(x, *args, **kwargs):
-        report = examine("batch_jacobian", fun, x, args, kwargs)
-        if report.independent is False:
-            raise ValueError(f"batch_jacobian: {report}")
-        return transformed(x, *args, **kwargs)
+    def transformed(*args, **kwargs):
+        chosen = _chosen(fun, args[0], names) if args else None
+        if check_independence:
+            report = examine(name, fun, args[0], args[1:], kwargs, chosen=None if names is None else chosen)
+            if report.independent is False:
+                raise ValueError(f"{name}: {report}")
+        return Jacobian(fun, options._replace(chosen=chosen))(*args, **kwargs)
 
-    return checked
+    return transformed
 
 
-def _transformed(name, fun, argnums, mode, chunk_size, batch_axes=0):
-    require_function(name, fun)
+def _chosen(fun, x, names):
+    """The inputs to differentiate by; None for all, and where the call itself will say what is wrong with them."""
+    if names is not None:
+        return chosen_inputs.choose("batch_jacobian", fun, x, names)
+    carried = [chosen_inputs.is_carried_along(leaf) for leaf in nesting.flatten(x)]
+    if not any(carried) or all(carried):
+        return None
+    return chosen_inputs.ChosenInputs(tuple(i for i, is_carried in enumerate(carried) if not is_carried), len(carried))
+
+
+def _options(name, argnums, mode, chunk_size, batch_axes=0):
     require_argnums(name, argnums)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
     mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
-    return Jacobian(fun, Options(name, argnums, mode, chunk_size, batch_axes)).as_function()
+    return Options(name, argnums, mode, chunk_size, batch_axes)
 
 
 class Options(NamedTuple):
@@ -127,6 +143,7 @@ class Options(NamedTuple):
     chunk_size: int | None
     batch_axes: int = 0
     of_gradient: bool = False
+    chosen: chosen_inputs.ChosenInputs | None = None
 
 
 class Note(NamedTuple):
@@ -135,6 +152,7 @@ class Note(NamedTuple):
     plan: jacobians.Plan
     target: Any
     sources: Any
+    chosen: chosen_inputs.ChosenInputs | None
 
 
 class Jacobian:
@@ -147,11 +165,14 @@ class Jacobian:
     def as_function(self):
         @functools.wraps(self.fun, updated=())
         def transformed(*args, **kwargs):
-            if self.options.chunk_size is not None and compiled.may_run():
-                return self._by_chunks(args, kwargs)
-            return self._whole(args, kwargs)
+            return self(*args, **kwargs)
 
         return transformed
+
+    def __call__(self, *args, **kwargs):
+        if self.options.chunk_size is not None and compiled.may_run():
+            return self._by_chunks(args, kwargs)
+        return self._whole(args, kwargs)
 
     def _whole(self, args, kwargs):
         options = self.options
@@ -184,6 +205,10 @@ class Jacobian:
 
 def _evaluated(options, fun, args, kwargs):
     fun = grad(fun, options.argnums) if options.of_gradient else fun
+    chosen = options.chosen
+    if chosen is not None:
+        x, *others = args
+        fun, args = chosen.function(fun, x), (chosen.parts(x), *others)
     call = TapedCall(options.name, fun, args, kwargs, options.argnums)
     targets, sources = call.flat_targets, call.flat_sources
     if options.batch_axes:
@@ -191,8 +216,9 @@ def _evaluated(options, fun, args, kwargs):
             for source in sources:
                 jacobians.check_batch(options.name, target, source)
     plan = jacobians.Plan(targets, sources, options.mode, options.batch_axes)
-    structures = (nesting.map_structure(lambda _: 0, x) for x in (call.target, call.sources))
-    return call.record, targets, sources, Note(plan, *structures)
+    by = call.sources if chosen is None else x
+    structures = (nesting.map_structure(lambda _: 0, x) for x in (call.target, by))
+    return call.record, targets, sources, Note(plan, *structures, chosen)
 
 
 def _whole(options, fun, *args, **kwargs):
@@ -207,5 +233,6 @@ def _chunk(options, part, fun, index, *args, **kwargs):
 
 
 def _packed(note, blocks):
-    rows = [nesting.pack_as(note.sources, row) for row in blocks]
+    pack = nesting.pack_as if note.chosen is None else note.chosen.packed
+    rows = [pack(note.sources, row) for row in blocks]
     return nesting.pack_as(note.target, rows)

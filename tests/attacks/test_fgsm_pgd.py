@@ -476,9 +476,9 @@ class TestErrors:
         ("change", "message"),
         [
             ({"model": "model"}, "expects a Keras model or a function as `model`. Received: 'model'"),
-            ({"x": [X, X]}, "one array or tensor .* as `x`.* attack a function of the one"),
-            ({"x": {"a": X}}, "one array or tensor .* as `x`"),
-            ({"x": 0.5}, "one array or tensor .* as `x`"),
+            ({"x": [X, X]}, "moves one floating-point input. Received: 2 of them.* Choose one by `inputs`"),
+            ({"x": {"a": X}}, "structure of `inputs`"),
+            ({"x": 0.5}, "expects examples of shape \\(batch, ...\\)"),
             ({"x": (255 * X).astype("uint8")}, "perturbs floating-point examples.* uint8.* cast them"),
             ({"x": X[:, 0]}, "expects examples of shape \\(batch, ...\\)"),
             ({"x": X[:0], "y": Y[:0]}, "expects examples of shape \\(batch, ...\\)"),

@@ -151,11 +151,11 @@ class TestTheOthers:
             (X, CLASSES + 5, "expects classes from 0 to 1"),
         ):
             never_begins(classifier(), RobustnessMonitor(x, y), match, y=CLASSES)
-        with pytest.raises(ValueError, match=r"arrays of shape \(batch, ...\) .*Received: \{'x': float32 \(8, 3\)\}"):
-            RobustnessMonitor({"x": X}, CLASSES)
+        with pytest.raises(ValueError, match=r"arrays of shape \(batch, ...\) .*Received: 'text'"):
+            RobustnessMonitor({"x": "text"}, CLASSES)
 
     def test_integers_have_no_jacobian(self):
-        with pytest.raises(ValueError, match="floating-point examples.*int32"):
+        with pytest.raises(ValueError, match="floating-point inputs.*int32"):
             BatchJacobianMonitor(np.ones((N, 2), "int32"))
 
     def test_what_fails_later(self, monkeypatch):
@@ -172,9 +172,9 @@ class TestTheOthers:
         assert len(history["loss"]) == 2
 
 
-@pytest.mark.parametrize("x", [{"image": X}, [X, X], (X,)], ids=["dict", "list", "tuple"])
+@pytest.mark.parametrize("x", [{"image": X, "other": X}, [X, X]], ids=["dict", "list"])
 def test_an_attack_prints_no_numbers(x):
     with pytest.raises(ValueError) as caught:
         kg.attacks.fgsm(classifier(), x, CLASSES, 0.1, verbose=0)
     message = str(caught.value)
-    assert "float32 (8, 3)" in message and "0." not in message and "array" not in message.split("Received")[1]
+    assert "dtype float32 and shape (8, 3)" in message and "[0." not in message

@@ -138,7 +138,7 @@ def test_nothing_changes():
         (np.ones((2, 6), "float32"), {"method": "svd"}, "as `method`"),
         (np.ones((2, 6), "float32"), {"iterations": 0}, "as `iterations`"),
         (np.ones((2, 6), "float32"), {"seed": None}, "as `seed`"),
-        (np.ones((2, 6), "int32"), {}, "floating-point examples"),
+        (np.ones((2, 6), "int32"), {}, "floating-point inputs"),
         (np.float32(1.0), {}, "floating-point examples"),
         (np.full((2, 6), np.nan, "float32"), {}, "2 of 2 examples"),
     ],

@@ -466,7 +466,7 @@ def test_copies(weight, options, tmp_path):
         (lambda: linear(target=lambda y: y)(X, training=True), "must return one number for each example"),
         (
             lambda: InputGradientPenalty(layers.Embedding(3, 2), 0.1)(np.ones((N, 2), "int32"), training=True),
-            "penalizes the gradient by floating-point inputs",
+            "differentiates by floating-point inputs",
         ),
     ],
 )
