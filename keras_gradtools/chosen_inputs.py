@@ -14,7 +14,7 @@ class ChosenInputs(NamedTuple):
     """The positions of some inputs among all of them, flat: a key, so that programs can be kept by it."""
 
     positions: tuple
-    count: int
+    total: int
 
     def parts(self, x):
         """The chosen inputs in a list."""
@@ -31,7 +31,7 @@ class ChosenInputs(NamedTuple):
 
     def packed(self, x, values):
         """`values`, one for each chosen input, nested as `x` is; None in the place of the others."""
-        return self._packed(x, [None] * self.count, values)
+        return self._packed(x, [None] * self.total, values)
 
     def function(self, fun, x):
         """`fun` as a function of the chosen inputs alone, in a list."""

@@ -36,7 +36,7 @@ class Examples(NamedTuple):
         if self.chosen is None:
             return None
         rest = iter([a if a is None else ops.convert_to_tensor(a) for a in rest])
-        count, positions = self.chosen.count, self.chosen.positions
+        count, positions = self.chosen.total, self.chosen.positions
         return nesting.pack_as(self.inputs, [x if i in positions else next(rest) for i in range(count)])
 
     def with_perturbed(self, x):

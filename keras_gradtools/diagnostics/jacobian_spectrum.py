@@ -208,7 +208,7 @@ def _implicit(model, x, chosen, kwargs, iterations, seed):
     u = [ops.zeros_like(y) for y in outputs]
     beta = ops.zeros((count,), dtype=inputs[0].dtype)
     steps = min(iterations, n, m)
-    # U^T J = B V^T, in which the last row has a column more: without it, norms of fewer outputs than inputs are too small.
+    # U^T J = B V^T: the last row reaches a column further, without which the norm is too small where n > m.
     bidiagonal = np.zeros((count, steps, steps + 1))
     for i in range(steps):
         step = functools.partial(_bidiagonalize, chosen)

@@ -217,8 +217,8 @@ def _evaluated(options, fun, args, kwargs):
                 jacobians.check_batch(options.name, target, source)
     plan = jacobians.Plan(targets, sources, options.mode, options.batch_axes)
     by = call.sources if chosen is None else x
-    structures = (nesting.map_structure(lambda _: 0, x) for x in (call.target, by))
-    return call.record, targets, sources, Note(plan, *structures, chosen)
+    target, source = (nesting.map_structure(lambda _: 0, x) for x in (call.target, by))
+    return call.record, targets, sources, Note(plan, target, source, chosen)
 
 
 def _whole(options, fun, *args, **kwargs):
