@@ -228,7 +228,11 @@ def rows():
             {"fun": square, "primals": (VECTOR,), "tangents": (VECTOR,)},
             "fun: function, primals: structure, tangents: structure, has_aux: flag",
         ),
-        "linearize": (lambda fun, x: kg.linearize(fun, x), {"fun": square, "x": VECTOR}, "fun: function, x: tensor"),
+        "linearize": (
+            lambda fun, x, **k: kg.linearize(fun, x, **k),
+            {"fun": square, "x": VECTOR},
+            "fun: function, x: tensor, has_aux: flag",
+        ),
         "linearize.pushforward": (
             lambda tangent: kg.linearize(square, VECTOR)[1](tangent),
             {"tangent": VECTOR},
@@ -237,17 +241,20 @@ def rows():
         "jacobian": (
             used(kg.jacobian, "x"),
             {"fun": ops.sin, "x": VECTOR},
-            "fun: function, x: tensor, argnums: positions, mode: choice, chunk_size: count?",
+            "fun: function, x: tensor, argnums: positions, mode: choice, chunk_size: count?, has_aux: flag",
         ),
         "batch_jacobian": (
             used(kg.batch_jacobian, "x"),
             {"fun": ops.sin, "x": X},
-            "fun: function, x: examples, mode: choice, chunk_size: count?, check_independence: flag",
+            (
+                "fun: function, x: examples, mode: choice, chunk_size: count?, check_independence: flag, "
+                "argnums: positions, has_aux: flag"
+            ),
         ),
         "hessian": (
             used(kg.hessian, "x"),
             {"fun": square, "x": VECTOR},
-            "fun: function, x: tensor, argnums: positions, chunk_size: count?",
+            "fun: function, x: tensor, argnums: positions, chunk_size: count?, has_aux: flag",
         ),
         "hvp": (
             kg.hvp,
@@ -262,7 +269,7 @@ def rows():
         "per_example_grad": (
             used(kg.per_example_grad, "weights", "x"),
             {"fun": weighted, "weights": VECTOR, "x": X},
-            "fun: function, weights: tensor, x: examples, argnums: positions",
+            "fun: function, weights: tensor, x: examples, argnums: positions, has_aux: flag",
         ),
         "laplacian": (
             used(kg.laplacian, "x"),

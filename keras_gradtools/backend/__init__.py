@@ -14,7 +14,7 @@ which exists once for all backends.
 | `pushforward_batch(tape, targets, sources, tangents)`| the same for a stack of tangents on axis 0       |
 | `linearize(tape, targets, sources, is_symmetric)`   | `tangents -> pushforward`, its other work done once |
 | `map_chunks(fun, count, chunk_size)`                | `fun(numbers)` on the numbers below `count`, a chunk at a time |
-| `per_example_gradients(fun, weights, examples, must_vectorize)` | each example's gradient, vectorized if possible |
+| `per_example_gradients(fun, weights, examples, must_vectorize)` | each example's gradient, and tensors besides |
 | `jit(fun)`                                          | the framework's compiler, Keras variables as state|
 | `compiled(fun)`                                     | compiled by itself where no training step can be  |
 | `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |

@@ -338,4 +338,4 @@ def map_chunks(fun, count, chunk_size):
 
 
 def per_example_gradients(fun, weights, examples, must_vectorize=False):
-    return jax.vmap(jax.grad(fun), in_axes=(None, 0))(weights, examples)
+    return jax.vmap(jax.grad(fun, has_aux=True), in_axes=(None, 0))(weights, examples)

@@ -422,14 +422,19 @@ def per_example_gradients(fun, weights, examples, must_vectorize=False):
         with tape, tape:
             for weight in weights:
                 tape.watch(weight)
-            value = fun(weights, example)
+            value, aux = fun(weights, example)
         found = pullback(tape, [value], weights, [tf.ones_like(value)])
-        return [tf.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)]
+        return [tf.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)] + [
+            tf.identity(x)
+            for x in aux  # a tensor from outside is none of the vectorizer's graph
+        ]
 
     if not must_vectorize:
-        return _map_rows(gradients, examples)
-    with _without_the_log_of_the_vectorizer():
-        return _vectorize(gradients, examples)
+        found = _map_rows(gradients, examples)
+    else:
+        with _without_the_log_of_the_vectorizer():
+            found = _vectorize(gradients, examples)
+    return found[: len(weights)], found[len(weights) :]
 
 
 def _map_connected(fun, stacks):

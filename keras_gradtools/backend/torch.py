@@ -429,12 +429,12 @@ def map_chunks(fun, count, chunk_size):
 
 def per_example_gradients(fun, weights, examples, must_vectorize=False):
     # A tape cannot follow what is inside `torch.vmap`, and `torch.func` goes by its own rules there.
-    mapped = torch.vmap(torch.func.grad(fun), in_dims=(None, 0), randomness="same")
+    mapped = torch.vmap(torch.func.grad(fun, has_aux=True), in_dims=(None, 0), randomness="same")
     try:
         if not _may_be_recorded(lambda: any(x.requires_grad for x in (*weights, *examples))):
-            gradients = mapped(weights, examples)
-            if not any(g.requires_grad for g in gradients):
-                return gradients
+            found = mapped(weights, examples)
+            if not any(x.requires_grad for part in found for x in part):
+                return found
         with torch_unfused.Unfused():
             return mapped(weights, examples)
     except (RuntimeError, AttributeError) as error:
@@ -442,7 +442,7 @@ def per_example_gradients(fun, weights, examples, must_vectorize=False):
             raise
         rows = [_gradients(fun, weights, [x[i] for x in examples]) for i in range(len(examples[0]))]
         _warn_unvectorized(str(error).strip().splitlines()[0])
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
+        return tuple([torch.stack(column) for column in zip(*part, strict=True)] for part in zip(*rows, strict=True))
 
 
 def _gradients(fun, weights, example):
@@ -450,9 +450,9 @@ def _gradients(fun, weights, example):
     with tape, tape:
         for w in weights:
             tape.watch(w)
-        value = fun(weights, example)
+        value, aux = fun(weights, example)
     gradients = pullback(tape, [value], weights, [torch.ones_like(value)])
-    return [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)], aux
 
 
 def compiled(fun):

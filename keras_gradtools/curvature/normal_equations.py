@@ -156,7 +156,7 @@ def _rows_of_output(loss, parameters, model, weights, x, place):
 
     def output(weights, examples):
         example = nesting.pack_as(x, [ops.expand_dims(e, 0) for e in examples])
-        return ops.reshape(loss.outputs(model, weights, example), (-1,))[place]
+        return ops.reshape(loss.outputs(model, weights, example), (-1,))[place], []
 
-    found = backend.per_example_gradients(output, weights, nesting.flatten(x), must_vectorize=True)
+    found, _ = backend.per_example_gradients(output, weights, nesting.flatten(x), must_vectorize=True)
     return ops.concatenate([ops.reshape(g, (g.shape[0], -1)) for g in found], axis=1)

@@ -52,8 +52,7 @@ def grad(fun, argnums=0, has_aux=False):
         call, gradients = _gradient("grad", fun, args, kwargs, argnums, has_aux)
         return (gradients, call.aux) if has_aux else gradients
 
-    if not has_aux:
-        _differentiated_by[gradient] = argnums
+    _differentiated_by[gradient] = argnums, has_aux
     return gradient
 
 
@@ -178,7 +177,7 @@ def jvp(fun, primals, tangents, has_aux=False):
     return (call.value, pushed, call.aux) if has_aux else (call.value, pushed)
 
 
-def linearize(fun, *primals):
+def linearize(fun, *primals, has_aux=False):
     r"""Evaluates a function and prepares its derivative along many directions, $v \mapsto J v$.
 
     The work that does not depend on the direction is done once.
@@ -186,11 +185,12 @@ def linearize(fun, *primals):
     Args:
         fun: a function of `primals` that returns tensors, in any nesting.
         *primals: real floating-point tensors, variables, arrays or Python floats, in any nesting.
+        has_aux: whether `fun` returns a pair `(out, aux)`.
 
     Returns:
-        `(out, pushforward)`. `pushforward(*tangents)` takes a tangent for each of `primals`, in its structure and
-        shapes (None stands for zeros), and returns the structure of `out`. It keeps the evaluation in memory until
-        it is dropped.
+        `(out, pushforward)`, and `aux` as a third if `has_aux`. `pushforward(*tangents)` takes a tangent for each of
+        `primals`, in its structure and shapes (None stands for zeros), and returns the structure of `out`. It keeps
+        the evaluation in memory until it is dropped.
 
     Raises:
         ValueError: if a primal has no gradient, or a tangent not the structure and shape of its primal.
@@ -210,9 +210,14 @@ def linearize(fun, *primals):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.1.
     """
     require_function("linearize", fun)
-    call = TapedCall("linearize", fun, primals, argnums=tuple(range(len(primals))))
-    push = call.linearize(_is_gradient(fun, len(primals)) and not call.record.has_custom_gradient)
-    return call.value, lambda *tangents: push(require_tangents("linearize", primals, tangents))
+    validation.require_flag("linearize", "has_aux", has_aux)
+    call = TapedCall("linearize", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
+    push = call.linearize(_is_gradient(fun, len(primals), has_aux) and not call.record.has_custom_gradient)
+
+    def pushforward(*tangents):
+        return push(require_tangents("linearize", primals, tangents))
+
+    return (call.value, pushforward, call.aux) if has_aux else (call.value, pushforward)
 
 
 def require_tuple(name, role, given):
@@ -226,9 +231,12 @@ def require_tuple(name, role, given):
     )
 
 
-def _is_gradient(fun, count):
+def _is_gradient(fun, count, has_aux):
     """Whether `fun` is the gradient, by all of its arguments, that `grad` has made: its Jacobian is symmetric."""
-    by = _differentiated_by.get(fun) if type(fun) is types.FunctionType else None
+    made = _differentiated_by.get(fun) if type(fun) is types.FunctionType else None
+    if made is None or made[1] != has_aux:
+        return False
+    by = made[0]
     return by in (0, -1) and count == 1 or isinstance(by, (tuple, list)) and tuple(by) == tuple(range(count))
 
 

@@ -7,13 +7,18 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, jacobians, nesting, validation
-from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms import auxiliary, compiled
 from keras_gradtools.transforms.batch_independence import examine
-from keras_gradtools.transforms.first_order import grad
-from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function
+from keras_gradtools.transforms.taped_call import (
+    TapedCall,
+    argument_positions,
+    is_scalar,
+    require_argnums,
+    require_function,
+)
 
 
-def jacobian(fun, argnums=0, mode="auto", chunk_size=None):
+def jacobian(fun, argnums=0, mode="auto", chunk_size=None, has_aux=False):
     r"""Turns a function into its Jacobian, $J_{k i} = \partial f_k / \partial x_i$.
 
     Called eagerly, it is compiled, and kept for the same `fun`, shapes and dtypes: `fun`'s Python does not run
@@ -29,11 +34,13 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None):
             `"auto"`, whichever are fewer.
         chunk_size: how many rows (columns) to compute at once; all by default. It bounds the memory and changes
             no value; each chunk evaluates `fun` anew where it is compiled.
+        has_aux: whether `fun` returns a pair `(out, aux)`, with `aux` any nesting of tensors and anything else; what is
+            no tensor is what it was when `fun`'s Python ran.
 
     Returns:
-        A function with the arguments of `fun` that returns the Jacobian: in the structure of what `fun` returns, each
-        entry in the structure of the argument (a tuple of them for a tuple of positions), of shape `(*out, *in)`,
-        zeros where nothing is connected.
+        A function with the arguments of `fun` that returns the Jacobian, or `(jacobian, aux)` if `has_aux`: in the
+        structure of what `fun` returns, each entry in the structure of the argument (a tuple of them for a tuple of
+        positions), of shape `(*out, *in)`, zeros where nothing is connected.
 
     Raises:
         ValueError: for an unknown option; when called, if a position does not exist or an argument has no gradient.
@@ -53,10 +60,10 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), sections 3.1 and 3.2.
     """
     require_function("jacobian", fun)
-    return Jacobian(fun, _options("jacobian", argnums, mode, chunk_size)).as_function()
+    return Jacobian(fun, _options("jacobian", argnums, mode, chunk_size, has_aux)).as_function()
 
 
-def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, inputs=None):
+def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, inputs=None, argnums=0, has_aux=False):
     r"""Turns a function of a batch into each example's Jacobian, $J_{b k i} = \partial f_{b k} / \partial x_{b i}$.
 
     It is right where the examples are independent of one another, which it does not see for itself and
@@ -64,19 +71,22 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, 
     is compiled and kept as `jacobian` is: of a model the weights of the moment are used, and nothing is traced again.
 
     Args:
-        fun: a function or a Keras model of `(x, ...)`, with `x` of shape `(batch, ...)` or a nesting of such tensors,
-            that returns tensors of shape `(batch, ...)`, in any nesting.
+        fun: a function or a Keras model that returns tensors of shape `(batch, ...)`, in any nesting.
         mode: as for `jacobian`, counted in elements of one example.
         chunk_size: how many directions to compute at once, each for the whole batch; all by default. It bounds the
             memory and changes no value; each chunk evaluates `fun` anew where it is compiled.
         check_independence: whether each call first asks `kg.diagnostics.batch_independence`, eagerly, and raises an
             error with its report where the examples depend on one another.
-        inputs: the names (keys, or positions) of the inputs in `x` to differentiate by; all floating-point ones by
-            default. The others, integers and masks for instance, are carried along as they are.
+        inputs: the names (keys, or positions) of the inputs in the argument to differentiate by; all floating-point
+            ones by default. The others, integers and masks for instance, are carried along as they are.
+        argnums: the position of the argument to differentiate by, or a tuple of positions. These arguments are tensors
+            of shape `(batch, ...)`, in any nesting.
+        has_aux: as for `jacobian`.
 
     Returns:
-        A function with the arguments of `fun` that returns its Jacobian by the first: in the structure of what `fun`
-        returns, each entry in the structure of `x`, of shape `(batch, *out, *in)`, with None in the place of an input
+        A function with the arguments of `fun` that returns its Jacobian, or `(jacobian, aux)` if `has_aux`: in the
+        structure of what `fun` returns, each entry in the structure of the argument (a tuple of them for a tuple of
+        positions), of shape `(batch, *out, *in)`, zeros where nothing is connected, and None in the place of an input
         that is carried along.
 
     Raises:
@@ -101,17 +111,15 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, 
     """
     name = "batch_jacobian"
     require_function(name, fun)
-    options = _options(name, 0, mode, chunk_size, batch_axes=1)
+    options = _options(name, argnums, mode, chunk_size, has_aux, batch_axes=1)
     validation.require_flag(name, "check_independence", check_independence)
     names = chosen_inputs.checked_choice(name, inputs)
 
     @functools.wraps(fun, updated=())
     def transformed(*args, **kwargs):
-        chosen = _chosen(fun, args[0], names) if args else None
+        chosen = _chosen(fun, _picked(name, args, options.argnums), names)
         if check_independence:
-            report = examine(name, fun, args[0], args[1:], kwargs, chosen=None if names is None else chosen)
-            if report.independent is False:
-                raise ValueError(f"{name}: {report}")
+            _require_independence(fun, options, args, kwargs, chosen=None if names is None else chosen)
         return Jacobian(fun, options._replace(chosen=chosen))(*args, **kwargs)
 
     return transformed
@@ -127,11 +135,41 @@ def _chosen(fun, x, names):
     return chosen_inputs.ChosenInputs(tuple(i for i, is_carried in enumerate(carried) if not is_carried), len(carried))
 
 
-def _options(name, argnums, mode, chunk_size, batch_axes=0):
+def _require_independence(fun, options, args, kwargs, chosen):
+    def of_picked(x, **kwargs):
+        returned = fun(*_placed(options.name, args, options.argnums, x), **kwargs)
+        return auxiliary.split(options.name, returned)[0] if options.has_aux else returned
+
+    x = _picked(options.name, args, options.argnums)
+    if options.argnums == 0 and not options.has_aux:
+        report = examine(options.name, fun, x, args[1:], kwargs, chosen=chosen)
+    else:
+        report = examine(options.name, functools.wraps(fun, updated=())(of_picked), x, (), kwargs, chosen=chosen)
+    if report.independent is False:
+        raise ValueError(f"{options.name}: {report}")
+
+
+def _picked(name, args, argnums):
+    """The argument to differentiate by, or a tuple of them if `argnums` is one."""
+    chosen = tuple(args[i] for i in argument_positions(name, argnums, len(args)))
+    return chosen if isinstance(argnums, tuple) else chosen[0]
+
+
+def _placed(name, args, argnums, x):
+    """The arguments, with others in the place of those that are picked."""
+    args = list(args)
+    positions = argument_positions(name, argnums, len(args))
+    for i, value in zip(positions, x if isinstance(argnums, tuple) else [x], strict=True):
+        args[i] = value
+    return args
+
+
+def _options(name, argnums, mode, chunk_size, has_aux, **others):
     require_argnums(name, argnums)
+    validation.require_flag(name, "has_aux", has_aux)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
     mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
-    return Options(name, argnums, mode, chunk_size, batch_axes)
+    return Options(name, argnums, mode, chunk_size, bool(has_aux), **others)
 
 
 class Options(NamedTuple):
@@ -141,8 +179,9 @@ class Options(NamedTuple):
     argnums: Any
     mode: str
     chunk_size: int | None
+    has_aux: bool = False
     batch_axes: int = 0
-    of_gradient: bool = False
+    of_derivative: bool = False
     chosen: chosen_inputs.ChosenInputs | None = None
 
 
@@ -153,10 +192,11 @@ class Note(NamedTuple):
     target: Any
     sources: Any
     chosen: chosen_inputs.ChosenInputs | None
+    aux: Any
 
 
 class Jacobian:
-    """One function's Jacobian (or its gradient's), compiled as a whole, or a chunk of it at a time."""
+    """One function's Jacobian (or its derivative's), compiled as a whole, or a chunk of it at a time."""
 
     def __init__(self, fun, options):
         self.fun = fun
@@ -177,7 +217,11 @@ class Jacobian:
     def _whole(self, args, kwargs):
         options = self.options
         body = functools.partial(_whole, options)
-        return compiled.run(options.name, self.fun, body, ("whole", options), args, kwargs)[0]
+        (blocks, aux), note = compiled.run(options.name, self.fun, body, ("whole", options), args, kwargs)
+        return self._with_aux(blocks, aux, note)
+
+    def _with_aux(self, blocks, aux, note):
+        return (blocks, auxiliary.put_together(aux, note.aux)) if self.options.has_aux else blocks
 
     def _by_chunks(self, args, kwargs):
         """Calls one program for each chunk: inside one, a compiler might well hold all of them at once."""
@@ -191,7 +235,7 @@ class Jacobian:
             compute = compiled.prepare(options.name, self.fun, body, key, (index, *args), kwargs)
             chunks, start = [], 0
             while start < max(counts[part], 1):
-                rows, note = compute((start + index, *args), kwargs)
+                (rows, aux), note = compute((start + index, *args), kwargs)
                 if not note.plan.is_static:
                     return self._whole(args, kwargs)
                 counts = note.plan.counts
@@ -200,36 +244,58 @@ class Jacobian:
             columns = zip(*chunks, strict=True)
             stacks.append([None if c[0] is None else ops.concatenate(c, axis=0)[: counts[part]] for c in columns])
             part += 1
-        return _packed(note, note.plan.blocks(stacks, zero=True))
+        return self._with_aux(_packed(note, note.plan.blocks(stacks, zero=True)), aux, note)
 
 
 def _evaluated(options, fun, args, kwargs):
-    fun = grad(fun, options.argnums) if options.of_gradient else fun
-    chosen = options.chosen
-    if chosen is not None:
-        x, *others = args
-        fun, args = chosen.function(fun, x), (chosen.parts(x), *others)
-    call = TapedCall(options.name, fun, args, kwargs, options.argnums)
+    fun = _derivative(options, fun) if options.of_derivative else fun
+    call, by = _called(options, fun, args, kwargs)
     targets, sources = call.flat_targets, call.flat_sources
     if options.batch_axes:
         for target in targets:
             for source in sources:
                 jacobians.check_batch(options.name, target, source)
     plan = jacobians.Plan(targets, sources, options.mode, options.batch_axes)
-    by = call.sources if chosen is None else x
     target, source = (nesting.map_structure(lambda _: 0, x) for x in (call.target, by))
-    return call.record, targets, sources, Note(plan, target, source, chosen)
+    aux, rest = auxiliary.take_apart(call.aux)
+    return call.record, targets, sources, aux, Note(plan, target, source, options.chosen, rest)
+
+
+def _called(options, fun, args, kwargs):
+    """The recorded call, and the structure of what is differentiated by."""
+    argnums, chosen = options.argnums, options.chosen
+    if chosen is None:
+        call = TapedCall(options.name, fun, args, kwargs, argnums, options.has_aux)
+        return call, call.sources
+    x = _picked(options.name, args, argnums)
+    of_chosen = chosen.function(lambda x, **kwargs: fun(*_placed(options.name, args, argnums, x), **kwargs), x)
+    return TapedCall(options.name, of_chosen, (chosen.parts(x),), kwargs, 0, options.has_aux), x
+
+
+def _derivative(options, fun):
+    """The gradient of a scalar function, and the Jacobian of any other one."""
+
+    def derivative(*args, **kwargs):
+        call = TapedCall(options.name, fun, args, kwargs, options.argnums, options.has_aux)
+        if is_scalar(call.target):
+            found = call.pull(is_last=True)
+        else:
+            blocks = jacobians.jacobians(call.record, call.flat_targets, call.flat_sources, "auto", None, zero=True)
+            found = nesting.pack_as(call.target, [nesting.pack_as(call.sources, row) for row in blocks])
+        return (found, call.aux) if options.has_aux else found
+
+    return derivative
 
 
 def _whole(options, fun, *args, **kwargs):
-    tape, targets, sources, note = _evaluated(options, fun, args, kwargs)
+    tape, targets, sources, aux, note = _evaluated(options, fun, args, kwargs)
     stacks = note.plan.stacks(tape, targets, sources, options.chunk_size)
-    return _packed(note, note.plan.blocks(stacks, zero=True)), None
+    return (_packed(note, note.plan.blocks(stacks, zero=True)), aux), note
 
 
 def _chunk(options, part, fun, index, *args, **kwargs):
-    tape, targets, sources, note = _evaluated(options, fun, args, kwargs)
-    return note.plan.stack(tape, targets, sources, part, index), note
+    tape, targets, sources, aux, note = _evaluated(options, fun, args, kwargs)
+    return (note.plan.stack(tape, targets, sources, part, index), aux), note
 
 
 def _packed(note, blocks):

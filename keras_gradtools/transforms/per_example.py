@@ -7,10 +7,11 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend.state import StateScope
-from keras_gradtools.transforms.taped_call import differentiable_argument, require_function, require_scalar
+from keras_gradtools.transforms import auxiliary
+from keras_gradtools.transforms.taped_call import differentiable_argument, read, require_function, require_scalar
 
 
-def per_example_grad(fun, argnums=0):
+def per_example_grad(fun, argnums=0, has_aux=False):
     r"""Turns the loss of a batch into the gradient for each example, $g_b = \nabla_\theta \ell(\theta, x_b)$.
 
     `fun` is evaluated on each example as on a batch of one, all of them at once (`vmap`); where a backend cannot, one
@@ -22,10 +23,12 @@ def per_example_grad(fun, argnums=0):
             shape `(batch, ...)`, in any nesting.
         argnums: 0, the weights: real floating-point tensors, variables, arrays or Python floats, in any nesting. A
             position further on is that of the weights instead, and every other argument is a part of the batch.
+        has_aux: whether `fun` returns a pair `(value, aux)`.
 
     Returns:
         A function with the arguments of `fun` that returns the gradients, in the structure of the weights, each of
-        shape `(batch, *weight)`, zeros where nothing is connected. It runs eagerly; compile it with `jit`.
+        shape `(batch, *weight)`, zeros where nothing is connected; with `has_aux`, `(gradients, aux)`, where the
+        tensors in `aux` are those of all examples, stacked on axis 0. It runs eagerly; compile it with `jit`.
 
     Raises:
         ValueError: when called, if `fun` does not return a scalar, the batch sizes differ, or the weights have no
@@ -52,6 +55,8 @@ def per_example_grad(fun, argnums=0):
             f"The argnums of `per_example_grad` must be one position. Received: argnums={validation.shown(argnums)}."
         )
 
+    validation.require_flag("per_example_grad", "has_aux", has_aux)
+
     @functools.wraps(fun, updated=())
     def gradients(*args, **kwargs):
         if not -len(args) <= argnums < len(args):
@@ -64,21 +69,34 @@ def per_example_grad(fun, argnums=0):
         batch = nesting.map_structure(_example_tensor, (*args[:place], *args[place + 1 :]))
         _check_batch(batch)
 
+        rest_of_aux = None
+
         def value(flat_weights, flat_examples):
+            nonlocal rest_of_aux
             examples = [ops.expand_dims(x, 0) for x in flat_examples]
             given = list(nesting.pack_as(batch, examples))
             given.insert(place, nesting.pack_as(weights, flat_weights))
             scope = StateScope()
             with scope, scope:
-                result = fun(*given, **kwargs)
+                returned = fun(*given, **kwargs)
+                result, aux = auxiliary.split("per_example_grad", returned) if has_aux else (returned, None)
+                tensors, rest_of_aux = auxiliary.take_apart(nesting.map_structure(read, aux))
             require_scalar("per_example_grad", result)
             validation.require_differentiable(result, "What the function under `per_example_grad` returns")
-            return result
+            return result, tensors
 
-        if 0 in tuple(nesting.flatten(batch)[0].shape)[:1]:
+        examples = nesting.flatten(batch)
+        is_empty = 0 in tuple(examples[0].shape)[:1]
+        if is_empty and not has_aux:
             return nesting.map_structure(lambda w: ops.zeros((0, *w.shape), dtype=w.dtype), weights)
-        found = backend.per_example_gradients(value, nesting.flatten(weights), nesting.flatten(batch))
-        return nesting.pack_as(weights, found)
+        if is_empty:
+            # A made-up example tells what is in `aux`.
+            examples = [ops.zeros((1, *x.shape[1:]), dtype=x.dtype) for x in examples]
+        found, tensors = backend.per_example_gradients(value, nesting.flatten(weights), examples)
+        if is_empty:
+            found, tensors = [x[:0] for x in found], [x[:0] for x in tensors]
+        found = nesting.pack_as(weights, found)
+        return (found, auxiliary.put_together(tensors, rest_of_aux)) if has_aux else found
 
     return gradients
 

@@ -11,29 +11,32 @@ from keras_gradtools.transforms.jacobians import Jacobian, Options
 from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
 
 
-def hessian(fun, argnums=0, chunk_size=None):
-    r"""Turns a scalar function into its Hessian, $H_{i j} = \partial^2 f / \partial x_i \partial x_j$.
+def hessian(fun, argnums=0, chunk_size=None, has_aux=False):
+    r"""Turns a function into its Hessian, $H_{k i j} = \partial^2 f_k / \partial x_i \partial x_j$.
 
     Called eagerly, it is compiled and kept, as `jacobian` is.
 
     Args:
-        fun: a function that returns one scalar tensor.
+        fun: a function that returns one scalar tensor, or real floating-point tensors in any nesting.
         argnums: the position of the argument to differentiate by, or a tuple of positions. These arguments are
             real floating-point tensors, variables, arrays or Python floats, in any nesting.
         chunk_size: how many columns (rows) to compute at once; all by default. It bounds the memory and changes no
             value; each chunk evaluates `fun` anew where it is compiled.
+        has_aux: as for `jacobian`.
 
     Returns:
-        A function with the arguments of `fun` that returns, for one tensor, a tensor of shape `(*in, *in)`; for a
-        nested argument (or several) the structure of it, each entry again in that structure, of shape
-        `(*in_i, *in_j)`: see `flatten_hessian`. Zeros where nothing is connected.
+        A function with the arguments of `fun` that returns the Hessian, or `(hessian, aux)` if `has_aux`. Of a scalar
+        by one tensor it is a tensor of shape `(*in, *in)`; by a nested argument (or several), the structure of it,
+        each entry again in that structure, of shape `(*in_i, *in_j)`: see `flatten_hessian`. Of anything else it is
+        in the structure of what `fun` returns, each entry such a Hessian, of shapes `(*out, *in_i, *in_j)`. Zeros
+        where nothing is connected.
 
     Raises:
-        ValueError: as `grad` and `jacobian`.
+        ValueError: as `jacobian`.
 
     Cost:
-        `n` vectorized products with the Hessian, about two gradients each; memory of `n` gradients, without
-        `chunk_size`.
+        For each output, `n` vectorized products with the Hessian, about two gradients each; memory of `n` gradients for
+        each output, with `chunk_size` in the place of `n`.
 
     Example:
 
@@ -49,10 +52,11 @@ def hessian(fun, argnums=0, chunk_size=None):
     require_function("hessian", fun)
     require_argnums("hessian", argnums)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
-    options = Options(
-        "hessian", argnums, backend.HESSIAN_MODE, jacobians.checked_chunk_size(chunk_size), of_gradient=True
-    )
-    return Jacobian(fun, options).as_function()
+    validation.require_flag("hessian", "has_aux", has_aux)
+    # A derivative has more elements than its argument, unless it is that of a scalar.
+    mode = "auto" if backend.HESSIAN_MODE == "reverse" else "forward"
+    chunk_size = jacobians.checked_chunk_size(chunk_size)
+    return Jacobian(fun, Options("hessian", argnums, mode, chunk_size, bool(has_aux), of_derivative=True)).as_function()
 
 
 class FlatHessian(NamedTuple):
@@ -69,8 +73,8 @@ def flatten_hessian(blocks):
     $\sum_{j < i} n_j$ on, in the order of `keras.ops.reshape(x, -1)`.
 
     Args:
-        blocks: what `hessian` returns: for an argument of some nesting, that nesting of itself, the block of the
-            i-th and j-th tensors of shape `(*in_i, *in_j)`.
+        blocks: what `hessian` returns of a scalar function: for an argument of some nesting, that nesting of itself,
+            the block of the i-th and j-th tensors of shape `(*in_i, *in_j)`.
 
     Returns:
         A named tuple `(matrix, slices)`: the matrix, and a slice for each tensor, in the structure of the argument.
@@ -136,8 +140,8 @@ def _half(block):
     half = shape[: len(shape) // 2]
     if not ops.is_tensor(block) or shape != half * 2:
         raise ValueError(
-            "flatten_hessian takes the blocks that `hessian` returns: on the diagonal of shape `(*in, *in)`. Received: "
-            f"{validation.describe(block)}."
+            "flatten_hessian takes the blocks that `hessian` returns of a scalar function: on the diagonal of shape "
+            f"`(*in, *in)`. Received: {validation.describe(block)}."
         )
     return half
 

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation, vectors
 from keras_gradtools.backend.state import StateScope
+from keras_gradtools.transforms import auxiliary
 
 
 class TapedCall:
@@ -29,7 +30,7 @@ class TapedCall:
 
     def __init__(self, name, fun, args, kwargs=None, argnums=0, has_aux=False):
         args = list(args)
-        positions = _positions(name, argnums, len(args))
+        positions = argument_positions(name, argnums, len(args))
         for i in positions:
             args[i] = nesting.map_structure(lambda x: differentiable_argument(name, i, x), args[i])  # noqa: B023
         chosen = tuple(args[i] for i in positions)
@@ -41,7 +42,7 @@ class TapedCall:
             for x in self.flat_sources:
                 self.record.watch(x)
             returned = fun(*args, **(kwargs or {}))
-            target, aux = _split_aux(name, returned) if has_aux else (returned, None)
+            target, aux = auxiliary.split(name, returned) if has_aux else (returned, None)
             self.target, self._aux = (nesting.map_structure(read, x) for x in (target, aux))
             self.record.note_results(nesting.flatten(self.target))
         self.flat_targets = nesting.flatten(self.target)
@@ -89,9 +90,14 @@ def require_function(name, fun):
         raise ValueError(f"{name} takes a function. Received: {validation.describe(fun)}.")
 
 
+def is_scalar(value):
+    """Whether `value`, which tensors are in, is one tensor of rank 0."""
+    return not nesting.is_nested(value) and not len(value.shape)
+
+
 def require_scalar(name, value):
     """Raises `ValueError` unless `value` is one tensor of rank 0."""
-    if nesting.is_nested(value) or len(value.shape):
+    if not is_scalar(value):
         what = validation.describe(value) if not nesting.is_nested(value) else f"a {type(value).__name__}"
         raise ValueError(
             f"The function under `{name}` must return one scalar. Received: {what}. Sum it up, with "
@@ -121,7 +127,8 @@ def require_argnums(name, argnums):
         )
 
 
-def _positions(name, argnums, count):
+def argument_positions(name, argnums, count):
+    """The positions, from 0 on, that `argnums` names; raises `ValueError` for what is no position, or one twice."""
     chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     right = chosen and all(validation.is_count(i, -count) and i < count for i in chosen)
     if not right or len({i % count for i in chosen}) < len(chosen):
@@ -142,15 +149,5 @@ def _filled(derivatives, like):
 
 
 def _settled(structure):
-    flat = nesting.flatten(structure)
-    settled = iter(backend.settled([x for x in flat if ops.is_tensor(x)]))
-    return nesting.pack_as(structure, [next(settled) if ops.is_tensor(x) else x for x in flat])
-
-
-def _split_aux(name, returned):
-    if isinstance(returned, (tuple, list)) and len(returned) == 2:
-        return returned
-    raise ValueError(
-        f"With has_aux=True, the function under `{name}` must return a pair `(value, aux)`. Received: "
-        f"{validation.describe(returned)}."
-    )
+    tensors, rest = auxiliary.take_apart(structure)
+    return auxiliary.put_together(backend.settled(tensors), rest)

@@ -241,6 +241,53 @@ class TestBatchJacobian:
         close(found[0]["b"], x["a"][:, :, None])
         close(found[1], {"a": np.zeros((2, 1, 3)), "b": np.full((2, 1, 1), 2.0)})
 
+    @pytest.mark.parametrize("mode, chunk_size", WAYS)
+    def test_several_arguments(self, mode, chunk_size):
+        a, b, c = normal(2, 3), normal(2, 1), normal(2, 2)
+        fun = kg.batch_jacobian(lambda a, b, p: a * b, argnums=(0, -1, 1), mode=mode, chunk_size=chunk_size)
+        by_a, by_p, by_b = fun(a, b, {"c": c})
+        close(by_a, np.stack([np.eye(3) * x for x in b[:, 0]]))
+        close(by_p, {"c": np.zeros((2, 3, 2))})
+        close(by_b, a[:, :, None])
+
+    @pytest.mark.parametrize("chunk_size", [None, 2])
+    def test_chosen_inputs_of_other_arguments(self, chunk_size):
+        factor, a, step = normal(2, 3), normal(2, 1), np.arange(2)
+
+        def fun(factor, p, power):
+            return (tensor(factor) * p["a"]) ** power, p["step"]
+
+        options = {"chunk_size": chunk_size, "has_aux": True}
+        found, aux = kg.batch_jacobian(fun, argnums=1, **options)(tensor(factor), {"a": a, "step": step}, power=1)
+        assert found["step"] is None
+        close(found["a"], factor[:, :, None])
+        close(aux, step)
+        found, _ = kg.batch_jacobian(fun, argnums=(0, 1), inputs="a", **options)(
+            factor, {"a": a, "step": step}, power=1
+        )
+        assert found[0] is None and found[1]["step"] is None
+        close(found[1]["a"], factor[:, :, None])
+
+    def test_another_argument(self):
+        a, b = normal(2, 3), normal(2, 1)
+        close(kg.batch_jacobian(lambda a, b: a * b, argnums=1)(tensor(a), b), a[:, :, None])
+        (found,) = kg.batch_jacobian(lambda a, b: a * b, argnums=[1])(tensor(a), b)
+        close(found, a[:, :, None])
+
+    def test_independence_is_that_by_the_arguments_that_are_differentiated(self):
+        def fun(a, b):
+            return a * ops.mean(b, axis=0)
+
+        means = normal(4, 2)
+        a, b = tensor(normal(4, 2)), tensor(means)
+        expected = np.tile(np.diag(means.mean(0)), (4, 1, 1))
+        close(kg.batch_jacobian(fun, check_independence=True)(a, b), expected, atol=1e-5)
+        for argnums in (1, (0, 1), -1):
+            with pytest.raises(ValueError, match="batch_jacobian: .*depends on the input of others"):
+                kg.batch_jacobian(fun, check_independence=True, argnums=argnums)(a, b)
+        with pytest.raises(ValueError, match="argnums=2"):
+            kg.batch_jacobian(fun, check_independence=True, argnums=2)(a, b)
+
     def test_other_arguments_are_passed_on(self):
         found = kg.batch_jacobian(lambda x, factor, power: factor * x**power)(tensor([[2.0]]), tensor(5.0), power=2)
         close(found, [[[20.0]]])

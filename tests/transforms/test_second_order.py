@@ -281,7 +281,6 @@ class TestThirdOrder:
     "call, message",
     [
         (lambda: kg.hessian(3), "hessian takes a function"),
-        (lambda: kg.hessian(ops.tanh)(np.ones(2, "float32")), "must return one scalar.*shape \\(2,\\)"),
         (lambda: kg.hessian(ops.sum, chunk_size=-1), "chunk_size must be a positive integer.*-1"),
         (lambda: kg.hvp(ops.tanh, (np.ones(2, "float32"),), (None,)), "must return one scalar"),
         (lambda: kg.hvp(ops.sum, np.ones(2, "float32"), (None,)), "primals of `hvp` must be a tuple"),

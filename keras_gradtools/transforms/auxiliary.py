@@ -1,0 +1,34 @@
+"""What a function returns beside its value, with `has_aux`: any nesting of tensors and of anything else."""
+
+from keras import ops
+
+from keras_gradtools import nesting, validation
+
+
+class _Tensor:
+    """In the place of a tensor."""
+
+
+_TENSOR = _Tensor()
+
+
+def split(name, returned):
+    """Returns `(value, aux)`, and raises `ValueError` if the function under `name` has returned no such pair."""
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        return returned
+    raise ValueError(
+        f"With has_aux=True, the function under `{name}` must return a pair `(value, aux)`. Received: "
+        f"{validation.describe(returned)}."
+    )
+
+
+def take_apart(aux):
+    """The tensors of `aux`, which a compiler can return, and the rest of it, which Python knows once it was traced."""
+    tensors = [x for x in nesting.flatten(aux) if ops.is_tensor(x)]
+    return tensors, nesting.map_structure(lambda x: _TENSOR if ops.is_tensor(x) else x, aux)
+
+
+def put_together(tensors, rest):
+    """What `take_apart` has taken apart."""
+    tensors = iter(tensors)
+    return nesting.map_structure(lambda x: next(tensors) if x is _TENSOR else x, rest)
