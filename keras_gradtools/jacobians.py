@@ -150,6 +150,25 @@ def checked_chunk_size(chunk_size):
     return int(chunk_size)
 
 
+def rows_at_once(owner, chunk_size, parallel_iterations, experimental_use_pfor):
+    """The `chunk_size`, out of that and of the two arguments that TensorFlow has for it."""
+    validation.require_flag(owner, "experimental_use_pfor", experimental_use_pfor)
+    chunk_size = checked_chunk_size(chunk_size)
+    if parallel_iterations is not None:
+        if not validation.is_count(parallel_iterations):
+            raise ValueError(
+                "parallel_iterations must be a positive integer or None. Received: "
+                f"parallel_iterations={validation.shown(parallel_iterations)}."
+            )
+        if chunk_size not in (None, parallel_iterations):
+            raise ValueError(
+                "parallel_iterations is another name for chunk_size: give one of them. Received: "
+                f"{parallel_iterations} and {chunk_size}."
+            )
+        chunk_size = int(parallel_iterations)
+    return chunk_size if experimental_use_pfor else 1
+
+
 def check_batch(name, target, source):
     """Raises `ValueError` unless both are of shape `(batch, ...)`, with the same number of examples."""
     for role, x in (("target", target), ("source", source)):

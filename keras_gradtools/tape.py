@@ -1,6 +1,7 @@
 """The gradient tape: TensorFlow's contract, on every backend."""
 
 import contextlib
+import enum
 import threading
 
 from keras import ops
@@ -130,8 +131,8 @@ class GradientTape:
                 self._tape.watch(x)
 
     def watched_variables(self):
-        """Returns the `keras.Variable`s watched so far, in the order in which they were met."""
-        return self._tape.watched_variables()
+        """Returns a tuple of the `keras.Variable`s watched so far, in the order in which they were met."""
+        return tuple(self._tape.watched_variables())
 
     def stop_recording(self):
         """Pauses this tape, and no other, for a `with` block: what is computed there is a constant to it.
@@ -167,7 +168,7 @@ class GradientTape:
             output_gradients: the cotangents $u_k$, in the structure and shapes of `target`; None stands
                 for ones.
             unconnected_gradients: what to return for a source that `target` does not depend on: None
-                (`"none"`) or zeros (`"zero"`).
+                (`"none"`) or zeros (`"zero"`). A `tf.UnconnectedGradients` is taken as well.
 
         Returns:
             The structure of `sources`, each entry with its source's shape and dtype.
@@ -236,13 +237,25 @@ class GradientTape:
 
         return push
 
-    def jacobian(self, target, sources, unconnected_gradients="none", chunk_size=None, mode="reverse"):
+    def jacobian(
+        self,
+        target,
+        sources,
+        unconnected_gradients="none",
+        parallel_iterations=None,
+        experimental_use_pfor=True,
+        chunk_size=None,
+        mode="reverse",
+    ):
         r"""Returns the Jacobian of `target` by `sources`, $J_{k i} = \partial y_k / \partial x_i$.
 
         Args:
             target: one tensor, of any shape.
             sources: tensors and variables in any nesting.
             unconnected_gradients: as for `gradient`.
+            parallel_iterations: TensorFlow's name for `chunk_size`.
+            experimental_use_pfor: whether directions are computed together, vectorized; if False, one at a time,
+                whatever the `chunk_size`.
             chunk_size: how many directions to compute at once; all by default. It bounds the memory and changes
                 no value.
             mode: `"reverse"`, one pullback for each element of `target`; `"forward"`, one push for each element of
@@ -255,8 +268,11 @@ class GradientTape:
             ValueError, RuntimeError: as `gradient`.
         """
         target = self._checked_tensor(target, "jacobian")
+        chunk_size = jacobians.rows_at_once(
+            "GradientTape.jacobian", chunk_size, parallel_iterations, experimental_use_pfor
+        )
         _, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "jacobian")
-        mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
+        mode = jacobians.checked_mode(mode)
         with self._pulling([target]) as targets:
             (blocks,) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero)
         return nesting.pack_as(sources, blocks)
@@ -266,6 +282,8 @@ class GradientTape:
         target,
         source,
         unconnected_gradients="none",
+        parallel_iterations=None,
+        experimental_use_pfor=True,
         chunk_size=None,
         mode="reverse",
         check_independence=False,
@@ -277,8 +295,11 @@ class GradientTape:
 
         Args:
             target: one tensor of shape `(batch, ...)`.
-            source: one tensor or variable of shape `(batch, ...)`.
-            unconnected_gradients: as for `gradient`.
+            source: tensors and variables of shape `(batch, ...)`, in any nesting.
+            unconnected_gradients: as for `gradient`, but of no effect: zeros are returned for a source that `target`
+                does not depend on, as TensorFlow does here.
+            parallel_iterations: TensorFlow's name for `chunk_size`.
+            experimental_use_pfor: as for `jacobian`.
             chunk_size: how many directions to compute at once, each for the whole batch; all by default. It
                 bounds the memory and changes no value.
             mode: as for `jacobian`, counted in elements of one example.
@@ -287,7 +308,7 @@ class GradientTape:
                 does not know which layer is the cause; `kg.diagnostics.batch_independence` does.
 
         Returns:
-            A tensor of shape `(batch, *target.shape[1:], *source.shape[1:])`.
+            The structure of `source`, each entry of shape `(batch, *target.shape[1:], *source.shape[1:])`.
 
         Raises:
             ValueError: if the batch sizes differ or a rank is below 2; with `check_independence`, if the examples
@@ -296,19 +317,18 @@ class GradientTape:
         """
         validation.require_flag("batch_jacobian", "check_independence", check_independence)
         target = self._checked_tensor(target, "batch_jacobian")
-        if nesting.is_nested(source):
-            raise ValueError(
-                "GradientTape.batch_jacobian takes one source. Received: a "
-                f"{type(source).__name__}. Make the tape persistent and call it once for each source."
-            )
-        _, flat_sources, zero = self._checked(target, source, unconnected_gradients, "batch_jacobian")
-        mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
-        jacobians.check_batch("GradientTape.batch_jacobian", target, source)
+        chunk_size = jacobians.rows_at_once(
+            "GradientTape.batch_jacobian", chunk_size, parallel_iterations, experimental_use_pfor
+        )
+        _, flat_sources, _ = self._checked(target, source, unconnected_gradients, "batch_jacobian")
+        mode = jacobians.checked_mode(mode)
+        for s in flat_sources:
+            jacobians.check_batch("GradientTape.batch_jacobian", target, s)
         with self._pulling([target]) as targets:
             if check_independence:
                 independence.require_of_record("GradientTape.batch_jacobian", self._tape, targets, flat_sources)
-            ((block,),) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero, batch_axes=1)
-        return block
+            (blocks,) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, True, batch_axes=1)
+        return nesting.pack_as(source, blocks)
 
     def _used_up(self):
         return self._used and not self._persistent
@@ -341,7 +361,10 @@ class GradientTape:
                 "This GradientTape has already been used: a tape gives derivatives once, unless it was made "
                 "with `kg.GradientTape(persistent=True)`."
             )
-        if not validation.is_one_of(unconnected_gradients, ("none", "zero")):
+        unconnected = unconnected_gradients
+        if isinstance(unconnected, enum.Enum):
+            unconnected = unconnected.value  # TensorFlow has an enum for it
+        if not validation.is_one_of(unconnected, ("none", "zero")):
             raise ValueError(
                 "unconnected_gradients must be 'none' or 'zero'. "
                 f"Received: unconnected_gradients={validation.shown(unconnected_gradients)}."
@@ -351,7 +374,7 @@ class GradientTape:
             validation.require_differentiable(t, f"The target of GradientTape.{method}")
         for s in flat_sources:
             validation.require_differentiable(s, f"A source of GradientTape.{method}")
-        return targets, flat_sources, unconnected_gradients == "zero"
+        return targets, flat_sources, unconnected == "zero"
 
     def _checked_tensor(self, target, method):
         if nesting.is_nested(target):

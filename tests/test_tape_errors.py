@@ -54,7 +54,7 @@ def test_watch(name, nested):
             tape.watch([x, v, {"bad": make()}] if nested else make())
         y = x * v
     # Not even what stood before the bad entry is watched.
-    assert tape.watched_variables() == []
+    assert tape.watched_variables() == ()
     close(tape.gradient(y, [x, v]), [None, None])
 
 
@@ -103,10 +103,6 @@ BAD_CALLS = {
     "a nested target of a batch jacobian": (
         lambda tape, x, y: tape.batch_jacobian({"y": y}, x),
         r"GradientTape\.batch_jacobian takes one target tensor\. Received: a dict\..*persistent",
-    ),
-    "a nested source of a batch jacobian": (
-        lambda tape, x, y: tape.batch_jacobian(y, (x,)),
-        r"GradientTape\.batch_jacobian takes one source\. Received: a tuple\..*persistent",
     ),
     "a target of rank 1": (
         lambda tape, x, y: tape.batch_jacobian(y[0], x),

@@ -1,11 +1,15 @@
 """`jacobian`, `batch_jacobian` and `jvp`: closed forms, chunks, empty axes, and the identities between them."""
 
+import enum
+import warnings
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import keras_gradtools as kg
+from keras_gradtools import backend
 from tests.cases import CASES, case_id, close, tensor
 
 RANDOM = np.random.default_rng(2)
@@ -158,8 +162,110 @@ class TestBatchJacobian:
     def test_unconnected(self):
         x, other = tensor(np.ones((2, 3))), tensor(np.ones((2, 4)))
         tape, y = record(lambda x, other: x * x, [x, other])
-        assert tape.batch_jacobian(y, other) is None
-        close(tape.batch_jacobian(y, other, unconnected_gradients="zero"), np.zeros((2, 3, 4)))
+        for choice in ("none", "zero"):
+            close(tape.batch_jacobian(y, other, unconnected_gradients=choice), np.zeros((2, 3, 4)))
+        close(tape.batch_jacobian(y, [other]), [np.zeros((2, 3, 4))])
+
+    @pytest.mark.parametrize("mode", ["forward", "reverse"])
+    @pytest.mark.parametrize("chunk_size", [None, 2])
+    def test_several_sources(self, chunk_size, mode):
+        a, b = RANDOM.normal(size=(2, 3)), RANDOM.normal(size=(2, 1))
+        v = keras.Variable(b.astype("float32"))
+        x, other = tensor(a), tensor(np.ones((2, 4)))
+        with kg.GradientTape(persistent=True) as tape:
+            tape.watch([x, other])
+            y = x * x * v
+        options = {"chunk_size": chunk_size, "mode": mode}
+        squared = a * a
+        expected = {"x": 2 * np.stack([np.diag(row) for row in a * b]), "v": squared[:, :, None]}
+        close(tape.batch_jacobian(y, {"x": x, "v": v}, **options), expected)
+        found = tape.batch_jacobian(y, (x, [v, other], x), **options)
+        close(found, (expected["x"], [expected["v"], np.zeros((2, 3, 4))], expected["x"]))
+        with pytest.raises(ValueError, match="same batch size"):
+            tape.batch_jacobian(y, [x, tensor(np.ones((3, 1)))])
+
+    def test_independence_of_several_sources(self):
+        a, b = tensor(RANDOM.normal(size=(4, 2))), tensor(RANDOM.normal(size=(4, 2)))
+        tape, y = record(lambda a, b: a * ops.mean(b, axis=0), [a, b])
+        close(tape.batch_jacobian(y, [a], check_independence=True)[0], tape.batch_jacobian(y, a))
+        with pytest.raises(ValueError, match="depends? on"):
+            tape.batch_jacobian(y, {"a": a, "b": b}, check_independence=True)
+
+
+class TestArgumentsOfTensorFlow:
+    """Those of `tf.GradientTape`, whatever the backend."""
+
+    a = np.arange(1.0, 7.0).reshape(2, 3)
+
+    @pytest.fixture
+    def recorded(self):
+        x = tensor(self.a)
+        return *record(lambda x: x * x, [x]), x
+
+    @pytest.mark.parametrize("method", ["jacobian", "batch_jacobian"])
+    def test_rows_at_once(self, recorded, method, monkeypatch):
+        tape, y, x = recorded
+        whole = ops.convert_to_numpy(getattr(tape, method)(y, x))
+        count, rows = (3 if method == "batch_jacobian" else 6), []
+
+        def seen(tape, targets, sources, cotangents, pullback_batch=backend.pullback_batch):
+            rows.append(cotangents[0].shape[0])
+            return pullback_batch(tape, targets, sources, cotangents)
+
+        monkeypatch.setattr(backend, "pullback_batch", seen, raising=False)
+        for arguments, options, expected in [
+            ((), {}, [count]),
+            ((), {"experimental_use_pfor": True}, [count]),
+            ((), {"experimental_use_pfor": False}, [1] * count),
+            ((), {"experimental_use_pfor": False, "parallel_iterations": 2}, [1] * count),
+            ((), {"experimental_use_pfor": False, "chunk_size": 2}, [1] * count),
+            ((), {"parallel_iterations": 3}, [3] * (count // 3)),
+            (("none", 3), {}, [3] * (count // 3)),
+            (("none", 3, True), {"chunk_size": 3}, [3] * (count // 3)),
+            (("none", None, False), {}, [1] * count),
+        ]:
+            rows.clear()
+            close(getattr(tape, method)(y, x, *arguments, **options), whole)
+            assert rows == expected, (arguments, options)
+
+    @pytest.mark.parametrize("method", ["jacobian", "batch_jacobian"])
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"experimental_use_pfor": "no"}, "expects True or False as `experimental_use_pfor`"),
+            ({"parallel_iterations": 0}, "parallel_iterations must be a positive integer or None"),
+            ({"parallel_iterations": 2, "chunk_size": 3}, "parallel_iterations.*chunk_size.*2 and 3"),
+        ],
+    )
+    def test_errors(self, recorded, method, options, message):
+        tape, y, x = recorded
+        with pytest.raises(ValueError, match=message):
+            getattr(tape, method)(y, x, **options)
+
+    def test_one_row_needs_no_vectorizing(self):
+        """Which could not be done here, and would be said."""
+        layer = keras.layers.MaxPooling2D(2) if keras.backend.backend() == "torch" else keras.layers.GRU(2)
+        x = tensor(RANDOM.normal(size=(2, 4, 4, 1) if keras.backend.backend() == "torch" else (2, 3, 2)))
+        tape, y = record(lambda x: ops.reshape(layer(x), (2, -1)), [x])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = tape.batch_jacobian(y, x, experimental_use_pfor=False)
+        for k in range(2):
+            close(found[:, k], tape.gradient(y, x, ops.stack([ops.one_hot(k, y.shape[1], dtype=y.dtype)] * 2)))
+
+    def test_unconnected_gradients_is_an_enum_there(self, recorded):
+        class UnconnectedGradients(enum.Enum):
+            NONE, ZERO, OTHER = "none", "zero", "other"
+
+        tape, y, x = recorded
+        other = tensor([1.0, 2.0])
+        for method in ("gradient", "jacobian"):
+            assert getattr(tape, method)(y, other, unconnected_gradients=UnconnectedGradients.NONE) is None
+            found = getattr(tape, method)(y, other, unconnected_gradients=UnconnectedGradients.ZERO)
+            assert not np.any(ops.convert_to_numpy(found))
+        close(tape.jvp(y, other, other, unconnected_gradients=UnconnectedGradients.ZERO), np.zeros((2, 3)))
+        with pytest.raises(ValueError, match="must be 'none' or 'zero'.*OTHER"):
+            tape.gradient(y, x, unconnected_gradients=UnconnectedGradients.OTHER)
 
 
 class TestJvp:

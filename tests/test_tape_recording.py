@@ -58,7 +58,7 @@ class TestStopRecording:
         v = keras.Variable(2.0)
         with kg.GradientTape() as tape, tape.stop_recording():
             _ = v * 1.0
-        assert tape.watched_variables() == []
+        assert tape.watched_variables() == ()
 
     def test_what_is_watched_inside_is_followed_afterwards(self):
         x = tensor(3.0)

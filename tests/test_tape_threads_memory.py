@@ -70,7 +70,7 @@ class TestThreads:
         with kg.GradientTape() as tape:
             tape.watch(x)
             (elsewhere,) = in_threads(lambda: x * x * v)
-            assert tape.watched_variables() == []
+            assert tape.watched_variables() == ()
             y = elsewhere * x
         close(tape.gradient(y, [x, v]), [18, None])
 

@@ -110,6 +110,12 @@ def test_trainable_variables_are_watched_when_they_are_read():
     close(tape.gradient(y, [v, frozen, unread]), [30, None, None])
 
 
+def test_watched_variables_are_a_tuple():
+    with kg.GradientTape() as tape:
+        pass
+    assert tape.watched_variables() == ()
+
+
 def test_watched_variables_come_in_the_order_of_their_first_read():
     a, b, c = (variable(float(i)) for i in range(3))
     with kg.GradientTape() as tape:

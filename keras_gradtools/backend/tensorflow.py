@@ -452,6 +452,8 @@ def _map_connected(fun, stacks):
 
 
 def _map_rows(fun, stacks):
+    if stacks[0].shape[0] == 1:
+        return _row_by_row(fun, stacks)
     try:
         with _without_the_log_of_the_vectorizer():
             return _vectorize(fun, stacks)

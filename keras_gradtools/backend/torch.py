@@ -176,8 +176,9 @@ def _run_last(outputs, inputs, upstream, is_recorded):
 
 
 def _run_batch(outputs, inputs, upstream, is_recorded):
-    if torch_levels.depth():
-        # The results would come out as tensors of the vectorized pass, inside those of the level.
+    if len(upstream[0]) == 1 or torch_levels.depth():
+        # One row needs no vectorizing. On a level the results would come out as tensors of the vectorized pass, inside
+        # those of the level.
         return _run_rows(outputs, inputs, upstream, is_recorded)
     try:
         # Not `torch.vmap` nor `torch.func`, which fail on convolutions in channels-last.
