@@ -131,7 +131,10 @@ class GradientTape:
                 self._tape.watch(x)
 
     def watched_variables(self):
-        """Returns a tuple of the `keras.Variable`s watched so far, in the order in which they were met."""
+        """Returns a tuple of the `keras.Variable`s watched so far, in the order in which they were met.
+
+        On TensorFlow, raw `tf.Variable`s follow.
+        """
         return tuple(self._tape.watched_variables())
 
     def stop_recording(self):

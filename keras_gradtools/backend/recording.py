@@ -185,14 +185,16 @@ def is_lent(variable, value):
     return value is not variable._value and not is_assigned_in_scope(variable)
 
 
-def install_read_hook(watch_read):
+def install_read_hook(watch_read, meet=None):
     """Lets `watch_read(variable, value, tapes) -> value` see every read that some active tapes want.
 
-    It returns what the reader is to be given, and notes that on each of the tapes.
+    It returns what the reader is to be given, and notes that on each of the tapes. `meet(variable)` sees every read.
     """
 
     def seen(autocast_only):
         def _maybe_autocast(self, value):
+            if meet is not None:
+                meet(self)
             for log in _thread.logs:
                 log.note(self, value)
             if _thread.tapes:

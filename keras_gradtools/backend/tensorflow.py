@@ -21,6 +21,7 @@ from keras_gradtools.backend import (
     tensorflow_elementwise,
     tensorflow_gradients,
     tensorflow_resizing,
+    tensorflow_variables,
 )
 from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.tensorflow_jit import depends_on_values, jit
@@ -78,6 +79,7 @@ class Tape(recording.Recording):
         self._notes: list = []
         self.custom_gradients = []
         self._watch_later = []
+        self._seen_by_native = []
 
     def _new_native(self):
         watch = self._watch_accessed_variables
@@ -127,6 +129,7 @@ class Tape(recording.Recording):
         super().reset()
         self.custom_gradients = []
         self._watch_later = []
+        self._seen_by_native = []
         recording_now = self in recording.active_tapes()
         self._pop()
         self.native = self._new_native()
@@ -135,8 +138,21 @@ class Tape(recording.Recording):
 
     def release(self):
         self._pop()
+        self._seen_by_native += self.native.watched_variables()
         self.native = self._new_native()
         self.custom_gradients = []
+
+    def watched_variables(self):
+        """Those of Keras in the order in which they were met, then those that the native tape alone has seen."""
+        watched = super().watched_variables()
+        others = tensorflow_variables.owners((*self._seen_by_native, *self.native.watched_variables()))
+        known = set(map(id, watched))
+        for variable in others:
+            # The native tape goes by a flag of a variable of Keras' that may be stale.
+            if id(variable) not in known and not (isinstance(variable, keras.Variable) and not self.wants(variable)):
+                watched.append(variable)
+                known.add(id(variable))
+        return watched
 
     def watch(self, tensor):
         if self in recording.active_tapes():
@@ -171,7 +187,7 @@ def _watch_read(variable, value, tapes):
     return value
 
 
-recording.install_read_hook(_watch_read)
+recording.install_read_hook(_watch_read, tensorflow_variables.meet)
 tensorflow_custom_gradients.install()
 tensorflow_elementwise.install()
 tensorflow_resizing.install()
