@@ -27,11 +27,18 @@ class ChosenInputs(NamedTuple):
 
     def filled(self, x, parts):
         """`x` with `parts` in the place of the chosen inputs."""
-        return self._packed(x, nesting.flatten(x), parts)
+        leaves = nesting.flatten(x)
+        for i, part in zip(self.positions, parts, strict=True):
+            leaves[i] = part
+        return nesting.pack_as(x, leaves)
 
     def packed(self, x, values):
         """`values`, one for each chosen input, nested as `x` is; None in the place of the others."""
-        return self._packed(x, [None] * self.total, values)
+        return self.places(x).pack(values)
+
+    def places(self, x):
+        """Where in `x` they are."""
+        return nesting.Places(nesting.outline(x), tuple(i in self.positions for i in range(self.total)))
 
     def function(self, fun, x):
         """`fun` as a function of the chosen inputs alone, in a list."""
@@ -43,11 +50,6 @@ class ChosenInputs(NamedTuple):
             return fun(self.filled(x, parts), *args, **kwargs)
 
         return of_chosen
-
-    def _packed(self, x, leaves, values):
-        for i, value in zip(self.positions, values, strict=True):
-            leaves[i] = value
-        return nesting.pack_as(x, leaves)
 
 
 def as_tensors(inputs, expected="An input of a model must be a tensor or an array"):
@@ -136,13 +138,6 @@ def no_gradient(owner, received, tensors, advice=_INDICES):
     )
 
 
-def is_carried_along(x):
-    """Whether an input has no derivative by its kind: an integer, a boolean, None."""
-    if x is None or not hasattr(x, "dtype"):
-        return x is None or isinstance(x, int)
-    return validation.dtype_of(x).startswith(("int", "uint", "bool"))
-
-
 def _known(owner, known, names):
     """The positions of the inputs of some names, out of the names of each."""
     chosen = []
@@ -160,9 +155,9 @@ def _known(owner, known, names):
 
 def _names(model, inputs, leaves):
     """For each flat input what it can be called by: its key, the name of the model's input, its position."""
-    symbolic = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    symbolic = nesting.flatten(getattr(model, "inputs", None) or [])
     names: list[set] = [{i} for i in range(len(leaves))]
-    for i, (path, _) in enumerate(keras.tree.flatten_with_path(inputs)):
+    for i, path in enumerate(nesting.paths(inputs)):
         names[i] |= {key for key in path if isinstance(key, str)}
         if len(symbolic) == len(leaves):
             names[i].add(symbolic[i].name)

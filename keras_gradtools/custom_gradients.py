@@ -2,6 +2,7 @@
 
 import functools
 import numbers
+from typing import Any
 
 import keras
 import numpy as np
@@ -26,7 +27,7 @@ def custom_gradient(fun):
             nesting, reach it as tensors, and have a gradient. Anything else (integers, booleans, strings, None), and
             every keyword argument, reaches it as it is, and has none: it is a constant.
 
-            `value` is a tensor or any nesting of tensors.
+            `value` is a tensor or any nesting of tensors and None.
 
             `grad_fn(upstream)` is given the gradient of `value`, in its structure; of a tuple or list it is
             given those of the entries one by one, `grad_fn(*upstreams)`. Where the value is not
@@ -92,7 +93,7 @@ class _Argument:
         self.is_nested = nesting.is_nested(x)
         self._leaves = nesting.flatten(x) if self.is_nested else [x]
         self.numbers = [i for i, leaf in enumerate(self._leaves) if _is_floating(leaf)]
-        self._structure = nesting.pack_as(x, range(len(self._leaves))) if self.is_nested else 0
+        self._outline = nesting.outline(x)
 
     def take_tensors(self):
         """The leaves that have a gradient, as tensors; what stays here is constant."""
@@ -105,56 +106,52 @@ class _Argument:
         leaves = list(self._leaves)
         for i in self.numbers:
             leaves[i] = next(tensors)
-        return nesting.pack_as(self._structure, leaves) if self.is_nested else leaves[0]
+        return self._outline.pack(leaves)
 
     def gradients(self, fun, position, given):
         """Those of the leaves that have one, out of what `grad_fn` returned for the argument."""
         if not self.is_nested or not self.numbers:
             return [given] * len(self.numbers)
-        found = [None] * len(self._leaves)
-        if not _find(self._structure, given, found):
+        found = self._outline.matched(given, any_sequence=True)
+        if found is None:
             raise ValueError(
-                f"{_role(fun, position)} must have the structure of the argument, "
-                f"{nesting.map_structure(lambda _: '*', self._structure)}. Received: "
-                f"{nesting.map_structure(lambda _: '*', given)}. None stands for zeros."
+                f"{_role(fun, position)} must have the structure of the argument, {self._outline}. Received: "
+                f"{nesting.outline(given)}. None stands for zeros."
             )
         return [found[i] for i in self.numbers]
 
     def has_structure_of(self, given):
         """Whether `given`, of several entries or one, is nested as this argument is."""
-        return self.is_nested and _find(self._structure, given, [None] * len(self._leaves))
+        return self.is_nested and self._outline.matched(given, any_sequence=True) is not None
 
 
-def _find(structure, given, found):
-    """Puts what `given` has at the leaves of `structure` into `found`, by their numbers; False where they differ."""
-    if given is None:
-        return True
-    if not nesting.is_nested(structure):
-        found[structure] = given
-        return not nesting.is_nested(given)
-    if isinstance(structure, dict):
-        right = isinstance(given, dict) and given.keys() == structure.keys()
-        return right and all(_find(structure[key], given[key], found) for key in structure)
-    right = isinstance(given, (tuple, list)) and len(given) == len(structure)
-    return right and all(_find(part, entry, found) for part, entry in zip(structure, given, strict=True))
+class _Result:
+    """How the value is nested, and where in it None is."""
+
+    def __init__(self, value):
+        self._outline = nesting.outline(value)
+        self._is_none = [y is None for y in nesting.flatten(value)]
+
+    def filled(self, values):
+        given = iter(values)
+        return self._outline.pack([None if is_none else next(given) for is_none in self._is_none])
 
 
 def _differentiated(fun, tensors, arguments, kwargs):
     """Calls `fun` with its arguments, as a function of tensors that the backend differentiates by `grad_fn`."""
-    structure = None
+    result: Any = None
 
     def run(*tensors):
-        nonlocal structure
+        nonlocal result
         given = iter(tensors)
         value, grad_fn = _checked_pair(fun, fun(*[a.filled(given) for a in arguments], **kwargs))
-        values = [_checked_value(fun, y) for y in nesting.flatten(value)]
+        values = _checked_values(fun, value)
         floating = [_is_floating(y) for y in values]
         several = isinstance(value, (tuple, list))
-        structure = packed = nesting.map_structure(lambda _: 0, value)
+        result = packed = _Result(value)
 
         def flat_grad_fn(*upstreams):
-            known = [u if f else None for u, f in zip(upstreams, floating, strict=True)]
-            upstream = nesting.pack_as(packed, known)
+            upstream = packed.filled([u if f else None for u, f in zip(upstreams, floating, strict=True)])
             gradients = _checked_count(fun, grad_fn(*(upstream if several else [upstream])), arguments)
             kept = []
             for i, (argument, gradient) in enumerate(zip(arguments, gradients, strict=True)):
@@ -165,7 +162,7 @@ def _differentiated(fun, tensors, arguments, kwargs):
 
     recording.note_custom_gradient()
     values = backend.custom_gradient(run)(*tensors)
-    return nesting.pack_as(structure, [distinct(y, tensors) for y in values])
+    return result.filled([distinct(y, tensors) for y in values])
 
 
 def _split(fun, args, kwargs):
@@ -223,6 +220,13 @@ def _checked_pair(fun, pair):
         f"The function {name_of(fun)!r} with a custom gradient must return a pair: its value, and the function that "
         f"computes its gradient. Received: {received}. End it with `return value, grad_fn`."
     )
+
+
+def _checked_values(fun, value):
+    """The tensors in a value; beside them, it may have None."""
+    leaves = nesting.flatten(value)
+    given = [y for y in leaves if y is not None]
+    return [_checked_value(fun, y) for y in given or leaves]
 
 
 def _checked_value(fun, y):

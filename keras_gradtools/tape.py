@@ -121,10 +121,7 @@ class GradientTape:
                 "GradientTape.watch was called outside the tape's block. Call it inside `with tape:`, before "
                 "the computation that is to be differentiated."
             )
-        flat = nesting.flatten(tensor)
-        for x in flat:
-            validation.require_differentiable(x, "What a GradientTape watches")
-        for x in flat:
+        for x in vectors.watchable(tensor, "What a GradientTape watches"):
             if validation.is_variable(x):
                 self._tape.watch_variable(x)
             else:
@@ -187,7 +184,7 @@ class GradientTape:
             gradients = backend.pullback(self._tape, targets, flat_sources, cotangents)
         if zero:
             gradients = [vectors.zeros(s) if g is None else g for g, s in zip(gradients, flat_sources, strict=True)]
-        return nesting.pack_as(sources, gradients)
+        return vectors.pack_as(sources, gradients)
 
     def jvp(self, target, sources, tangents, unconnected_gradients="none"):
         r"""Returns the derivative of `target` along `tangents`, $\sum_i (\partial y / \partial x_i) v_i$.
@@ -211,7 +208,7 @@ class GradientTape:
             pushed = backend.pushforward(self._tape, targets, flat_sources, tangents)
         if zero:
             pushed = [vectors.zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
-        return nesting.pack_as(target, pushed)
+        return vectors.pack_as(target, pushed)
 
     def linearize(self, target, sources, unconnected_gradients="none"):
         r"""Returns the linear map $v \mapsto \sum_i (\partial y / \partial x_i) v_i$: what needs no $v$ is done once.
@@ -236,7 +233,7 @@ class GradientTape:
             pushed = push_flat(vectors.like(tangents, sources, "tangents", "`sources`", vectors.zeros))
             if zero:
                 pushed = [vectors.zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
-            return nesting.pack_as(target, pushed)
+            return vectors.pack_as(target, pushed)
 
         return push
 
@@ -278,7 +275,7 @@ class GradientTape:
         mode = jacobians.checked_mode(mode)
         with self._pulling([target]) as targets:
             (blocks,) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero)
-        return nesting.pack_as(sources, blocks)
+        return vectors.pack_as(sources, blocks)
 
     def batch_jacobian(
         self,
@@ -331,7 +328,7 @@ class GradientTape:
             if check_independence:
                 independence.require_of_record("GradientTape.batch_jacobian", self._tape, targets, flat_sources)
             (blocks,) = jacobians.jacobians(self._tape, targets, flat_sources, mode, chunk_size, True, batch_axes=1)
-        return nesting.pack_as(source, blocks)
+        return vectors.pack_as(source, blocks)
 
     def _used_up(self):
         return self._used and not self._persistent
@@ -372,11 +369,8 @@ class GradientTape:
                 "unconnected_gradients must be 'none' or 'zero'. "
                 f"Received: unconnected_gradients={validation.shown(unconnected_gradients)}."
             )
-        targets, flat_sources = nesting.flatten(target), nesting.flatten(sources)
-        for t in targets:
-            validation.require_differentiable(t, f"The target of GradientTape.{method}")
-        for s in flat_sources:
-            validation.require_differentiable(s, f"A source of GradientTape.{method}")
+        targets = vectors.watchable(target, f"The target of GradientTape.{method}")
+        flat_sources = vectors.watchable(sources, f"A source of GradientTape.{method}")
         return targets, flat_sources, unconnected == "zero"
 
     def _checked_tensor(self, target, method):

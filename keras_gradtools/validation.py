@@ -41,7 +41,7 @@ def _outline(x):
         return f"[{inside}]" if isinstance(x, list) else f"({inside})"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{dtype_of(x)} {tuple(x.shape)}"
-    return repr(x)
+    return f"{nesting.outline(x)}" if nesting.is_nested(x) else repr(x)
 
 
 def dtype_of(x):
@@ -90,6 +90,27 @@ def is_variable(x):
     return isinstance(x, keras.Variable)
 
 
+def has_derivative(x):
+    """Whether `x` is a real floating-point tensor or Keras variable."""
+    return (keras.ops.is_tensor(x) or is_variable(x)) and _is_real_floating(dtype_of(x))
+
+
+def is_constant(x):
+    """Whether `x` has no derivative by its kind, so that it may stand in a nesting beside what has one.
+
+    That is None, a string, an integer, a bool, an array of these, and a function.
+    """
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return not isinstance(x, keras.KerasTensor) and dtype_of(x).startswith(("int", "uint", "bool", "str", "key"))
+    if callable(x):
+        return not isinstance(x, (keras.Layer, keras.KerasTensor))
+    return x is None or isinstance(x, (str, bytes, numbers.Integral))
+
+
+def _is_real_floating(dtype):
+    return dtype.startswith("float") or dtype == "bfloat16"
+
+
 def require_differentiable(x, role, hint=""):
     """Raises `ValueError` unless `x` is a real floating-point tensor or Keras variable."""
     if not (is_variable(x) or keras.ops.is_tensor(x)):
@@ -98,7 +119,7 @@ def require_differentiable(x, role, hint=""):
             f"Received: {describe(x)}.{hint or _conversion_hint(x)}"
         )
     dtype = dtype_of(x)
-    if not (dtype.startswith("float") or dtype == "bfloat16"):
+    if not _is_real_floating(dtype):
         what = "Complex" if dtype.startswith("complex") else "Only floating-point"
         can = "values are not supported" if what == "Complex" else "values have a gradient"
         raise ValueError(
@@ -106,6 +127,15 @@ def require_differentiable(x, role, hint=""):
             "convert it with `keras.ops.cast(x, 'float32')` before the tape's block uses it"
             + (", or take the real and the imaginary part." if what == "Complex" else ".")
         )
+
+
+def require_some_differentiable(leaves, role):
+    """Raises `ValueError` unless one of the leaves has a derivative, and none is of a kind that cannot be told."""
+    for x in leaves:
+        if not is_constant(x):
+            require_differentiable(x, role)
+    if leaves and not any(map(has_derivative, leaves)):
+        require_differentiable(leaves[0], role)
 
 
 def as_tensors(owner, name, x):
@@ -242,12 +272,23 @@ def _conversion_hint(x):
 
 def require_same_structure(given, expected, role, of):
     """Raises `ValueError` unless `given` is nested as `expected` is."""
-    if not nesting.same_structure(given, expected):
-        raise ValueError(
-            f"{role} must have the structure of {of}. Expected the structure "
-            f"{nesting.map_structure(lambda _: '*', expected)}. Received: "
-            f"{nesting.map_structure(lambda _: '*', given)}."
-        )
+    if not nesting.same_structure(expected, given):
+        raise _another_structure(given, expected, role, of)
+
+
+def matched(given, expected, role, of):
+    """The leaves of `given` that belong to those of `expected`, None for all below a None; `ValueError` if unlike."""
+    leaves = nesting.outline(expected).matched(given)
+    if leaves is None:
+        raise _another_structure(given, expected, role, of)
+    return leaves
+
+
+def _another_structure(given, expected, role, of):
+    return ValueError(
+        f"{role} must have the structure of {of}. Expected the structure {nesting.outline(expected)}. Received: "
+        f"{nesting.outline(given)}."
+    )
 
 
 def require_shape(x, shape, role, of):

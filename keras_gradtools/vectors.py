@@ -1,4 +1,8 @@
-"""Tangents and cotangents: what was given for them, as flat tensors that match their counterparts."""
+"""Tangents and cotangents: what was given for them, as flat tensors that match their counterparts.
+
+Of a nesting, they are of the leaves that have a derivative: real floating-point tensors and variables. In the places of
+all others, None and counters and masks, what is given and returned has None.
+"""
 
 import keras
 import numpy as np
@@ -7,14 +11,51 @@ from keras import ops
 from keras_gradtools import nesting, validation
 
 
+def places(reference):
+    """The `Places` of the leaves that have a derivative."""
+    return nesting.Places(nesting.outline(reference), tuple(map(validation.has_derivative, nesting.flatten(reference))))
+
+
+def differentiable(reference):
+    """The leaves of `reference` that have a derivative."""
+    return [x for x in nesting.flatten(reference) if validation.has_derivative(x)]
+
+
+def watchable(reference, role):
+    """As `differentiable`; `ValueError` if there is none, or anything but None, integers and booleans beside it.
+
+    An array or a Python number is refused: what is computed from it, a tape does not see.
+    """
+    leaves = nesting.flatten(reference)
+    found = [x for x in leaves if validation.has_derivative(x)]
+    for x in leaves:
+        is_constant = x is None or (ops.is_tensor(x) or validation.is_variable(x)) and validation.is_constant(x)
+        if not (found and is_constant):
+            validation.require_differentiable(x, role)
+    return found
+
+
+def replaced(reference, tensors):
+    """The nesting of `reference` with other tensors for its leaves that have a derivative."""
+    given = iter(tensors)
+    return nesting.map_structure(lambda x: next(given) if validation.has_derivative(x) else x, reference)
+
+
+def pack_as(reference, derivatives):
+    """The nesting of `reference` with `derivatives` for its leaves that have one, and None for the others."""
+    return places(reference).pack(derivatives)
+
+
 def like(given, reference, role, of, default):
-    """Flattens `given` as tensors that match those of `reference` one by one, `default` where it is None."""
+    """Flattens `given` as tensors that match those of `reference` with a derivative, `default` where it is None."""
     flat_reference = nesting.flatten(reference)
     if given is None:
-        return [default(r) for r in flat_reference]
-    validation.require_same_structure(given, reference, role, of)
+        return [default(r) for r in flat_reference if validation.has_derivative(r)]
     flat = []
-    for g, r in zip(nesting.flatten(given), flat_reference, strict=True):
+    for g, r in zip(validation.matched(given, reference, role, of), flat_reference, strict=True):
+        if not validation.has_derivative(r):
+            _require_nothing(g, r, role, of)
+            continue
         if g is None:
             flat.append(default(r))
             continue
@@ -22,6 +63,15 @@ def like(given, reference, role, of, default):
         validation.require_shape(g, r.shape, f"Each entry of {role}", f"its counterpart in {of}")
         flat.append(g)
     return flat
+
+
+def _require_nothing(given, counterpart, role, of):
+    # JAX has arrays without content for this.
+    if given is not None and getattr(getattr(given, "dtype", None), "itemsize", None) != 0:
+        raise ValueError(
+            f"Each entry of {role} must be None where its counterpart in {of} has no derivative. Received: "
+            f"{validation.describe(given)} for {validation.describe(counterpart)}."
+        )
 
 
 def _tensor(given, like, role):

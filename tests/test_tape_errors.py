@@ -44,8 +44,14 @@ def recorded():
     return tape, x, y
 
 
-@pytest.mark.parametrize("name", NOT_DIFFERENTIABLE)
-@pytest.mark.parametrize("nested", [False, True])
+# These may stand beside what has a derivative.
+CONSTANT = ("none", "integer", "boolean", "integer variable")
+
+
+@pytest.mark.parametrize(
+    ("name", "nested"),
+    [(name, nested) for name in NOT_DIFFERENTIABLE for nested in (False, True) if not (nested and name in CONSTANT)],
+)
 def test_watch(name, nested):
     make, message = NOT_DIFFERENTIABLE[name]
     x, v = tensor(3.0), keras.Variable(2.0, trainable=False)
@@ -56,6 +62,15 @@ def test_watch(name, nested):
     # Not even what stood before the bad entry is watched.
     assert tape.watched_variables() == ()
     close(tape.gradient(y, [x, v]), [None, None])
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_nesting_of_constants_alone(name):
+    make, message = NOT_DIFFERENTIABLE[name]
+    tape, x, y = recorded()
+    for call in (lambda: tape.gradient(y, [make()]), lambda: tape.gradient({"y": make()}, x)):
+        with pytest.raises(ValueError, match="(?s)GradientTape.gradient must be.*" + message):
+            call()
 
 
 @pytest.mark.parametrize("name", NOT_DIFFERENTIABLE)

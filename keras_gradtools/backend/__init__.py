@@ -18,6 +18,7 @@ which exists once for all backends.
 | `jit(fun)`                                          | the framework's compiler, Keras variables as state|
 | `compiled(fun)`                                     | compiled by itself where no training step can be  |
 | `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
+| `containers()`                                      | the registry of containers that the framework's users have |
 | `alias(x)`                                          | another tensor with the value of `x`, recorded    |
 | `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
 | `eagerly()`                                         | a block that runs now, whatever is being traced around it |
@@ -48,6 +49,8 @@ import importlib
 
 import keras
 
+from keras_gradtools import nesting
+
 _MODULES = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch"}
 
 
@@ -73,3 +76,6 @@ def __getattr__(kernel):
         raise AttributeError(kernel)
     found = globals()[kernel] = getattr(_load(), kernel)
     return found
+
+
+nesting.use_registry(lambda: __getattr__("containers")())

@@ -17,6 +17,7 @@ from keras_gradtools.backend import (
     recording,
 )
 from keras_gradtools.backend.blocks import Block
+from keras_gradtools.backend.jax_containers import containers
 from keras_gradtools.backend.jax_custom_gradient import custom_gradient
 from keras_gradtools.backend.jax_jit import depends_on_values, jit
 from keras_gradtools.keras_internals import batches
@@ -31,6 +32,7 @@ __all__ = [
     "can_make_variables",
     "compiled",
     "constant_pullback",
+    "containers",
     "custom_gradient",
     "depends_on_values",
     "eagerly",

@@ -6,6 +6,7 @@ what is read becomes an input and what is assigned an output, which is then writ
 
 import collections
 import functools
+from typing import Any
 
 import jax
 import keras
@@ -20,10 +21,12 @@ from keras_gradtools.keras_internals.variables import AutocastScope, initialize_
 class _Program:
     """One compiled form of a function: for one structure of its arguments, their shapes, and the static ones."""
 
-    def __init__(self, fun, structure, static):
+    def __init__(self, fun, outline, structure, static):
         self._fun = fun
+        self._outline = outline
         self._structure = structure
         self._static = static
+        self._outline_of_result: Any = None
         self._read: list | None = None
         self._assigned: list = []
         self._compiled = jax.jit(self._run)
@@ -43,7 +46,7 @@ class _Program:
             for variable, value in zip(self._assigned, before, strict=True):
                 variable._value = value
             raise
-        return result
+        return self._outline_of_result.pack(result)
 
     def _find_state(self, arrays):
         """Traces once, without compiling, to learn which variables are read, and to have all of them made."""
@@ -55,14 +58,15 @@ class _Program:
     def _run(self, values, arrays, read=None):
         given = iter(arrays)
         leaves = [next(given) if leaf is _ARRAY else leaf for leaf in self._static]
-        args, kwargs = jax.tree.unflatten(self._structure, leaves)
+        args, kwargs = self._outline.pack(jax.tree.unflatten(self._structure, leaves))
         scope = StateScope(zip(self._read or [], values, strict=True))
         with scope, scope:
             result = self._fun(*args, **kwargs)
         self._assigned = scope.variables_assigned
         if read is not None:
             read.extend(scope.variables_read)
-        result = nesting.map_structure(lambda x: x.value if isinstance(x, keras.Variable) else x, result)
+        self._outline_of_result = nesting.outline(result)
+        result = [x.value if isinstance(x, keras.Variable) else x for x in nesting.flatten(result)]
         return result, [scope.get_current_value(v) for v in self._assigned]
 
 
@@ -83,14 +87,17 @@ def jit(fun):
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is None)
+        outline = nesting.outline((args, kwargs))
+        # What JAX makes of the leaves: a sparse array is several.
+        leaves, structure = jax.tree.flatten(nesting.flatten((args, kwargs)), is_leaf=lambda x: x is None)
         arrays = [x for x in leaves if _is_dynamic(x)]
         static = tuple(_ARRAY if _is_dynamic(x) else x for x in leaves)
         # True == 1 == 1.0 in Python, but not to a function that branches on them. It may branch on shapes, too.
-        key = (structure, static, tuple(map(type, static)), tuple(jax.typeof(x) for x in arrays))
+        constants = tuple((type(x), id(x) if isinstance(x, keras.Variable) else x) for x in static)
+        key = (outline, structure, constants, tuple(jax.typeof(x) for x in arrays))
         program = programs.get(key)
         if program is None:
-            program = programs[key] = _Program(fun, structure, static)
+            program = programs[key] = _Program(fun, outline, structure, static)
             if len(programs) > _MOST_PROGRAMS:
                 programs.popitem(last=False)
         return program(arrays)

@@ -24,6 +24,7 @@ from keras_gradtools.backend import (
     tensorflow_variables,
 )
 from keras_gradtools.backend.blocks import Block
+from keras_gradtools.backend.tensorflow_containers import containers
 from keras_gradtools.backend.tensorflow_jit import depends_on_values, jit
 from keras_gradtools.keras_internals import backend_modules
 
@@ -37,6 +38,7 @@ __all__ = [
     "can_make_variables",
     "compiled",
     "constant_pullback",
+    "containers",
     "custom_gradient",
     "depends_on_values",
     "eagerly",

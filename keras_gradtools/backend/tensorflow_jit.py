@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import causes, recording, state
+from keras_gradtools.backend.tensorflow_containers import Leaves
 
 
 def jit(fun):
@@ -31,17 +32,26 @@ class _Graph:
         self._fun = fun
         self._reads = {}
         self._has_custom_gradient = False
-        # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
-        self._compiled = tf.function(self._traced, autograph=False)
-        # TensorFlow counts traces by the code of the function, which is the same one for all that is compiled here.
-        self._compiled._omit_frequent_tracing_warning = True
+        self._compiled = {}
 
-    def _traced(self, *args, **kwargs):
+    def _compiled_for(self, outline):
+        """The function of the leaves of arguments that are nested so: TensorFlow does not know all containers."""
+        compiled = self._compiled.get(outline)
+        if compiled is None:
+            # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
+            compiled = tf.function(functools.partial(self._traced, outline), autograph=False)
+            # TensorFlow counts traces by the code of the function, which is the same one for all that is compiled here.
+            compiled._omit_frequent_tracing_warning = True
+            compiled = self._compiled.setdefault(outline, compiled)
+        return compiled
+
+    def _traced(self, outline, *leaves):
+        args, kwargs = outline.pack(leaves)
         with recording.ReadLog() as log:
             result = self._fun(*args, **kwargs)
         self._reads.update((id(v), v) for v in log.variables)
         self._has_custom_gradient |= log.has_custom_gradient
-        return result
+        return Leaves(nesting.outline(result), nesting.flatten(result))
 
     def __call__(self, *args, **kwargs):
         if recording.active_tapes():
@@ -49,7 +59,8 @@ class _Graph:
                 _ = variable.value
             if self._has_custom_gradient:
                 recording.note_custom_gradient()
-        return self._compiled(*args, **kwargs)
+        result = self._compiled_for(nesting.outline((args, kwargs)))(*nesting.flatten((args, kwargs)))
+        return result.outline.pack(result.leaves)
 
 
 def _floats_to_tensors(structure):

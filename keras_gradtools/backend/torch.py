@@ -22,6 +22,7 @@ from keras_gradtools.backend import (
     torch_unfused,
 )
 from keras_gradtools.backend.blocks import Block
+from keras_gradtools.backend.torch_containers import containers
 from keras_gradtools.backend.torch_custom_gradient import custom_gradient
 from keras_gradtools.backend.torch_tape import Tape
 from keras_gradtools.keras_internals import backend_modules
@@ -36,6 +37,7 @@ __all__ = [
     "can_make_variables",
     "compiled",
     "constant_pullback",
+    "containers",
     "custom_gradient",
     "depends_on_values",
     "eagerly",

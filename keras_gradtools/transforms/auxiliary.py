@@ -24,11 +24,12 @@ def split(name, returned):
 
 def take_apart(aux):
     """The tensors of `aux`, which a compiler can return, and the rest of it, which Python knows once it was traced."""
-    tensors = [x for x in nesting.flatten(aux) if ops.is_tensor(x)]
-    return tensors, nesting.map_structure(lambda x: _TENSOR if ops.is_tensor(x) else x, aux)
+    leaves = nesting.flatten(aux)
+    tensors = [x for x in leaves if ops.is_tensor(x)]
+    return tensors, (nesting.outline(aux), [_TENSOR if ops.is_tensor(x) else x for x in leaves])
 
 
 def put_together(tensors, rest):
     """What `take_apart` has taken apart."""
-    tensors = iter(tensors)
-    return nesting.map_structure(lambda x: next(tensors) if x is _TENSOR else x, rest)
+    given, (outline, leaves) = iter(tensors), rest
+    return outline.pack([next(given) if x is _TENSOR else x for x in leaves])

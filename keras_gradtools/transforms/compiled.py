@@ -274,16 +274,7 @@ def _argument(x):
 def _signature(fun, args, kwargs):
     leaves = nesting.flatten((args, kwargs))
     reads = closures.attributes_read_by(fun)
-    return _structure(args), _structure(kwargs), tuple([_leaf(x, reads) for x in leaves])
-
-
-def _structure(x):
-    """The nesting as a key; the leaves have no place in it."""
-    if isinstance(x, dict):
-        return type(x), tuple((k, _structure(v)) for k, v in sorted(x.items()))
-    if isinstance(x, (list, tuple)):
-        return type(x), tuple(_structure(v) for v in x)
-    return None
+    return nesting.outline((args, kwargs)), tuple([_leaf(x, reads) for x in leaves])
 
 
 def _leaf(x, reads):

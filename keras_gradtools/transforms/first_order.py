@@ -171,7 +171,7 @@ def jvp(fun, primals, tangents, has_aux=False):
     require_function("jvp", fun)
     validation.require_flag("jvp", "has_aux", has_aux)
     primals = require_tuple("jvp", "primals", primals)
-    tangents = require_tangents("jvp", primals, tangents)
+    tangents = require_tuple("jvp", "tangents", tangents)
     call = TapedCall("jvp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
     pushed = call.push(tangents)
     return (call.value, pushed, call.aux) if has_aux else (call.value, pushed)
@@ -215,7 +215,7 @@ def linearize(fun, *primals, has_aux=False):
     push = call.linearize(_is_gradient(fun, len(primals), has_aux) and not call.record.has_custom_gradient)
 
     def pushforward(*tangents):
-        return push(require_tangents("linearize", primals, tangents))
+        return push(tangents)
 
     return (call.value, pushforward, call.aux) if has_aux else (call.value, pushforward)
 
@@ -242,12 +242,3 @@ def _is_gradient(fun, count, has_aux):
 
 # Beside the functions and not on them: `functools.wraps` would hand an attribute on to what is no gradient.
 _differentiated_by: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def require_tangents(name, primals, tangents):
-    """Returns `tangents` as a tuple, with a None for each tensor of a primal that None stands for as a whole."""
-    tangents = require_tuple(name, "tangents", tangents)
-    if len(tangents) != len(primals):
-        return tangents  # what is wrong with it is told where the structures are compared
-    pairs = zip(tangents, primals, strict=True)
-    return tuple(nesting.map_structure(lambda _: None, x) if v is None else v for v, x in pairs)

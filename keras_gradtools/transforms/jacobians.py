@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_gradtools import chosen_inputs, jacobians, nesting, validation
+from keras_gradtools import chosen_inputs, jacobians, nesting, validation, vectors
 from keras_gradtools.transforms import auxiliary, compiled
 from keras_gradtools.transforms.batch_independence import examine
 from keras_gradtools.transforms.taped_call import (
@@ -117,22 +117,13 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, 
 
     @functools.wraps(fun, updated=())
     def transformed(*args, **kwargs):
-        chosen = _chosen(fun, _picked(name, args, options.argnums), names)
+        x = _picked(name, args, options.argnums)
+        chosen = None if names is None else chosen_inputs.choose(name, fun, x, names)
         if check_independence:
-            _require_independence(fun, options, args, kwargs, chosen=None if names is None else chosen)
+            _require_independence(fun, options, args, kwargs, chosen)
         return Jacobian(fun, options._replace(chosen=chosen))(*args, **kwargs)
 
     return transformed
-
-
-def _chosen(fun, x, names):
-    """The inputs to differentiate by; None for all, and where the call itself will say what is wrong with them."""
-    if names is not None:
-        return chosen_inputs.choose("batch_jacobian", fun, x, names)
-    carried = [chosen_inputs.is_carried_along(leaf) for leaf in nesting.flatten(x)]
-    if not any(carried) or all(carried):
-        return None
-    return chosen_inputs.ChosenInputs(tuple(i for i, is_carried in enumerate(carried) if not is_carried), len(carried))
 
 
 def _require_independence(fun, options, args, kwargs, chosen):
@@ -189,9 +180,8 @@ class Note(NamedTuple):
     """What is known of a Jacobian once its function was traced."""
 
     plan: jacobians.Plan
-    target: Any
-    sources: Any
-    chosen: chosen_inputs.ChosenInputs | None
+    target: nesting.Places
+    sources: nesting.Places
     aux: Any
 
 
@@ -256,20 +246,19 @@ def _evaluated(options, fun, args, kwargs):
             for source in sources:
                 jacobians.check_batch(options.name, target, source)
     plan = jacobians.Plan(targets, sources, options.mode, options.batch_axes)
-    target, source = (nesting.map_structure(lambda _: 0, x) for x in (call.target, by))
     aux, rest = auxiliary.take_apart(call.aux)
-    return call.record, targets, sources, aux, Note(plan, target, source, options.chosen, rest)
+    return call.record, targets, sources, aux, Note(plan, vectors.places(call.target), by, rest)
 
 
 def _called(options, fun, args, kwargs):
-    """The recorded call, and the structure of what is differentiated by."""
+    """The recorded call, and the places of what is differentiated by."""
     argnums, chosen = options.argnums, options.chosen
     if chosen is None:
         call = TapedCall(options.name, fun, args, kwargs, argnums, options.has_aux)
-        return call, call.sources
+        return call, vectors.places(call.sources)
     x = _picked(options.name, args, argnums)
     of_chosen = chosen.function(lambda x, **kwargs: fun(*_placed(options.name, args, argnums, x), **kwargs), x)
-    return TapedCall(options.name, of_chosen, (chosen.parts(x),), kwargs, 0, options.has_aux), x
+    return TapedCall(options.name, of_chosen, (chosen.parts(x),), kwargs, 0, options.has_aux), chosen.places(x)
 
 
 def _derivative(options, fun):
@@ -281,7 +270,7 @@ def _derivative(options, fun):
             found = call.pull(is_last=True)
         else:
             blocks = jacobians.jacobians(call.record, call.flat_targets, call.flat_sources, "auto", None, zero=True)
-            found = nesting.pack_as(call.target, [nesting.pack_as(call.sources, row) for row in blocks])
+            found = vectors.pack_as(call.target, [vectors.pack_as(call.sources, row) for row in blocks])
         return (found, call.aux) if options.has_aux else found
 
     return derivative
@@ -299,6 +288,4 @@ def _chunk(options, part, fun, index, *args, **kwargs):
 
 
 def _packed(note, blocks):
-    pack = nesting.pack_as if note.chosen is None else note.chosen.packed
-    rows = [pack(note.sources, row) for row in blocks]
-    return nesting.pack_as(note.target, rows)
+    return note.target.pack([note.sources.pack(row) for row in blocks])

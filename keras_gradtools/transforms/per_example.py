@@ -5,10 +5,16 @@ import math
 
 from keras import ops
 
-from keras_gradtools import backend, nesting, validation
+from keras_gradtools import backend, nesting, validation, vectors
 from keras_gradtools.backend.state import StateScope
 from keras_gradtools.transforms import auxiliary
-from keras_gradtools.transforms.taped_call import differentiable_argument, read, require_function, require_scalar
+from keras_gradtools.transforms.taped_call import (
+    as_result,
+    differentiable_argument,
+    read,
+    require_function,
+    require_scalar,
+)
 
 
 def per_example_grad(fun, argnums=0, has_aux=False):
@@ -65,51 +71,55 @@ def per_example_grad(fun, argnums=0, has_aux=False):
                 f"{len(args)} arguments. Received: argnums={argnums}."
             )
         place = argnums % len(args)
-        weights = nesting.map_structure(lambda x: differentiable_argument("per_example_grad", place, x), args[place])
+        weights = differentiable_argument("per_example_grad", place, args[place])
         batch = nesting.map_structure(_example_tensor, (*args[:place], *args[place + 1 :]))
-        _check_batch(batch)
+        flat_batch = [x for x in nesting.flatten(batch) if x is not None]
+        _check_batch(flat_batch)
 
         rest_of_aux = None
 
         def value(flat_weights, flat_examples):
             nonlocal rest_of_aux
-            examples = [ops.expand_dims(x, 0) for x in flat_examples]
-            given = list(nesting.pack_as(batch, examples))
-            given.insert(place, nesting.pack_as(weights, flat_weights))
+            examples = iter([ops.expand_dims(x, 0) for x in flat_examples])
+            given = list(nesting.map_structure(lambda x: None if x is None else next(examples), batch))
+            given.insert(place, vectors.replaced(weights, flat_weights))
             scope = StateScope()
             with scope, scope:
                 returned = fun(*given, **kwargs)
                 result, aux = auxiliary.split("per_example_grad", returned) if has_aux else (returned, None)
                 tensors, rest_of_aux = auxiliary.take_apart(nesting.map_structure(read, aux))
+                result = as_result(result)
             require_scalar("per_example_grad", result)
             validation.require_differentiable(result, "What the function under `per_example_grad` returns")
             return result, tensors
 
-        examples = nesting.flatten(batch)
-        is_empty = 0 in tuple(examples[0].shape)[:1]
+        flat_weights = vectors.differentiable(weights)
+        is_empty = 0 in tuple(flat_batch[0].shape)[:1]
         if is_empty and not has_aux:
-            return nesting.map_structure(lambda w: ops.zeros((0, *w.shape), dtype=w.dtype), weights)
+            return vectors.pack_as(weights, [ops.zeros((0, *w.shape), dtype=w.dtype) for w in flat_weights])
         if is_empty:
             # A made-up example tells what is in `aux`.
-            examples = [ops.zeros((1, *x.shape[1:]), dtype=x.dtype) for x in examples]
-        found, tensors = backend.per_example_gradients(value, nesting.flatten(weights), examples)
+            flat_batch = [ops.zeros((1, *x.shape[1:]), dtype=x.dtype) for x in flat_batch]
+        found, tensors = backend.per_example_gradients(value, flat_weights, flat_batch)
         if is_empty:
             found, tensors = [x[:0] for x in found], [x[:0] for x in tensors]
-        found = nesting.pack_as(weights, found)
+        found = vectors.pack_as(weights, found)
         return (found, auxiliary.put_together(tensors, rest_of_aux)) if has_aux else found
 
     return gradients
 
 
 def _example_tensor(x):
+    if x is None:
+        return None
     return validation.as_tensor(x, "per_example_grad takes, beside the weights, tensors of shape (batch, ...)")
 
 
 def _check_batch(batch):
-    sizes = [x.shape[0] if len(x.shape) else "none" for x in nesting.flatten(batch)]
+    sizes = [x.shape[0] if len(x.shape) else "none" for x in batch]
     known = {n for n in sizes if n is not None}
     if not sizes or "none" in known or len(known) > 1:
         raise ValueError(
             "per_example_grad takes, beside the weights, tensors of shape (batch, ...) of one batch size. Received: "
-            f"the shapes {[tuple(x.shape) for x in nesting.flatten(batch)]}. Close over what is not per example."
+            f"the shapes {[tuple(x.shape) for x in batch]}. Close over what is not per example."
         )

@@ -1,12 +1,13 @@
 """Second derivatives of functions: Hessians, and products with them and with the Gauss-Newton matrix."""
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_gradtools import backend, jacobians, nesting, validation, vectors
-from keras_gradtools.transforms.first_order import grad, require_tangents, require_tuple
+from keras_gradtools.transforms.first_order import grad, require_tuple
 from keras_gradtools.transforms.jacobians import Jacobian, Options
 from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
 
@@ -74,7 +75,8 @@ def flatten_hessian(blocks):
 
     Args:
         blocks: what `hessian` returns of a scalar function: for an argument of some nesting, that nesting of itself,
-            the block of the i-th and j-th tensors of shape `(*in_i, *in_j)`.
+            the block of the i-th and j-th tensors of shape `(*in_i, *in_j)`. None for what has no derivative is left
+            out.
 
     Returns:
         A named tuple `(matrix, slices)`: the matrix, and a slice for each tensor, in the structure of the argument.
@@ -97,8 +99,8 @@ def flatten_hessian(blocks):
     Source: TensorFlow's guide "Advanced automatic differentiation", the "careful concatenation and slicing" that it
     warns of.
     """
-    flat = nesting.flatten(blocks)
-    structure = _structure_of_argument(blocks, len(flat))
+    argument = _like_the_argument(blocks)
+    flat = [block for block in nesting.flatten(blocks) if block is not None]
     number = math.isqrt(len(flat))
     rows = [flat[i * number : (i + 1) * number] for i in range(number)]
     shapes = [_half(rows[i][i]) for i in range(number)]
@@ -115,24 +117,26 @@ def flatten_hessian(blocks):
     )
     starts = [sum(sizes[:i]) for i in range(number)]
     slices = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    return FlatHessian(matrix, nesting.pack_as(structure, slices))
+    given = iter(slices)
+    return FlatHessian(matrix, nesting.map_structure(lambda row: None if row is None else next(given), argument))
 
 
-def _structure_of_argument(blocks, count):
-    """The structure S of which `blocks` is an S of S: some first branch of the nesting is it."""
-    candidate = blocks
-    while True:
-        if len(nesting.flatten(candidate)) ** 2 == count:
-            leaves = nesting.map_structure(lambda _: 0, candidate)
-            if nesting.same_structure(blocks, nesting.map_structure(lambda _: leaves, leaves)):  # noqa: B023
-                return leaves
-        if not nesting.is_nested(candidate):
-            raise ValueError(
-                "flatten_hessian takes the blocks that `hessian` returns, a nesting of itself. Received: the structure "
-                f"{nesting.map_structure(lambda _: '*', blocks)}."
-            )
-        children = list(candidate.values()) if isinstance(candidate, dict) else list(candidate)
-        candidate = children[0] if children else None
+def _like_the_argument(blocks):
+    """A branch of `blocks` that is nested as the argument is, None where that has no derivative.
+
+    In each place of the argument there is such a branch, so that it is the first one of some depth.
+    """
+    branch = blocks
+    while branch is not None:
+        expected = nesting.map_structure(lambda block: None if block is None else branch, branch)  # noqa: B023
+        are_none = ([block is None for block in nesting.flatten(x)] for x in (expected, blocks))
+        if nesting.same_structure(expected, blocks) and operator.eq(*are_none):
+            return branch
+        branch = next((entry for entry in nesting.entries(branch) if entry is not None), None)
+    raise ValueError(
+        "flatten_hessian takes the blocks that `hessian` returns, a nesting of itself. Received: the structure "
+        f"{nesting.outline(blocks)}."
+    )
 
 
 def _half(block):
@@ -180,14 +184,14 @@ def hvp(fun, primals, tangents):
     """
     require_function("hvp", fun)
     primals = require_tuple("hvp", "primals", primals)
-    tangents = require_tangents("hvp", primals, tangents)
+    tangents = require_tuple("hvp", "tangents", tangents)
     every = tuple(range(len(primals)))
     call = TapedCall("hvp", grad(fun, every), primals, argnums=every)
     if backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient:
         return call.push(tangents)
     # A Hessian is its own transpose, if no custom gradient has made a field of it that is no gradient.
     tangents = vectors.like(tangents, call.sources, "tangents", "`primals`", vectors.zeros)
-    return call.pull(nesting.pack_as(call.sources, tangents), is_last=True)
+    return call.pull(vectors.pack_as(call.sources, tangents), is_last=True)
 
 
 def ggnvp(model_fun, loss_fun, primals, tangents):
@@ -228,7 +232,7 @@ def ggnvp(model_fun, loss_fun, primals, tangents):
     require_function("ggnvp", model_fun)
     require_function("ggnvp", loss_fun)
     primals = require_tuple("ggnvp", "primals", primals)
-    tangents = require_tangents("ggnvp", primals, tangents)
+    tangents = require_tuple("ggnvp", "tangents", tangents)
     model = TapedCall("ggnvp", model_fun, primals, argnums=tuple(range(len(primals))))
     pushed = model.push(tangents)
 

@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation, vectors
@@ -23,7 +24,7 @@ class TapedCall:
         record: the backend's tape, which recorded the call.
         sources: the arguments to differentiate by: one of them, or a tuple of them if `argnums` is a tuple.
         target: what the function returned, as the tape knows it; without `aux`, if `has_aux`.
-        flat_sources, flat_targets: the tensors in these.
+        flat_sources, flat_targets: the tensors in these that have a derivative.
         value: the target for the caller.
         aux: the second part of what it returned, if `has_aux`.
     """
@@ -32,10 +33,10 @@ class TapedCall:
         args = list(args)
         positions = argument_positions(name, argnums, len(args))
         for i in positions:
-            args[i] = nesting.map_structure(lambda x: differentiable_argument(name, i, x), args[i])  # noqa: B023
+            args[i] = differentiable_argument(name, i, args[i])
         chosen = tuple(args[i] for i in positions)
         self.sources = chosen if isinstance(argnums, (tuple, list)) else chosen[0]
-        self.flat_sources = nesting.flatten(self.sources)
+        self.flat_sources = vectors.differentiable(self.sources)
         self.record = backend.Tape(watch_accessed_variables=False)
         scope, record = StateScope(), self.record
         with scope, scope, record, record:
@@ -43,11 +44,11 @@ class TapedCall:
                 self.record.watch(x)
             returned = fun(*args, **(kwargs or {}))
             target, aux = auxiliary.split(name, returned) if has_aux else (returned, None)
-            self.target, self._aux = (nesting.map_structure(read, x) for x in (target, aux))
-            self.record.note_results(nesting.flatten(self.target))
-        self.flat_targets = nesting.flatten(self.target)
-        for y in self.flat_targets:
-            validation.require_differentiable(y, f"What the function under `{name}` returns")
+            self.target, self._aux = nesting.map_structure(as_result, target), nesting.map_structure(read, aux)
+            leaves = nesting.flatten(self.target)
+            self.record.note_results(leaves)
+        validation.require_some_differentiable(leaves, f"What the function under `{name}` returns")
+        self.flat_targets = vectors.differentiable(self.target)
 
     @property
     def value(self):
@@ -62,13 +63,13 @@ class TapedCall:
         cotangents = vectors.like(cotangents, self.target, "output_gradients", "`target`", vectors.ones)
         self.record.keeps_graph = not is_last
         pulled = backend.pullback(self.record, self.flat_targets, self.flat_sources, cotangents)
-        return nesting.pack_as(self.sources, _filled(pulled, self.flat_sources))
+        return vectors.pack_as(self.sources, _filled(pulled, self.flat_sources))
 
     def push(self, tangents):
         """The derivative of the target along `tangents`, zeros where nothing is connected."""
         tangents = vectors.like(tangents, self.sources, "tangents", "`primals`", vectors.zeros)
         pushed = backend.pushforward(self.record, self.flat_targets, self.flat_sources, tangents)
-        return nesting.pack_as(self.target, _filled(pushed, self.flat_targets))
+        return vectors.pack_as(self.target, _filled(pushed, self.flat_targets))
 
     def linearize(self, is_symmetric=False):
         """`push` as a function of its own, with all the work done that no tangent is needed for.
@@ -79,7 +80,7 @@ class TapedCall:
 
         def pushforward(tangents):
             tangents = vectors.like(tangents, self.sources, "tangents", "`primals`", vectors.zeros)
-            return nesting.pack_as(self.target, _filled(push(tangents), self.flat_targets))
+            return vectors.pack_as(self.target, _filled(push(tangents), self.flat_targets))
 
         return pushforward
 
@@ -92,7 +93,7 @@ def require_function(name, fun):
 
 def is_scalar(value):
     """Whether `value`, which tensors are in, is one tensor of rank 0."""
-    return not nesting.is_nested(value) and not len(value.shape)
+    return not nesting.is_nested(value) and not len(getattr(value, "shape", ()))
 
 
 def require_scalar(name, value):
@@ -106,7 +107,27 @@ def require_scalar(name, value):
 
 
 def differentiable_argument(name, position, x):
-    """Returns an alias of argument `x` as a tensor, and raises `ValueError` if it has no gradient."""
+    """Returns argument `x` with an alias, as a tensor, for each leaf that has a derivative.
+
+    What has none by its kind stays as it is. `ValueError` if there is nothing else, or what cannot be told.
+    """
+    leaves = nesting.flatten(x)
+    constant = list(map(validation.is_constant, leaves))
+    if all(constant):
+        constant = [False] * len(leaves)  # each of them is refused
+    pairs = zip(leaves, constant, strict=True)
+    return nesting.pack_as(
+        x, [_constant(leaf) if c else _differentiable_leaf(name, position, leaf) for leaf, c in pairs]
+    )
+
+
+def _constant(x):
+    # Keras refuses tensors and arrays side by side.
+    is_array = isinstance(x, np.ndarray) and x.dtype.kind in "iub"
+    return ops.convert_to_tensor(x) if is_array else read(x)
+
+
+def _differentiable_leaf(name, position, x):
     x = read(x)
     if not ops.is_tensor(x):
         if x is None or isinstance(x, (str, keras.KerasTensor)):
@@ -115,6 +136,15 @@ def differentiable_argument(name, position, x):
         x = validation.as_tensor(x, f"Argument {position} under `{name}` must be a tensor", dtype, True)
     validation.require_differentiable(x, f"Argument {position} under `{name}`")
     return backend.alias(x)
+
+
+def as_result(x):
+    """What a function returned, as a tensor where it is a number that could have depended on its arguments."""
+    x = read(x)
+    if isinstance(x, float) and not hasattr(x, "dtype"):
+        return ops.convert_to_tensor(x, dtype=keras.config.floatx())
+    is_array = isinstance(x, (np.ndarray, np.floating)) and validation.dtype_of(x).startswith(("float", "bfloat"))
+    return ops.convert_to_tensor(x) if is_array else x
 
 
 def require_argnums(name, argnums):

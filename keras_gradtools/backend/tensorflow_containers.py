@@ -1,0 +1,33 @@
+"""The dataclasses that `tf.nest` takes for containers: those with its two methods."""
+
+import dataclasses
+
+from keras_gradtools.nesting import Outline, Registry
+
+
+@dataclasses.dataclass
+class Leaves:
+    """A nesting as TensorFlow can return it from a graph, whatever containers it is of."""
+
+    outline: Outline
+    leaves: list
+
+    def __tf_flatten__(self):
+        return (self.outline,), (self.leaves,)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata, components):
+        return cls(*metadata, *components)
+
+
+def containers():
+    return Registry(
+        lambda x: not isinstance(x, type) and hasattr(x, "__tf_flatten__") and hasattr(x, "__tf_unflatten__"),
+        _open,
+        lambda constants, entries: constants[0].__tf_unflatten__(constants[1], tuple(entries)),
+    )
+
+
+def _open(x):
+    metadata, entries = x.__tf_flatten__()
+    return entries, (type(x), metadata)
