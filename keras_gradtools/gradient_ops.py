@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import validation, vectors
+from keras_gradtools import nesting, validation, vectors
 from keras_gradtools.custom_gradients import custom_gradient, distinct
 from keras_gradtools.validation import name_of
 
@@ -16,7 +16,8 @@ def stop_gradient(x):
     r"""Returns `x` as a constant, $\partial\,\mathrm{stop}(x) / \partial x = 0$.
 
     Args:
-        x: tensors and variables of any shape and dtype, in any nesting.
+        x: tensors and variables of any shape and dtype, in any nesting. Beside these, None, integers, strings and
+            functions stay as they are.
 
     Returns:
         The structure of `x`, with the same values; for each variable the value that it has now.
@@ -40,13 +41,16 @@ def stop_gradient(x):
 
     Source: TensorFlow's guide "Advanced automatic differentiation", section "Stop gradient".
     """
-    for entry in keras.tree.flatten(x):
-        if not (ops.is_tensor(entry) or isinstance(entry, (keras.Variable, keras.KerasTensor))):
+    leaves = nesting.flatten(x)
+    stopped = [ops.is_tensor(y) or isinstance(y, (keras.Variable, keras.KerasTensor)) for y in leaves]
+    for entry, is_stopped in zip(leaves, stopped, strict=True):
+        if not (is_stopped or any(stopped) and validation.is_constant(entry)):
             raise ValueError(
                 "stop_gradient takes tensors of the backend and keras.Variables, in any nesting. "
                 f"Received: {validation.describe(entry)}. What is neither has no gradient to stop: leave it out."
             )
-    return keras.tree.map_structure(lambda entry: distinct(ops.stop_gradient(entry), [entry]), x)
+    pairs = zip(leaves, stopped, strict=True)
+    return nesting.pack_as(x, [distinct(ops.stop_gradient(y), [y]) if is_stopped else y for y, is_stopped in pairs])
 
 
 def clip_gradient_norm(x, max_norm):

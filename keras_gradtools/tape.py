@@ -110,7 +110,7 @@ class GradientTape:
 
         Args:
             tensor: real floating-point tensors or variables, of any shape. A variable that is not
-                trainable is followed from its next read on.
+                trainable is followed from its next read on. Beside these, None and integers are passed over.
 
         Raises:
             ValueError: for anything else, naming what was received.
@@ -164,14 +164,15 @@ class GradientTape:
 
         Args:
             target: a tensor or any nesting of tensors $y_k$, which are summed, as are their elements.
-            sources: what to differentiate by: tensors and variables in any nesting.
+            sources: what to differentiate by: tensors and variables in any nesting. Beside those that have a
+                derivative there may be None and integers, here and in `target`.
             output_gradients: the cotangents $u_k$, in the structure and shapes of `target`; None stands
                 for ones.
             unconnected_gradients: what to return for a source that `target` does not depend on: None
                 (`"none"`) or zeros (`"zero"`). A `tf.UnconnectedGradients` is taken as well.
 
         Returns:
-            The structure of `sources`, each entry with its source's shape and dtype.
+            The structure of `sources`, each entry with its source's shape and dtype, None for None and integers.
 
         Raises:
             ValueError: for a target or source that is not a real floating-point tensor or variable, or an

@@ -274,10 +274,14 @@ class TestStopGradient:
         model = keras.Model(inputs, stop_gradient(inputs) * inputs)
         close(gradient_of(model, tensor([[3.0, 4.0]])), [[3, 4]])
 
-    @pytest.mark.parametrize("wrong", [np.ones(2), "x", None, 1.0], ids=["array", "str", "None", "float"])
+    @pytest.mark.parametrize(
+        "wrong",
+        [[tensor(1.0), np.ones(2)], [tensor(1.0), 1.0], "x", None, ["x", None]],
+        ids=["array", "float", "str", "None", "nothing else"],
+    )
     def test_refuses(self, wrong):
         with pytest.raises(ValueError, match="stop_gradient takes tensors .* Received: .* leave it out"):
-            stop_gradient([tensor(1.0), wrong])
+            stop_gradient(wrong)
 
 
 class TestCustomGradient:

@@ -20,13 +20,14 @@ def grad(fun, argnums=0, has_aux=False):
     Args:
         fun: a function that returns one scalar tensor; with `has_aux` a pair of it and anything else.
         argnums: the position of the argument to differentiate by, or a tuple of positions. These arguments are
-            real floating-point tensors, variables, arrays or Python floats, in any nesting.
+            real floating-point tensors, variables, arrays or Python floats, in any nesting. Beside these, it may have
+            None, integers, booleans, strings and functions, which reach `fun` as they are.
         has_aux: whether `fun` returns a pair `(value, aux)`.
 
     Returns:
         A function with the arguments of `fun` that returns the gradient, in the structure and the shapes of the
-        argument (a tuple of them for a tuple of positions), zeros where nothing is connected; with `has_aux`,
-        `(gradient, aux)`.
+        argument (a tuple of them for a tuple of positions), zeros where nothing is connected, and None for what can
+        have no gradient; with `has_aux`, `(gradient, aux)`.
 
     Raises:
         ValueError: when called, if `fun` does not return a scalar, a position does not exist, or an argument has
@@ -110,8 +111,8 @@ def vjp(fun, *primals, has_aux=False):
 
     Returns:
         `(out, pullback)`, and `aux` as a third if `has_aux`. `pullback(cotangent)` takes the structure and
-        shapes of `out` and returns a tuple with one entry for each of `primals`. It can be called again, and
-        keeps the evaluation in memory until it is dropped.
+        shapes of `out`, None for None and integers, and returns a tuple with one entry for each of `primals`. It can be
+        called again, and keeps the evaluation in memory until it is dropped.
 
     Raises:
         ValueError: if a primal has no gradient, or a cotangent not the structure and shape of `out`.
@@ -144,13 +145,14 @@ def jvp(fun, primals, tangents, has_aux=False):
     Args:
         fun: a function of `primals` that returns tensors, in any nesting.
         primals: a tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in
-            any nesting.
-        tangents: the direction $v$, a tuple in the structure and shapes of `primals`; None stands for zeros.
+            any nesting; beside these, what `grad` takes.
+        tangents: the direction $v$, a tuple in the structure and shapes of `primals`; None stands for zeros, and
+            is the tangent of what has no derivative.
         has_aux: whether `fun` returns a pair `(out, aux)`.
 
     Returns:
         `(out, tangent_out)`, and `aux` as a third if `has_aux`. `tangent_out` has the structure and shapes of
-        `out`, zeros where nothing is connected.
+        `out`, zeros where nothing is connected, None for None and integers.
 
     Raises:
         ValueError: if a primal has no gradient, or a tangent not the structure and shape of its primal.

@@ -373,6 +373,17 @@ class TestConstants:
             kg.grad(lambda x: 3)(tensor(X))
 
 
+@every_container
+def test_stop_gradient(container):
+    def f(p):
+        a, b = container.parts(kg.stop_gradient(p))
+        assert b == {"none": None, "step": 3, "name": "adam"}
+        return ops.sum(container.parts(p)[0] * a)
+
+    gradient, _ = container.parts(kg.grad(f)(container.make(tensor(X), {"none": None, "step": 3, "name": "adam"})))
+    close(gradient, X)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("x", "message"),
