@@ -2,11 +2,13 @@
 
 import torch
 
-from keras_gradtools.backend import recording
+from keras_gradtools.backend import recording, torch_levels
 
 
 def custom_gradient(fun):
     def differentiated(*tensors):
+        if torch_levels.depth():
+            raise torch_levels.custom_gradient_error(tensors)
         # With aliases, a value that is returned unchanged is still not the argument. They stay attached to the
         # graph, and with them what `grad_fn` holds: that is what makes its result differentiable again.
         with recording.ReadLog() as log:

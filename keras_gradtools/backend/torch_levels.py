@@ -86,6 +86,17 @@ def error(tensor):
     )
 
 
+def custom_gradient_error(tensors):
+    """The error where a custom gradient is called on a level: what its `grad_fn` closes over is of that level alone."""
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+    return RuntimeError(
+        "A custom gradient of keras_gradtools (and `clip_gradient_norm`, `scale_gradient` and its other kin) cannot be "
+        "called inside `torch.vmap` or another transform of `torch.func`. Received: tensors of the shapes "
+        f"{shapes} inside one. Differentiate by `keras_gradtools.grad`, `jacobian` or `hvp`, in place of "
+        "`torch.func`, and use `keras_gradtools.per_example_grad(fun)` in place of `vmap` around `grad`."
+    )
+
+
 def require_grad(tensor, flag):
     """`tensor.requires_grad_(flag)`, which torch refuses on every level: there it is meant for one alone."""
     if not depth():

@@ -1,5 +1,7 @@
 """Tapes and transforms inside `torch.func` and `torch.vmap`: right or an error, and never zeros."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -40,7 +42,30 @@ def taped_with_a_variable(w, x):
     return tape.gradient(y, v)
 
 
+def recorded(w, x):
+    """A tape, and sin(w) x^2 of each element."""
+    with kg.GradientTape(persistent=True) as tape:
+        tape.watch(w)
+        y = ops.sin(w) * x * x
+    return tape, y
+
+
+def taped_by_example(w, x):
+    w = w[None]
+    tape, y = recorded(w, x)
+    return tape.batch_jacobian(y, {"w": w})["w"][0]
+
+
+def diagonals(rows):
+    return np.array([np.diag(row) for row in rows])
+
+
+def vector(w, x):
+    return ops.sin(w) * x * x
+
+
 ones = ops.ones_like
+VALUE = np.sin(W) * X**2
 BY_EXAMPLE = {
     "grad": (kg.grad(loss), BY_W),
     "value_and_grad": (lambda w, x: kg.value_and_grad(loss)(w, x)[1], BY_W),
@@ -50,6 +75,54 @@ BY_EXAMPLE = {
     "jacobian": (lambda w, x: kg.jacobian(lambda w: ops.sin(w) * x * x)(w), np.array([np.diag(g) for g in BY_W])),
     "hessian": (lambda w, x: kg.hessian(loss)(w, x), np.array([np.diag(s) for s in SECOND])),
     "hvp": (lambda w, x: kg.hvp(lambda w: loss(w, x), (w,), (ones(w),))[0], SECOND),
+    "grad with aux": (lambda w, x: kg.grad(lambda w: (loss(w, x), {"x": x, "n": 1}), has_aux=True)(w)[0], BY_W),
+    "aux of grad": (lambda w, x: kg.grad(lambda w: (loss(w, x), [vector(w, x), "aux"]), has_aux=True)(w)[1][0], VALUE),
+    "aux of jacobian": (lambda w, x: kg.jacobian(lambda w: (w, (vector(w, x), None)), has_aux=True)(w)[1][0], VALUE),
+    "aux of vjp": (lambda w, x: kg.vjp(lambda w: (w, vector(w, x)), w, has_aux=True)[2], VALUE),
+    "aux of linearize": (lambda w, x: kg.linearize(lambda w: (w, vector(w, x)), w, has_aux=True)[2], VALUE),
+    "jacobian in forward mode": (
+        lambda w, x: kg.jacobian(lambda w: vector(w, x), mode="forward")(w),
+        diagonals(BY_W),
+    ),
+    "jacobian in chunks": (lambda w, x: kg.jacobian(lambda w: vector(w, x), chunk_size=1)(w), diagonals(BY_W)),
+    "batch_jacobian": (
+        lambda w, x: kg.batch_jacobian(lambda n, w: vector(w, x), argnums=1)(3, w[None])[0],
+        diagonals(BY_W),
+    ),
+    "batch_jacobian with aux": (
+        lambda w, x: kg.batch_jacobian(lambda w: (w, vector(w, x)), has_aux=True)(w[None])[1][0],
+        VALUE,
+    ),
+    "hessian of a vector": (
+        lambda w, x: kg.hessian(lambda w: vector(w, x))(w),
+        np.array([np.einsum("i,ij,ik->ijk", s, np.eye(2), np.eye(2)) for s in SECOND]),
+    ),
+    "hessian with aux": (lambda w, x: kg.hessian(lambda w: (loss(w, x), x), has_aux=True)(w)[0], diagonals(SECOND)),
+    "ggnvp": (
+        lambda w, x: kg.ggnvp(lambda w: ops.sin(w) * x, lambda y: ops.sum(y * y), (w,), (ones(w),))[0],
+        2 * np.cos(W) ** 2 * X**2,
+    ),
+    "per_example_grad": (lambda w, x: kg.per_example_grad(loss)(w, x[None])[0], BY_W),
+    "per_example_grad with aux": (
+        lambda w, x: kg.per_example_grad(lambda w, x: (loss(w, x), vector(w, x)), has_aux=True)(w, x[None])[1][0, 0],
+        VALUE,
+    ),
+    "laplacian": (lambda w, x: kg.laplacian(lambda w: ops.sum(vector(w, x), axis=1))(w[None])[0], SECOND.sum(1)),
+    "divergence": (lambda w, x: kg.divergence(lambda w: vector(w, x))(w[None])[0, 0], BY_W.sum(1)),
+    "jit": (lambda w, x: kg.jit(kg.grad(loss))(w, x), BY_W),
+    "gradient control": (lambda w, x: kg.grad(lambda w: loss(kg.scale_gradient(w, 3.0), x))(w), 3 * BY_W),
+    "custom gradient": (
+        lambda w, x: kg.grad(lambda w: ops.sum(kg.custom_gradient(lambda w: (ops.sin(w), lambda u: u * x * x))(w)))(w),
+        X**2,
+    ),
+    "tape.jacobian": (lambda w, x: (lambda tape, y: tape.jacobian(y, w))(*recorded(w, x)), diagonals(BY_W)),
+    "tape.jacobian by rows": (
+        lambda w, x: (lambda tape, y: tape.jacobian(y, w, experimental_use_pfor=False))(*recorded(w, x)),
+        diagonals(BY_W),
+    ),
+    "tape.batch_jacobian": (taped_by_example, diagonals(BY_W)),
+    "tape.jvp": (lambda w, x: (lambda tape, y: tape.jvp(y, w, ones(w)))(*recorded(w, x)), BY_W),
+    "tape.linearize": (lambda w, x: (lambda tape, y: tape.linearize(y, w)(ones(w)))(*recorded(w, x)), BY_W),
     "tape": (taped, BY_W),
     "tape by a variable": (taped_with_a_variable, BY_W),
 }
@@ -159,6 +232,33 @@ class TestWhatWorks:
             lambda: transform((lambda w: fun(w, x)) if transform is jacfwd else lambda w: ops.sum(fun(w, x)))(w),
             expected,
         )
+
+
+class TestCustomGradients:
+    """They go through torch's own functions, which `torch.func` cannot take apart."""
+
+    @pytest.mark.parametrize(
+        "fun",
+        [
+            lambda w: kg.custom_gradient(lambda w: (w, lambda u: 2 * u))(w),
+            lambda w: kg.scale_gradient(w, 2.0),
+            lambda w: kg.reverse_gradient(w),
+            lambda w: kg.clip_gradient_norm(w, 1.0),
+            lambda w: kg.clip_gradient_value(w, 1.0),
+            lambda w: kg.straight_through(ops.round)(w),
+        ],
+    )
+    def test_are_refused(self, fun, w):
+        for transform in (grad, jacrev, jacfwd, vmap, functionalize, lambda f: lambda w: jvp(f, (w,), (w,))):
+            with pytest.raises(RuntimeError, match="custom gradient.*inside `torch.vmap`.*`keras_gradtools.grad`"):
+                transform(lambda w: ops.sum(fun(w)))(w)
+
+    def test_per_example_grad_takes_one_example_at_a_time(self, w):
+        x = tensor(X, "float64")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = kg.per_example_grad(lambda w, x: loss(kg.scale_gradient(w, 3.0), x))(w, x)
+        close(found.detach(), 3 * BY_W)
 
 
 class TestInsideACustomGradient:
