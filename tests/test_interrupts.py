@@ -17,8 +17,8 @@ from tests.interrupts import left_behind
 SIGNALS = 300
 # What an interrupt may leave in JAX's and TensorFlow's own caches of what they compile: see docs/limits.md.
 BROKEN_CACHES = ("Recursively calling <weakref", "Input Parameters:")
-# On torch, Keras' optimizers switch the grad mode off for an update, and an interrupt may leave it so: 2 to 3 of 1,000
-# interrupts of `train_on_batch` of a plain Keras model do.
+# On torch, Keras' optimizers switch the grad mode off for an update, and an interrupt may leave it so. In a plain Keras
+# model's `train_on_batch`, 2 to 3 of 1,000 interrupts do.
 BY_KERAS_OPTIMIZERS = ("steps", "fit")
 RNG = np.random.default_rng(11)
 X = RNG.normal(size=(8, 3)).astype("float32")
