@@ -11,7 +11,7 @@ from keras_gradtools.curvature.operator import CurvatureOperator
 from keras_gradtools.curvature.spectrum_start import spectrum_start
 
 # Beyond these, a program of many products takes long to compile, and calls take no time beside products.
-_MOST_VARIABLES, _MOST_WEIGHTS, _MOST_SAMPLES = 32, 2**22, 8
+_MOST_WEIGHTS, _MOST_SAMPLES = 2**22, 8
 
 
 class Hessian(CurvatureOperator):
@@ -74,7 +74,7 @@ class Hessian(CurvatureOperator):
         if self._batches.count != 1 or samples > _MOST_SAMPLES:
             return False
         (batch,) = self._batches
-        is_small = len(self.variables) <= _MOST_VARIABLES and self.shape[0] <= _MOST_WEIGHTS
+        is_small = self._is_quick_to_trace and self.shape[0] <= _MOST_WEIGHTS
         return is_small and not backend.is_shared_by_replicas(batch, self.variables[0])
 
     def spectrum_start(self, first, bits, share, steps):

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, jacobians, nesting, validation
+from keras_gradtools.backend import state
 from keras_gradtools.curvature import dense_memory, determinism
 from keras_gradtools.curvature.batch_loss import BatchLoss, checked_model
 from keras_gradtools.curvature.batches import Batches, OneBatch, batch_size_of
@@ -27,6 +28,8 @@ from keras_gradtools.transforms.first_order import value_and_grad
 COLUMNS = 64
 # Numbers in the rows that one program computes, of a few chunks that share the evaluation of the model.
 _NUMBERS_OF_A_CALL = 2**24
+# Two blocks of a transformer have few variables, and yet hundreds of operations to trace for each product.
+_MOST_VARIABLES, _MOST_LAYERS = 32, 16
 
 
 class CurvatureOperator:
@@ -404,7 +407,15 @@ class CurvatureOperator:
         """The product with a flat NumPy vector, a NumPy vector, at the weights of the moment."""
         if self._batches.count != 1:
             return lambda vector: self @ vector
-        return self._matvec_by_one_record() if backend.LINEARIZES_ONCE else self._matvec_by_one_program()
+        if backend.LINEARIZES_ONCE:
+            return self._matvec_by_one_record()
+        # The program of `self @ vector` is there already: beside the products of many layers its calls take no time.
+        return self._matvec_by_one_program() if self._is_quick_to_trace else lambda vector: self @ vector
+
+    @property
+    def _is_quick_to_trace(self):
+        """Whether the model is so small that one program more takes no time."""
+        return len(self.variables) <= _MOST_VARIABLES and len(state.layers_of(self.model)) <= _MOST_LAYERS
 
     def _matvec_by_one_record(self):
         self._prepare()

@@ -21,6 +21,8 @@ _DIRECTIONS = 3
 # How far from where it was called a layer is tried again, as a share of the size of its arguments.
 _ASIDE = 0.25
 _COARSE = ("float16", "bfloat16")
+# From here on, a number beside ordinary ones stands for infinity.
+_LARGE = 1e4
 _UNCLEAR = (
     "The differences of its gradient do not converge: it has kinks, decides by its values, draws random numbers, or "
     "rounds too much"
@@ -67,7 +69,9 @@ def _along(computation, primals, only_inputs, random):
     """What `SlopeSearch` says along random directions, and by how much the product is off at most."""
     leaves = Leaves("preflight", primals, "argument")
     start, off = leaves.vector(primals), []
-    sizes, dtype = leaves.typical(start), computation.coarsest(primals)
+    large = _stands_for_infinity(leaves, start)
+    sizes, dtype = leaves.typical(np.where(large, 0.0, start)), computation.coarsest(primals)
+    sizes = np.where(large, 0.0, sizes)
     moved = sizes
     if only_inputs:
         moved = np.where(np.arange(start.size) < leaves.vector(primals[0]).size, sizes, 0.0)
@@ -88,6 +92,15 @@ def _along(computation, primals, only_inputs, random):
             # Equal numbers, as many zeros are, may be a kink that others are not.
             start = start + _ASIDE * sizes * random.standard_normal(start.size)
     return "unclear", 0.0
+
+
+def _stands_for_infinity(leaves, vector):
+    """Which elements are there to mask something, as -1e9 in a bias of attention.
+
+    A step of their size would leave nothing of what they are added to.
+    """
+    parts = [np.abs(part) for part in leaves.split(vector)]
+    return np.concatenate([np.zeros(0, bool), *[(part >= _LARGE) & (part.min(initial=np.inf) < 1) for part in parts]])
 
 
 class _HasNone(Exception):

@@ -426,3 +426,28 @@ def test_what_is_no_model(model, match):
 def test_training_is_a_bool():
     with pytest.raises(ValueError, match="True or False"):
         preflight(keras.Sequential([keras.Input((2,)), layers.Dense(1)]), training=None)
+
+
+class Biased(layers.Layer):
+    """Attention without queries: weights of a softmax, in which a bias masks some places, as in T5."""
+
+    def build(self, *shapes):
+        self.kernel = self.add_weight(shape=(4, 4), initializer="glorot_uniform")
+
+    def call(self, x, bias):
+        h = ops.matmul(x, self.kernel)
+        return ops.softmax(h + bias, axis=-1) * h
+
+    def compute_output_shape(self, shape, *others):
+        return shape
+
+
+@pytest.mark.parametrize("masked", [-1e4, -1e9, -3e38])
+@pytest.mark.parametrize("ordinary", [0.0, 0.3])
+def test_what_masks_is_not_moved_by_its_own_size(masked, ordinary):
+    keras.utils.set_random_seed(0)
+    x, bias = keras.Input((4,)), keras.Input((4,))
+    model = keras.Model([x, bias], Biased()(x, bias))
+    given = np.where(np.arange(4) == 3, masked, ordinary).astype("float32")
+    report = preflight(model, [X, np.tile(given, (len(X), 1))])
+    assert [layer.verdict for layer in report.layers] == ["yes"], str(report)
