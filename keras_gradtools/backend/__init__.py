@@ -21,6 +21,7 @@ which exists once for all backends.
 | `containers()`                                      | the registry of containers that the framework's users have |
 | `alias(x)`                                          | another tensor with the value of `x`, recorded    |
 | `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
+| `tried(fun)`                                        | `fun()` for its errors alone, not computed where that can be |
 | `eagerly()`                                         | a block that runs now, whatever is being traced around it |
 | `assigns_at_once()`                                 | whether an assignment in a training step is done at once |
 | `can_make_variables()`                              | whether variables can be made here: not in a replica |

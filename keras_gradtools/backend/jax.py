@@ -54,6 +54,7 @@ __all__ = [
     "summed_over_processes",
     "summed_over_replicas",
     "train_function",
+    "tried",
     "with_random_state",
 ]
 
@@ -317,6 +318,13 @@ def can_make_variables():
 
 def eagerly():
     return jax.ensure_compile_time_eval()
+
+
+def tried(fun):
+    def without_result():
+        fun()
+
+    jax.eval_shape(without_result)
 
 
 def modes_kept():

@@ -60,6 +60,7 @@ __all__ = [
     "summed_over_processes",
     "summed_over_replicas",
     "train_function",
+    "tried",
     "with_random_state",
 ]
 
@@ -400,6 +401,13 @@ def can_make_variables():
 def eagerly():
     # Out of whatever graph is being built.
     return tf.init_scope()
+
+
+def tried(fun):
+    def without_result():
+        fun()
+
+    tf.function(without_result, autograph=False).get_concrete_function()
 
 
 def modes_kept():

@@ -59,6 +59,7 @@ __all__ = [
     "summed_over_processes",
     "summed_over_replicas",
     "train_function",
+    "tried",
     "with_random_state",
 ]
 
@@ -412,6 +413,10 @@ def can_make_variables():
 
 def eagerly():
     return contextlib.nullcontext()
+
+
+def tried(fun):
+    fun()
 
 
 def modes_kept():

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_gradtools import backend
 from keras_gradtools.backend import state
 from keras_gradtools.tape import GradientTape
 
@@ -155,16 +156,38 @@ def _missing_second_derivative(model):
         # A sequential model keeps its inputs in the functional one that it is made of.
         inputs = keras.tree.map_structure(_example, getattr(model, "_functional", model).input)
         watched = [x for x in keras.tree.flatten(inputs) if keras.backend.is_float_dtype(x.dtype)]
-        _gradient_size(model, inputs, watched)
     except Exception:
         return ""
-    try:
+
+    def once():
+        _gradient_size(model, inputs, watched)
+
+    def twice():
         with GradientTape() as tape:
             size = _gradient_size(model, inputs, watched)
         tape.gradient(size, model.trainable_variables)
+
+    if _error_of(once) is not None:
+        return ""
+    error = _error_of(twice)
+    return "" if error is None else (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _error_of(fun):
+    """The error of `fun()`, mostly found without computing anything; None if there is none."""
+    try:
+        # Run eagerly, each operation of a model would be compiled for itself on JAX, which takes a minute.
+        backend.tried(fun)
     except Exception as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ""
+        if not backend.depends_on_values(error):
+            return error
+    else:
+        return None
+    try:
+        fun()
+    except Exception as error:
+        return error
+    return None
 
 
 def _example(tensor):

@@ -131,6 +131,22 @@ def test_where_it_is_of_use():
     assert not hessian_of("dense", batch_size=4).begins_spectra(4)
     deep = sequential(*(layers.Dense(2) for _ in range(20)))
     assert not Hessian(deep, "mse", (X, np.zeros((N, 2))), verbose=0).begins_spectra(4)
+    # Few variables, and many operations to trace for each product.
+    long = Hessian(sequential(layers.Dense(2), *many_activations()), "mse", (X, np.zeros((N, 2))), verbose=0)
+    assert not long.begins_spectra(4)
+
+
+def many_activations():
+    return [layers.Activation("softplus") for _ in range(20)]
+
+
+def test_products_of_many_layers_by_the_program_that_is_there():
+    hessian = Hessian(sequential(layers.Dense(2), *many_activations()), "mse", (X, np.zeros((N, 2))), verbose=0)
+    values = np.linalg.eigvalsh(hessian.dense().astype("float64"))
+    found, _ = hessian.eigsh(k=1)
+    np.testing.assert_allclose(found[0], values[np.abs(values).argmax()], rtol=1e-3)
+    v = np.ones(hessian.shape[0], "float32")
+    np.testing.assert_allclose(hessian.linearized() @ v, hessian.dense() @ v, rtol=1e-3, atol=1e-5)
 
 
 # --- what `spectrum_ends` makes of it ---

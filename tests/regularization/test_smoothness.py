@@ -8,6 +8,7 @@ import pytest
 from keras import activations, layers, ops
 
 import keras_gradtools as kg
+from keras_gradtools.backend.layer_calls import array_of
 from keras_gradtools.models import InputGradientRegularized
 from keras_gradtools.regularization.smoothness import has_kink, reasons_against_exact
 from tests.cases import tensor
@@ -403,3 +404,36 @@ class TestTraining:
         InputGradientRegularized(cubes(), 0.5).summary(print_fn=lambda line, **kwargs: lines.append(line))
         (line,) = [line for line in lines if "Input-gradient penalty" in line]
         assert "finite_difference" in line and REASONS[backend] in line
+
+
+class Seeing(layers.Layer):
+    """The square, and whether it was ever given numbers."""
+
+    given: list = []
+
+    def call(self, x):
+        self.given.append(array_of(x) is not None)
+        return ops.square(x)
+
+
+def test_second_derivatives_are_tried_without_computing_them_where_that_can_be(backend):
+    Seeing.given.clear()
+    model = keras.Sequential([keras.Input((D,)), Seeing(), layers.Dense(1)])
+    Seeing.given.clear()
+    assert reasons_against_exact(model) == ()
+    assert any(Seeing.given) is (backend == "torch")
+
+
+class Deciding(layers.Layer):
+    """The square, told by Python from values."""
+
+    def call(self, x):
+        return ops.square(x) if float(ops.sum(x)) > -1e6 else x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def test_a_layer_that_decides_by_values_is_tried_eagerly():
+    model = keras.Sequential([keras.Input((D,)), Deciding(), layers.Dense(1)])
+    assert reasons_against_exact(model) == ()
