@@ -28,14 +28,21 @@ class ClosedOver:
         self.args = args
         self.values = values
         self.results = results
+        self._graph = _graph()
 
     def hides(self, tape, targets, source):
         """Whether a path from `source` to `targets` leads through the function, but through none of its arguments."""
+        # What is of the graph of a function that was traced under the tape has no values outside.
         return (
-            _connected(tape, self.values, source)
+            self._graph is _graph()
+            and _connected(tape, self.values, source)
             and not _connected(tape, self.args, source)
             and any(_connected(tape, targets, result) for result in self.results)
         )
+
+
+def _graph():
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def require_connected(tape, targets, sources, gradients):

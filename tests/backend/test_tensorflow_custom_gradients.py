@@ -193,6 +193,31 @@ def test_a_functional_weight_that_a_custom_gradient_reads_is_an_error():
         kg.grad(lambda w, x: ops.sum(fun(w, x)), argnums=(0, 1))(weights, x)
 
 
+def test_a_function_that_is_traced_under_the_tape():
+    """What its custom gradient computed is of a graph, and no value of the tape's."""
+    v = tf.Variable(3.0)
+
+    @tf.function
+    def square(x):
+        @tf.custom_gradient
+        def call():
+            def grad_fn(u, variables=None):
+                return (), [2 * u * v * x for v in variables]
+
+            return v * v * x, grad_fn
+
+        return call()
+
+    x, other = tensor(2.0), tensor(5.0)
+    for _ in range(2):  # traced, and as it was
+        with kg.GradientTape(persistent=True) as tape:
+            tape.watch([x, other])
+            y = square(x) * 1.0
+        close(tape.gradient(y, v), 12.0)
+        assert tape.gradient(y, other) is None
+        close(tape.gradient(y, x), 0.0)  # as TensorFlow's own tape has it: the function closes over `x`
+
+
 def test_what_a_custom_gradient_has_nothing_to_do_with_is_zero():
     a, c = tensor(2.0), tensor(3.0)
     gradient = kg.grad(lambda a, c: ops.sin(a) + 0 * ops.stop_gradient(custom_square(a, c)), argnums=(0, 1))
