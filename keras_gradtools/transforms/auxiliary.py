@@ -22,6 +22,11 @@ def split(name, returned):
     )
 
 
+def held(aux):
+    """`aux`, with the values that variables have now in their place: a backend may hand out what changes later."""
+    return nesting.map_structure(lambda x: ops.copy(x) if validation.is_variable(x) else x, aux)
+
+
 def take_apart(aux):
     """The tensors of `aux`, which a compiler can return, and the rest of it, which Python knows once it was traced."""
     leaves = nesting.flatten(aux)

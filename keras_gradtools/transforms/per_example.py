@@ -11,7 +11,6 @@ from keras_gradtools.transforms import auxiliary
 from keras_gradtools.transforms.taped_call import (
     as_result,
     differentiable_argument,
-    read,
     require_function,
     require_scalar,
 )
@@ -87,7 +86,7 @@ def per_example_grad(fun, argnums=0, has_aux=False):
             with scope, scope:
                 returned = fun(*given, **kwargs)
                 result, aux = auxiliary.split("per_example_grad", returned) if has_aux else (returned, None)
-                tensors, rest_of_aux = auxiliary.take_apart(nesting.map_structure(read, aux))
+                tensors, rest_of_aux = auxiliary.take_apart(auxiliary.held(aux))
                 result = as_result(result)
             require_scalar("per_example_grad", result)
             validation.require_differentiable(result, "What the function under `per_example_grad` returns")

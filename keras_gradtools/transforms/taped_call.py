@@ -44,7 +44,7 @@ class TapedCall:
                 self.record.watch(x)
             returned = fun(*args, **(kwargs or {}))
             target, aux = auxiliary.split(name, returned) if has_aux else (returned, None)
-            self.target, self._aux = nesting.map_structure(as_result, target), nesting.map_structure(read, aux)
+            self.target, self._aux = nesting.map_structure(as_result, target), auxiliary.held(aux)
             leaves = nesting.flatten(self.target)
             self.record.note_results(leaves)
         validation.require_some_differentiable(leaves, f"What the function under `{name}` returns")

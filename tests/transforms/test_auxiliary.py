@@ -207,6 +207,24 @@ def test_compiled_by_others(compiler, name):
     close(compiler.compile(call)(tensor(X)), (expected, 2 * X))
 
 
+@pytest.mark.parametrize("transform", [kg.grad, kg.jacobian, kg.hessian])
+def test_a_variable_stands_for_the_value_that_it_has_then(transform):
+    v = keras.Variable(3.0)
+    fun = transform(lambda x: (ops.sum(x * x * v), [v]), has_aux=True)
+    _, (first,) = fun(tensor(X))
+    v.assign(5.0)
+    _, (second,) = fun(tensor(X))
+    assert ops.is_tensor(first) and not isinstance(first, keras.Variable)
+    close([first, second], [3.0, 5.0])
+    w = tensor([1.0, 2.0])
+    _, (per_example,) = kg.per_example_grad(lambda w, x: (ops.sum(w * x), (v,)), has_aux=True)(w, tensor(np.eye(2)))
+    v.assign(7.0)
+    close(per_example, [5.0, 5.0])
+    with kg.GradientTape() as tape:
+        _, (aux,) = fun(tensor(X))
+    close(tape.gradient(aux, v), 1.0)
+
+
 class TestNested:
     """What an inner function says beside its value is differentiated as any value is, and is none of its own."""
 
