@@ -6,7 +6,7 @@ import torch
 from keras import ops
 
 from keras_gradtools import backend, nesting
-from keras_gradtools.backend import recording
+from keras_gradtools.backend import near_zero, recording, torch_levels
 from keras_gradtools.keras_internals import backend_modules
 
 
@@ -18,11 +18,20 @@ def install():
         ("linalg", "det", _of_any_rank),
         ("image", "affine_transform", _of_a_copy),
         ("numpy", "floor_divide", _constant),
+        ("numpy", "ldexp", _by_a_floating_power),
+        ("numpy", "nextafter", _of_slope_one),
+        ("numpy", "i0", _where_differentiated(near_zero.i0)),
+        ("numpy", "sinc", _where_differentiated(near_zero.sinc)),
         ("core", "grad", _recorded),
     ):
         hook = backend_modules.hooks[module].get(name)
         if hook is not None:
             hook.replace(mended)
+
+
+def _is_differentiated():
+    """Whether a tape records, or a transform of `torch.func` runs, as it does for the gradients of examples."""
+    return bool(recording.active_tapes()) or torch_levels.depth() > 0
 
 
 def _where_it_can(convert):
@@ -52,7 +61,7 @@ def _of_any_rank(det):
     def call(a):
         a = ops.convert_to_tensor(a)
         value = det(a)
-        if not recording.active_tapes() or not a.is_floating_point() or not bool((value == 0).any()):
+        if not _is_differentiated() or not a.is_floating_point() or not bool((value == 0).any()):
             return value
         # torch's gradient goes by the inverse, and is zero where there is none.
         is_singular = (value == 0)[..., None, None]
@@ -86,13 +95,52 @@ def _of_a_copy(affine_transform):
 def _constant(floor_divide):
     @functools.wraps(floor_divide)
     def call(x1, x2):
-        if not recording.active_tapes():
+        if not _is_differentiated():
             return floor_divide(x1, x2)
         # Its derivative is zero, and torch has none.
         with torch.no_grad():
             return floor_divide(x1, x2)
 
     return call
+
+
+def _by_a_floating_power(ldexp):
+    @functools.wraps(ldexp)
+    def call(x1, x2):
+        value = ldexp(x1, x2)
+        if not _is_differentiated():
+            return value
+        # torch's gradient has the power of two integers, which is 0 for a negative exponent.
+        factor = torch.exp2(ops.convert_to_tensor(x2).to(value.dtype))
+        return ops.convert_to_tensor(x1).to(value.dtype) * factor
+
+    return call
+
+
+def _of_slope_one(nextafter):
+    @functools.wraps(nextafter)
+    def call(x1, x2):
+        value = nextafter(x1, x2)
+        if not _is_differentiated():
+            return value
+        # torch takes it for a constant where both are equal.
+        x1 = ops.convert_to_tensor(x1).to(value.dtype)
+        return x1 + (value - x1).detach()
+
+    return call
+
+
+def _where_differentiated(mended):
+    def replaced(original):
+        other = mended(original)
+
+        @functools.wraps(original)
+        def call(x):
+            return other(x) if _is_differentiated() else original(x)
+
+        return call
+
+    return replaced
 
 
 def _recorded(grad):

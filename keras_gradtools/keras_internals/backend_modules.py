@@ -27,7 +27,7 @@ def _of_operations(*names):
 _USERS: dict = {
     "tensorflow": {
         "nn": {**_of_operations("celu", "ctc_loss"), "_compute_moments": "moments"},
-        "numpy": _of_operations("sinc"),
+        "numpy": _of_operations("i0", "sinc"),
     },
     "jax": {
         "core": _of_operations("stop_gradient"),
@@ -35,9 +35,11 @@ _USERS: dict = {
             "broadcast_to",
             "concatenate",
             "expand_dims",
+            "i0",
             "moveaxis",
             "ravel",
             "reshape",
+            "sinc",
             "squeeze",
             "swapaxes",
             "transpose",
@@ -46,7 +48,7 @@ _USERS: dict = {
     "torch": {
         "core": _of_operations("grad"),
         "nn": {**_of_operations("dot_product_attention"), "_maybe_convert_to_channels_last": "conv"},
-        "numpy": _of_operations("floor_divide"),
+        "numpy": _of_operations("floor_divide", "i0", "ldexp", "nextafter", "sinc"),
         "linalg": {
             "cholesky_inverse": "keras.src.ops.linalg:_cholesky_inverse",
             "det": "keras.src.ops.linalg:_det",
@@ -56,7 +58,7 @@ _USERS: dict = {
     },
 }
 # Not in every supported Keras: `keras.ops.grad` is there from 3.16 on.
-_OPTIONAL = {"_maybe_convert_to_channels_last", "cholesky_inverse", "grad", "sinc"}
+_OPTIONAL = {"_maybe_convert_to_channels_last", "cholesky_inverse", "grad", "i0", "ldexp", "nextafter", "sinc"}
 
 
 def _hooks():

@@ -1,0 +1,128 @@
+"""Makes docs/support.md of the results of the atlas: `python -m tests.atlas.table`."""
+
+import collections
+import json
+import pathlib
+import sys
+
+from tests.atlas.run import RESULTS
+
+BACKENDS = ("tensorflow", "jax", "torch")
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "support.md"
+ORDERS = {
+    1: ("tape", "jvp", "jacobian, reverse", "jacobian, forward", "batch_jacobian", "per_example_grad", "jit"),
+    2: ("second by nesting", "hvp", "linearize"),
+    3: ("third",),
+}
+# Where a difference of values does not tell what is right.
+EXPLAINED = {
+    (f"layers.{name}", kind): "a grey pixel has no hue: the derivative is that of the branch that Keras takes there"
+    for name in ("RandomHue", "RandomSaturation", "RandomColorJitter", "RandomColorDegeneration")
+    for kind in ("zeros", "ties")
+}
+
+HEAD = """# What has derivatives of which order, where
+
+Each differentiable function of `keras.ops` and each layer of `keras.layers`, on the three backends: written by
+`python -m tests.atlas.table` from the runs of `python -m tests.atlas.run`. Nothing here is typed by hand.
+
+Every entry was tried at a generic point, or several, and at awkward ones (zeros, ties, one element, no elements),
+in double precision. At each point eleven ways to a derivative were compared with differences of the values:
+
+- first order: the tape, `jvp`, `jacobian` in both modes, `batch_jacobian`, `per_example_grad`, a tape in `kg.jit`;
+- second order: nested tapes, `hvp`, `linearize`;
+- third order: three nested tapes.
+
+A layer is differentiated by its inputs and its weights. In the tables,
+
+- **3**, **2**, **1** means: right to that order at generic points, in all of these ways. Orders above 3 were not tried.
+- **error** means: from the next order on there is an error that says what is missing; never a number.
+- **NaN** means: somewhere at an awkward point a derivative is not a number.
+- ***wrong*** means: a number that is not the derivative. There is none.
+
+At a kink (`relu` at 0, `max` of equal numbers) a derivative is right if it lies between the slopes of both sides, or
+between those at points nearby. Where a function jumps, or has an infinite slope, nothing is said about the next order.
+"""
+
+
+def read(backend):
+    """The results of a backend: by name, the verdicts by kind of point and check."""
+    path = RESULTS / f"{backend}.jsonl"
+    found: dict = collections.defaultdict(dict)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        entry = json.loads(line)
+        reason = EXPLAINED.get((entry["name"], entry["kind"]))
+        found[entry["name"]][entry["kind"]] = {
+            check: f"unknown: {reason}" if reason and text.startswith("wrong") else text
+            for check, text in entry["found"].items()
+        }
+    return found
+
+
+def verdict(text):
+    """What a cell says, in one word."""
+    return text.split(":")[0]
+
+
+def summary(points):
+    """One cell of the table, from the verdicts at all points of an operation on one backend."""
+    generic = [found for kind, found in points.items() if kind.startswith("generic") and "value" not in found]
+    if not generic:
+        reasons = {verdict(found["value"]) for found in points.values() if "value" in found}
+        return "none" if "error" in reasons else ""
+    order, ends_in_error = 0, False
+    for candidate, checks in ORDERS.items():
+        verdicts = {verdict(found.get(check, "error")) for found in generic for check in checks}
+        if "error" in verdicts:
+            ends_in_error = True
+            break
+        order = candidate
+    everything = {verdict(text) for found in points.values() for check, text in found.items() if check != "value"}
+    marks = ["error" if not order else f"{order}, then an error" if ends_in_error else str(order)]
+    marks += ["NaN"] if "NaN" in everything else []
+    marks += ["***wrong***"] if "wrong" in everything else []
+    return ", ".join(marks)
+
+
+def counts(results):
+    """How many cells of each verdict."""
+    found = collections.Counter(
+        verdict(text) for points in results.values() for checks in points.values() for text in checks.values()
+    )
+    return [found[name] for name in ("right", "error", "NaN", "unknown", "wrong")]
+
+
+def page():
+    """The text of docs/support.md."""
+    results = {backend: read(backend) for backend in BACKENDS}
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    lines = [
+        HEAD,
+        "| | right | error | NaN | no derivative to compare with | wrong |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for backend in BACKENDS:
+        lines.append(f"| {backend} | " + " | ".join(f"{n:,}" for n in counts(results[backend])) + " |")
+    for title, prefix in (("Operations", "ops."), ("Layers", "layers.")):
+        lines += ["", f"## {title}", "", f"| | {' | '.join(BACKENDS)} |", "| --- | --- | --- | --- |"]
+        for name in sorted((n for n in names if n.startswith(prefix)), key=str.lower):
+            cells = [summary(results[backend].get(name, {})) for backend in BACKENDS]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", "## What is not 3, and why", ""]
+    reasons: dict = collections.defaultdict(lambda: collections.defaultdict(set))
+    for backend in BACKENDS:
+        for name, points in results[backend].items():
+            for kind, found in points.items():
+                for check, text in found.items():
+                    if check != "value" and verdict(text) in ("error", "NaN", "wrong"):
+                        reasons[f"{backend}: {text[:160]}"][name].add(kind.split(" ")[0] if "generic" in kind else kind)
+    for text, where in sorted(reasons.items()):
+        places = "; ".join(f"`{name}` ({', '.join(sorted(kinds))})" for name, kinds in sorted(where.items()))
+        lines.append(f"- {text.replace('|', chr(92) + '|')}: {places}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    wrong = [f"{backend}: {counts(read(backend))[-1]}" for backend in BACKENDS if counts(read(backend))[-1]]
+    sys.exit(f"Cells that are wrong: {', '.join(wrong)}" if wrong else 0)
