@@ -6,15 +6,15 @@ was computed outside its recording would be followed, and a derivative by the re
 
 import functools
 
-from keras_gradtools.backend import jax_trace, near_zero
+from keras_gradtools.backend import jax_trace, keras_formulas
 from keras_gradtools.keras_internals import backend_modules
 
-_NEAR_ZERO = {"i0": near_zero.i0, "sinc": near_zero.sinc}
+_FORMULAS = {"i0": keras_formulas.i0, "ldexp": keras_formulas.ldexp, "sinc": keras_formulas.sinc}
 
 
 def install():
     for name, hook in backend_modules.hooks["numpy"].items():
-        hook.replace(_NEAR_ZERO.get(name) or _with_distinct_result(jax_trace.recorded_alias))
+        hook.replace(_FORMULAS.get(name) or _with_distinct_result(jax_trace.recorded_alias))
     backend_modules.hooks["core"]["stop_gradient"].replace(_with_distinct_result(jax_trace.alias))
 
 

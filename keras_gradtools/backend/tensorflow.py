@@ -15,7 +15,7 @@ from tensorflow.python.eager import tape as tape_module
 from keras_gradtools import nesting
 from keras_gradtools.backend import (
     chunks,
-    near_zero,
+    keras_formulas,
     recording,
     tensorflow_ctc,
     tensorflow_custom_gradients,
@@ -219,9 +219,9 @@ def _moments(to_first_order, x, axes, keepdims):
 backend_modules.hooks["nn"]["_compute_moments"].replace(_differentiable_moments)
 backend_modules.hooks["nn"]["ctc_loss"].replace(tensorflow_ctc.differentiable)
 backend_modules.hooks["nn"]["celu"].replace(tensorflow_elementwise.celu)
-for _name, _mended in (("i0", near_zero.i0), ("sinc", near_zero.sinc)):
+for _name in ("i0", "ldexp", "logaddexp", "logaddexp2", "sinc"):
     if _name in backend_modules.hooks["numpy"]:
-        backend_modules.hooks["numpy"][_name].replace(tensorflow_elementwise.followed(_mended))
+        backend_modules.hooks["numpy"][_name].replace(tensorflow_elementwise.followed(getattr(keras_formulas, _name)))
 
 
 def _dense(gradients):

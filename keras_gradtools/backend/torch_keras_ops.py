@@ -6,7 +6,7 @@ import torch
 from keras import ops
 
 from keras_gradtools import backend, nesting
-from keras_gradtools.backend import near_zero, recording, torch_levels
+from keras_gradtools.backend import keras_formulas, recording, torch_levels
 from keras_gradtools.keras_internals import backend_modules
 
 
@@ -18,10 +18,10 @@ def install():
         ("linalg", "det", _of_any_rank),
         ("image", "affine_transform", _of_a_copy),
         ("numpy", "floor_divide", _constant),
-        ("numpy", "ldexp", _by_a_floating_power),
-        ("numpy", "nextafter", _of_slope_one),
-        ("numpy", "i0", _where_differentiated(near_zero.i0)),
-        ("numpy", "sinc", _where_differentiated(near_zero.sinc)),
+        ("numpy", "ldexp", _where_differentiated(keras_formulas.ldexp)),
+        ("numpy", "nextafter", _where_differentiated(keras_formulas.nextafter)),
+        ("numpy", "i0", _where_differentiated(keras_formulas.i0)),
+        ("numpy", "sinc", _where_differentiated(keras_formulas.sinc)),
         ("core", "grad", _recorded),
     ):
         hook = backend_modules.hooks[module].get(name)
@@ -104,39 +104,13 @@ def _constant(floor_divide):
     return call
 
 
-def _by_a_floating_power(ldexp):
-    @functools.wraps(ldexp)
-    def call(x1, x2):
-        value = ldexp(x1, x2)
-        if not _is_differentiated():
-            return value
-        # torch's gradient has the power of two integers, which is 0 for a negative exponent.
-        factor = torch.exp2(ops.convert_to_tensor(x2).to(value.dtype))
-        return ops.convert_to_tensor(x1).to(value.dtype) * factor
-
-    return call
-
-
-def _of_slope_one(nextafter):
-    @functools.wraps(nextafter)
-    def call(x1, x2):
-        value = nextafter(x1, x2)
-        if not _is_differentiated():
-            return value
-        # torch takes it for a constant where both are equal.
-        x1 = ops.convert_to_tensor(x1).to(value.dtype)
-        return x1 + (value - x1).detach()
-
-    return call
-
-
 def _where_differentiated(mended):
     def replaced(original):
         other = mended(original)
 
         @functools.wraps(original)
-        def call(x):
-            return other(x) if _is_differentiated() else original(x)
+        def call(*args):
+            return other(*args) if _is_differentiated() else original(*args)
 
         return call
 

@@ -27,7 +27,7 @@ def _of_operations(*names):
 _USERS: dict = {
     "tensorflow": {
         "nn": {**_of_operations("celu", "ctc_loss"), "_compute_moments": "moments"},
-        "numpy": _of_operations("i0", "sinc"),
+        "numpy": _of_operations("i0", "ldexp", "logaddexp", "logaddexp2", "sinc"),
     },
     "jax": {
         "core": _of_operations("stop_gradient"),
@@ -36,6 +36,7 @@ _USERS: dict = {
             "concatenate",
             "expand_dims",
             "i0",
+            "ldexp",
             "moveaxis",
             "ravel",
             "reshape",
@@ -58,7 +59,16 @@ _USERS: dict = {
     },
 }
 # Not in every supported Keras: `keras.ops.grad` is there from 3.16 on.
-_OPTIONAL = {"_maybe_convert_to_channels_last", "cholesky_inverse", "grad", "i0", "ldexp", "nextafter", "sinc"}
+_OPTIONAL = {
+    "_maybe_convert_to_channels_last",
+    "cholesky_inverse",
+    "grad",
+    "i0",
+    "ldexp",
+    "logaddexp2",
+    "nextafter",
+    "sinc",
+}
 
 
 def _hooks():

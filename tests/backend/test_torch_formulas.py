@@ -385,13 +385,6 @@ class TestOperationsOfKeras:
         close(kg.grad(lambda x: ops.sum(ops.floor_divide(x, 2.0) + x * x))(tensor([3.0, 5])), [6, 10])
         close(ops.floor_divide(tensor([3.0, 5]), 2.0), [1, 2])
 
-    def test_ldexp_by_a_negative_exponent(self):
-        exponents = np.array([1, 2, -1], "int32")
-        close(kg.grad(lambda x: ops.sum(ops.ldexp(x, exponents)))(tensor([1.0, 2.0, 3.0])), [2, 4, 0.5])
-
-    def test_nextafter_of_equal_numbers(self):
-        close(kg.grad(lambda x: ops.sum(ops.nextafter(x, 0.0)))(tensor([0.0, 2.0])), [1, 1])
-
     def test_affine_transform_by_the_transform(self):
         images = tensor(RANDOM.uniform(size=(1, 4, 4, 1)))
         transform = tensor([0.9, 0.1, 0.3, -0.1, 1.1, 0.2, 0, 0])

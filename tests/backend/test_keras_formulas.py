@@ -1,4 +1,4 @@
-"""Derivatives of functions that frameworks compute by formulas without derivatives at 0, in closed form."""
+"""Derivatives of operations at the points where frameworks' formulas have wrong ones, in closed form."""
 
 import numpy as np
 import pytest
@@ -47,3 +47,31 @@ def test_values_in_a_block_are_those_outside(fun):
         tape.watch(x)
         close(fun(x), expected, 1e-6)
     close(ops.i0(ops.convert_to_tensor([0, 1], dtype="int32")), scipy.special.i0([0, 1]), 1e-6)
+
+
+@pytest.mark.parametrize(("fun", "base"), [(ops.logaddexp, np.e), (ops.logaddexp2, 2.0)], ids=["e", "2"])
+class TestLogaddexp:
+    @pytest.mark.parametrize("distance", [0.0, 0.5, -3.0, 200.0])
+    def test_derivatives(self, fun, base, distance):
+        x1, x2 = tensor(1.0 + distance), tensor(1.0)
+        share = 1 / (1 + base**-distance)
+        by_both = kg.grad(fun, argnums=(0, 1))(x1, x2)
+        close(by_both, (np.asarray(share), np.asarray(1 - share)), 1e-5)
+        second = kg.grad(kg.grad(fun))(x1, x2)
+        close(second, np.asarray(np.log(base) * share * (1 - share)), 1e-5)
+
+    def test_values_in_a_block_are_those_outside(self, fun, base):
+        x1, x2 = tensor([-np.inf, -np.inf, np.inf, 1e4, 1.0, -1e4]), tensor([-np.inf, 2.0, 1.0, -1e4, 1.0, 1e-3])
+        expected = ops.convert_to_numpy(fun(x1, x2))
+        with kg.GradientTape() as tape:
+            tape.watch([x1, x2])
+            close(fun(x1, x2), expected, 1e-6)
+
+
+def test_ldexp():
+    exponents = np.array([1, 2, -1, 3], "int32")
+    close(kg.grad(lambda x: ops.sum(ops.ldexp(x, exponents)))(tensor([1.0, 2.0, 3.0, 0.0])), [2, 4, 0.5, 8])
+
+
+def test_nextafter_of_equal_numbers():
+    close(kg.grad(lambda x: ops.sum(ops.nextafter(x, 0.0)))(tensor([0.0, 2.0])), [1, 1])
