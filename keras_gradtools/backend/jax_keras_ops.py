@@ -1,4 +1,4 @@
-"""Keras operations that, on JAX, may hand their argument back without JAX having seen an operation.
+"""Keras operations that, on JAX, need another formula, or may hand their argument back without an operation.
 
 `reshape` to the same shape is one. A tape follows values by identity and could not tell the two apart: what
 was computed outside its recording would be followed, and a derivative by the result be one by the argument.
@@ -9,7 +9,7 @@ import functools
 from keras_gradtools.backend import jax_trace, keras_formulas
 from keras_gradtools.keras_internals import backend_modules
 
-_FORMULAS = {"i0": keras_formulas.i0, "ldexp": keras_formulas.ldexp, "sinc": keras_formulas.sinc}
+_FORMULAS = {name: getattr(keras_formulas, name) for name in ("i0", "ldexp", "nextafter", "sinc")}
 
 
 def install():

@@ -4,7 +4,7 @@
 - `sinc` at 0: TensorFlow's first derivative and torch's second one are NaN; JAX's first one is inaccurate nearby.
 - `logaddexp(x, x)`: TensorFlow's derivatives are 1 and 0, for 1/2 and 1/2.
 - `ldexp(x, n)`: JAX's and TensorFlow's derivative is 1 at x = 0, and torch's 0 for n < 0, for 2^n.
-- `nextafter(x, x)`: torch's derivative is 0, for 1.
+- `nextafter(x, y)`: JAX and TensorFlow have no derivative, and torch's is 0 where both are equal, for 1.
 """
 
 import functools
@@ -83,8 +83,9 @@ def nextafter(original):
 
     @functools.wraps(original)
     def call(x1, x2):
-        value = original(x1, x2)
-        x1 = ops.cast(ops.convert_to_tensor(x1), value.dtype)
+        x1 = ops.convert_to_tensor(x1)
+        value = original(ops.stop_gradient(x1), ops.stop_gradient(ops.convert_to_tensor(x2)))
+        x1 = ops.cast(x1, value.dtype)
         return x1 + ops.stop_gradient(value - x1)
 
     return call

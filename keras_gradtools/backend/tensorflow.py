@@ -219,7 +219,7 @@ def _moments(to_first_order, x, axes, keepdims):
 backend_modules.hooks["nn"]["_compute_moments"].replace(_differentiable_moments)
 backend_modules.hooks["nn"]["ctc_loss"].replace(tensorflow_ctc.differentiable)
 backend_modules.hooks["nn"]["celu"].replace(tensorflow_elementwise.celu)
-for _name in ("i0", "ldexp", "logaddexp", "logaddexp2", "sinc"):
+for _name in ("i0", "ldexp", "logaddexp", "logaddexp2", "nextafter", "sinc"):
     if _name in backend_modules.hooks["numpy"]:
         backend_modules.hooks["numpy"][_name].replace(tensorflow_elementwise.followed(getattr(keras_formulas, _name)))
 

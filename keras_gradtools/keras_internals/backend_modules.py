@@ -27,7 +27,7 @@ def _of_operations(*names):
 _USERS: dict = {
     "tensorflow": {
         "nn": {**_of_operations("celu", "ctc_loss"), "_compute_moments": "moments"},
-        "numpy": _of_operations("i0", "ldexp", "logaddexp", "logaddexp2", "sinc"),
+        "numpy": _of_operations("i0", "ldexp", "logaddexp", "logaddexp2", "nextafter", "sinc"),
     },
     "jax": {
         "core": _of_operations("stop_gradient"),
@@ -38,6 +38,7 @@ _USERS: dict = {
             "i0",
             "ldexp",
             "moveaxis",
+            "nextafter",
             "ravel",
             "reshape",
             "sinc",
