@@ -8,7 +8,6 @@ from keras import ops
 import keras_gradtools as kg
 from tests.cases import close, tensor
 
-
 # Older versions of Keras lack some of them.
 OPERATIONS = ("i0", "ldexp", "logaddexp", "logaddexp2", "nextafter", "sinc")
 MISSING = {name for name in OPERATIONS if not hasattr(ops, name)}
