@@ -111,6 +111,11 @@ def _is_real_floating(dtype):
     return dtype.startswith("float") or dtype == "bfloat16"
 
 
+def is_any_variable(x):
+    """Whether `x` is a Keras variable, or one of the framework itself, which TensorFlow has."""
+    return is_variable(x) or (keras.ops.is_tensor(x) and hasattr(x, "assign"))
+
+
 def require_differentiable(x, role, hint=""):
     """Raises `ValueError` unless `x` is a real floating-point tensor or Keras variable."""
     if not (is_variable(x) or keras.ops.is_tensor(x)):

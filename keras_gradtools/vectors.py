@@ -115,9 +115,9 @@ def _kind(given):
 def zeros(x):
     """Zeros in the shape and dtype of a tensor or variable."""
     # A variable is not read for this: a tape around would watch it.
-    return ops.zeros(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.zeros_like(x)
+    return ops.zeros(x.shape, dtype=x.dtype) if validation.is_any_variable(x) else ops.zeros_like(x)
 
 
 def ones(x):
     """Ones in the shape and dtype of a tensor or variable."""
-    return ops.ones(x.shape, dtype=x.dtype) if validation.is_variable(x) else ops.ones_like(x)
+    return ops.ones(x.shape, dtype=x.dtype) if validation.is_any_variable(x) else ops.ones_like(x)

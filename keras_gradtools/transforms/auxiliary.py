@@ -24,7 +24,7 @@ def split(name, returned):
 
 def held(aux):
     """`aux`, with the values that variables have now in their place: a backend may hand out what changes later."""
-    return nesting.map_structure(lambda x: ops.copy(x) if validation.is_variable(x) else x, aux)
+    return nesting.map_structure(lambda x: ops.copy(x) if validation.is_any_variable(x) else x, aux)
 
 
 def take_apart(aux):

@@ -115,6 +115,16 @@ class TestTape:
             y = x * x
         close(tape.batch_jacobian(y, (x,)), (2 * A[:, None, None],))
 
+    def test_zeros_for_one_are_no_read_of_it(self, v):
+        other = tf.Variable([5.0, 6.0])
+        with kg.GradientTape() as outer:
+            with kg.GradientTape(persistent=True) as tape:
+                y = v * v
+            found = tape.gradient(y, [v, other], unconnected_gradients="zero")
+            found += [tape.jvp(y, [v, other], [A, None])]
+        close(found, [2 * A, np.zeros(2), 2 * A**2])
+        same(outer.watched_variables(), [v])
+
     def test_under_a_strategy(self):
         strategy = tf.distribute.MirroredStrategy(["CPU:0"])
         with strategy.scope():
@@ -193,3 +203,10 @@ def test_one_that_a_transform_closes_over(v):
     close(by_one(A), np.diag(A))
     v.assign(5 * A)
     close(by_one(A), np.diag(5 * A))
+
+
+def test_in_aux_it_stands_for_the_value_that_it_has_then(v):
+    _, (aux,) = kg.grad(lambda x: (tf.reduce_sum(x * v), [v]), has_aux=True)(A)
+    v.assign(5 * A)
+    close(aux, A)
+    assert not isinstance(aux, tf.Variable)
