@@ -85,7 +85,8 @@ class Plan:
                     row.append(ops.zeros(shape, dtype=dtype) if zero or _is_empty(shape) else None)
                     continue
                 if self.forward:
-                    stack = ops.moveaxis(stack, 0, -1)
+                    # As reverse mode has it: the direction changes no dtype.
+                    stack = ops.cast(ops.moveaxis(stack, 0, -1), dtype)
                 elif batch_axes:
                     stack = ops.swapaxes(stack, 0, 1)
                 row.append(ops.reshape(stack, shape))

@@ -201,6 +201,17 @@ def built(shape, stack):
     return model
 
 
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_the_dtype_is_that_of_the_argument(mode):
+    x, y = tensor([1.0, 2.0], "float16"), tensor([3.0, 4.0])
+
+    def f(x, y):
+        return x, y, ops.cast(x, "float32") + y
+
+    for row in kg.jacobian(f, (0, 1), mode=mode)(x, y):
+        assert [keras.backend.standardize_dtype(block.dtype) for block in row] == ["float16", "float32"]
+
+
 class TestBatchJacobian:
     @pytest.mark.parametrize("mode", ["forward", "reverse"])
     @pytest.mark.parametrize("shape, stack", MODELS)
