@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import nesting, validation
+from keras_gradtools import nesting, validation, vectors
 from keras_gradtools.backend.state import StateScope
 from keras_gradtools.transforms.first_order import require_tuple
 from keras_gradtools.transforms.taped_call import require_function
@@ -50,29 +50,46 @@ class Settings(typing.NamedTuple):
 
 
 class Leaves:
-    """The tensors of a nesting as one vector in double precision, and back."""
+    """The tensors of a nesting that have a derivative as one vector in double precision, and back."""
 
     def __init__(self, check, structure, kind):
         self._structure, self._kind = structure, kind
-        self._paths = [path for path, _ in keras.tree.flatten_with_path(structure)]
-        tensors = nesting.flatten(structure)
-        for leaf, x in enumerate(tensors):
-            validation.require_differentiable(x, f"The {self._place(leaf)} of the function under `{check}`")
+        self._places = vectors.places(structure)
+        self._paths = nesting.paths(structure)
+        leaves = nesting.flatten(structure)
+        has_some = any(self._places.are_taken)
+        for leaf, x in enumerate(leaves):
+            if not (has_some and validation.is_constant(x)):
+                validation.require_differentiable(x, f"The {self._place(leaf)} of the function under `{check}`")
+        tensors = self._taken(leaves)
+        self._paths = self._taken(self._paths)
         self._shapes = [tuple(x.shape) for x in tensors]
         self.dtypes = [validation.dtype_of(x) for x in tensors]
         self.sizes = [int(np.prod(shape)) for shape in self._shapes]
 
     def vector(self, structure):
-        parts = [np.asarray(ops.convert_to_numpy(x), "float64").ravel() for x in nesting.flatten(structure)]
+        return self.vector_of(self._taken(nesting.flatten(structure)))
+
+    def vector_of(self, tensors):
+        parts = [np.asarray(ops.convert_to_numpy(x), "float64").ravel() for x in tensors]
         return np.concatenate([np.zeros(0), *parts])
 
     def pack(self, vector):
+        return vectors.replaced(self._structure, self._tensors(vector))
+
+    def pack_direction(self, vector):
+        """As `pack`, with None in the place of what has no derivative."""
+        return self._places.pack(self._tensors(vector))
+
+    def _tensors(self, vector):
         parts = self.split(vector)
-        tensors = [
+        return [
             ops.convert_to_tensor(part.reshape(shape), dtype=dtype)
             for part, shape, dtype in zip(parts, self._shapes, self.dtypes, strict=True)
         ]
-        return nesting.pack_as(self._structure, tensors)
+
+    def _taken(self, leaves):
+        return [x for x, is_taken in zip(leaves, self._places.are_taken, strict=True) if is_taken]
 
     def largest(self, vector):
         """For each element the largest absolute value in its tensor: what its rounding is relative to."""
@@ -113,7 +130,7 @@ class Point:
     def __init__(self, settings, fun, primals, returns="output"):
         check = settings.check
         require_function(check, fun)
-        primals = keras.tree.map_structure(_tensor, require_tuple(check, "primals", primals))
+        primals = nesting.map_structure(_tensor, require_tuple(check, "primals", primals))
         self.fun, self.settings = fun, settings
         self.inputs = Leaves(check, primals, "argument")
         self.start = self.inputs.vector(primals)
@@ -167,14 +184,9 @@ class Point:
         if given is None:
             return self._sizes * self._draw(self.start.size)
         given = require_tuple(self.settings.check, "tangents", given)
-        expected = self.inputs.pack(self.start)
-        validation.require_same_structure(given, expected, "The tangents", "`primals`")
-        tensors = []
-        for x, primal in zip(nesting.flatten(given), nesting.flatten(expected), strict=True):
-            x = ops.zeros_like(primal) if x is None else _tensor(x)
-            validation.require_shape(x, primal.shape, "Each of the tangents", "its primal")
-            tensors.append(x)
-        return self.inputs.vector(tensors)
+        return self.inputs.vector_of(
+            vectors.like(given, self.inputs.pack(self.start), "the tangents", "`primals`", vectors.zeros)
+        )
 
     def _unit(self, v):
         """By how much `v` can be multiplied until it moves some argument by its size; a power of two."""
@@ -246,6 +258,8 @@ class Point:
 
 
 def _tensor(x):
+    if validation.is_constant(x):
+        return x
     try:
         return ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None)
     except (ValueError, TypeError, RuntimeError):

@@ -57,7 +57,7 @@ def is_nested(x):
 
 
 def paths(structure):
-    """For each leaf the keys of dicts, and the names of fields, that lead to it."""
+    """For each leaf the keys of dicts, the names of fields of named tuples, and the positions that lead to it."""
     kind = _kind(structure)
     if kind is None:
         return [()]
@@ -65,11 +65,8 @@ def paths(structure):
     if isinstance(structure, dict):
         names = list(structure) if kind is collections.OrderedDict else _sorted(structure)
     else:
-        names = getattr(structure, "_fields", None) or [None] * len(inside)
-    found = []
-    for name, entry in zip(names, inside, strict=True):
-        found += [((name,) if name is not None else ()) + rest for rest in paths(entry)]
-    return found
+        names = getattr(structure, "_fields", None) or range(len(inside))
+    return [(name, *rest) for name, entry in zip(names, inside, strict=True) for rest in paths(entry)]
 
 
 def entries(x):

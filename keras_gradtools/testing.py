@@ -184,7 +184,7 @@ def check_hvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
     point = Point(settings, grad(fun, argnums=tuple(range(len(primals)))), primals, GRADIENT)
     v, u = point.direction(tangents), point.direction()
     hessian_v, hessian_u = (
-        point.outputs.vector(hvp(fun, point.inputs.pack(point.start), point.inputs.pack(w))) for w in (v, u)
+        point.outputs.vector(hvp(fun, point.inputs.pack(point.start), point.inputs.pack_direction(w))) for w in (v, u)
     )
     differences, noise = point.slope(v)
     point.require_close("order 2 (hvp)", hessian_v, differences, noise, point.outputs.name)
@@ -203,7 +203,7 @@ def check_hvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
 def _check_orders(settings, fun, args, order, modes, under, returns):
     point = Point(settings, fun, args, returns)
     v, u = point.direction(), point.cotangent()
-    tangents, cotangents = point.inputs.pack(v), point.outputs.pack(u)
+    tangents, cotangents = point.inputs.pack_direction(v), point.outputs.pack_direction(u)
     checks = {
         "forward": lambda what: _check_forward(point, v, what),
         "reverse": lambda what: _check_reverse(point, u, what),
@@ -221,13 +221,13 @@ def _check_orders(settings, fun, args, order, modes, under, returns):
 
 
 def _check_forward(point, v, what):
-    _, pushed = jvp(point.fun, point.inputs.pack(point.start), point.inputs.pack(v))
+    _, pushed = jvp(point.fun, point.inputs.pack(point.start), point.inputs.pack_direction(v))
     point.require_close(what, point.outputs.vector(pushed), *point.slope(v), point.outputs.name)
 
 
 def _check_reverse(point, u, what):
     _, pullback = vjp(point.fun, *point.inputs.pack(point.start))
-    gradient = point.inputs.vector(pullback(point.outputs.pack(u)))
+    gradient = point.inputs.vector(pullback(point.outputs.pack_direction(u)))
 
     def compared(v):
         slope, noise = point.slope(v)

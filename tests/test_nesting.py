@@ -118,10 +118,10 @@ def test_a_class_that_is_registered_after_it_was_met(backend):
 def test_what_leads_to_a_leaf():
     x = {"b": [1, Named(2, {"c": 3})], "a": (4,)}
     assert list(zip(nesting.flatten(x), nesting.paths(x), strict=True)) == [
-        (4, ("a",)),
-        (1, ("b",)),
-        (2, ("b", "a")),
-        (3, ("b", "b", "c")),
+        (4, ("a", 0)),
+        (1, ("b", 0)),
+        (2, ("b", 1, "a")),
+        (3, ("b", 1, "b", "c")),
     ]
     assert nesting.paths(1) == [()]
 

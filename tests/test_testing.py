@@ -10,6 +10,7 @@ from keras import ops
 import keras_gradtools as kg
 from keras_gradtools import finite_differences, testing
 from tests.cases import CASES, case_id, tensor
+from tests.containers import CONTAINERS
 
 # What takes longer is tried on these.
 SOME_CASES = [case for case in CASES if case.name in ("rosenbrock", "logsumexp", "einsum", "sigmoid")]
@@ -71,6 +72,17 @@ class TestRight:
         p = {"w": X.astype("float32"), "b": [keras.Variable(0.7)]}
         testing.check_gradients(fun, (p, 1.5), modes=("reverse",))
         testing.check_jvp(fun, (p, 1.5), ({"w": None, "b": [1.0]}, np.float32(2)))
+
+    @pytest.mark.parametrize("container", CONTAINERS, ids=lambda c: c.name)
+    def test_constants_in_every_container(self, container):
+        def fun(p):
+            w, other = container.parts(p)
+            return container.make(ops.tanh(w) * ops.cast(other["step"], w.dtype), {"none": other["none"], "n": 3})
+
+        p = container.make(tensor(X), {"step": tensor(2, "int32"), "none": None, "name": "adam"})
+        testing.check_gradients(fun, (p,))
+        testing.check_jvp(fun, (p,), (container.make(X, None),))
+        testing.check_hvp(lambda p: ops.sum(container.parts(fun(p))[0]), (p,))
 
     def test_a_model_in_training_mode_keeps_its_state(self):
         dropout = keras.layers.Dropout(0.5, seed=1)
@@ -335,7 +347,7 @@ def unrepeatable(x, random=np.random.default_rng(0)):  # noqa: B008
         (lambda: testing.check_jvp(ops.sin, (1.0,), 1.0), "tangents of `check_jvp` must be a tuple.*Received: 1.0"),
         (lambda: testing.check_jvp(ops.sin, (1.0,), (1.0, 2.0)), "tangents must have the structure of `primals`"),
         (lambda: testing.check_jvp(ops.sin, (1.0,), (X,)), "tangents must have the shape of.*Received: .*\\(3,\\)"),
-        (lambda: testing.check_vjp(ops.sin, ({"a": [1]},)), "argument 0\\['a'\\]\\[0\\] of the function .*int32"),
+        (lambda: testing.check_vjp(ops.sin, ({"a": [1]},)), "argument 0\\['a'\\]\\[0\\] of the function .*Received: 1 "),
         (lambda: testing.check_vjp(ops.sin, (None,)), "argument 0 of the function under `check_vjp`.*Received: None"),
         (lambda: testing.check_vjp(lambda x: {"a": "b"}, (1.0,)), "output\\['a'\\] of the function under.*'b'"),
         (lambda: testing.check_vjp(lambda: tensor(1.0), ()), "something to compare. Received: 0 elements"),
