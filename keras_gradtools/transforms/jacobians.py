@@ -40,7 +40,7 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None, has_aux=False):
     Returns:
         A function with the arguments of `fun` that returns the Jacobian, or `(jacobian, aux)` if `has_aux`: in the
         structure of what `fun` returns, each entry in the structure of the argument (a tuple of them for a tuple of
-        positions), of shape `(*out, *in)`, zeros where nothing is connected.
+        positions), of shape `(*out, *in)` and the dtype of the argument, zeros where nothing is connected.
 
     Raises:
         ValueError: for an unknown option; when called, if a position does not exist or an argument has no gradient.

@@ -49,6 +49,24 @@ class TestStructure:
             },
         )
 
+    @pytest.mark.parametrize("mode, chunk_size", WAYS)
+    def test_each_entry_has_the_dtype_of_the_argument(self, mode, chunk_size):
+        p = {"half": tensor([2.0, 3.0], "float16"), "single": tensor([5.0])}
+
+        def fun(p):
+            return p["half"], p["single"], ops.cast(p["half"], "float32") * p["single"]
+
+        found = kg.jacobian(fun, mode=mode, chunk_size=chunk_size)(p)
+        for row in found:
+            assert {key: keras.backend.standardize_dtype(x.dtype) for key, x in row.items()} == {
+                "half": "float16",
+                "single": "float32",
+            }
+        close(found[2], {"half": 5 * np.eye(2), "single": [[2.0], [3.0]]})
+        hessian = kg.hessian(fun, chunk_size=chunk_size)(p)[2]
+        close(hessian["half"]["single"], np.eye(2)[:, :, None])
+        assert keras.backend.standardize_dtype(hessian["half"]["half"].dtype) == "float16"
+
     def test_one_argument_is_not_a_tuple(self):
         close(kg.jacobian(lambda x, y: x * y, argnums=1)(tensor([1.0, 2.0]), tensor([3.0, 4.0])), np.diag([1.0, 2.0]))
         (by_x,) = kg.jacobian(lambda x: x * x, argnums=(0,))(tensor([1.0, 2.0]))
