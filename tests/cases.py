@@ -6,9 +6,12 @@ A case gives a function in `keras.ops`, NumPy inputs, and its Jacobian by each i
 
 import typing
 
+import keras
 import numpy as np
 from keras import ops
 
+# The version, of which older ones lack some operations.
+KERAS = tuple(map(int, keras.__version__.split(".")[:2]))
 RANDOM = np.random.default_rng(0)
 
 

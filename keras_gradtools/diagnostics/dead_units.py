@@ -83,7 +83,8 @@ def _zero_units(rectifying, model, x, training):
         if axis is None or (is_eager and layer_calls.array_of(y) is None):
             return
         others = tuple(a for a in range(len(y.shape)) if a != axis)
-        is_zero = ops.all(ops.equal(y, 0), axis=others)
+        # Not `ops.all`, which takes one axis on torch before Keras 3.14.
+        is_zero = ops.equal(ops.sum(ops.cast(ops.not_equal(y, 0), "int32"), axis=others), 0)
         name = names[id(layer)]
         # A layer that is called twice is dead where it is in both.
         if name in found and found[name].shape == is_zero.shape:

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_gradtools as kg
-from tests.cases import close, tensor
+from tests.cases import KERAS, close, tensor
 
 if keras.backend.backend() != "torch":
     pytest.skip("these are about torch", allow_module_level=True)
@@ -32,6 +32,10 @@ WAYS = {
     "a keyword": lambda x: keras.remat(lambda *, y: product(y))(y=x),
     "one in another": lambda x: keras.remat(lambda y: keras.remat(product)(y) * 1.0)(x),
 }
+# Before 3.13, Keras' `remat` drops keyword arguments on torch, `training=True` among them.
+drops_keywords = pytest.mark.skipif(KERAS < (3, 13), reason="this Keras drops the keyword arguments of a remat")
+if KERAS < (3, 13):
+    del WAYS["a keyword"]
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -136,6 +140,7 @@ class TestFunctionalWeights:
         close([by_w, by_x], [0.5 * np.cos(1.0), 2 * np.cos(1.0)])
 
 
+@drops_keywords
 class TestWhatWentForTheCall:
     def check(self, layers, x, training=True, rtol=1e-4):
         """The gradient by input and weights, and the state left behind, are as without a checkpoint."""

@@ -79,6 +79,8 @@ MENDED = {
     "ctc_loss of labels in a row": (lambda x: ctc(x, torch.tensor([1, 2, 2, 3, 1])), (normal(6, 2, 4),)),
     "keras.ops.ctc_loss": (lambda x: ops.ctc_loss(LABELS, x, LENGTHS[1], LENGTHS[0]), (normal(2, 6, 4),)),
 }
+if not hasattr(ops, "layer_normalization"):  # before Keras 3.11
+    del MENDED["layer_normalization"]
 
 
 def slopes(fun, arguments, order):
@@ -373,6 +375,7 @@ class TestWhatTorchHasNoDerivativeOf:
 
 
 class TestOperationsOfKeras:
+    @pytest.mark.skipif(not hasattr(ops, "cholesky_inverse"), reason="this Keras has no cholesky_inverse")
     def test_the_half_that_cholesky_inverse_does_not_read(self):
         lower = tensor(np.tril(np.arange(1, 10).reshape(3, 3) / 4), "float64")
         for upper, x in ((False, lower), (True, ops.transpose(lower))):
