@@ -74,7 +74,7 @@ def _along(computation, primals, only_inputs, random):
     sizes = np.where(large, 0.0, sizes)
     moved = sizes
     if only_inputs:
-        moved = np.where(np.arange(start.size) < leaves.vector(primals[0]).size, sizes, 0.0)
+        moved = np.where(np.arange(start.size) < leaves.vector_of(nesting.flatten(primals[0])).size, sizes, 0.0)
     for _ in range(_DIRECTIONS):
 
         def gradient_at(offset, start=start):
