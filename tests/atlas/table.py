@@ -42,6 +42,9 @@ A layer is differentiated by its inputs and its weights. In the tables,
 
 At a kink (`relu` at 0, `max` of equal numbers) a derivative is right if it lies between the slopes of both sides, or
 between those at points nearby. Where a function jumps, or has an infinite slope, nothing is said about the next order.
+Errors of the operation itself (a Cholesky factor of zeros, the maximum of nothing) are left out.
+
+What is wrong in the frameworks themselves, and mended here, is in [upstream.md](upstream.md).
 """
 
 
@@ -66,10 +69,12 @@ def verdict(text):
 
 def summary(points):
     """One cell of the table, from the verdicts at all points of an operation on one backend."""
+    if not points:
+        return "not run yet"
     generic = [found for kind, found in points.items() if kind.startswith("generic") and "value" not in found]
     if not generic:
         reasons = {verdict(found["value"]) for found in points.values() if "value" in found}
-        return "none" if "error" in reasons else ""
+        return "cannot be called" if "error" in reasons else ""
     order, ends_in_error = 0, False
     for candidate, checks in ORDERS.items():
         verdicts = {verdict(found.get(check, "error")) for found in generic for check in checks}
