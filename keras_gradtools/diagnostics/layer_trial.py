@@ -69,9 +69,11 @@ def _along(computation, primals, only_inputs, random):
     """What `SlopeSearch` says along random directions, and by how much the product is off at most."""
     leaves = Leaves("preflight", primals, "argument")
     start, off = leaves.vector(primals), []
-    large = _stands_for_infinity(leaves, start)
+    parts = leaves.split(start)
+    large = _joined(map(_stands_for_infinity, parts))
+    fixed = large | _joined([_masks(part) & (i < len(primals[0])) for i, part in enumerate(parts)])
     sizes, dtype = leaves.typical(np.where(large, 0.0, start)), computation.coarsest(primals)
-    sizes = np.where(large, 0.0, sizes)
+    sizes = np.where(fixed, 0.0, sizes)
     moved = sizes
     if only_inputs:
         moved = np.where(np.arange(start.size) < leaves.vector_of(nesting.flatten(primals[0])).size, sizes, 0.0)
@@ -94,13 +96,23 @@ def _along(computation, primals, only_inputs, random):
     return "unclear", 0.0
 
 
-def _stands_for_infinity(leaves, vector):
+def _stands_for_infinity(part):
     """Which elements are there to mask something, as -1e9 in a bias of attention.
 
     A step of their size would leave nothing of what they are added to.
     """
-    parts = [np.abs(part) for part in leaves.split(vector)]
-    return np.concatenate([np.zeros(0, bool), *[(part >= _LARGE) & (part.min(initial=np.inf) < 1) for part in parts]])
+    size = np.abs(part)
+    return (size >= _LARGE) & (size.min(initial=np.inf) < 1)
+
+
+def _masks(part):
+    """Which elements are the zeros of a mask in numbers: a layer may ask whether they are zero, and that is a jump."""
+    is_mask = np.isin(part, (0.0, 1.0)).all() and part.any()
+    return (part == 0) & bool(is_mask)
+
+
+def _joined(parts):
+    return np.concatenate([np.zeros(0, bool), *parts])
 
 
 class _HasNone(Exception):

@@ -451,3 +451,27 @@ def test_what_masks_is_not_moved_by_its_own_size(masked, ordinary):
     given = np.where(np.arange(4) == 3, masked, ordinary).astype("float32")
     report = preflight(model, [X, np.tile(given, (len(X), 1))])
     assert [layer.verdict for layer in report.layers] == ["yes"], str(report)
+
+
+class Chosen(layers.Layer):
+    """What a mask in numbers calls padding is replaced: a jump where it is zero."""
+
+    given: list = []
+
+    def call(self, x, mask):
+        self.given.append(layer_calls.array_of(mask))
+        return ops.where(ops.cast(mask, "bool"), ops.tanh(x), 0.1 * x * x)
+
+    def compute_output_shape(self, shape, *others):
+        return shape
+
+
+def test_the_zeros_of_a_mask_in_numbers_are_not_moved():
+    x, mask = keras.Input((4,)), keras.Input((4,))
+    model = keras.Model([x, mask], Chosen()(x, mask))
+    given = (np.arange(X.size).reshape(X.shape) % 3 > 0).astype("float32")
+    Chosen.given.clear()
+    report = preflight(model, [X, given])
+    assert [layer.verdict for layer in report.layers] == ["yes"], str(report)
+    seen = [mask for mask in Chosen.given if mask is not None]
+    assert seen and all(np.all(mask[given == 0] == 0) for mask in seen)

@@ -1,0 +1,111 @@
+"""How far second derivatives through Keras' normalization layers are off, by TensorFlow's own nested tapes and by ours.
+
+`KERAS_BACKEND=tensorflow python -m benchmarks.normalization_layers`. Of a small network with each layer in it, the
+product of the Hessian with a random vector, by all weights and by the examples, is compared with central differences of
+the gradient, in double precision. On JAX and torch, where the framework has no nested tapes, ours alone is shown.
+"""
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+LAYERS = {
+    "LayerNormalization": lambda: layers.LayerNormalization(),
+    "GroupNormalization": lambda: layers.GroupNormalization(2),
+    "BatchNormalization, training": lambda: layers.BatchNormalization(),
+    "RMSNormalization": lambda: layers.RMSNormalization(),
+    "UnitNormalization": lambda: layers.UnitNormalization(),
+}
+STEP = 1e-5
+
+
+def network(make):
+    keras.utils.set_random_seed(0)
+    parts = [keras.Input((6,)), layers.Dense(8, "tanh"), make(), layers.Dense(4, "tanh"), layers.Dense(1)]
+    return keras.Sequential(parts)
+
+
+def loss_of(model, x):
+    return ops.mean(ops.square(model(x, training=True) - 1.0))
+
+
+def differences(sources, v, gradient):
+    """Central differences of the gradient along v."""
+    start = [np.array(ops.convert_to_numpy(w)) for w in sources]
+
+    def gradient_at(h):
+        for w, value, direction in zip(sources, start, v, strict=True):
+            w.assign(value + h * direction)
+        return gradient()
+
+    found = (gradient_at(STEP) - gradient_at(-STEP)) / (2 * STEP)
+    gradient_at(0.0)
+    return found
+
+
+def flat(tensors):
+    return np.concatenate([ops.convert_to_numpy(t).ravel() for t in tensors])
+
+
+def error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def by_tensorflow(model, x, sources, v):
+    """The product by TensorFlow's tapes, and the gradient as a function."""
+    import tensorflow as tf
+
+    weights = [w.value for w in sources]
+
+    def gradient():
+        with tf.GradientTape() as tape:
+            loss = loss_of(model, x)
+        return flat(tape.gradient(loss, weights))
+
+    with tf.GradientTape() as outer:
+        with tf.GradientTape() as inner:
+            loss = loss_of(model, x)
+        slope = sum(ops.sum(g * d) for g, d in zip(inner.gradient(loss, weights), v, strict=True))
+    return flat(outer.gradient(slope, weights)), gradient
+
+
+def by_keras_gradtools(model, x, weights, v):
+    import keras_gradtools as kg
+
+    def gradient():
+        with kg.GradientTape() as tape:
+            loss = loss_of(model, x)
+        return flat(tape.gradient(loss, weights))
+
+    with kg.GradientTape() as outer:
+        with kg.GradientTape() as inner:
+            loss = loss_of(model, x)
+        slope = sum(ops.sum(g * d) for g, d in zip(inner.gradient(loss, weights), v, strict=True))
+    return flat(outer.gradient(slope, weights)), gradient
+
+
+def main():
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    random = np.random.default_rng(0)
+    x = keras.Variable(random.normal(size=(16, 6)))
+    # TensorFlow's first: what we mend in Keras is mended for its tapes as well, as soon as we are imported.
+    columns = {"keras_gradtools": by_keras_gradtools}
+    if keras.config.backend() == "tensorflow":
+        columns = {"TensorFlow's tapes": by_tensorflow} | columns
+    errors = {name: {} for name in LAYERS}
+    for column, product in columns.items():
+        for name, make in LAYERS.items():
+            model = network(make)
+            for by, sources in (("weights", model.trainable_variables), ("examples", [x])):
+                v = [random.normal(size=w.shape) for w in sources]
+                found, gradient = product(model, x, sources, v)
+                errors[name][f"{column}, {by}"] = error(found, differences(sources, v, gradient))
+    names = list(errors["LayerNormalization"])
+    print(f"{'relative error of H v':30}" + "".join(f"{name:>30}" for name in names))
+    for name, row in errors.items():
+        print(f"{name:30}" + "".join(f"{row[column]:30.2g}" for column in names))
+
+
+if __name__ == "__main__":
+    main()
