@@ -7,19 +7,20 @@ from tests.zoo.run import BACKENDS, RESULTS, ROOT, known
 PAGE = ROOT / "docs" / "zoo.md"
 HEAD = """# The zoo
 
-Small configurations of the backbones of keras_hub, and models of the kinds that Keras' public examples show, each tried in
-every way that this package has. `python -m tests.zoo.run` tries them and goes on where it stopped (the backbones need
-`pip install "keras-gradtools[zoo]"`), `python -m tests.zoo.table` writes this page. Cells that were not tried on a backend are
-empty, and models without any are left out: so are those of keras.applications (`tests/zoo/applications.py`). In inference mode
-their fresh weights make signals of 1e-18, at which every step crosses the kinks of ReLU, so that differences say nothing;
-`CurvatureMonitor` of EfficientNet logs NaN there in single precision.
+Small configurations of the backbones of keras_hub, and models of the kinds that Keras' public examples show, each
+tried in every way that this package has. `python -m tests.zoo.run` tries them and goes on where it stopped (the
+backbones need `pip install "keras-gradtools[zoo]"`), `python -m tests.zoo.table` writes this page. Cells that were
+not tried on a backend are empty, and models without any are left out: so are those of keras.applications
+(`tests/zoo/applications.py`). In inference mode their fresh weights make signals of 1e-18, at which every step
+crosses the kinks of ReLU, so that differences say nothing; `CurvatureMonitor` of EfficientNet logs NaN there in
+single precision.
 
-- `gradient`, `hvp`, `ggn`, `jacobian`: against central differences, in double precision where the model allows it; `jacobian`
-  is the batch Jacobian by the inputs, or by the embedding of tokens.
-- `independence`: whether `batch_independence` agrees with what an example returns among copies of itself. `preflight`: whether it
-  accuses no layer, or a product with the Hessian is wrong as it says.
-- `penalty`, `adversarial`, `second_order`: two steps of each trainer, with finite losses and weights. The monitors: one
-  measurement each, of finite numbers. `save`: a trainer saved and loaded computes the same.
+- `gradient`, `hvp`, `ggn`, `jacobian`: against central differences, in double precision where the model allows it;
+  `jacobian` is the batch Jacobian by the inputs, or by the embedding of tokens.
+- `independence`: whether `batch_independence` agrees with what an example returns among copies of itself.
+  `preflight`: whether it accuses no layer, or a product with the Hessian is wrong as it says.
+- `penalty`, `adversarial`, `second_order`: two steps of each trainer, with finite losses and weights. The monitors:
+  one measurement each, of finite numbers. `save`: a trainer saved and loaded computes the same.
 
 | in a cell | means |
 | --- | --- |
