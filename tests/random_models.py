@@ -126,7 +126,7 @@ def python(random):
 @step("a variable, read, assigned and read again")
 def variable(random):
     value = random.uniform(0.5, 1, size=4)
-    state = keras.Variable(value)
+    state = keras.Variable(value, dtype="float32")
 
     def in_keras(x, w):
         x = x * state
