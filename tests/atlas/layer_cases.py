@@ -6,13 +6,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from tests.atlas.cases import with_awkward_points
+from tests.atlas.cases import with_awkward_points, words
 
 _random = np.random.default_rng(8)
-
-
-def words(text):
-    return text.split()
 
 
 def normal(*shape):
