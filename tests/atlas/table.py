@@ -38,7 +38,7 @@ A layer is differentiated by its inputs and its weights. In the tables,
 - **3**, **2**, **1** means: right to that order at generic points, in all of these ways. Orders above 3 were not tried.
 - **error** means: from the next order on there is an error that says what is missing; never a number.
 - **NaN** means: somewhere at an awkward point a derivative is not a number.
-- ***wrong*** means: a number that is not the derivative. There is none.
+- ***wrong*** means: somewhere a number is not the derivative. Each such case is in [limits.md](limits.md).
 
 At a kink (`relu` at 0, `max` of equal numbers) a derivative is right if it lies between the slopes of both sides, or
 between those at points nearby. Where a function jumps, or has an infinite slope, nothing is said about the next order.
