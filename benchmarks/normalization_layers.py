@@ -51,37 +51,31 @@ def error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
+def by_tapes(tape, model, x, weights, v):
+    """The product by two nested tapes of a class, and the gradient as a function."""
+
+    def gradient():
+        with tape() as only:
+            loss = loss_of(model, x)
+        return flat(only.gradient(loss, weights))
+
+    with tape() as outer:
+        with tape() as inner:
+            loss = loss_of(model, x)
+        slope = sum(ops.sum(g * d) for g, d in zip(inner.gradient(loss, weights), v, strict=True))
+    return flat(outer.gradient(slope, weights)), gradient
+
+
 def by_tensorflow(model, x, sources, v):
-    """The product by TensorFlow's tapes, and the gradient as a function."""
     import tensorflow as tf
 
-    weights = [w.value for w in sources]
-
-    def gradient():
-        with tf.GradientTape() as tape:
-            loss = loss_of(model, x)
-        return flat(tape.gradient(loss, weights))
-
-    with tf.GradientTape() as outer:
-        with tf.GradientTape() as inner:
-            loss = loss_of(model, x)
-        slope = sum(ops.sum(g * d) for g, d in zip(inner.gradient(loss, weights), v, strict=True))
-    return flat(outer.gradient(slope, weights)), gradient
+    return by_tapes(tf.GradientTape, model, x, [w.value for w in sources], v)
 
 
-def by_keras_gradtools(model, x, weights, v):
+def by_keras_gradtools(model, x, sources, v):
     import keras_gradtools as kg
 
-    def gradient():
-        with kg.GradientTape() as tape:
-            loss = loss_of(model, x)
-        return flat(tape.gradient(loss, weights))
-
-    with kg.GradientTape() as outer:
-        with kg.GradientTape() as inner:
-            loss = loss_of(model, x)
-        slope = sum(ops.sum(g * d) for g, d in zip(inner.gradient(loss, weights), v, strict=True))
-    return flat(outer.gradient(slope, weights)), gradient
+    return by_tapes(kg.GradientTape, model, x, sources, v)
 
 
 def main():

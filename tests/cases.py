@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+import keras_gradtools as kg
+
 # The version, of which older ones lack some operations.
 KERAS = tuple(map(int, keras.__version__.split(".")[:2]))
 RANDOM = np.random.default_rng(0)
@@ -42,6 +44,15 @@ def central_differences(fun, weights, eps=1e-5):
             w[index] = kept
         gradients.append(g)
     return gradients
+
+
+def derivatives(fun, x, orders):
+    """The derivatives of a function of one number, from the first order on."""
+    found = []
+    for _ in range(orders):
+        fun = kg.grad(fun)
+        found.append(fun(x))
+    return found
 
 
 def close(actual, desired, rtol=2e-5, atol=2e-6):

@@ -188,7 +188,6 @@ SHAPES = {
     "while_loop": [
         (lambda x: ops.while_loop(lambda i, c: i < 3, lambda i, c: (i + 1, ops.sin(c)), (0, x))[1], (normal(2),))
     ],
-    "custom_gradient": [],
 }
 
 PRODUCTS = {

@@ -46,18 +46,9 @@ class TestSlope:
         assert found.jumps and found.judge([0.0]) == "unknown"
 
 
-def verdicts(fun, *arrays, kind="generic"):
-    found = derivatives.examine(Case("a function", kind, fun, tuple(np.asarray(x, "float32") for x in arrays)))
-    return {name: table.verdict(text) for name, text in found.items()}
-
-
 # In double precision alone, a difference of second derivatives is worth comparing.
 @pytest.mark.float64
 class TestExamine:
-    @pytest.fixture(autouse=True)
-    def precision(self, monkeypatch):
-        monkeypatch.setattr(np, "float32", np.float64)
-
     def test_a_wrong_gradient_is_seen(self):
         wrong = kg.custom_gradient(lambda x: (ops.sin(x), lambda upstream: upstream * ops.cos(x) * 1.01))
         found = derivatives.examine(Case("wrong", "generic", wrong, (np.array([0.3, 0.4]),)))

@@ -6,7 +6,7 @@ import scipy.special
 from keras import ops
 
 import keras_gradtools as kg
-from tests.cases import close, tensor
+from tests.cases import close, derivatives, tensor
 
 # Older versions of Keras lack some of them.
 OPERATIONS = ("i0", "ldexp", "logaddexp", "logaddexp2", "nextafter", "sinc")
@@ -15,14 +15,6 @@ MISSING = {name for name in OPERATIONS if not hasattr(ops, name)}
 
 def needs(*names):
     return pytest.mark.skipif(bool(MISSING & set(names)), reason=f"this Keras has no {' or no '.join(MISSING)}")
-
-
-def derivatives(fun, x, orders):
-    found = []
-    for _ in range(orders):
-        fun = kg.grad(fun)
-        found.append(fun(x))
-    return found
 
 
 @pytest.mark.parametrize("compiler", [lambda f: f, kg.jit], ids=["eager", "compiled"])

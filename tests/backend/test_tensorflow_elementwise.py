@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_gradtools as kg
-from tests.cases import close, tensor
+from tests.cases import close, derivatives, tensor
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("functions of TensorFlow", allow_module_level=True)
@@ -14,14 +14,6 @@ if keras.config.backend() != "tensorflow":
 import tensorflow as tf
 
 COMPILERS = [lambda f: f, kg.jit, lambda f: tf.function(f, jit_compile=True)]
-
-
-def derivatives(fun, x, orders):
-    found = []
-    for _ in range(orders):
-        fun = kg.grad(fun)
-        found.append(fun(x))
-    return found
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
