@@ -67,13 +67,16 @@ def _smooth_maximum(original, base):
 
 
 def ldexp(original):
-    """The product with a power of 2 in floating point."""
+    """The product with powers of 2 in floating point."""
 
     @functools.wraps(original)
     def call(x1, x2):
         value = original(x1, x2)
         exponent = ops.cast(ops.convert_to_tensor(x2), value.dtype)
-        return ops.cast(ops.convert_to_tensor(x1), value.dtype) * ops.power(2 * ops.ones_like(exponent), exponent)
+        # In two steps, since a power may be too large or too small where the product is not.
+        half = ops.floor(exponent / 2)
+        two = 2 * ops.ones_like(exponent)
+        return ops.cast(ops.convert_to_tensor(x1), value.dtype) * ops.power(two, half) * ops.power(two, exponent - half)
 
     return call
 

@@ -87,6 +87,16 @@ def test_ldexp():
     close(kg.grad(lambda x: ops.sum(ops.ldexp(x, exponents)))(tensor([1.0, 2.0, 3.0, 0.0])), [2, 4, 0.5, 8])
 
 
+@needs("ldexp")
+def test_ldexp_where_the_power_alone_overflows():
+    x, exponents = tensor([1e-30, 1e30]), np.array([130, -140], "int32")
+    expected = np.ldexp(np.array([1e-30, 1e30], "float32"), exponents)
+    with kg.GradientTape() as tape:
+        tape.watch(x)
+        y = ops.ldexp(x, exponents)
+    close(y, expected)
+
+
 @needs("nextafter")
 def test_nextafter_of_equal_numbers():
     close(kg.grad(lambda x: ops.sum(ops.nextafter(x, 0.0)))(tensor([0.0, 2.0])), [1, 1])
