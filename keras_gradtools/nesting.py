@@ -82,7 +82,13 @@ def same_structure(a, b):
 
 def outline(structure):
     """The `Outline` of a nesting."""
-    return Outline(_outlined(structure))
+    return Outline(_outlined(structure, []))
+
+
+def split(structure):
+    """The `Outline` of a nesting, and its leaves in a list."""
+    leaves: list = []
+    return Outline(_outlined(structure, leaves)), leaves
 
 
 class Outline(NamedTuple):
@@ -144,6 +150,8 @@ class _Constants:
 # Of these types exactly: a subclass, such as a named tuple, is made in its own way.
 _PLAIN = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict)
+# Whose classes stay.
+_FRAMEWORKS = ("builtins", "numpy", "jax", "jaxlib", "tensorflow", "torch", "keras")
 # What no registry is asked for, and is found by its type from then on. Another object's class may be registered later.
 _LEAVES = (type(None), str, bytes, numbers.Number, keras.Variable, keras.KerasTensor, keras.Layer)
 
@@ -161,23 +169,27 @@ def _optree():
 
 
 _registries: list[Callable] = [_optree]
-_kinds: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary((cls, cls) for cls in _PLAIN)
+_kinds: dict = {cls: cls for cls in _PLAIN}  # plain types, and those of tensors
+_kinds_of_others: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _kind(x):
     """What opens a container: its type, if that is plain, or a registry; None for a leaf."""
     cls = type(x)
-    try:
+    if cls in _kinds:
         return _kinds[cls]
+    try:
+        return _kinds_of_others[cls]
     except KeyError:
         pass
     if isinstance(x, _LEAVES) or keras.ops.is_tensor(x) or (hasattr(x, "dtype") and hasattr(x, "shape")):
-        _kinds[cls] = None
+        is_lasting = cls.__module__.split(".")[0] in _FRAMEWORKS
+        (_kinds if is_lasting else _kinds_of_others)[cls] = None
         return None
     for load in _registries:
         registry = load()
         if registry.knows(x):
-            _kinds[cls] = registry
+            _kinds_of_others[cls] = registry
             return registry
     return None
 
@@ -225,12 +237,13 @@ def _closed(kind, constants, entries):
     return kind.close(constants[1].value, entries)
 
 
-def _outlined(structure):
+def _outlined(structure, leaves):
     kind = _kind(structure)
     if kind is None:
+        leaves.append(structure)
         return None
     constants, entries = _opened(kind, structure)
-    return kind, constants, tuple([_outlined(x) for x in entries])
+    return kind, constants, tuple([_outlined(x, leaves) for x in entries])
 
 
 def _packed(node, leaves):

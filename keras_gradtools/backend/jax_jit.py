@@ -13,9 +13,9 @@ import keras
 import numpy as np
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import causes
+from keras_gradtools.backend import causes, recording, state
 from keras_gradtools.backend.state import StateScope
-from keras_gradtools.keras_internals.variables import AutocastScope, initialize_all_variables
+from keras_gradtools.keras_internals.variables import AutocastScope, Variable, initialize_all_variables
 
 
 class _Program:
@@ -34,9 +34,7 @@ class _Program:
     def __call__(self, arrays):
         if self._read is None:
             self._read = self._find_state(arrays)
-        with AutocastScope(None):
-            values = [v.value for v in self._read]
-        result, assigned = self._compiled(values, arrays)
+        result, assigned = self._compiled(_values_of(self._read), arrays)
         before = [v._value for v in self._assigned]
         try:
             for variable, value in zip(self._assigned, assigned, strict=True):
@@ -87,14 +85,20 @@ def jit(fun):
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
-        outline = nesting.outline((args, kwargs))
+        outline, flat = nesting.split((args, kwargs))
         # What JAX makes of the leaves: a sparse array is several.
-        leaves, structure = jax.tree.flatten(nesting.flatten((args, kwargs)), is_leaf=lambda x: x is None)
-        arrays = [x for x in leaves if _is_dynamic(x)]
-        static = tuple(_ARRAY if _is_dynamic(x) else x for x in leaves)
-        # True == 1 == 1.0 in Python, but not to a function that branches on them. It may branch on shapes, too.
-        constants = tuple((type(x), id(x) if isinstance(x, keras.Variable) else x) for x in static)
-        key = (outline, structure, constants, tuple(jax.typeof(x) for x in arrays))
+        leaves, structure = jax.tree.flatten(flat, is_leaf=_is_none)
+        arrays, static, constants = [], [], []
+        for x in leaves:
+            if isinstance(x, (jax.Array, np.ndarray, np.generic, float)):
+                arrays.append(x)
+                static.append(_ARRAY)
+            else:
+                static.append(x)
+                # True == 1 == 1.0 in Python, but not to a function that branches on them.
+                constants.append((len(arrays), type(x), id(x) if isinstance(x, keras.Variable) else x))
+        # It may branch on shapes, too.
+        key = (outline, structure, tuple(constants), tuple([jax.typeof(x) for x in arrays]))
         program = programs.get(key)
         if program is None:
             program = programs[key] = _Program(fun, outline, structure, static)
@@ -105,8 +109,19 @@ def jit(fun):
     return call
 
 
-def _is_dynamic(x):
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, float))
+def _is_none(x):
+    return x is None
+
+
+def _values_of(variables):
+    """What reading the variables gives here, without a cast."""
+    if not (recording.is_recording() or state.in_scope()):
+        # Where nobody is to see it: reading by Keras takes microseconds for each.
+        values = [v._value if type(v).value is Variable.value else None for v in variables]
+        if not any(value is None for value in values):
+            return values
+    with AutocastScope(None):
+        return [v.value for v in variables]
 
 
 _VALUE_ERRORS = (

@@ -26,6 +26,11 @@ def active_tapes():
     return list(_thread.tapes)
 
 
+def is_recording():
+    """Whether anything on this thread is to see what is read."""
+    return bool(_thread.tapes or _thread.logs)
+
+
 def is_logging_reads():
     """Whether a `ReadLog` is open on this thread, as where a function is traced that tapes may record later."""
     return bool(_thread.logs)

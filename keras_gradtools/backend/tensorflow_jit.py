@@ -51,7 +51,7 @@ class _Graph:
             result = self._fun(*args, **kwargs)
         self._reads.update((id(v), v) for v in log.variables)
         self._has_custom_gradient |= log.has_custom_gradient
-        return Leaves(nesting.outline(result), nesting.flatten(result))
+        return Leaves(*nesting.split(result))
 
     def __call__(self, *args, **kwargs):
         if recording.active_tapes():
@@ -59,7 +59,8 @@ class _Graph:
                 _ = variable.value
             if self._has_custom_gradient:
                 recording.note_custom_gradient()
-        result = self._compiled_for(nesting.outline((args, kwargs)))(*nesting.flatten((args, kwargs)))
+        outline, leaves = nesting.split((args, kwargs))
+        result = self._compiled_for(outline)(*leaves)
         return result.outline.pack(result.leaves)
 
 

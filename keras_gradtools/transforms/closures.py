@@ -142,7 +142,7 @@ class _Walk:
             self._add_entries(x, label, reads)
         elif isinstance(x, keras.Variable):
             self.note(x.trainable, label)
-            self._guards.rules(_trainable, x)
+            self._guard_variable(x)
         elif isinstance(x, keras.Layer):
             for layer in x._flatten_layers():
                 self._add_layer(layer)
@@ -219,13 +219,8 @@ class _Walk:
         self._layers.add(id(layer))
         rules, arguments = _rules_of(type(layer))
         values = vars(layer)
-        self._guards.rules(rules, layer)
-        for name in (*arguments, "_layers", "_trainable_variables"):
-            self._guards.at(values, name)
-        for parts in (layer._layers, layer._trainable_variables):
-            self._guards.contents(parts)
-        for variable in layer._trainable_variables:
-            self._guards.rules(_trainable, variable)
+        if type(layer) is not keras.layers.InputLayer:
+            self._guard_layer(layer, rules, arguments)
         self.found.append(weakref.ref(layer))
         self.found += rules(layer)
         self.found += map(_trainable, layer._trainable_variables)
@@ -234,6 +229,30 @@ class _Walk:
         self.labels += [None] * (len(self.found) - len(self.labels))
         if not _is_library_type(type(layer)):
             self._add_object(layer, None, frozenset({"call"}))
+
+    def _guard_layer(self, layer, rules, arguments):
+        """Few looks, as this is done for each layer at each call."""
+        values = vars(layer)
+        attributes = _attributes_behind_rules(layer)
+        if not attributes:
+            self._guards.rules(rules, layer)
+        found = [name for name in arguments if name in values]
+        self._guards.values(values, [*attributes, "_layers", "_trainable_variables", *found])
+        if not _is_library_type(type(layer)):
+            for name in arguments:
+                if name not in values:
+                    self._guards.at(values, name)
+        self._guards.layers(layer._layers)
+        if layer._trainable_variables:
+            self._guards.contents(layer._trainable_variables)
+        for variable in layer._trainable_variables:
+            self._guard_variable(variable)
+
+    def _guard_variable(self, variable):
+        if type(variable).trainable is keras.Variable.trainable and "_trainable" in vars(variable):
+            self._guards.values(vars(variable), ["_trainable"])
+        else:
+            self._guards.rules(_trainable, variable)
 
     def _function(self, x):
         if isinstance(x, types.FunctionType):
@@ -319,6 +338,20 @@ def _find_rules(cls):
     arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount] if code else ()
     kept = [a for a in arguments if not a.endswith(("initializer", "regularizer", "constraint")) and a != "name"]
     return operator.attrgetter("trainable", "dtype_policy.name", *names), tuple(kept)
+
+
+def _attributes_behind_rules(layer):
+    """The attributes of a layer of which the properties that are its rules are made, if they are Keras' own."""
+    properties = [name for name in ("trainable", "dtype_policy", "quantization_mode") if hasattr(keras.Layer, name)]
+    attributes = "_trainable", "_dtype_policy"
+    values = vars(layer)
+    known = (
+        all(getattr(type(layer), name) is getattr(keras.Layer, name) for name in properties)
+        and not hasattr(type(layer), "lora_enabled")
+        and not isinstance(values.get("_dtype_policy"), keras.dtype_policies.DTypePolicyMap)  # it may change inside
+        and all(name in values for name in attributes)
+    )
+    return attributes if known else ()
 
 
 _trainable = operator.attrgetter("trainable")

@@ -14,6 +14,8 @@ class Guards:
 
     def __init__(self):
         self._found: list = []
+        self._values: list = []
+        self._lists: list = []
         self._cells: list = []
         self._contents: list = []
         self._functions: list = []
@@ -22,6 +24,15 @@ class Guards:
     def at(self, mapping, name):
         """What stands under a name, if anything."""
         self._found.append((mapping, name, mapping.get(name, _ABSENT)))
+
+    def values(self, mapping, names):
+        """What stands under names that are there, in one look; equal values pass as the same."""
+        get = operator.itemgetter(*names)
+        self._values.append((get, mapping, get(mapping)))
+
+    def layers(self, layers):
+        """The entries of a list of layers."""
+        self._lists.append((layers, list(layers)))
 
     def cell(self, cell):
         self._cells.append((cell, cell.cell_contents))
@@ -42,6 +53,12 @@ class Guards:
             for mapping, name, x in self._found:
                 if mapping.get(name, _ABSENT) is not x:
                     return False
+            for get, mapping, values in self._values:
+                if get(mapping) != values:
+                    return False
+            for layers, found in self._lists:
+                if layers != found:
+                    return False
             for cell, x in self._cells:
                 if cell.cell_contents is not x:
                     return False
@@ -56,7 +73,8 @@ class Guards:
             for compute, layer, result in self._rules:
                 if compute(layer) != result:
                     return False
-        except (ValueError, RuntimeError):  # a cell was emptied, or a dict changed meanwhile
+        # A cell was emptied, a dict changed meanwhile, a name is gone, values do not compare.
+        except (ValueError, RuntimeError, LookupError, TypeError):
             return False
         return True
 
