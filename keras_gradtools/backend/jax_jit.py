@@ -47,10 +47,14 @@ class _Program:
         return self._outline_of_result.pack(result)
 
     def _find_state(self, arrays):
-        """Traces once, without compiling, to learn which variables are read, and to have all of them made."""
+        """Traces once, without compiling, to learn which variables are read, and to have all of them made.
+
+        In a scope, that is left to its end.
+        """
         read = []
         jax.eval_shape(lambda arrays: self._run([], arrays, read)[0], arrays)
-        initialize_all_variables()
+        if not state.in_scope():
+            initialize_all_variables()
         return read
 
     def _run(self, values, arrays, read=None):

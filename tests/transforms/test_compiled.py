@@ -284,3 +284,13 @@ class TestFallback:
     def test_an_unhashable_constant(self):
         fun = kg.jacobian(lambda x, mask: x * ops.convert_to_tensor(list(mask)))
         close(fun(tensor([1.0, 1.0]), mask={1.0}), np.eye(2))
+
+
+def test_a_compiled_function_after_a_layer_that_is_built_within_the_transform():
+    layer = keras.layers.BatchNormalization(epsilon=0.0)  # whose statistics begin as 0 and 1
+    double = kg.jit(lambda x: 2.0 * x**2)
+
+    gradient = kg.grad(lambda x: ops.sum(double(layer(x, training=False))))(tensor([[1.0, -3.0]]))
+
+    close(gradient, [[4.0, -12.0]])
+    close(layer(tensor([[1.0, -3.0]])), [[1.0, -3.0]])
