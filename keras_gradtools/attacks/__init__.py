@@ -1,4 +1,4 @@
-"""Attacks on models, and what they tell about robustness."""
+"""Adversarial attacks, and robustness metrics based on them."""
 
 from keras_gradtools.attacks.fgsm import FGSM, fgsm
 from keras_gradtools.attacks.gaussian_noise import GaussianNoise

@@ -1,4 +1,8 @@
-"""One step of an attack: up the gradient of the objective, back into the ball and into the range of the data."""
+"""Projected gradient ascent: one step, the measurements around it, and compiled programs for both.
+
+A step follows the gradient of the objective, then is projected onto the ball and clipped to the range of the data.
+`badness`, of shape `(batch,)`, says how bad the outputs are: larger is worse (see `Objective`).
+"""
 
 from keras import ops
 
@@ -10,7 +14,7 @@ from keras_gradtools.transforms import compiled
 
 
 def input_gradients(model, objective, x, y):
-    """The gradient of the objective of each example by the example, a constant, the objective, and how bad each is."""
+    """The input gradient of each example's objective, as a constant; the objective; and the badness."""
     x = backend.alias(x)
     scope = constant_weights(model)
     with scope, scope:
@@ -21,54 +25,54 @@ def input_gradients(model, objective, x, y):
         (gradients,) = backend.constant_pullback(record, [values], [x], [ops.ones_like(values)])
     if gradients is None:
         raise ValueError(
-            "An attack needs outputs that depend differentiably on the input. Received: a model without a gradient by "
-            f"its input of dtype {validation.dtype_of(x)} and shape {tuple(x.shape)}."
+            "An attack needs outputs that depend differentiably on the input. Received: a model without a gradient "
+            f"with respect to its input of dtype {validation.dtype_of(x)} and shape {tuple(x.shape)}."
         )
     return gradients, values, badness
 
 
 def ascend(model, objective, norm, moved, x, y, epsilon, step_size, low, high):
-    """One step up from `moved`: where it leads, and how bad it was before."""
+    """The end point of one ascent step from `moved`, and the badness at `moved`."""
     gradients, _, badness = input_gradients(model, objective, moved, y)
     step = norm_balls.for_each(step_size, x) * ops.cast(norm_balls.steepest(gradients, norm), x.dtype)
     further = x + norm_balls.projected(moved + step - x, epsilon, norm)
-    # Where x is in the range, going back into it leads no further away from x.
+    # If x is in the range, clipping moves no element further from x, so the result stays in the ball.
     return ops.clip(further, low, high), badness
 
 
 def look(model, objective, norm, moved, y, best, worst):
-    """The worse of the examples known and of those at hand, and how bad these are."""
+    """Updates the worst examples found so far, and their badness, with `moved`."""
     return _worse(measure_badness(model, objective, norm, moved, y), moved, best, worst)
 
 
 def measure_gradients(model, objective, norm, x, y):
-    """The l2 norm of each gradient, whatever the attack's, and how bad each example is."""
+    """The l2 norm of each gradient (for every `norm` of the attack), and the badness of each example."""
     gradients, _, badness = input_gradients(model, objective, x, y)
     return norm_balls.lengths(ops.cast(gradients, badness.dtype), 2), badness
 
 
 def measure_slopes(model, objective, norm, x, y):
-    """The objective, the dual norm of its gradient, and the perturbation of length 1 that goes up fastest."""
+    """The objective, the dual norm of its gradient, and the steepest ascent direction of norm 1."""
     gradients, values, _ = input_gradients(model, objective, x, y)
     gradients = ops.cast(gradients, values.dtype)
     return values, norm_balls.dual_lengths(gradients, norm), norm_balls.steepest(gradients, norm)
 
 
 def measure_badness(model, objective, norm, x, y):
-    """How bad each example is."""
+    """The badness of each example."""
     scope = constant_weights(model)
     with scope, scope:
         return objective(y, called(model, x), output_activation(model))[1]
 
 
 def ascend_and_look(model, objective, norm, moved, x, y, best, worst, *options):
-    """`ascend`, and what `look` finds where it began."""
+    """`ascend` from `moved`, and `look` at `moved`, with one gradient for both."""
     further, badness = ascend(model, objective, norm, moved, x, y, *options)
     return (further, *_worse(badness, moved, best, worst))
 
 
 def just_ascend(model, objective, norm, *args):
-    """Where `ascend` leads."""
+    """The end point of `ascend`, without the badness."""
     return ascend(model, objective, norm, *args)[0]
 
 
@@ -79,9 +83,9 @@ def _worse(badness, moved, best, worst):
 
 
 class CompiledAscent:
-    """Ascents on one model, in programs that are compiled once for each objective, norm and shape.
+    """Ascent on one model, compiled once for each objective, norm and shape.
 
-    `examples`, an `Examples`, says which of the model's inputs is moved; `carry` what the others are.
+    `examples`, an `Examples`, says which of the model's inputs is perturbed. `carry` sets the values of the others.
     """
 
     def __init__(self, model, norm, clip, examples=None):
@@ -90,29 +94,29 @@ class CompiledAscent:
         self._programs, self._inputs = {}, None
 
     def carry(self, inputs):
-        """Has what follows be of these inputs, in tensors; what stands for the one that is moved does not matter."""
+        """Sets all inputs of the batch, as tensors. The value of the perturbed input is ignored."""
         self._inputs = inputs
 
     def step(self, objective, x, y, epsilon):
-        """The end of one step of length `epsilon` from `x`."""
+        """The end point of one step of length `epsilon` from `x`."""
         return self._run(just_ascend, objective, x, x, y, epsilon, epsilon, *bounds(self._clip, x.dtype))
 
     def gradient_lengths(self, objective, x, y):
-        """The l2 norm of each gradient, and how bad each example is."""
+        """The l2 norm of each gradient, and the badness of each example."""
         return self._run(measure_gradients, objective, x, y)
 
     def slopes(self, objective, x, y):
-        """The objective, the dual norm of its gradient, and the perturbation of length 1 that goes up fastest."""
+        """The objective, the dual norm of its gradient, and the steepest ascent direction of norm 1."""
         return self._run(measure_slopes, objective, x, y)
 
     def badness(self, objective, x, y):
-        """How bad each example is."""
+        """The badness of each example."""
         return self._run(measure_badness, objective, x, y)
 
     def worst(self, runs, x, y, epsilon, steps, rate):
-        """The worst examples on the way of several runs, and how bad they are; `x` itself is among them.
+        """The worst examples that several runs visit, `x` included, and their badness.
 
-        `runs` are pairs of an objective and of perturbations to begin with; a step is `rate * epsilon` long.
+        `runs` holds pairs of an objective and the initial perturbations. The step size is `rate * epsilon`.
         """
         low, high = bounds(self._clip, x.dtype)
         best, worst = x, ops.full((len(x),), float("-inf"))
@@ -134,7 +138,7 @@ class CompiledAscent:
                 of_one = model if chosen is None else OfOneInput(model, chosen, inputs)
                 return part(of_one, objective, norm, *args), None
 
-            # What is compiled is kept with the model: the body must not hold it.
+            # The program is cached on the model, so `body` must not hold a reference to the model.
             options = (part, objective, norm, chosen)
             program = compiled.prepare("attack", self._model, body, options, (self._inputs, *args), {})
             self._programs[part, objective] = program

@@ -1,15 +1,18 @@
-"""What all attacks are: options, and a perturbation of a batch inside a training step."""
+"""The base class of all attacks."""
 
 
 class Attack:
-    """Options that Keras can save, which attacks are equal by, and `perturb`."""
+    """Options that Keras can serialize, and `perturb` for use in a training step.
+
+    Two attacks are equal if they have the same class and the same options.
+    """
 
     @property
     def name(self):
         return type(self).__name__
 
     def perturb(self, model, x, y, seed=None):
-        """The perturbed examples, constants, inside a computation that something else compiles."""
+        """The perturbed examples as constants. Can be called inside a compiled function."""
         raise NotImplementedError
 
     def get_config(self):

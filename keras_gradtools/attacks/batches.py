@@ -1,4 +1,4 @@
-"""Arrays of examples, checked and taken batch by batch, with a progress bar."""
+"""Checks arrays of examples, and maps a function over their batches with a progress bar."""
 
 import random
 from typing import Any, NamedTuple
@@ -15,10 +15,10 @@ class Examples(NamedTuple):
     """Checked examples and labels, in NumPy arrays.
 
     Attributes:
-        x: the input to perturb.
-        y: the labels.
-        inputs: all inputs, nested as they were given.
-        chosen: which of them `x` is; None where it is the only one, and `inputs` is `x`.
+        x: The input to perturb.
+        y: The labels.
+        inputs: All inputs, in the nested structure in which they were given.
+        chosen: The `ChosenInputs` that says which of them is `x`. None if `x` is the only input; `inputs` then is `x`.
     """
 
     x: np.ndarray
@@ -28,11 +28,11 @@ class Examples(NamedTuple):
 
     @property
     def arrays(self):
-        """What is taken batch by batch: `x`, `y`, and the inputs that stay as they are."""
+        """The arrays to split into batches: `x`, `y`, and the inputs that are not perturbed."""
         return (self.x, self.y, *([] if self.chosen is None else self.chosen.rest(self.inputs)))
 
     def carried(self, x, rest):
-        """All inputs of a batch, in tensors, `x` and `rest` being its part of `arrays`; None where `x` is all."""
+        """All inputs of a batch as tensors, from its `x` and the `rest` of `arrays`; None if `x` is the only input."""
         if self.chosen is None:
             return None
         rest = iter([a if a is None else ops.convert_to_tensor(a) for a in rest])
@@ -40,11 +40,11 @@ class Examples(NamedTuple):
         return nesting.pack_as(self.inputs, [x if i in positions else next(rest) for i in range(count)])
 
     def with_perturbed(self, x):
-        """The inputs with other numbers in the place of `x`."""
+        """The inputs with `x` in place of the input to perturb."""
         return x if self.chosen is None else self.chosen.filled(self.inputs, [x])
 
     def first(self, model):
-        """`model` as a function of the perturbed input, and the first example of that."""
+        """`model` as a function of the input to perturb, and the first example of that input."""
         x = ops.convert_to_tensor(self.x[:1])
         if self.chosen is None:
             return model, x
@@ -53,7 +53,7 @@ class Examples(NamedTuple):
 
 
 def checked_examples(owner, model, x, y, clip, names=None):
-    """Returns the `Examples`; `ValueError` where they cannot be attacked. `names` are what `checked_choice` returns."""
+    """Returns the `Examples`, and raises `ValueError` if they do not fit. `names` is what `checked_choice` returned."""
     validation.require_callable_model(owner, model)
     expected = f"{owner} expects arrays or tensors of shape (batch, ...) as `x`"
     if nesting.is_nested(x) and len(nesting.flatten(x)):
@@ -69,8 +69,8 @@ def checked_examples(owner, model, x, y, clip, names=None):
     y = validation.as_array(y, f"{owner} expects an array or tensor of labels as `y`")
     if not keras.backend.is_float_dtype(validation.dtype_of(x)):
         raise ValueError(
-            f"{owner} perturbs floating-point examples. Received: x={validation.describe(x)}. Pixels: cast them to "
-            "'float32', in the scale that the model is trained on."
+            f"{owner} perturbs floating-point examples. Received: x={validation.describe(x)}. If these are pixels, "
+            "cast them to 'float32', in the scale that the model is trained on."
         )
     if x.ndim < 2 or not len(x):
         raise ValueError(f"{owner} expects examples of shape (batch, ...). Received: x={validation.describe(x)}.")
@@ -86,25 +86,25 @@ def checked_examples(owner, model, x, y, clip, names=None):
     if clip is not None and (np.any(x < np.asarray(clip[0], x.dtype)) or np.any(x > np.asarray(clip[1], x.dtype))):
         raise ValueError(
             f"{owner} expects examples within the range `clip`. Received: clip={clip}, and `x` from {x.min():g} to "
-            f"{x.max():g}. Give the range of your data, or clip=None for none."
+            f"{x.max():g}. Pass the range of your data, or clip=None for no range."
         )
     return Examples(x, y, given, chosen)
 
 
 def check_batching(owner, batch_size, verbose):
-    """Raises `ValueError` for a `batch_size` or `verbose` that no loop over batches has."""
+    """Raises `ValueError` unless `batch_size` and `verbose` are valid."""
     validation.require_count(owner, "batch_size", batch_size)
     if not validation.is_one_of(verbose, ("auto", 0, 1)):
         raise ValueError(f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}.")
 
 
 def check_labels(owner, model, examples):
-    """Raises `ValueError` unless the labels are classes of the classifier, or one-hot."""
+    """Raises `ValueError` unless the model is a classifier and the labels are its classes, or one-hot."""
     y, outputs = examples.y, first_outputs(model, examples)
     if not ops.is_tensor(outputs) or len(outputs.shape) != 2:
         raise ValueError(
             f"{owner} expects a classifier, which returns one score for each class, of shape (batch, classes). "
-            f"Received: a model that returns {validation.describe(outputs)}. For another, give your own `loss`, a "
+            f"Received: a model that returns {validation.describe(outputs)}. For other models, pass your own `loss`, a "
             "function of (y, y_pred) that returns one number for each example."
         )
     count = outputs.shape[1]
@@ -117,13 +117,13 @@ def check_labels(owner, model, examples):
     if not is_right:
         raise ValueError(
             f"{owner} expects classes from 0 to {classes - 1} as `y`, of shape (batch,), or one-hot rows of {count}. "
-            f"Received: y={validation.describe(y)}, from {y.min()} to {y.max()}. For labels of another kind, give your "
+            f"Received: y={validation.describe(y)}, from {y.min()} to {y.max()}. For labels of another kind, pass your "
             "own `loss`, a function of (y, y_pred) that returns one number for each example."
         )
 
 
 def first_outputs(model, examples):
-    """What the model returns for the first example."""
+    """The outputs of the model for the first example."""
     model, x = examples.first(model)
     scope = constant_weights(model)
     with scope, scope:
@@ -131,14 +131,15 @@ def first_outputs(model, examples):
 
 
 def seeds_from(seed):
-    """A source of seeds. Without a seed it comes from Python's generator, as in Keras."""
+    """A generator of seeds. Without a seed, it is seeded from Python's global generator, as in Keras."""
     return random.Random(random.randrange(2**31) if seed is None else int(seed))
 
 
 def map_batches(fun, arrays, batch_size, verbose, title):
-    """`fun(*batches)`, NumPy arrays in a tuple, of all batches together. The last one is filled up for `fun`.
+    """Applies `fun(*batch)` to all batches, and returns a tuple of NumPy arrays, concatenated over the batches.
 
-    So it needs no program of its own. Arrays without a batch axis, and None, are in every batch as they are.
+    The last batch is padded with repeated examples to the size of the others, so that compiled functions see only one
+    shape. Scalars and None are passed to every call unchanged.
     """
     count = len(arrays[0])
     starts = range(0, count, batch_size)

@@ -1,4 +1,4 @@
-"""The range of the data, which no perturbed example leaves."""
+"""The range of the data, to which perturbed examples are clipped."""
 
 import numpy as np
 from keras import ops
@@ -7,13 +7,13 @@ from keras_gradtools import validation
 
 
 def checked_clip(owner, clip):
-    """Returns `clip` as a pair of numbers or nested lists, or None; `ValueError` for anything else."""
+    """Returns `clip` as a pair of numbers or nested lists, or None, and raises `ValueError` for anything else."""
     if clip is None:
         return None
     try:
         low, high = (np.asarray(bound, "float64") for bound in clip)
         is_range = bool(np.all(low < high))
-    except Exception:  # each framework has its own for what has no values
+    except Exception:  # each framework raises its own error for a tensor without values
         is_range = False
     if not is_range:
         raise ValueError(
@@ -24,12 +24,12 @@ def checked_clip(owner, clip):
 
 
 def extent(clip, x, norm):
-    """The strength that reaches all of the range from anywhere in it."""
+    """The smallest `epsilon` with which every point of the range can reach every other."""
     sides = np.broadcast_to(np.subtract(clip[1], clip[0]), x.shape[1:])
     return float(np.max(sides) if norm == "inf" else np.linalg.norm(sides))
 
 
 def bounds(clip, dtype):
-    """The smallest and the largest value as tensors, infinite where there is no range."""
+    """The smallest and the largest value as tensors, infinite if `clip` is None."""
     low, high = (-np.inf, np.inf) if clip is None else clip
     return ops.convert_to_tensor(low, dtype=dtype), ops.convert_to_tensor(high, dtype=dtype)

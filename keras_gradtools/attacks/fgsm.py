@@ -9,10 +9,10 @@ from keras_gradtools.attacks.gradient_attack import GradientAttack
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class FGSM(GradientAttack):
-    """The attack of `kg.attacks.fgsm` as an object, for `kg.models.AdversarialTraining` and for many calls.
+    """The attack of `kg.attacks.fgsm` as an object, for `kg.models.AdversarialTraining` or repeated use.
 
     Args:
-        epsilon, norm, clip, loss, targeted: as in `kg.attacks.fgsm`; a loss of None is `"cross_entropy"`.
+        epsilon, norm, clip, loss, targeted: As in `kg.attacks.fgsm`. A `loss` of None means `"cross_entropy"`.
 
     Example:
 
@@ -44,40 +44,40 @@ def fgsm(
     verbose="auto",
     inputs=None,
 ):
-    r"""Attacks a model with one step up the gradient of its loss, the fast gradient sign method.
+    r"""Attacks a model with one gradient ascent step on its loss: the fast gradient sign method.
 
     $$x' = \text{clip}\bigl(x + \epsilon \, d\bigr), \qquad
       d = \operatorname{sign}(g) \text{ for norm inf}, \quad g / \lVert g \rVert_2 \text{ for norm 2},
       \qquad g = \frac{\partial \ell(x)}{\partial x}$$
 
     Args:
-        model: a classifier, which returns logits or probabilities of shape `(batch, classes)` (or one logit, of class
-            1; after a sigmoid, its probability); with a `loss` of your own, any model or function. It is
-            called in inference mode, and nothing of it changes.
-        x: examples of shape `(batch, ...)`, an array or a tensor of floating-point numbers within `clip`; or a nesting
-            of them, as the model takes it.
-        y: classes of shape `(batch,)`, or one-hot rows; one class for all, if you like.
-        epsilon: how far each example may be moved, in units of `x`.
-        norm: `"inf"` (or `float("inf")`: the largest change of a pixel) or 2.
-        clip: the range of the data, `(smallest, largest)`, numbers or arrays that broadcast to an example; None for no
-            range.
-        loss: what is made large: `"cross_entropy"` (the default), `"margin"` (the best other logit minus that of the
-            label), a Keras loss, or a function `(y, y_pred)` that returns one number for each example.
-        targeted: whether `y` is what the model shall answer; the loss is made small then.
-        batch_size: how many examples go together. It does not change the result.
+        model: A classifier that returns logits or probabilities of shape `(batch, classes)`. A single output is the
+            logit of class 1, or its probability after a sigmoid. With your own `loss`, any model or function works.
+            The model is called in inference mode and is not changed.
+        x: Examples of shape `(batch, ...)`, an array or tensor of floating-point numbers within `clip`, or a nested
+            structure of inputs as the model takes it.
+        y: Classes of shape `(batch,)`, one-hot rows, or one class for all examples.
+        epsilon: The largest perturbation of each example, measured by `norm`, in units of `x`.
+        norm: The norm of the perturbation: `"inf"` (or `float("inf")`), its largest absolute element, or 2.
+        clip: The range of the data as `(smallest, largest)`, numbers or arrays that broadcast to an example. None for
+            no range.
+        loss: The objective to increase: `"cross_entropy"` (the default), `"margin"` (the largest other logit minus that
+            of the label), a Keras loss, or a function `(y, y_pred)` that returns one number for each example.
+        targeted: Whether `y` holds the answers that the attack tries to produce. The loss is then decreased.
+        batch_size: Number of examples per batch. It does not change the result.
         verbose: 1 or `"auto"` for a progress bar, 0 for none.
-        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
-            by default. The others stay as they are.
+        inputs: The name, key or position of the input to perturb if `x` has several. By default, the only
+            floating-point input. The other inputs are not changed.
 
     Returns:
-        The perturbed examples, a NumPy array like `x`, or nested as `x` is.
+        The perturbed examples as a NumPy array of the shape of `x`, or in the nested structure of `x`.
 
     Raises:
-        ValueError: for options, examples or labels that do not fit; each is named.
+        ValueError: If an option, the examples or the labels are not valid. The message names the argument.
 
     Cost:
-        One gradient by the input for each example, in a program that is compiled once for each model, loss, norm and
-        shape of the batch (not for each epsilon).
+        One input gradient for each example. It is compiled once for each model, loss, norm and batch shape, not for
+        each `epsilon`.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Random noise, the baseline that an attack and a defence have to beat."""
+"""Random noise, the baseline for attacks and defenses."""
 
 import math
 
@@ -12,14 +12,15 @@ from keras_gradtools.attacks.data_range import bounds, checked_clip
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class GaussianNoise(Attack):
-    """Adds noise to examples, for `kg.models.AdversarialTraining`: the baseline for what it trains otherwise.
+    """Adds Gaussian noise to examples, as a baseline attack for `kg.models.AdversarialTraining`.
 
     Args:
-        stddev: the standard deviation of the noise of each number of an example, in units of the input.
-        clip: the range to clip to, `(smallest, largest)`; None, the default, leaves the noise as it is.
+        stddev: The standard deviation of the noise added to each element of an example, in units of the input.
+        clip: The range of the data, `(smallest, largest)`, to which the noisy examples are clipped. None, the default,
+            does not clip.
 
     Raises:
-        ValueError: if `stddev` is not a number of 0 or more, or `clip` no range.
+        ValueError: If `stddev` is not a finite number of 0 or more, or `clip` is not a range.
 
     Example:
 
@@ -39,7 +40,7 @@ class GaussianNoise(Attack):
         self.stddev, self.clip = float(stddev), checked_clip("GaussianNoise", clip)
 
     def perturb(self, model, x, y, seed=None):
-        """Noisy examples; nothing depends on the model or the labels."""
+        """The noisy examples. The model and the labels are not used."""
         x = ops.convert_to_tensor(x)
         noisy = x + ops.cast(keras.random.normal(ops.shape(x), stddev=self.stddev, seed=seed), x.dtype)
         return noisy if self.clip is None else ops.clip(noisy, *bounds(self.clip, noisy.dtype))

@@ -1,4 +1,4 @@
-"""What the attacks by gradients share: their options, and their use inside a training step."""
+"""The base class of the gradient attacks: their options, and their use inside and outside of a training step."""
 
 import math
 
@@ -15,9 +15,9 @@ from keras_gradtools.attacks.objectives import NAMED, Objective
 
 
 class GradientAttack(Attack):
-    """Ascent of the objectives within a ball around each example, and within the range of the data.
+    """Gradient ascent on the objectives, within a ball around each example and within the range of the data.
 
-    The options are described at the public classes.
+    The public subclasses document the options.
     """
 
     steps = 1
@@ -34,14 +34,14 @@ class GradientAttack(Attack):
 
     @property
     def rate(self):
-        """The length of a step, as a share of epsilon."""
+        """The step size as a fraction of `epsilon`."""
         return 1.0
 
     def perturb(self, model, x, y, seed=None):
-        """The perturbed examples, constants, inside a computation that something else compiles.
+        """The perturbed examples as constants. Can be called inside a compiled function.
 
-        It is the end of one run on the first of the losses. The model is called in inference mode, and keeps no trace
-        of it; no gradient reaches its weights.
+        They are the end points of one run on the first of the losses. The model is called in inference mode and is not
+        changed. No gradient reaches its weights.
         """
         x = ops.convert_to_tensor(x)
         low, high = bounds(self.clip, x.dtype)
@@ -56,7 +56,7 @@ class GradientAttack(Attack):
         return ops.stop_gradient(moved)
 
     def generate(self, model, x, y, batch_size=128, verbose="auto", inputs=None):
-        """The perturbed examples of `x`, batch by batch, as a NumPy array, or nested as `x` is."""
+        """The perturbed examples as a NumPy array, or in the nested structure of `x`, computed batch by batch."""
         check_batching(self.name, batch_size, verbose)
         names = chosen_inputs.checked_choice(self.name, inputs)
         examples = checked_examples(self.name, model, x, y, self.clip, names)
@@ -74,7 +74,7 @@ class GradientAttack(Attack):
         return examples.with_perturbed(map_batches(attacked, examples.arrays, batch_size, verbose, self.name)[0])
 
     def _attacker(self, ascent):
-        """The attack of one batch after the other, a function `(x, y, epsilon)` that returns the perturbed examples."""
+        """A function `(x, y, epsilon)` that returns the perturbed examples of one batch."""
         raise NotImplementedError
 
     def get_config(self):

@@ -1,33 +1,35 @@
-"""Signs that a model hides its gradients from attacks, and only seems robust."""
+"""Signs of gradient masking: a model that resists gradient attacks only because its gradients are uninformative."""
 
 TOLERANCE = 0.01
 
 
 def signs_of_masking(pgd, fgsm, noise, huge, chance):
-    """Sentences on what a model cannot do whose gradients lead to its errors; empty where nothing is wrong.
+    """The signs of gradient masking that the accuracies show, one sentence each. Empty if there are none.
+
+    An accuracy counts as higher than another if it exceeds it by more than one percentage point.
 
     Args:
-        pgd: the accuracy under PGD at each strength, a dict.
-        fgsm: the accuracy under FGSM at the same strengths.
-        noise: that under random noise of the same strengths.
-        huge: the accuracy under PGD at a strength that can turn any example into any other.
-        chance: the accuracy of a guess.
+        pgd: A dict with the accuracy under PGD for each strength.
+        fgsm: A dict with the accuracy under FGSM for the same strengths.
+        noise: A dict with the accuracy under random noise of the same strengths.
+        huge: The accuracy under PGD at a strength that can turn any example into any other.
+        chance: The accuracy of guessing.
     """
     signs = []
     for epsilon, accuracy in pgd.items():
         if accuracy > fgsm[epsilon] + TOLERANCE:
             signs.append(
                 f"at strength {epsilon:g}, one step (FGSM, accuracy {fgsm[epsilon]:.1%}) does more harm than many "
-                f"(PGD, {accuracy:.1%})"
+                f"(PGD, accuracy {accuracy:.1%})"
             )
         if accuracy > noise[epsilon] + TOLERANCE:
             signs.append(
                 f"at strength {epsilon:g}, random noise (accuracy {noise[epsilon]:.1%}) does more harm than the "
-                f"gradient (PGD, {accuracy:.1%})"
+                f"gradient (PGD, accuracy {accuracy:.1%})"
             )
     if huge > chance + TOLERANCE:
         signs.append(
-            f"an accuracy of {huge:.1%} is left under an attack that may replace the example, where a guess has "
-            f"{chance:.1%}"
+            f"under an attack that may replace the whole example, the accuracy is {huge:.1%}, above the {chance:.1%} "
+            "of guessing"
         )
     return signs

@@ -1,6 +1,6 @@
-"""Perturbations of a bounded size: where they may be, which way is steepest, and where to start.
+"""Norm balls of perturbations: norms, steepest directions, projections and random points.
 
-`epsilon` has the shape `(batch,)`, perturbations that of the examples, `(batch, ...)`.
+`epsilon` has the shape `(batch,)`. Perturbations have the shape of the examples, `(batch, ...)`.
 """
 
 import math
@@ -12,18 +12,18 @@ from keras_gradtools import validation
 
 
 def checked_norm(owner, norm):
-    """Returns `norm` as 2 or "inf", and raises `ValueError` for another."""
+    """Returns `norm` as 2 or "inf", and raises `ValueError` for anything else."""
     if validation.is_one_of(norm, ("inf", math.inf)):
         return "inf"
     if validation.is_one_of(norm, (2,)):
         return 2
     raise ValueError(
-        f"{owner} expects 2 or 'inf' as `norm`, that of the perturbation. Received: norm={validation.describe(norm)}."
+        f"{owner} expects 2 or 'inf' as `norm` of the perturbation. Received: norm={validation.describe(norm)}."
     )
 
 
 def for_each(values, like):
-    """`values` of shape `(batch,)` so that they go with examples of shape `(batch, ...)`."""
+    """`values` of shape `(batch,)`, reshaped to broadcast over examples of shape `(batch, ...)`."""
     return ops.reshape(values, (-1, *[1] * (len(like.shape) - 1)))
 
 
@@ -33,20 +33,20 @@ def lengths(perturbations, norm):
     if norm == "inf":
         return ops.max(ops.abs(flat), axis=1)
     flat = _in_full_precision(flat)
-    # The squares of small gradients would be rounded to zero.
+    # Scaled first, because the squares of small gradients would underflow.
     largest = ops.maximum(ops.max(ops.abs(flat), axis=1), 1e-37)
     return largest * ops.sqrt(ops.sum(ops.square(flat / largest[:, None]), axis=1))
 
 
 def dual_lengths(gradients, norm):
-    """The dual norm of each gradient: how fast a perturbation of length 1 changes the function at most."""
+    """The dual norm of each gradient: the largest slope along a perturbation of norm 1."""
     if norm == 2:
         return lengths(gradients, 2)
     return ops.sum(ops.abs(ops.reshape(gradients, (ops.shape(gradients)[0], -1))), axis=1)
 
 
 def steepest(gradients, norm):
-    """For each gradient the perturbation of length 1 that goes up fastest; zero where the gradient is."""
+    """The steepest ascent direction of norm 1 for each gradient, zero where the gradient is zero."""
     if norm == "inf":
         return ops.sign(gradients)
     gradients = _in_full_precision(gradients)
@@ -54,7 +54,7 @@ def steepest(gradients, norm):
 
 
 def projected(perturbations, epsilon, norm):
-    """The nearest perturbations of length `epsilon` or less."""
+    """The perturbations, projected onto the ball of radius `epsilon`."""
     if norm == "inf":
         bound = for_each(ops.cast(epsilon, perturbations.dtype), perturbations)
         return ops.clip(perturbations, -bound, bound)
@@ -68,14 +68,14 @@ def _in_full_precision(x):
 
 
 def random_points(like, epsilon, norm, seed):
-    """Perturbations drawn uniformly from the ball."""
+    """Perturbations drawn uniformly from the ball of radius `epsilon`."""
     shape, dtype = ops.shape(like), like.dtype
     scale = for_each(ops.cast(epsilon, dtype), like)
     if norm == "inf":
         return scale * ops.cast(keras.random.uniform(shape, -1.0, 1.0, seed=seed), dtype)
-    # One draw for direction and length: two with the same integer seed would go together.
+    # One draw for direction and length, because two draws with the same integer seed would be correlated.
     size = math.prod(like.shape[1:])
     drawn = keras.random.normal((shape[0], size + 2), seed=seed)
-    # The first numbers of a point on the sphere in two dimensions more are uniform in the ball.
+    # The first n coordinates of a uniform point on the unit sphere in n + 2 dimensions are uniform in the n-ball.
     inside = drawn[:, :size] / for_each(lengths(drawn, 2), drawn)
     return scale * ops.cast(ops.reshape(inside, shape), dtype)

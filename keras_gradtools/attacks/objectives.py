@@ -1,4 +1,4 @@
-"""What an attack makes large: numbers of shape `(batch,)` of the labels and the outputs of a model."""
+"""The objectives that attacks increase: functions of labels and model outputs, of shape `(batch,)`."""
 
 import dataclasses
 import functools
@@ -11,18 +11,17 @@ from keras_gradtools import validation
 from keras_gradtools.backend import example_losses
 
 NAMED = ("cross_entropy", "margin")
-# How far the sum of an output that is made of probabilities may be from 1, in half precision too.
+# Tolerance on the sum of probabilities, large enough for half precision.
 _ROUNDING = 1e-2
 
 
 def classifier_scores(outputs, activation=None):
     """The outputs of a classifier as logits, one for each class, in float32 or better.
 
-    `activation` is what the outputs are known to come from: after a linear one they are logits. If it is another or not
-    known, and the outputs of an example are probabilities, as after a softmax, these are their logarithms: the gradient
-    through both is that of the logits, also where the largest probability is rounded to 1, until the others are
-    rounded to 0. A single output is the logit
-    of class 1, or after a sigmoid its probability.
+    `activation` is the activation of the output layer, if known. After a linear one, the outputs are the logits. After
+    any other, outputs that are probabilities (nonnegative with sum 1, as after a softmax) are replaced by their
+    logarithms. Their gradient is that of the logits even if the largest probability is rounded to 1, as long as the
+    others are not rounded to 0. A single output is the logit of class 1, or its probability after a sigmoid.
     """
     scores = ops.cast(outputs, keras.backend.result_type(validation.dtype_of(outputs), "float32"))
     if scores.shape[-1] == 1:
@@ -37,12 +36,12 @@ def classifier_scores(outputs, activation=None):
 
 
 def _logarithms(probabilities):
-    # The smallest number that no backend flushes to zero.
+    # Just above the smallest normal float32 number: some backends flush smaller ones to zero.
     return ops.log(ops.maximum(probabilities, 1e-37))
 
 
 def margin(labels, scores):
-    """By how much the best score of another class exceeds that of the label: positive where the model errs."""
+    """The largest score of another class minus that of the label: positive where the model errs."""
     is_label = ops.one_hot(labels, scores.shape[-1], dtype="bool")
     others = ops.max(ops.where(is_label, float("-inf"), scores), axis=-1)
     return others - ops.sum(ops.where(is_label, scores, 0.0), axis=-1)
@@ -52,12 +51,12 @@ def cross_entropy(labels, scores):
     """Minus the logarithm of the probability of the label."""
     is_label = ops.one_hot(labels, scores.shape[-1], dtype="bool")
     own = ops.sum(ops.where(is_label, scores, 0.0), axis=-1, keepdims=True)
-    # As a difference of two logarithms, its gradient by the label's score would be lost where the model is sure.
+    # `logsumexp(scores) - own` would lose the gradient with respect to the label's score where the model is confident.
     return ops.softplus(ops.logsumexp(ops.where(is_label, float("-inf"), scores - own), axis=-1))
 
 
 def class_labels(y, classes):
-    """Labels as integers of shape `(batch,)`, from those or from one-hot rows."""
+    """Labels as integers of shape `(batch,)`, from integers or one-hot rows."""
     y = ops.convert_to_tensor(y)
     if len(y.shape) == 2 and y.shape[1] == classes and classes > 1:
         return ops.argmax(y, axis=1)
@@ -66,9 +65,9 @@ def class_labels(y, classes):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What to make large: one of `NAMED`, a Keras loss, or a function `(y, y_pred)` of one number for each example.
+    """The objective to increase: one of `NAMED`, a Keras loss, or a function `(y, y_pred)` of shape `(batch,)`.
 
-    `sign` is -1 for a targeted attack, which makes the loss of its target small.
+    `sign` is -1 for a targeted attack, which decreases the loss of its target.
     """
 
     loss: Any
@@ -83,7 +82,10 @@ class Objective:
         return example_losses.compiled(self.loss)
 
     def __call__(self, y, outputs, activation=None):
-        """The objective, and how bad the outputs are: larger is worse; of classes, above 0 where they are wrong."""
+        """The objective and the badness of each example.
+
+        Larger badness is worse. For the named objectives, it is positive where the attack has succeeded.
+        """
         if self.is_named:
             scores = classifier_scores(outputs, activation)
             labels = class_labels(y, outputs.shape[-1])

@@ -1,4 +1,4 @@
-"""A model as a function of the one input that an attack perturbs; its other inputs stay as they are."""
+"""A model as a function of the one input that an attack perturbs."""
 
 import contextlib
 
@@ -9,12 +9,12 @@ from keras_gradtools.backend import state
 
 
 class OfOneInput:
-    """`model(inputs)` as a function of the chosen one of its inputs, which is how attacks see a model of several.
+    """`model(inputs)` as a function of one of its inputs.
 
     Args:
-        model: a Keras model or a function.
-        chosen: the `ChosenInputs`, of one position.
-        inputs: all inputs, nested as the model takes them; that at the position is replaced.
+        model: A Keras model or a function.
+        chosen: The `ChosenInputs` with the position of that input.
+        inputs: All inputs, in the nested structure that the model takes. The one at that position is replaced.
     """
 
     def __init__(self, model, chosen, inputs):
@@ -31,12 +31,12 @@ def called(model, x):
 
 
 def output_activation(model):
-    """The activation that the outputs of `model` come from; None where that cannot be seen."""
+    """The activation of the last layer of `model`, or None if it cannot be determined."""
     model = _whole(model)
     while isinstance(model, keras.Model):
         parts = model.layers if isinstance(model, keras.Sequential) else getattr(model, "operations", None)
         if not parts:
-            # What a `call` of its own does after its last layer is not seen, but a sigmoid is mostly the end.
+            # A custom `call` may do more after the last layer. A sigmoid, however, is nearly always the last step.
             last = getattr(state.layers_of(model)[-1], "activation", None)
             return last if last is keras.activations.sigmoid else None
         model = parts[-1]
@@ -44,7 +44,7 @@ def output_activation(model):
 
 
 def constant_weights(model):
-    """A block in which no gradient reaches the weights of `model`, and what it assigns is dropped."""
+    """A context in which no gradient reaches the weights of `model`, and whose assignments are dropped at its end."""
     model = _whole(model)
     if not isinstance(model, keras.Layer):
         return contextlib.nullcontext()

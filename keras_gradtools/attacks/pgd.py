@@ -1,4 +1,4 @@
-"""Projected gradient ascent."""
+"""Projected gradient ascent on the loss, known as the PGD attack."""
 
 import keras
 from keras import ops
@@ -12,12 +12,13 @@ from keras_gradtools.attacks.objectives import NAMED
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class PGD(GradientAttack):
-    """The attack of `kg.attacks.pgd` as an object, for `kg.models.AdversarialTraining` and for many calls.
+    """The attack of `kg.attacks.pgd` as an object, for `kg.models.AdversarialTraining` or repeated use.
 
-    In training it is one run from a random start on the first of the losses, whose end is trained on.
+    In training, it makes one run on the first of the losses, from a random start if `random_start`, and trains on the
+    end points of that run.
 
     Args:
-        epsilon, norm, clip, loss, steps, restarts, step_size, random_start, targeted, seed: as in `kg.attacks.pgd`.
+        epsilon, norm, clip, loss, steps, restarts, step_size, random_start, targeted, seed: As in `kg.attacks.pgd`.
 
     Example:
 
@@ -60,7 +61,7 @@ class PGD(GradientAttack):
         return lambda x, y, epsilon: self.worst(ascent, x, y, epsilon, seeds)[0]
 
     def worst(self, ascent, x, y, epsilon, seeds):
-        """The worst examples, and how bad they are: above 0 where a classifier errs (or answers as it is meant to)."""
+        """The worst examples found and their badness, which is positive where an attack on a classifier succeeded."""
         runs = []
         for _ in range(self.restarts):
             for objective in self.objectives:
@@ -100,49 +101,50 @@ def pgd(
     verbose="auto",
     inputs=None,
 ):
-    r"""Attacks a model by projected gradient ascent of its loss, and returns the worst that it meets.
+    r"""Attacks a model by projected gradient ascent on its loss, and returns the worst examples that it finds.
 
     $$x_{t+1} = \text{clip}\bigl(x + \Pi_\epsilon(x_t + \alpha \, d_t - x)\bigr), \qquad
       d_t = \operatorname{sign}(g_t) \text{ for norm inf}, \quad g_t / \lVert g_t \rVert_2 \text{ for norm 2}$$
 
     where $g_t$ is the gradient of the loss at $x_t$, $\Pi_\epsilon$ the projection onto the ball of radius $\epsilon$,
-    and $x_0$ a random point of it. With the default loss every restart is run on the cross-entropy and on the margin;
-    of all points on the way, and `x` itself, the one that errs by the largest margin is returned: no example that the
-    attack has broken is lost.
+    and $x_0$ a random point of the ball around $x$. With the default loss, every restart runs once on the cross-entropy
+    and once on the margin. Of all points visited, `x` included, the one that errs by the largest margin is returned, so
+    that no successful perturbation is lost.
 
     Args:
-        model: a classifier, or with a `loss` of your own any model or function, as in `kg.attacks.fgsm`.
-        x: examples of shape `(batch, ...)`, floating-point numbers within `clip`; or a nesting of them, as the model
-            takes it.
-        y: classes of shape `(batch,)`, or one-hot rows; one class for all, if you like.
-        epsilon: how far each example may be moved, in units of `x`.
-        norm: `"inf"` (or `float("inf")`: the largest change of a pixel) or 2.
-        clip: the range of the data, `(smallest, largest)`, numbers or arrays that broadcast to an example; None for no
-            range.
-        loss: what is made large: `"cross_entropy"`, `"margin"` (the best other logit minus that of the label, whose
-            gradient does not vanish where the model is sure), by default both; a Keras loss, or a function
-            `(y, y_pred)` that returns one number for each example.
-        steps: how many steps of each run.
-        restarts: how many runs on each loss.
-        step_size: $\alpha$, in units of `x`; $2.5 \, \epsilon / \text{steps}$ by default.
-        random_start: whether runs begin at a random point of the ball, not at `x`.
-        seed: an integer that makes the random starts repeat. Without one they come from Python's generator, as
-            elsewhere in Keras. Different backends draw different points.
-        targeted: whether `y` is what the model shall answer; the loss is made small then.
-        batch_size: how many examples go together; with random starts, they are others for another size.
+        model: A classifier as in `kg.attacks.fgsm`. With your own `loss`, any model or function works.
+        x: Examples of shape `(batch, ...)`, floating-point numbers within `clip`, or a nested structure of inputs as
+            the model takes it.
+        y: Classes of shape `(batch,)`, one-hot rows, or one class for all examples.
+        epsilon: The largest perturbation of each example, measured by `norm`, in units of `x`.
+        norm: The norm of the perturbation: `"inf"` (or `float("inf")`), its largest absolute element, or 2.
+        clip: The range of the data as `(smallest, largest)`, numbers or arrays that broadcast to an example. None for
+            no range.
+        loss: The objective to increase: `"cross_entropy"`, `"margin"` (the largest other logit minus that of the label,
+            whose gradient does not vanish for confident models), a Keras loss, or a function `(y, y_pred)` that returns
+            one number for each example. By default, `"cross_entropy"` and `"margin"`.
+        steps: Number of steps of each run.
+        restarts: Number of runs on each loss.
+        step_size: $\alpha$, in units of `x`. The default is $2.5 \, \epsilon / \text{steps}$.
+        random_start: Whether runs begin at a random point of the ball instead of at `x`.
+        seed: An integer that makes the random starts reproducible. Without one, they are seeded from Python's global
+            generator, as elsewhere in Keras. Different backends draw different points.
+        targeted: Whether `y` holds the answers that the attack tries to produce. The loss is then decreased.
+        batch_size: Number of examples per batch. With random starts, the result depends on it.
         verbose: 1 or `"auto"` for a progress bar, 0 for none.
-        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
-            by default. The others stay as they are.
+        inputs: The name, key or position of the input to perturb if `x` has several. By default, the only
+            floating-point input. The other inputs are not changed.
 
     Returns:
-        The perturbed examples, a NumPy array like `x`, or nested as `x` is.
+        The perturbed examples as a NumPy array of the shape of `x`, or in the nested structure of `x`.
 
     Raises:
-        ValueError: for options, examples or labels that do not fit; each is named.
+        ValueError: If an option, the examples or the labels are not valid. The message names the argument.
 
     Cost:
-        `steps * restarts` gradients by the input for each example and loss, and one forward pass for each run, in
-        programs that are compiled once for each model, loss, norm and shape of the batch (not for each epsilon).
+        For each example and loss, `steps * restarts` input gradients and `restarts` forward passes, and one more
+        forward pass for each example. The steps are compiled once for each model, loss, norm and batch shape, not for
+        each `epsilon`.
 
     Example:
 

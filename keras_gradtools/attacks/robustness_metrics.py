@@ -1,4 +1,4 @@
-"""Accuracies under attack and sizes of gradients, as numbers to log."""
+"""Accuracy under attack and gradient norms of a classifier, as numbers to log."""
 
 import math
 
@@ -23,14 +23,14 @@ from keras_gradtools.attacks.pgd import PGD
 from keras_gradtools.transforms import batch_jacobian
 
 DRAWS_OF_NOISE = 10
-# Where the data has no range, this many times the largest strength.
+# Without a range of the data, the attack that may replace the example has this many times the largest strength.
 HUGE = 10.0
 
 
 class RobustnessMetrics:
-    """The measurement of `kg.attacks.robustness_metrics` with its options, for many models or many epochs.
+    """The measurement of `kg.attacks.robustness_metrics` with fixed options, for many models or epochs.
 
-    The options are described there.
+    That function documents the options.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class RobustnessMetrics:
         self._has_jacobian, self._seed, self._batch_size = jacobian, seed, batch_size
 
     def checked(self, model, x, y):
-        """Returns the `Examples`; `ValueError` where they, or the model, do not fit."""
+        """Returns the `Examples`, and raises `ValueError` if they or the model do not fit."""
         examples = checked_examples(self._owner, model, x, y, self._pgd.clip, self._inputs)
         check_labels(self._owner, model, examples)
         return examples
 
     def measure(self, model, x, y, verbose=0):
-        """The numbers by name, and the signs of masked gradients, sentences."""
+        """A dict of the metrics, and a list of sentences, one for each sign of gradient masking."""
         check_batching(self._owner, self._batch_size, verbose)
         examples = self.checked(model, x, y)
         measure_batch = self._measure_batch(model, [*self._epsilons, self._huge(examples.x)], examples)
@@ -114,7 +114,7 @@ class RobustnessMetrics:
         return measure
 
     def _noisy(self, ascent, objective, x, y, epsilon, seeds):
-        """How bad the worst of some random perturbations of the full length is."""
+        """The largest badness over several random perturbations of norm `epsilon`."""
         norm = self._pgd.norm
         low, high = bounds(self._pgd.clip, x.dtype)
         worst = None
@@ -149,46 +149,49 @@ def robustness_metrics(
     verbose="auto",
     inputs=None,
 ):
-    r"""Measures a classifier under attack, and looks for signs that it hides its gradients.
+    r"""Measures the accuracy of a classifier under attack and its gradient norms, and looks for gradient masking.
 
-    With $\ell_i$ the cross-entropy of example $i$ and $z_i$ the outputs of the model, the sizes are
-    $\lVert \partial \ell_i / \partial x_i \rVert_2$ and, for all examples together,
+    With $\ell_i$ the cross-entropy of example $i$ and $z_i$ the outputs of the model, the gradient norms are
+    $\lVert \partial \ell_i / \partial x_i \rVert_2$, and the norm of the Jacobian over all examples is
 
     $$\sqrt{\tfrac1N \textstyle\sum_i \lVert \partial z_i / \partial x_i \rVert_F^2}.$$
 
-    Gradients are masked where they do not lead to the errors of a model: attacks fail then, and the model is not robust
-    for it. Signs of that are PGD above FGSM or above random noise of the same strength, by more than one point, and an
-    accuracy above that of a guess where the attack may replace the example by any other.
+    A model masks its gradients if they do not lead to its errors. Gradient attacks then fail, although the model is not
+    robust. There are three signs: the accuracy under PGD exceeds that under FGSM, or that under random noise of the
+    same strength, or, if the attack may replace the example by any other, that of guessing, each by more than one
+    percentage point.
 
     Args:
-        model: a classifier that returns logits or probabilities, as in `kg.attacks.fgsm`. It is called in inference
-            mode, and nothing of it changes.
-        x: examples of shape `(batch, ...)`, floating-point numbers within `clip`; kept out of training.
-        y: classes of shape `(batch,)`, or one-hot rows.
-        epsilons: the strengths of the attacks, in units of `x`.
-        norm: `"inf"` or 2, what the strength is measured by.
-        clip: the range of the data, `(smallest, largest)`, or None for none.
-        steps: those of PGD, which runs on the cross-entropy and on the margin.
-        restarts: the runs of PGD on each.
-        jacobian: whether to measure the Jacobian of the outputs, at one gradient for each class and example.
-        seed: an integer, for random starts and noise: two calls draw the same. None draws anew.
-        batch_size: how many examples go together.
+        model: A classifier that returns logits or probabilities, as in `kg.attacks.fgsm`. It is called in inference
+            mode and is not changed.
+        x: Examples of shape `(batch, ...)`, floating-point numbers within `clip`. Use examples that the model was not
+            trained on.
+        y: Classes of shape `(batch,)`, or one-hot rows.
+        epsilons: The strengths of the attacks, in units of `x`.
+        norm: The norm that measures the strength: `"inf"` or 2.
+        clip: The range of the data, `(smallest, largest)`, or None for no range.
+        steps: Number of steps of each PGD run. PGD runs on the cross-entropy and on the margin.
+        restarts: Number of PGD runs on each of the two.
+        jacobian: Whether to measure the Jacobian of the outputs, which costs one gradient for each class and example.
+        seed: An integer that makes the random starts and the noise reproducible, or None.
+        batch_size: Number of examples per batch.
         verbose: 1 or `"auto"` for a progress bar, 0 for none.
-        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
-            by default. The others stay as they are.
+        inputs: The name, key or position of the input to perturb if `x` has several. By default, the only
+            floating-point input. The other inputs are not changed.
 
     Returns:
-        A dict of numbers: `clean_accuracy`; for each strength, as in `pgd_0.1_accuracy`, those under `fgsm`, `pgd` and
-        `noise` (the worst of ten perturbations of the full length); `gradient_norm_mean`, `gradient_norm_median`,
-        `gradient_norm_max`, `gradient_zero_share` (how many are exactly zero); `jacobian_norm`; and
-        `masked_gradients`, how many signs there are.
+        A dict of numbers: `clean_accuracy`; the accuracies under `fgsm`, `pgd` and `noise` for each strength, named as
+        in `pgd_0.1_accuracy`, where `noise` is the worst of ten random perturbations of norm `epsilon`;
+        `gradient_norm_mean`, `gradient_norm_median`, `gradient_norm_max`, and `gradient_zero_share`, the fraction of
+        gradients that are exactly zero; `jacobian_norm`, if `jacobian`; and `masked_gradients`, the number of signs
+        found.
 
     Raises:
-        ValueError: for options, examples or labels that do not fit; each is named.
+        ValueError: If an option, the examples or the labels are not valid. The message names the argument.
 
     Cost:
-        For each example, at each strength and one more, `2 * steps * restarts + 1` gradients and `2 * restarts + 12`
-        forward passes; and once a gradient, and one for each output.
+        For each example, `2 * steps * restarts + 1` gradients and `2 * restarts + 12` forward passes at each strength
+        and at one more, and in addition one gradient, and one for each output if `jacobian`.
 
     Example:
 
@@ -202,7 +205,7 @@ def robustness_metrics(
     >>> metrics["clean_accuracy"], metrics["pgd_0.25_accuracy"], metrics["masked_gradients"]
     (1.0, 0.5, 0.0)
 
-    Source: the signs are those of Athalye, Carlini & Wagner, "Obfuscated gradients give a false sense of security"
+    Source: for the signs, Athalye, Carlini & Wagner, "Obfuscated gradients give a false sense of security"
     (arXiv:1802.00420, 2018), section 3.1, and Carlini et al., "On evaluating adversarial robustness"
     (arXiv:1902.06705, 2019).
     """

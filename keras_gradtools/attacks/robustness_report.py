@@ -1,4 +1,4 @@
-"""How far each example is from an error: by its gradient, by the bounds of a paper, and as an attack finds it."""
+"""Estimates of the distance from each example to a misclassification: by gradients, by bounds and by an attack."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
 
 NAME = "robustness_report"
-# A classifier that errs gives the label a probability of 1/2 or less.
+# A misclassified label has a probability of 1/2 or less.
 LEAST_LOSS_OF_AN_ERROR = math.log(2)
 HALVINGS = 12
-# Where on the way to the attacked example the loss and its slope are sampled.
+# The loss and its slope are sampled at these fractions of the attack's distance.
 SAMPLED = (0.25, 0.5, 1.0)
-# The shortest of these ways, as a share of the largest strength: on a shorter one, a second difference is rounding.
+# The smallest sampling distance, as a fraction of the largest strength. Below it, second differences are mostly noise.
 LEAST_WAY = 1 / 128
 LINES = {
     "first_order": "first order, margin / ||g||",
@@ -32,21 +32,21 @@ LINES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RobustnessReport:
-    """What `kg.attacks.robustness_report` returns: arrays of shape `(batch,)`, distances in units of the examples.
+    """The result of `kg.attacks.robustness_report`: arrays of shape `(batch,)`, distances in units of the examples.
 
-    `print` shows it as a table, `kg.plots.plot_robustness` as a figure.
+    `print` shows it as a table, and `kg.plots.plot_robustness` as a figure.
 
     Args:
-        correct: whether the classifier is right on each example; all distances are 0 where it is not.
-        margin: by how much the score of the label exceeds the best other, in logits.
-        loss: the cross-entropy of each example.
-        first_order: margin over the dual norm of its gradient.
-        lipschitz_bound: by the loss and the largest slope `lipschitz`.
-        curvature_bound: by the loss, its slope at the example and the largest curvature `curvature`.
-        attack: the size of the smallest perturbation that an attack found; infinite where it found none.
-        lipschitz: the largest slope of the loss that was met, L.
-        curvature: the largest curvature of the loss that was met, C; 0 or more.
-        norm: the norm of the perturbations, `"inf"` or 2.
+        correct: Whether the classifier is right on each example. All distances are 0 where it is not.
+        margin: The logit of the label minus the largest other logit.
+        loss: The cross-entropy of each example.
+        first_order: The margin divided by the dual norm of its gradient.
+        lipschitz_bound: The distance by the loss and the largest slope, `lipschitz`.
+        curvature_bound: The distance by the loss, its slope at the example and the largest curvature, `curvature`.
+        attack: The norm of the smallest successful perturbation that the attack found, or infinity if it found none.
+        lipschitz: L, the largest sampled slope of the loss.
+        curvature: C, the largest sampled curvature of the loss, at least 0.
+        norm: The norm of the perturbations, `"inf"` or 2.
     """
 
     correct: np.ndarray
@@ -75,8 +75,8 @@ class RobustnessReport:
             )
             lines.append(f"{title:28}{shown}{share}")
         lines.append(
-            f"L = {self.lipschitz:.4g} and C = {self.curvature:.4g} are the largest that were sampled: "
-            "estimates, as all above."
+            f"L = {self.lipschitz:.4g} and C = {self.curvature:.4g} are the largest sampled values. "
+            "All distances are estimates."
         )
         return "\n".join(lines)
 
@@ -104,9 +104,9 @@ def robustness_report(
 ):
     r"""Estimates in four ways how far each example can be moved before a classifier errs.
 
-    With the margin $m$ (the logit of the label minus the best other), the cross-entropy $\ell$, its smallest value of
-    an error $\ell_0 = \log 2$, and $\lVert \cdot \rVert_*$ the norm dual to that of the perturbation (1 for inf, 2 for
-    2):
+    Let $m$ be the margin (the logit of the label minus the largest other logit), $\ell$ the cross-entropy,
+    $\ell_0 = \log 2$ its smallest value for a misclassified example, and $\lVert \cdot \rVert_*$ the dual of the norm
+    of the perturbation (the l1 norm for inf, the l2 norm for 2). The four distances are
 
     - to first order, $m / \lVert \nabla m \rVert_*$;
     - by the slope, $(\ell_0 - \ell) / L$, $\; L = \max \lVert \nabla \ell \rVert_*$;
@@ -114,36 +114,37 @@ def robustness_report(
       $\bigl(-\lVert \nabla \ell \rVert_* + \sqrt{\lVert \nabla \ell \rVert_*^2 + 2 C (\ell_0 - \ell)}\bigr) / C$,
       $\; C = \max \, 2 \, (\ell(x + h d) - \ell(x) - h \lVert \nabla \ell \rVert_*) / h^2$, along the steepest
       direction $d$;
-    - as the size of the smallest perturbation that PGD finds, by halving the interval in which its strength must lie.
+    - the norm of the smallest successful perturbation that PGD finds, by bisection of its strength.
 
-    The second and the third would be lower bounds if L and C held everywhere. They are the largest that were met, over
-    all examples, in the steepest direction up to the distance of the attack: estimates, which promise nothing. The
-    attack's distance is an upper bound of the true one.
+    The second and the third would be lower bounds if L and C held everywhere. But L and C are only the largest values
+    that were sampled, over all examples, along the steepest direction up to the attack's distance. The two distances
+    are therefore estimates without a guarantee. The attack's distance is an upper bound of the true one.
 
     Args:
-        model: a classifier that returns logits or probabilities, as in `kg.attacks.fgsm`. It is called in inference
-            mode, and nothing of it changes.
-        x: examples of shape `(batch, ...)`, floating-point numbers within `clip`.
-        y: classes of shape `(batch,)`, or one-hot rows.
-        norm: `"inf"` or 2, the norm of the perturbations.
-        clip: the range of the data, `(smallest, largest)`, or None for none.
-        max_epsilon: the strength up to which the attack looks, in units of `x`; the extent of the range by default.
-        steps: those of PGD, which runs on the cross-entropy and on the margin.
-        restarts: the runs of PGD on each.
-        seed: an integer, for the random starts: two calls draw the same. None draws anew.
-        batch_size: how many examples go together.
+        model: A classifier that returns logits or probabilities, as in `kg.attacks.fgsm`. It is called in inference
+            mode and is not changed.
+        x: Examples of shape `(batch, ...)`, floating-point numbers within `clip`.
+        y: Classes of shape `(batch,)`, or one-hot rows.
+        norm: The norm of the perturbations: `"inf"` or 2.
+        clip: The range of the data, `(smallest, largest)`, or None for no range.
+        max_epsilon: The largest strength that the attack tries, in units of `x`. By default, the extent of the range.
+        steps: Number of steps of each PGD run. PGD runs on the cross-entropy and on the margin.
+        restarts: Number of PGD runs on each of the two.
+        seed: An integer that makes the random starts reproducible, or None.
+        batch_size: Number of examples per batch.
         verbose: 1 or `"auto"` for a progress bar, 0 for none.
-        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
-            by default. The others stay as they are.
+        inputs: The name, key or position of the input to perturb if `x` has several. By default, the only
+            floating-point input. The other inputs are not changed.
 
     Returns:
-        A `kg.attacks.RobustnessReport`: four arrays of distances of shape `(batch,)`, and what they are made of.
+        A `kg.attacks.RobustnessReport` with the four arrays of distances, of shape `(batch,)`, and the quantities that
+        they are computed from.
 
     Raises:
-        ValueError: for options, examples or labels that do not fit; each is named.
+        ValueError: If an option, the examples or the labels are not valid. The message names the argument.
 
     Cost:
-        For each example `26 * steps * restarts` gradients of the attack, and 5 more.
+        For each example, `26 * steps * restarts` gradients for the attack and 5 more.
 
     Example:
 
@@ -178,7 +179,7 @@ def robustness_report(
         loss=loss,
         first_order=_ratio(np.maximum(margin, 0.0), margin_slope),
         lipschitz_bound=_ratio(left, np.full_like(left, lipschitz)),
-        # The formula above, in the form that is good for C = 0, too.
+        # The formula of the docstring, rearranged so that it also holds for C = 0.
         curvature_bound=_ratio(2 * left, loss_slope + np.sqrt(loss_slope**2 + 2 * curvature * left)),
         attack=np.where(correct, found, 0.0),
         lipschitz=lipschitz,
@@ -188,7 +189,7 @@ def robustness_report(
 
 
 def _ratio(numerator, denominator):
-    """0 over anything is 0; what nothing changes is infinitely far."""
+    """`numerator / denominator`, which is 0 for a numerator of 0, and otherwise infinite for a denominator of 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(numerator > 0, numerator / denominator, 0.0)
 
@@ -197,7 +198,7 @@ def _checked_most(max_epsilon, attack, x):
     if max_epsilon is None:
         if attack.clip is None:
             raise ValueError(
-                f"{NAME} expects `max_epsilon`, the strength up to which the attack looks, for data without a range. "
+                f"{NAME} expects `max_epsilon`, the largest strength that the attack tries, for data without a range. "
                 "Received: max_epsilon=None and clip=None."
             )
         return extent(attack.clip, x, attack.norm)
@@ -211,7 +212,7 @@ def _checked_most(max_epsilon, attack, x):
 
 def _measure_batch(model, attack, most, examples):
     ascent = CompiledAscent(model, attack.norm, attack.clip, examples)
-    # A margin is that of another class over the label; what is reported is the other way round.
+    # The sign flips the margin of `objectives`, which is that of the other classes over the label.
     margin_objective, loss_objective = Objective("margin", -1.0), Objective("cross_entropy", 1.0)
     seeds = seeds_from(attack.seed)
 
@@ -237,7 +238,7 @@ def _measure_batch(model, attack, most, examples):
 
 
 def _distances(ascent, attack, x, y, most, seeds):
-    """The size of the smallest perturbation that makes the classifier err; infinite where none was found."""
+    """The norm of the smallest perturbation found that makes the classifier err, or infinity if none was found."""
     safe, tried = np.zeros(len(x), "float32"), np.full(len(x), most, "float32")
     found = np.full(len(x), np.inf, "float32")
     for _ in range(HALVINGS + 1):
