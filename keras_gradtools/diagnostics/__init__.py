@@ -1,4 +1,4 @@
-"""What can be said about the derivatives of a model, before they are relied on and while it trains."""
+"""Diagnostics of a model's derivatives, for checks before training and for monitoring."""
 
 from keras_gradtools.diagnostics.batch_independence import batch_independence
 from keras_gradtools.diagnostics.dead_units import dead_units

@@ -1,4 +1,4 @@
-"""Whether a batch Jacobian means anything: do the examples of a batch depend on one another?"""
+"""Tests whether the examples of a batch are independent, without which a batch Jacobian is meaningless."""
 
 import keras
 
@@ -9,41 +9,41 @@ NAME = "batch_independence"
 
 
 def batch_independence(model, x, training=False, seed=0, *, inputs=None):
-    r"""Says whether any output of example i depends on the input of example j, and which layers are the cause.
+    r"""Tests whether any output of example i depends on the input of example j, and finds the layers that cause it.
 
-    A batch Jacobian, per-example gradients and penalties on input gradients take for granted that it does not,
-    $\partial y_i / \partial x_j = 0$ for $i \ne j$; with BatchNormalization in training mode, attention across the
-    batch, or a loss that picks pairs of examples, they have the right shape and no meaning. Here the outputs of half of
-    the examples, $S$, are pulled back to all inputs with random positive cotangents $u$:
+    Batch Jacobians, per-example gradients and penalties on input gradients assume that examples are independent,
+    $\partial y_i / \partial x_j = 0$ for $i \ne j$. With BatchNormalization in training mode, attention across the
+    batch, or a loss over pairs of examples, their results have the right shape but no meaning. The test takes the vjp
+    of the outputs of half of the examples, $S$, with random positive cotangents $u$, with respect to all inputs:
 
     $$\text{leak}^2 = \frac{\sum_S \sum_{j \notin S} \lVert \sum_{i \in S} u_i \, \partial y_i / \partial x_j \rVert^2}
     {\sum_S \sum_{j \in S} \lVert \sum_{i \in S} u_i \, \partial y_i / \partial x_j \rVert^2}$$
 
-    for three halves and their complements. If it is more than rounding (64 units in the last place), each layer is
-    judged in the same way by its own inputs and outputs. Inputs that are not floating-point, tokens say, have no
-    gradient: there the outputs of $S$ are compared when the other examples change places. Where nothing that is looked
-    at is other than zero, behind a head that begins with zeros for one, it cannot be told. All calls draw the same
-    random numbers. Nothing in the model changes.
+    The sum over $S$ covers three halves and their complements. If the leak exceeds rounding (64 units in the last
+    place), each layer is tested in the same way with its own inputs and outputs. Inputs that are not floating-point,
+    such as tokens, have no gradient. For them, the test compares the outputs of $S$ before and after the other examples
+    are exchanged. If all of these gradients or changes are zero, as behind a head that is initialized with zeros, the
+    result is undecided. All calls draw the same random numbers. The model is not changed.
 
     Args:
-        model: a Keras model or layer, or a function of `x`, a loss of each example for instance.
-        x: two examples or more, in tensors or arrays of shape `(batch, ...)`, nested as the model takes them. The more,
-            the more surely pairs that depend on one another are among them.
-        training: whether a model is called as in training. Not for functions.
-        seed: of the random numbers.
-        inputs: the names (keys, or positions) of the inputs to judge by, floating-point ones; all by default, whatever
-            their dtype.
+        model: A Keras model or layer, or a function of `x`, for example a loss of each example.
+        x: Two or more examples: tensors or arrays of shape `(batch, ...)`, in the nested structure that the model
+            takes. More examples make it more likely that dependent pairs are among them.
+        training: Whether the model is called in training mode. Not for functions.
+        seed: An integer that seeds the random cotangents and the random half.
+        inputs: The names, keys or positions of the inputs to test, which must be floating-point. By default, all inputs
+            are tested, of any dtype.
 
     Returns:
-        A `BatchIndependence`: `report.independent`, which is None where it cannot be told, `report.leak`,
-        `report.layers`, and `print(report)`.
+        A `BatchIndependence` with the attributes `independent` (None if undecided), `leak` and `layers`. Print it for a
+        report in words.
 
     Raises:
-        ValueError: for fewer than two examples, outputs without a batch axis, gradients that are not finite, and
-            inside a compiled function, where no values are known.
+        ValueError: If there are fewer than two examples, if outputs have no batch axis, if gradients are not finite, or
+            if it is called inside a compiled function, where tensors have no values.
 
     Cost:
-        One call and six pullbacks, whatever the number of examples; if something leaks, six more for each layer.
+        One call and six vjps, independent of the number of examples. If there is a leak, six more vjps for each layer.
 
     Example:
 
@@ -74,7 +74,7 @@ def batch_independence(model, x, training=False, seed=0, *, inputs=None):
         return examine(NAME, model, x, kwargs=kwargs, seed=seed, chosen=chosen)
     if training:
         raise ValueError(
-            f"{NAME} has no `training` for functions, which call their model as they do. Received: training=True, and "
+            f"{NAME} has no `training` for functions: set it in the function itself. Received: training=True, and "
             f"{validation.describe(model)}."
         )
     return examine(NAME, model, x, seed=seed, chosen=chosen)

@@ -1,4 +1,4 @@
-"""Units of ReLU layers that are zero on all examples, and learn nothing."""
+"""Dead units: units of ReLU layers that are zero on all examples and receive no gradient."""
 
 import functools
 
@@ -17,28 +17,31 @@ NAME = "dead_units"
 
 
 def dead_units(model, x, training=False):
-    r"""The units that are zero on every example, for each layer whose activation is zero over a range.
+    r"""Finds the units that are zero on every example, in each layer with a ReLU-like activation.
 
-    Where $\max(0, z)$ is zero its slope is, too: a unit that is zero everywhere passes no gradient to its weights, and
-    nothing brings it back. The layers that are looked at have an `activation`, or are a `ReLU`, which is zero on large
-    negative numbers (`relu`, `relu6`, `hard_sigmoid`, ...); functions that a model calls without a layer are not seen.
-    A unit of a convolution is a channel, and is dead where all its places are zero. `data_format` says which axis that
-    is; for `Activation` and `ReLU` on images, `keras.config.image_data_format()`.
+    Where $\max(0, z)$ is zero, its slope is zero as well. A unit that is zero on all examples passes no gradient to its
+    weights and does not recover. The layers considered are `ReLU` layers and layers with an `activation` that is zero
+    for large negative numbers (`relu`, `relu6`, `hard_sigmoid`, ...). Activation functions that a model calls outside
+    of a layer are not seen. A unit of a convolution is a channel, which is dead if it is zero at all positions. The
+    channel axis follows the layer's `data_format`, or `keras.config.image_data_format()` for layers without one, such
+    as `Activation` and `ReLU`, on images.
 
     Args:
-        model: a built Keras model. Of a wrapper of `kg.models`, the wrapped one is called.
-        x: the examples, of shape `(batch, ...)`, nested as the model takes them. The more, the surer the verdict.
-        training: the mode in which the model is called.
+        model: A built Keras model. For a wrapper of `kg.models`, the wrapped model is called.
+        x: Examples of shape `(batch, ...)`, in the nested structure that the model takes. With few examples, live units
+            may appear dead.
+        training: Whether the model is called in training mode.
 
     Returns:
-        A dict with a boolean NumPy array of shape `(units,)` for each such layer, by its path in the model, in the
-        order of the calls. Its mean is the share of dead units.
+        A dict from the path of each such layer in the model to a boolean NumPy array of shape `(units,)`, in the order
+        of the calls. The mean of the array is the fraction of dead units.
 
     Raises:
-        ValueError: without a built model, or for an option that does not fit.
+        ValueError: If the model is not built, or if an option is not valid.
 
     Cost:
-        One call of the model, compiled on TensorFlow and JAX, and kept with it. Nothing in the model changes.
+        One call of the model. On TensorFlow and JAX it is compiled, and the program is cached on the model. The model
+        is not changed.
 
     Example:
 
@@ -62,7 +65,7 @@ def dead_units(model, x, training=False):
 
 
 def zero_units(model, x, training, rectifying):
-    """The same, of a model and tensors that are known to fit, and of the `rectifying_layers`."""
+    """`dead_units` without checks, for a model, tensors and the `rectifying_layers` of the model."""
     body = functools.partial(_zero_units, rectifying)
     zeros, names = compiled.run(NAME, model, body, ("zero", rectifying), (x,), {"training": training})
     return {name: ops.convert_to_numpy(is_zero) for name, is_zero in zip(names, zeros, strict=True)}
@@ -76,17 +79,17 @@ def _zero_units(rectifying, model, x, training):
     def see(layer, args, kwargs, outputs):
         if id(layer) not in rectifying:
             return
-        # Behind it a recurrent layer returns its states.
+        # A recurrent layer may return its states after its output.
         y = nesting.flatten(outputs)[0]
         axis = _axis_of_units(layer, len(y.shape))
-        # What a loop of the framework traces, inside of what runs eagerly, has no values.
+        # In an eager run, tensors inside a loop that the framework traces have no values.
         if axis is None or (is_eager and layer_calls.array_of(y) is None):
             return
         others = tuple(a for a in range(len(y.shape)) if a != axis)
-        # Not `ops.all`, which takes one axis on torch before Keras 3.14.
+        # Not `ops.all`: before Keras 3.14, it accepts only one axis on torch.
         is_zero = ops.equal(ops.sum(ops.cast(ops.not_equal(y, 0), "int32"), axis=others), 0)
         name = names[id(layer)]
-        # A layer that is called twice is dead where it is in both.
+        # A unit of a layer that is called several times is dead if it is zero in all calls.
         if name in found and found[name].shape == is_zero.shape:
             is_zero = ops.logical_and(found[name], is_zero)
         found[name] = is_zero
@@ -98,10 +101,10 @@ def _zero_units(rectifying, model, x, training):
 
 
 def rectifying_layers(model):
-    """The `id` of each layer that can have dead units. Its activations are tried out, which takes values."""
+    """The `id` of each layer that can have dead units. Activations are evaluated, so this must run eagerly."""
     layers = layers_of(model)
-    # Where an activation is itself a layer, it is part of the one that has it. The cell of a recurrent layer runs in
-    # a loop, from which nothing but its outputs comes out.
+    # An activation that is itself a layer counts as part of the layer that owns it. The cell of a recurrent layer runs
+    # in a loop whose intermediate values cannot be read.
     parts = {id(getattr(layer, "activation", None)) for layer in layers}
     parts |= {id(part) for layer in layers if isinstance(layer, keras.layers.RNN) for part in layers_of(layer.cell)}
     return frozenset(id(layer) for layer in layers if id(layer) not in parts and _is_rectifying(layer))
@@ -114,7 +117,7 @@ def _is_rectifying(layer):
     try:
         values = activation(ops.convert_to_tensor([[-9.0, -8.0, -7.0]]))
         return not np.any(ops.convert_to_numpy(values))
-    except Exception:  # one of the user's, which takes something else
+    except Exception:  # a user's function that takes other arguments
         return False
 
 

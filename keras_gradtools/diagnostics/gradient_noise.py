@@ -1,4 +1,4 @@
-"""How far the gradients of single examples are from their mean, and the batch size that this calls for."""
+"""The gradient noise scale, from the variance of per-example gradients."""
 
 import dataclasses
 import functools
@@ -17,23 +17,24 @@ from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.per_example import per_example_grad
 
 NAME = "gradient_noise_scale"
-# Numbers in the gradients of the examples that go together, and how many these are at most.
+# Limits of a chunk of examples: the number of elements in their gradients, and the number of examples.
 _MOST_NUMBERS, _MOST_EXAMPLES = 1 << 26, 256
-# By how much the outputs of an example may differ from those of it alone: by rounding.
+# The relative difference allowed, for rounding, between the outputs of an example alone and in its batch.
 _ALONE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientNoise:
-    r"""What the gradients $g_1, \dots, g_n$ of some examples say of all others like them.
+    r"""Statistics of the gradients $g_1, \dots, g_n$ of single examples.
 
     Attributes:
-        noise_scale: $\operatorname{tr} \Sigma / \lVert G \rVert^2$, in examples: batches far below it are mostly noise,
-            and far above it a larger batch is hardly better. Infinite where these examples show no gradient above the
-            noise.
-        covariance_trace: $\operatorname{tr} \Sigma$ of the gradients of single examples, unbiased.
-        squared_norm: $\lVert G \rVert^2$ of the mean gradient of all, unbiased; it can be negative.
-        examples: $n$.
+        noise_scale: $\operatorname{tr} \Sigma / \lVert G \rVert^2$, in examples. Gradients of much smaller batches are
+            mostly noise, and much larger batches gain little. Infinite if `squared_norm` is not positive.
+        covariance_trace: $\operatorname{tr} \Sigma$, an unbiased estimate of the trace of the covariance of the
+            gradients of single examples.
+        squared_norm: $\lVert G \rVert^2$, an unbiased estimate of the squared norm of the expected gradient. It can be
+            negative.
+        examples: $n$, the number of examples.
     """
 
     noise_scale: float
@@ -53,29 +54,30 @@ def gradient_noise_scale(
     \lVert G \rVert^2 = \lVert \bar g \rVert^2 - \frac1n \operatorname{tr} \Sigma, \qquad
     \mathcal{B} = \frac{\operatorname{tr} \Sigma}{\lVert G \rVert^2}.$$
 
-    The variance of the gradient of a batch of $B$ examples is $\operatorname{tr} \Sigma / B$. Each example is called as
-    a batch of one, with its sample weight if there is one; layers that mix examples see only that.
+    The variance of the gradient of a batch of $B$ examples is $\operatorname{tr} \Sigma / B$. The model is called on
+    each example as a batch of one, with its sample weight if there is one. Layers that mix examples see only that one.
 
     Args:
-        model: a built Keras model; of a wrapper of `kg.models`, the wrapped one.
-        data: two examples or more, as `kg.curvature.Hessian` takes them. The estimate is rough where $n$ is far below
-            the noise scale.
-        loss: what `compile` takes as `loss`; the compiled one by default.
-        variables: trainable variables in a list, or a layer; all of the model's by default.
-        training: whether the model is called as in training.
-        batch_size: of arrays.
-        chunk_size: how many examples are differentiated together, by default as many as have 64 million numbers in
-            their gradients. It bounds the memory and changes no value.
+        model: A built Keras model. For a wrapper of `kg.models`, the wrapped model is used.
+        data: Two or more examples, in the forms that `kg.curvature.Hessian` takes. The estimate is rough if $n$ is far
+            below the noise scale.
+        loss: The loss, as `compile` takes it. By default, the compiled loss.
+        variables: A list of trainable variables, or a layer. By default, all trainable variables of the model.
+        training: Whether the model is called in training mode.
+        batch_size: Number of examples per batch if `data` holds arrays.
+        chunk_size: Number of examples that are differentiated together. It bounds the memory and does not change the
+            result. The default is at most 256, such that their gradients have at most 64 million elements.
 
     Returns:
         A `GradientNoise`.
 
     Raises:
-        ValueError: for fewer than two examples, for those that do not stand alone (a contrast with the others of the
-            batch, a graph for each batch), and for what does not fit.
+        ValueError: If there are fewer than two examples, if the outputs of an example depend on the rest of its batch
+            (contrastive models, one graph per batch), or if an argument is not valid.
 
     Cost:
-        About three gradients of the data, compiled once on TensorFlow and JAX, and kept with the model.
+        About three gradients of the data. On TensorFlow and JAX they are compiled once, and the program is cached on
+        the model.
 
     Example:
 
@@ -96,7 +98,7 @@ def gradient_noise_scale(
 
 
 class ExampleGradients:
-    """The sums that `GradientNoise` is made of, at the weights of the moment."""
+    """Computes the `GradientNoise` of fixed data at the current weights, any number of times."""
 
     def __init__(self, owner, model, data, loss, variables, training, batch_size, chunk_size=None):
         self._owner = owner
@@ -117,7 +119,11 @@ class ExampleGradients:
         self._chunk_size = min(max(most, 1), _MOST_EXAMPLES) if chunk_size is None else int(chunk_size)
 
     def noise(self):
-        """The `GradientNoise` of all examples; `ValueError` where an example alone is another one than in its batch."""
+        """The `GradientNoise` of all examples.
+
+        Raises `ValueError` if an example has other outputs alone than in its batch. Only the last example of the first
+        batch is checked.
+        """
         count, squares, total = 0, 0.0, np.zeros(self._parameters.size)
         for batch in self._batches:
             if not self._is_checked:
@@ -131,7 +137,7 @@ class ExampleGradients:
                 squares += square
         if count < 2:
             raise ValueError(f"{self._owner} expects two examples or more. Received: {count}.")
-        # Of the differences from the mean; in double precision, so that what cancels leaves something.
+        # The sum of squared differences from the mean, in double precision because large terms cancel.
         mean_square = float(total @ total) / count**2
         trace = (squares - count * mean_square) / (count - 1)
         squared_norm = mean_square - trace / count
@@ -140,7 +146,7 @@ class ExampleGradients:
         return GradientNoise(trace / squared_norm if squared_norm > 0 else math.inf, trace, squared_norm, count)
 
     def _require_examples_that_stand_alone(self, batch):
-        # In training mode, a layer that mixes examples is meant to see one only.
+        # In training mode, outputs may differ: layers that mix examples are meant to see only one.
         size = batch_size_of(batch)
         if self._loss.training or size == 1:
             return
@@ -155,11 +161,11 @@ class ExampleGradients:
             raise ValueError(
                 f"{self._owner} calls each example as a batch of one, and an example of this model does not stand "
                 f"alone: from a batch of {size} comes {validation.describe(together)}, and from its last example alone "
-                f"{validation.describe(y)}, with other values."
+                f"{validation.describe(y)}, with different values."
             )
 
     def _sums(self, batch):
-        """The sum of the gradients, a flat array, and that of their squared lengths."""
+        """The sum of the gradients of a batch as a flat array, and the sum of their squared lengths."""
         body = functools.partial(_sums_of_batch, self._loss, self._parameters, self._draws)
         key = NAME, self._loss.key, self._draws.key
         (total, squares), _ = compiled.run(self._owner, self._model, body, key, (batch, self._draws.values), {})
@@ -182,7 +188,7 @@ def _sums_of_batch(loss, parameters, draws, model, batch, values):
         return loss.total(model, weights, *nesting.pack_as(batch, filled))
 
     gradients = per_example_grad(of_example)(parameters.variables_as_tensors(), *(leaves[i] for i in places))
-    # Squares of half precision would overflow.
+    # Squares would overflow in half precision.
     gradients = [ops.cast(g, "float64" if parameters.dtype == "float64" else "float32") for g in gradients]
     total = ops.concatenate([ops.reshape(ops.sum(g, axis=0), (-1,)) for g in gradients])
     squares = sum(ops.sum(ops.square(g)) for g in gradients)

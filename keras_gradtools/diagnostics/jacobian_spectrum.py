@@ -1,4 +1,4 @@
-"""The singular values of each example's Jacobian, their largest one without the others, and what is made of them."""
+"""The singular values of each example's Jacobian, or only its norms, and the quantities derived from them."""
 
 import dataclasses
 import functools
@@ -18,22 +18,22 @@ from keras_gradtools.transforms.taped_call import TapedCall
 NAME = "jacobian_spectrum"
 ITERATIONS = 30
 METHODS = ("auto", "explicit", "implicit")
-# Up to where forming the Jacobians and decomposing them is the cheaper way: numbers of a batch, values of an example.
+# Limits of the explicit method: elements of a batch's Jacobians, and singular values of one example.
 _MOST_NUMBERS, _MOST_VALUES = 1 << 22, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class JacobianSpectrum:
-    r"""Numbers of the Jacobian $J_b = \partial f(x_b) / \partial x_b$ of each example.
+    r"""Norms and singular values of the Jacobian $J_b = \partial f(x_b) / \partial x_b$ of each example.
 
-    Those that take all singular values $\sigma_1 \ge \dots \ge \sigma_r$, with $r$ the smaller of the sizes of an
-    example's input and output, are None where the Jacobian was too large to form.
+    The singular values are $\sigma_1 \ge \dots \ge \sigma_r$, where $r$ is the smaller of the sizes of an example's
+    input and output. Quantities that need all of them are None if the Jacobian was not formed.
 
     Attributes:
         spectral_norm: $\sigma_1$, of shape `(batch,)`.
-        frobenius_norm: $(\sum_i \sigma_i^2)^{1/2}$, of shape `(batch,)`; where the Jacobian was not formed, an
-            unbiased estimate of its square from some rows or columns.
-        singular_values: of shape `(batch, r)`, descending, or None.
+        frobenius_norm: $(\sum_i \sigma_i^2)^{1/2}$, of shape `(batch,)`. If the Jacobian was not formed, its square is
+            an unbiased estimate from products along random orthonormal directions.
+        singular_values: All $\sigma_i$ in descending order, of shape `(batch, r)`, or None.
     """
 
     spectral_norm: Any
@@ -42,7 +42,7 @@ class JacobianSpectrum:
 
     @property
     def condition_number(self):
-        r"""$\sigma_1 / \sigma_r$, of shape `(batch,)`; infinite where $\sigma_r$ is zero to rounding."""
+        r"""$\sigma_1 / \sigma_r$, of shape `(batch,)`; infinite where $\sigma_r$ is zero up to rounding."""
         if self.singular_values is None:
             return None
         first, last = self.singular_values[:, 0], self.singular_values[:, -1]
@@ -51,7 +51,7 @@ class JacobianSpectrum:
 
     @property
     def effective_rank(self):
-        r"""$\exp(-\sum_i p_i \log p_i)$ with $p_i = \sigma_i / \sum_j \sigma_j$, of shape `(batch,)`; 0 of zeros."""
+        r"""$\exp(-\sum_i p_i \log p_i)$, $p_i = \sigma_i / \sum_j \sigma_j$, of shape `(batch,)`; 0 if all are zero."""
         if self.singular_values is None:
             return None
         total = self.singular_values.sum(axis=1, keepdims=True)
@@ -61,7 +61,7 @@ class JacobianSpectrum:
 
     @property
     def dynamical_isometry(self):
-        r"""The distance from an isometry, $(\frac1r \sum_i (\sigma_i - 1)^2)^{1/2}$, of shape `(batch,)`."""
+        r"""The distance to an isometry, $(\frac1r \sum_i (\sigma_i - 1)^2)^{1/2}$, of shape `(batch,)`."""
         if self.singular_values is None:
             return None
         return np.sqrt(((self.singular_values - 1) ** 2).mean(axis=1))
@@ -72,34 +72,36 @@ class JacobianSpectrum:
 
 
 def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITERATIONS, seed=0, inputs=None):
-    r"""The singular values of each example's Jacobian, or where these are too many, its norms alone.
+    r"""Computes the singular values of each example's Jacobian, or only its norms if the Jacobian is large.
 
-    `"explicit"` forms the Jacobians, by `kg.batch_jacobian`, and decomposes them with NumPy. `"implicit"` has the
-    largest singular value by the bidiagonalization of Golub and Kahan, which finds in `iterations` products with $J$
-    and $J^\top$ the best of all that power iteration goes through, and the Frobenius norm from as many random
-    orthonormal directions; all examples go together, and what is kept is a few vectors of the size of the data.
+    `"explicit"` forms the Jacobians with `kg.batch_jacobian` and decomposes them with NumPy. `"implicit"` computes the
+    largest singular value by Golub-Kahan bidiagonalization, whose estimate after `iterations` steps is at least as
+    accurate as that of as many steps of power iteration. It estimates the Frobenius norm from as many random
+    orthonormal directions. The examples are processed together, and only a few vectors of the size of the data are
+    stored.
 
     Args:
-        model: a Keras model or a function of `x` whose examples are independent of one another: see
-            `kg.diagnostics.batch_independence`.
-        x: tensors of shape `(batch, ...)`, in any nesting.
-        training: the mode in which a model is called.
-        method: `"explicit"`, `"implicit"`, or `"auto"`: explicit up to four million numbers, and 128 singular values of
-            an example.
-        iterations: of the implicit method. It is exact where an example has no more inputs or outputs.
-        seed: of its random vectors.
-        inputs: the names (keys, or positions) of the inputs to differentiate by; all floating-point ones by default.
-            The others are carried along as they are.
+        model: A Keras model, or a function of `x`. The examples must be independent, which
+            `kg.diagnostics.batch_independence` tests.
+        x: Tensors of shape `(batch, ...)`, in any nested structure.
+        training: Whether a model is called in training mode.
+        method: `"explicit"`, `"implicit"`, or `"auto"`, which is explicit up to four million elements of all Jacobians
+            and 128 singular values of an example.
+        iterations: Number of iterations of the implicit method. It is exact if an example has no more than
+            `iterations` inputs or outputs.
+        seed: An integer that seeds the random vectors of the implicit method.
+        inputs: The names, keys or positions of the inputs to differentiate with respect to. By default, all
+            floating-point inputs. The others are held constant.
 
     Returns:
         A `JacobianSpectrum`.
 
     Raises:
-        ValueError: for options, inputs or outputs that do not fit, and Jacobians that are not finite.
+        ValueError: If an option, an input or an output is not valid, or if a Jacobian is not finite.
 
     Cost:
-        Explicit: that of `kg.batch_jacobian`. Implicit: for each iteration a product with $J$ and two with $J^\top$,
-        about six gradients in all. Both are compiled once on TensorFlow and JAX, and kept with the model.
+        Explicit: the cost of `kg.batch_jacobian`. Implicit: three products with $J$ or $J^\top$ in each iteration,
+        about six gradients. On TensorFlow and JAX, both are compiled once, and the programs are cached on the model.
 
     Example:
 
@@ -127,14 +129,14 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     spectrum = spectrum_of(model, x, chosen, kwargs, method, iterations, seed)
     if not np.isfinite(spectrum.spectral_norm).all():
         raise ValueError(
-            f"{NAME} expects examples at which the Jacobian is finite. Received: NaN or infinity in that of "
+            f"{NAME} expects examples at which the Jacobian is finite. Received: NaN or infinity in the Jacobian of "
             f"{int((~np.isfinite(spectrum.spectral_norm)).sum())} of {len(spectrum.spectral_norm)} examples."
         )
     return spectrum
 
 
 def check_options(name, method, iterations, seed):
-    """Raises `ValueError` for options that do not fit."""
+    """Raises `ValueError` unless the options are valid."""
     if not validation.is_one_of(method, METHODS):
         raise ValueError(
             f"{name} expects one of {', '.join(METHODS)} as `method`. Received: method={validation.shown(method)}."
@@ -144,7 +146,7 @@ def check_options(name, method, iterations, seed):
 
 
 def checked_examples(name, x):
-    """Returns `x` in tensors."""
+    """Returns `x` as tensors, and raises `ValueError` unless they are examples with floating-point values."""
     tensors = chosen_inputs.as_tensors(x, f"{name} expects tensors or arrays as `x`")
     chosen = chosen_inputs.choose(name, None, tensors, None)
     if all(len(part.shape) < 2 for part in chosen.parts(tensors)):
@@ -153,20 +155,20 @@ def checked_examples(name, x):
 
 
 def checked_inputs(name, model, x, names):
-    """Returns the `ChosenInputs` of some names, of examples in tensors."""
+    """Returns the `ChosenInputs` for some names and examples as tensors; raises `ValueError` if they do not fit."""
     chosen = chosen_inputs.choose(name, model, x, names)
     chosen_inputs.require_examples(name, chosen, x, rank=2)
     return chosen
 
 
 def outputs_of(name, model, x, chosen, kwargs):
-    """What a model returns, flat."""
+    """The outputs of a model, flattened to a list."""
     body = functools.partial(_outputs, chosen)
     return compiled.run(name, model, body, ("outputs", chosen), (x,), kwargs)[0]
 
 
 def chosen_method(model, x, chosen, kwargs):
-    """The method where the choice is ours."""
+    """The method that `"auto"` stands for."""
     outputs = outputs_of(NAME, model, x, chosen, kwargs)
     n, m = (sum(math.prod(a.shape[1:]) for a in tensors) for tensors in (chosen.parts(x), outputs))
     is_small = outputs[0].shape[0] * n * m <= _MOST_NUMBERS and min(n, m) <= _MOST_VALUES
@@ -174,7 +176,7 @@ def chosen_method(model, x, chosen, kwargs):
 
 
 def spectrum_of(model, x, chosen, kwargs, method, iterations=ITERATIONS, seed=0):
-    """The `JacobianSpectrum` by one of the two methods, NaN where the Jacobian of an example is not finite."""
+    """The `JacobianSpectrum` by the given method. It is NaN where the Jacobian of an example is not finite."""
     if method == "explicit":
         return _explicit(model, x, chosen, kwargs)
     return _implicit(model, x, chosen, kwargs, iterations, seed)
@@ -184,7 +186,7 @@ def _explicit(model, x, chosen, kwargs):
     blocks = batch_jacobian(model, inputs=chosen.positions)(x, **kwargs)
     parts = chosen.parts(x)
     count, structure = parts[0].shape[0], len(parts)
-    # Rows are those of the outputs: of each, the blocks by all inputs.
+    # One block row for each output, with one block for each input.
     flat = [numbers(block) for block in nesting.flatten(blocks) if block is not None]
     inputs = [math.prod(a.shape[1:]) for a in parts] * (len(flat) // structure)
     flat = [block.reshape(count, -1, n) for block, n in zip(flat, inputs, strict=True)]
@@ -208,7 +210,7 @@ def _implicit(model, x, chosen, kwargs, iterations, seed):
     u = [ops.zeros_like(y) for y in outputs]
     beta = ops.zeros((count,), dtype=inputs[0].dtype)
     steps = min(iterations, n, m)
-    # U^T J = B V^T: the last row reaches a column further, without which the norm is too small where n > m.
+    # U^T J = B V^T, where B has one more column than rows. Without that column, the norm is too small for n > m.
     bidiagonal = np.zeros((count, steps, steps + 1))
     for i in range(steps):
         step = functools.partial(_bidiagonalize, chosen)
@@ -219,7 +221,7 @@ def _implicit(model, x, chosen, kwargs, iterations, seed):
     largest = np.full(count, np.nan)
     largest[is_finite] = np.linalg.svd(bidiagonal[is_finite], compute_uv=False)[:, 0]
 
-    # An orthonormal frame of random direction, the same for all examples, on the side that is smaller.
+    # A random orthonormal frame, the same for all examples, in the smaller of the input and output spaces.
     smaller, like, body = (m, outputs, _pull) if m <= n else (n, inputs, _push)
     directions = min(iterations, smaller)
     frame, _ = np.linalg.qr(random.standard_normal((smaller, directions)))
@@ -231,7 +233,7 @@ def _implicit(model, x, chosen, kwargs, iterations, seed):
     return JacobianSpectrum(largest, np.sqrt(total * (smaller / directions)), None)
 
 
-# --- what is compiled: of chosen inputs, a function, its examples, and vectors for each of them ---
+# --- functions to compile, of the chosen inputs, a model, its examples and vectors for each example ---
 
 
 def _outputs(chosen, fun, x, **kwargs):
@@ -239,12 +241,12 @@ def _outputs(chosen, fun, x, **kwargs):
 
 
 def taped(name, chosen, fun, x, kwargs):
-    """A call that is recorded as a function of the chosen inputs, in a list."""
+    """A call of `fun` on `x`, recorded as a function of the list of the chosen inputs."""
     return TapedCall(name, chosen.function(fun, x), (chosen.parts(x),), kwargs)
 
 
 def _bidiagonalize(chosen, fun, x, v, u, beta, **kwargs):
-    """A step: J v = alpha u' + beta u and J^T u' = alpha v + beta' v', all of length 1."""
+    """One step: J v = alpha u' + beta u and J^T u' = alpha v + beta' v', where u, v, u' and v' have length 1."""
     call = taped(NAME, chosen, fun, x, kwargs)
     call.record.keeps_graph = True
     pushed = nesting.flatten(call.push(v))

@@ -1,4 +1,4 @@
-"""Whether two calls of layers compute the same but for the numbers, so that one of them stands for both."""
+"""Detects layer calls that differ only in numeric values, so that `preflight` has to try only one of them."""
 
 import collections.abc
 import functools
@@ -10,15 +10,15 @@ from keras import ops
 
 from keras_gradtools import nesting, validation
 
-# What derivatives do not depend on.
+# Attributes of a layer that its derivatives do not depend on.
 _WITHOUT_INFLUENCE = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
 
 
 def likeness(call):
-    """A key of a `LayerCall` that only calls have which compute the same but for the numbers.
+    """A key of a `LayerCall`. Calls with equal keys compute the same function, up to the values of their tensors.
 
-    It goes by the attributes of the layer and of the layers in it. An object that is not known here is like itself
-    alone, so that in doubt two layers differ.
+    The key is made of the attributes of the layer and of its sublayers. An object of an unknown type equals only
+    itself, so in doubt two layers differ.
     """
     layer = call.layer
     arguments = tuple(map(_argument, nesting.flatten((call.args, call.kwargs))))
@@ -33,7 +33,7 @@ def _argument(x):
 
 
 def _layer(layer):
-    # `_self_` is where TensorFlow keeps what it tracks of a layer.
+    # TensorFlow stores its tracking data in attributes with the prefix `_self_`.
     names = [name for name in vars(layer) if name not in _attributes_of_any_layer() and not name.startswith("_self_")]
     own = {name: vars(layer)[name] for name in names}
     policy = layer.dtype_policy.name

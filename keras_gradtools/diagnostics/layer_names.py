@@ -1,12 +1,12 @@
-"""What layers are called in reports and logs: the same in all of them, and each name once."""
+"""Unique names of layers, for all reports and logs."""
 
 from keras_gradtools.backend.state import layers_of
 
 
 def layer_names(model):
-    """The names of all layers in a model, by `id`: `dense`, or `block/dense` in another layer or model, `block`.
+    """A dict from the `id` of each layer in a model to its name: `dense`, or `block/dense` inside the layer `block`.
 
-    The model's is its own name. Of several with the same, the others are `dense_1` and so on.
+    The model itself has its own name. Further layers with the same name get a suffix, as in `dense_1`.
     """
     names = {id(model): model.name}
     taken = {model.name}
@@ -28,7 +28,7 @@ def layer_names(model):
 
 
 def places_by_layer(model, variables):
-    """For each layer that has some of these variables its name, and their places in the list."""
+    """A dict from the name of each layer that owns some of the variables to their positions in the list."""
     names = layer_names(model)
     owners = {id(v): names[id(layer)] for layer in layers_of(model) for v in layer._trainable_variables}
     places: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""One layer, as it was called: has it a second derivative, and is that the derivative of its gradient?"""
+"""Tries out one layer as it was called: does its second derivative exist, and does it match its gradient?"""
 
 import contextlib
 
@@ -16,16 +16,16 @@ from keras_gradtools.transforms.first_order import grad
 from keras_gradtools.transforms.functional import functionalize
 from keras_gradtools.transforms.second_order import hvp
 
-# How many directions are tried before a layer is accused or given up.
+# Number of random directions to try before the verdict is "unclear". Two wrong ones make it "wrong".
 _DIRECTIONS = 3
-# How far from where it was called a layer is tried again, as a share of the size of its arguments.
+# After an unclear direction, the point is moved by this fraction of the size of the arguments.
 _ASIDE = 0.25
 _COARSE = ("float16", "bfloat16")
-# From here on, a number beside ordinary ones stands for infinity.
+# Elements from this size on, in a tensor that also has ordinary ones, stand for infinity.
 _LARGE = 1e4
 _UNCLEAR = (
-    "The differences of its gradient do not converge: it has kinks, decides by its values, draws random numbers, or "
-    "rounds too much"
+    "The differences of its gradient do not converge. It may have kinks, branch on its values, draw random numbers, or "
+    "round too coarsely"
 )
 
 
@@ -42,7 +42,8 @@ def tried(call, training, random):
     leaves = Leaves("preflight", primals, "argument")
     if not leaves.vector(gradient).any():
         return verdict_on(layer, "constant")
-    # What half precision rounds away, single precision shows.
+    # In half precision, only check that the product exists. Compare it in single precision, because half precision
+    # would round errors away.
     is_coarse = any(dtype in _COARSE for dtype in (*leaves.dtypes, layer.compute_dtype))
     try:
         if is_coarse:
@@ -58,7 +59,7 @@ def tried(call, training, random):
 
 
 def _compared(layer, computation, primals, random):
-    # Along all arguments the terms that mix inputs and weights may hide what is wrong by the inputs alone.
+    # Along inputs and weights together, their mixed derivatives may hide an error with respect to the inputs alone.
     verdict, off = _along(computation, primals, False, random)
     if verdict == "yes" and all(primals) and not layer_calls.is_keras_own(layer):
         return _along(computation, primals, True, random)
@@ -66,7 +67,7 @@ def _compared(layer, computation, primals, random):
 
 
 def _along(computation, primals, only_inputs, random):
-    """What `SlopeSearch` says along random directions, and by how much the product is off at most."""
+    """The verdict of `SlopeSearch` along random directions, and the largest error of a wrong product."""
     leaves = Leaves("preflight", primals, "argument")
     start, off = leaves.vector(primals), []
     parts = leaves.split(start)
@@ -91,22 +92,22 @@ def _along(computation, primals, only_inputs, random):
         if len(off) == 2:
             return "wrong", max(off)
         if verdict == "unclear":
-            # Equal numbers, as many zeros are, may be a kink that others are not.
+            # Equal numbers, such as many zeros, may lie on a kink. Try again at a point beside it.
             start = start + _ASIDE * sizes * random.standard_normal(start.size)
     return "unclear", 0.0
 
 
 def _stands_for_infinity(part):
-    """Which elements are there to mask something, as -1e9 in a bias of attention.
+    """Which elements mask something, such as -1e9 in an attention bias.
 
-    A step of their size would leave nothing of what they are added to.
+    A step of their size would swamp the values that they are added to.
     """
     size = np.abs(part)
     return (size >= _LARGE) & (size.min(initial=np.inf) < 1)
 
 
 def _masks(part):
-    """Which elements are the zeros of a mask in numbers: a layer may ask whether they are zero, and that is a jump."""
+    """Which elements are the zeros of a floating-point 0/1 mask. Layers may test them for zero, which is a jump."""
     is_mask = np.isin(part, (0.0, 1.0)).all() and part.any()
     return (part == 0) & bool(is_mask)
 
@@ -116,11 +117,11 @@ def _joined(parts):
 
 
 class _HasNone(Exception):
-    """Raised from the error of a second derivative."""
+    """There is no second derivative. Its cause is the original error."""
 
 
 class _Computation:
-    """A layer's outputs times random cotangents, as a function of its inputs and its weights."""
+    """The product of a layer's outputs with random cotangents, as a function of its inputs and its weights."""
 
     def __init__(self, call, training, random):
         self._fun, weights = functionalize(call.layer)
@@ -146,7 +147,7 @@ class _Computation:
             raise _HasNone from error
 
     def coarsest(self, primals):
-        """The coarsest dtype of what goes in and comes out."""
+        """The coarsest dtype among the inputs, weights and outputs."""
         with self._held_still():
             outputs = self._called(*primals)
         dtypes = {validation.dtype_of(x) for x in (*nesting.flatten(primals), *outputs)}
@@ -177,7 +178,7 @@ class _Computation:
 
 
 def is_float_tensor(x):
-    """Whether `x` is a tensor that has a gradient."""
+    """Whether `x` is a floating-point tensor."""
     return ops.is_tensor(x) and _is_floating(validation.dtype_of(x))
 
 

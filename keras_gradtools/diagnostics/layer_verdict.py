@@ -1,4 +1,4 @@
-"""What is said about a layer whose second derivative was tried, and about a model of such layers."""
+"""The verdict on one layer's second derivative, and the report on all layers of a model."""
 
 import dataclasses
 import re
@@ -7,16 +7,16 @@ from keras_gradtools.backend import layer_calls
 
 VERDICTS = {
     "yes": "twice differentiable",
-    "once": "differentiable once, and not twice",
-    "wrong": "a second derivative that is not that of its gradient",
-    "no": "no gradient at all",
-    "unclear": "cannot tell",
+    "once": "differentiable once, but not twice",
+    "wrong": "its second derivative is not the derivative of its gradient",
+    "no": "not differentiable",
+    "unclear": "undecided",
     "constant": "nothing to differentiate",
 }
-# What is done about it, by what the error says; the first that fits.
+# The advice for errors that contain these words. The first match counts.
 _ADVICE = (
-    ("cudnn", "Make it with `use_cudnn=False`, or call it on the processor."),
-    ("flash", "Make it with `flash_attention=False`, or call it inside a tape or transform of keras_gradtools alone."),
+    ("cudnn", "Create it with `use_cudnn=False`, or run it on the CPU."),
+    ("flash", "Create it with `flash_attention=False`, or call it only inside a tape or transform of keras_gradtools."),
     (
         "once_differentiable",
         "Write its gradient with `keras_gradtools.custom_gradient`, which can be differentiated again.",
@@ -28,31 +28,32 @@ _ADVICE = (
     ("xla", "Compile with `jit_compile=False`."),
 )
 _ADVICE_BY_VERDICT = {
-    "once": "Replace it. A penalty with `method='finite_difference'` takes no second derivative of it.",
-    "wrong": "If it has a gradient of its own, write that with `keras_gradtools.custom_gradient` so that it can be "
-    "differentiated; look for a `stop_gradient` in it.",
-    "no": "Leave it out of what is differentiated: freeze it, or put a `stop_gradient` behind it.",
+    "once": "Replace it, or use a penalty with `method='finite_difference'`, which needs no second derivative.",
+    "wrong": "If it has a custom gradient, write that with `keras_gradtools.custom_gradient`, so that it can be "
+    "differentiated again. Otherwise, look for a `stop_gradient` in it.",
+    "no": "Exclude it from differentiation: freeze it, or apply `stop_gradient` to its outputs.",
     "unclear": "Try it on other examples `x`, or on smaller ones.",
 }
 _LONGEST_MESSAGE = 300
-# What Keras puts around the message of an error inside a layer.
+# The text that Keras adds around the message of an error inside a layer.
 _AROUND = re.compile(r"Exception encountered when calling [^\n]*\n+(.*?)(?:\n+Arguments received by .*)?", re.DOTALL)
 _EMPHASIS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerVerdict:
-    """What was found about one layer.
+    """The verdict on one layer.
 
     Attributes:
-        path: the layer's path in the model.
-        layer_class: its class.
-        verdict: one of `"yes"`, `"once"`, `"wrong"`, `"no"`, `"unclear"` (the differences that it was compared with
-            do not converge, as at a kink or where it decides by its values) and `"constant"` (no floating-point input
-            or weight, or outputs that do not depend on them).
-        message: what the backend said, by how much the derivative is off, or why it is unclear; empty where it is
-            right.
-        advice: what to do about it; empty where nothing has to be done.
+        path: The path of the layer in the model.
+        layer_class: The name of its class, with the module.
+        verdict: `"yes"`: it can be differentiated twice. `"once"`: it has a gradient, but no second derivative.
+            `"wrong"`: its second derivative is not the derivative of its gradient. `"no"`: it has no gradient.
+            `"unclear"`: the differences of its gradient do not converge, as at a kink or if it branches on its values.
+            `"constant"`: it has no floating-point input or weight, or its outputs do not depend on them.
+        message: The error of the backend, the size of the error in the derivative, or why the verdict is unclear. Empty
+            for `"yes"` and `"constant"`.
+        advice: What to do about it. Empty if there is nothing to do.
     """
 
     path: str
@@ -69,13 +70,13 @@ class LayerVerdict:
 
 @dataclasses.dataclass(frozen=True)
 class PreflightReport:
-    """What `preflight` found; printed, a sentence and one line for each layer that is not right.
+    """The result of `preflight`. Printed, it is a summary and one line for each layer that has a problem or is unclear.
 
     Attributes:
-        model: the name of the model.
-        backend: the backend that it was tried on.
-        layers: a `LayerVerdict` for each layer, in the order in which they are called.
-        note: what was assumed about the examples; empty where nothing was.
+        model: The name of the model.
+        backend: The backend that it was tried on.
+        layers: A tuple with a `LayerVerdict` for each layer, in the order of the calls.
+        note: The assumptions about the examples. Empty if there are none.
     """
 
     model: str
@@ -85,17 +86,17 @@ class PreflightReport:
 
     @property
     def twice_differentiable(self):
-        """Whether no layer was found to lack a second derivative; see `unclear`, too."""
+        """Whether no layer has a missing or wrong second derivative. Layers in `unclear` do not count."""
         return not self.problems
 
     @property
     def problems(self):
-        """The verdicts of the layers that have none."""
+        """The verdicts of the layers whose second derivative is missing or wrong."""
         return tuple(layer for layer in self.layers if layer.verdict not in ("yes", "constant", "unclear"))
 
     @property
     def unclear(self):
-        """The verdicts of the layers of which it cannot be told."""
+        """The verdicts of the layers for which the test is undecided."""
         return tuple(layer for layer in self.layers if layer.verdict == "unclear")
 
     def __str__(self):
@@ -104,13 +105,13 @@ class PreflightReport:
             findings = ["all of them can be differentiated twice."]
         else:
             findings = [f"{len(self.problems)} cannot be differentiated twice."] if self.problems else []
-            findings += [f"of {len(self.unclear)} it cannot be told."] if self.unclear else []
+            findings += [f"{len(self.unclear)} could not be decided."] if self.unclear else []
         lines = [f"{what}: {' '.join(findings)}", *map(str, self.problems), *map(str, self.unclear)]
         return "\n- ".join(lines) + (f"\n{self.note}" if self.note else "")
 
 
 def verdict_on(layer, verdict, message=""):
-    """The verdict on a layer, with the advice that belongs to it."""
+    """The verdict on a layer, with the advice for it."""
     advice = _ADVICE_BY_VERDICT.get(verdict, "")
     return LayerVerdict(layer_calls.path_of(layer), layer_calls.class_path(layer), verdict, message, advice)
 
@@ -123,7 +124,7 @@ def failed(layer, verdict, error):
 
 
 def cause_of(error):
-    """The type of an error and the first line of what the framework said, without what Keras says around it."""
+    """The type of an error and the first line of its message, without the text that Keras adds around it."""
     message = _EMPHASIS.sub("", str(error)).strip()
     while around := _AROUND.fullmatch(message):
         message = around[1].strip()

@@ -1,4 +1,4 @@
-"""How far a model's outputs move when its inputs do, within a ball around each example."""
+"""Lower bounds of the local Lipschitz constant, within a ball around each example."""
 
 import functools
 
@@ -15,31 +15,31 @@ NAME = "local_lipschitz"
 
 
 def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed=0, inputs=None):
-    r"""The Lipschitz constant of a model within a ball around each example, from below.
+    r"""Computes a lower bound of the Lipschitz constant of a model within a ball around each example.
 
-    $\max_{\lVert \delta \rVert \le r} \lVert f(x + \delta) - f(x) \rVert / \lVert \delta \rVert$, searched for by
-    $\delta \leftarrow r \, g / \lVert g \rVert$ with $g = J(x + \delta)^\top (f(x + \delta) - f(x))$: power iteration
-    at a finite distance. For a small radius it is the spectral norm of the Jacobian; for a larger one it sees the kinks
-    and saturations that the Jacobian does not.
+    The constant is $\max_{\lVert \delta \rVert \le r} \lVert f(x + \delta) - f(x) \rVert / \lVert \delta \rVert$. It is
+    searched for by $\delta \leftarrow r \, g / \lVert g \rVert$ with $g = J(x + \delta)^\top (f(x + \delta) - f(x))$,
+    which is power iteration at a finite distance. For a small radius, it approaches the spectral norm of the Jacobian.
+    For a larger one, it includes kinks and saturation, which the Jacobian at one point does not see.
 
     Args:
-        model: a Keras model or a function of `x` whose examples are independent of one another.
-        x: tensors of shape `(batch, ...)`, in any nesting.
+        model: A Keras model, or a function of `x`. The examples must be independent.
+        x: Tensors of shape `(batch, ...)`, in any nested structure.
         radius: $r$, in units of `x`.
-        training: the mode in which a model is called.
-        iterations: steps of the search.
-        seed: of the directions that it begins with.
-        inputs: the names (keys, or positions) of the inputs to move; all floating-point ones by default. The others
-            stay as they are.
+        training: Whether a model is called in training mode.
+        iterations: Number of steps of the search.
+        seed: An integer that seeds the initial directions.
+        inputs: The names, keys or positions of the inputs to move. By default, all floating-point inputs. The others
+            are held constant.
 
     Returns:
-        A NumPy array of shape `(batch,)`: the largest ratio that was met for each example, a lower bound.
+        A NumPy array of shape `(batch,)` with the largest ratio found for each example.
 
     Raises:
-        ValueError: for options or inputs that do not fit.
+        ValueError: If an option or an input is not valid.
 
     Cost:
-        For each iteration a gradient by the inputs; and one evaluation of the model.
+        One input gradient for each iteration, and one evaluation of the model.
 
     Example:
 
@@ -51,7 +51,7 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
     >>> kg.diagnostics.local_lipschitz(model, np.ones((1, 2), "float32")).round(3).tolist()
     [3.0]
 
-    Source: Yang et al., "A closer look at accuracy vs. robustness" (arXiv:2003.02460, 2020), section 3, with the steps
+    Source: Yang et al., "A closer look at accuracy vs. robustness" (arXiv:2003.02460, 2020), section 3, but with steps
     of power iteration.
     """
     check_radius(NAME, radius)
@@ -66,12 +66,12 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
 
 
 def check_radius(name, radius):
-    """Raises `ValueError` unless it is a positive number."""
+    """Raises `ValueError` unless `radius` is a positive number."""
     validation.require_positive(name, "radius", radius)
 
 
 def random_directions(x, chosen, radius, seed):
-    """Where the search begins, of examples in tensors: a tensor for each chosen input."""
+    """Random initial perturbations of length `radius` for examples as tensors: one tensor for each chosen input."""
     inputs = chosen.parts(x)
     start = np.concatenate(
         [np.random.default_rng(seed).standard_normal((len(a), int(np.prod(a.shape[1:])))) for a in inputs], axis=1
@@ -80,7 +80,7 @@ def random_directions(x, chosen, radius, seed):
 
 
 def largest_ratios(model, x, chosen, kwargs, radius, iterations, delta):
-    """What the search comes to from `delta`, of examples in tensors; and where it ended."""
+    """The largest ratio for each example of a search that starts at `delta`, and its last perturbation."""
     radius = ops.convert_to_tensor(radius, dtype=chosen.parts(x)[0].dtype)
     here = outputs_of(NAME, model, x, chosen, kwargs)
     step, ratios = functools.partial(_step, chosen), []
@@ -91,14 +91,14 @@ def largest_ratios(model, x, chosen, kwargs, radius, iterations, delta):
 
 
 def _step(chosen, fun, x, here, delta, radius, **kwargs):
-    """The ratio at `delta`, and the next one; `here` are the outputs at `x`."""
+    """The ratio at `delta`, and the next `delta`. `here` holds the outputs at `x`."""
     moved = [a + d for a, d in zip(chosen.parts(x), delta, strict=True)]
     there = taped(NAME, chosen, fun, chosen.filled(x, moved), kwargs)
     change = [b - a for a, b in zip(here, there.flat_targets, strict=True)]
     ratio = ops.sqrt(squares(change) / squares(delta))
     pulled = nesting.flatten(there.pull(nesting.pack_as(there.target, change), is_last=True))
     direction, length = normalized(pulled)
-    # Where the gradient is zero, there is nowhere to go.
+    # Where the gradient is zero, keep the perturbation.
     following = [
         ops.where(for_each(length, d) > 0, ops.cast(radius, d.dtype) * new, d)
         for new, d in zip(direction, delta, strict=True)

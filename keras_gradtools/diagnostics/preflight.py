@@ -1,4 +1,4 @@
-"""Which layers of a model have a second derivative on this backend, tried out before it is needed."""
+"""Tests which layers of a model can be differentiated twice on the current backend."""
 
 import dataclasses
 
@@ -16,41 +16,42 @@ from keras_gradtools.diagnostics.layer_verdict import PreflightReport
 
 _EXAMPLES = 2
 _UNKNOWN_LENGTH = 8
-# From the least to the most that is said of a layer; what depends on the numbers, which like layers do not share.
+# Verdicts in ascending priority, and those that depend on the values, so that they do not hold for similar layers.
 _ORDER = ("constant", "yes", "unclear", "wrong", "once", "no")
 _BY_NUMBERS = ("constant", "unclear")
 
 
 def preflight(model, x=None, training=False, seed=0, verbose="auto"):
-    r"""Says which layers of a model can be differentiated twice on this backend, and what to do about the others.
+    r"""Tests which layers of a model can be differentiated twice on this backend, and gives advice on the others.
 
-    The model is called once. With $f$ a layer as it was called, $c$ a random cotangent and $v$ a random direction of
-    the size of the arguments, the product $\partial^2 (c \cdot f) / \partial z^2 \, v$ by its inputs and weights $z$
-    is computed, and compared with central differences of the gradient: not only errors are found, but also derivatives
-    that are silently wrong, by more than 1 per cent in single precision. Where the differences do not converge when
-    their step is halved, as at a kink, or where a layer decides by its values, the verdict is `"unclear"`.
+    The model is called once. For each call $f$ of a layer with inputs and weights $z$, a random cotangent $c$ and a
+    random direction $v$ of the size of the arguments, the product $\partial^2 (c \cdot f) / \partial z^2 \, v$ is
+    compared with central differences of the gradient. This finds errors, and also derivatives that are silently wrong,
+    by more than 1% in single precision. If the differences do not converge as their step is halved, as at a kink or in
+    a layer that branches on its values, the verdict is `"unclear"`.
 
-    Layers inside another layer that is no model (a cell, the layer in a wrapper) are tried as a part of it. Layers that
-    differ in their numbers alone are tried once. A layer that computes in half precision is compared in single
-    precision.
+    A layer inside another layer that is not a model, such as the cell of a recurrent layer or the layer in a wrapper,
+    is tested as a part of it. Layers that differ only in their values are tested once. A layer that computes in half
+    precision is compared in single precision.
 
     Args:
-        model: a built Keras model or layer.
-        x: two or more examples to call it on; by default small random numbers in the shapes of `model.inputs` (ones
-            for integers). Lengths that are not known there are taken for 8, and the report says so.
-        training: whether to call it as in training.
-        seed: of the random numbers.
-        verbose: 1 for a progress bar, 0 for none, `"auto"` for one where it takes long.
+        model: A built Keras model or layer.
+        x: Two or more examples to call the model on. By default, small random numbers in the shapes of `model.inputs`,
+            and ones for integer inputs. Unknown lengths are then set to 8, and the report says so.
+        training: Whether the model is called in training mode.
+        seed: An integer that seeds the random numbers.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for one if it takes long.
 
     Returns:
-        A `PreflightReport`: `report.twice_differentiable`, `report.problems`, `report.unclear`, and `print(report)`.
+        A `PreflightReport` with the attributes `twice_differentiable`, `problems` and `unclear`. Print it for a report
+        in words.
 
     Raises:
-        ValueError: if there is no model, or nothing is known about its inputs and no `x` is given.
+        ValueError: If `model` is not a built Keras model or layer, or if its inputs are not known and `x` is not given.
 
     Cost:
-        Some twelve gradients of each layer, on a few examples; a hundred of one that is accused. Nothing of the model
-        changes.
+        About twelve gradients of each layer on a few examples, and a hundred of a layer whose derivative is wrong. The
+        model is not changed.
 
     Example:
 
@@ -73,7 +74,7 @@ def preflight(model, x=None, training=False, seed=0, verbose="auto"):
         raise ValueError(
             f"preflight expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}."
         )
-    # A stream of its own: examples that were drawn with the same seed would be the cotangents, too.
+    # Spawned, because examples that the user drew with the same seed would equal the cotangents.
     random = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
     inputs, note = (_examples(x), "") if x is not None else _drawn(model, random)
     scope = StateScope()
@@ -83,7 +84,7 @@ def preflight(model, x=None, training=False, seed=0, verbose="auto"):
     calls = _outermost(model, calls)
     with Progress(len(calls), f"preflight of {model.name!r}", verbose, unit="layer") as progress:
         for call in calls:
-            # Of a layer that is called several times, the worst call decides.
+            # For a layer that is called several times, the worst verdict counts.
             key, found = id(call.layer), _known_or_tried(call, known, training, random)
             if key not in verdicts or _ORDER.index(found.verdict) > _ORDER.index(verdicts[key].verdict):
                 verdicts[key] = found
@@ -110,8 +111,8 @@ def _examples(x):
 
 
 def _drawn(model, random):
-    """Random inputs of a model, and what was assumed about them."""
-    # A functional model of a dict is called with one.
+    """Random inputs of a model, and a note on the lengths that were assumed."""
+    # A functional model takes the nested structure that it was built with, for example a dict.
     inputs = getattr(model, "_inputs_struct", None)
     if inputs is None:
         inputs = getattr(model, "inputs", None) or []
@@ -119,26 +120,26 @@ def _drawn(model, random):
     if not nesting.flatten(inputs):
         raise ValueError(
             f"preflight needs examples to call the model {model.name!r} on, whose inputs are not known. Received: "
-            "x=None. Give it `x`, two examples or more."
+            "x=None. Pass two or more examples as `x`."
         )
 
     def drawn(spec):
         shape = (_EXAMPLES, *(_UNKNOWN_LENGTH if n is None else n for n in spec.shape[1:]))
         dtype = keras.backend.standardize_dtype(spec.dtype)
         if not keras.backend.is_float_dtype(dtype):
-            return ops.ones(shape, dtype=dtype)  # zeros may stand for padding
+            return ops.ones(shape, dtype=dtype)  # zeros may mean padding
         return ops.convert_to_tensor(0.5 * random.standard_normal(shape), dtype=dtype)
 
     unknown = [spec for spec in nesting.flatten(inputs) if None in spec.shape[1:]]
     note = ""
     if unknown:
         shapes = ", ".join(f"{tuple(spec.shape)} of {spec.name!r}" for spec in unknown)
-        note = f"Unknown lengths were taken for {_UNKNOWN_LENGTH}: {shapes}. Give it `x` for others."
+        note = f"Unknown lengths were set to {_UNKNOWN_LENGTH}: {shapes}. Pass `x` for other lengths."
     return nesting.map_structure(drawn, inputs), note
 
 
 def _outermost(model, calls):
-    """The calls of layers that are neither models nor parts of another layer that is none."""
+    """The calls of layers that are not models and not parts of another layer that is not a model."""
     inside = set()
     for layer in model._flatten_layers():
         if not isinstance(layer, keras.Model):

@@ -1,4 +1,4 @@
-"""A product with a second derivative compared with the differences of the gradient, where these can be trusted."""
+"""Compares a product with a second derivative to central differences of the gradient, where these have converged."""
 
 from typing import NamedTuple
 
@@ -6,34 +6,35 @@ import numpy as np
 
 from keras_gradtools.finite_differences import SAFETY
 
-# By the coarsest dtype: the rounding; the first step, as a share of the size of each argument; how often it is halved;
-# and by which share of its length a product may be off.
+# For the coarsest dtype: the rounding unit; the first step, as a fraction of the size of each argument; the number of
+# halvings; and the relative error that a product may have.
 _PRECISIONS = {
     "float64": (2.0**-53, 2.0**-5, 12, 0.01),
     "float32": (2.0**-24, 2.0**-3, 10, 0.01),
     "float16": (2.0**-11, 2.0**-2, 3, 0.1),
     "bfloat16": (2.0**-8, 2.0**-1, 2, 0.2),
 }
-# Which share of the elements has to have settled before these are believed at once, and at the end.
+# The fraction of elements that must have converged to accept a product at once, and after the last step.
 _SURE, _ENOUGH = 0.9, 0.5
-# How much smaller than the error of a product its differences have to change before they accuse it.
+# A product is wrong only if its error is this many times the last change of the differences.
 _CLEAR = 4
-# With how many of the steps the rounding counts as small.
+# In this many first comparisons, whose steps are the largest, the rounding is accepted as it is.
 _FIRST = 2
+# Over many elements, the bound on the rounding is divided by this, since few elements reach their bound.
 _OF_MANY = 4
-# A gradient whose rounding is that share of its length is another one at every call.
+# Noise of this fraction of the gradient means that the gradient itself differs between calls.
 _UNSTEADY = 0.05
 
 
 class _Comparison(NamedTuple):
-    """One tensor's product and its differences with one step, by the elements whose differences have settled."""
+    """The product and the differences of one tensor at one step, compared over the elements that have converged."""
 
     share: float
     error: float
     change: float
     size: float
     is_close: bool
-    # Whether its rounding is small beside what it may be off by, or as small as it gets.
+    # Whether the rounding is small compared to the allowed error, or as small as it can be.
     is_fine: bool
 
     def agrees(self, share):
@@ -41,14 +42,15 @@ class _Comparison(NamedTuple):
 
     @property
     def accuses(self):
-        # A difference that is off by its rounding changes by that much, too.
+        # Differences with a rounding error also change by about that much from step to step.
         return self.share >= _ENOUGH and not self.is_close and self.error >= _CLEAR * self.change
 
 
 class SlopeSearch:
-    """Central differences of `gradient_at(offset)` along a direction, with steps that are halved.
+    """Central differences of `gradient_at(offset)` along a direction, with repeatedly halved steps.
 
-    `leaves` knows the tensors in a vector (a `finite_differences.Leaves`), `dtype` is the coarsest of the computation.
+    `leaves`, a `finite_differences.Leaves`, splits a vector into its tensors. `dtype` is the coarsest dtype of the
+    computation.
     """
 
     def __init__(self, gradient_at, leaves, dtype):
@@ -56,11 +58,11 @@ class SlopeSearch:
         self._epsilon, self._first_step, self._halvings, self._rtol = _PRECISIONS[dtype]
 
     def verdict(self, v, product):
-        """`("yes" | "wrong" | "unclear", by which share of its length the worst tensor is off)`.
+        """Returns `"yes"`, `"wrong"` or `"unclear"`, and the relative error of the worst tensor.
 
-        An element has settled where two steps give the same difference. A product is right where it is the difference
-        of all but a few elements, and wrong where the differences of three steps agree far better with each other than
-        with it. An element at a kink settles late or never, so that it says nothing.
+        An element has converged if two successive steps give the same difference. A product is right if it agrees with
+        the differences of enough elements, and wrong if the differences of three steps agree far better with one
+        another than with the product. Elements at a kink converge late or never, and so do not count.
         """
         noise = self._noise(v)
         if not np.linalg.norm(noise) <= SAFETY * _UNSTEADY * np.linalg.norm(self._gradient):
@@ -89,8 +91,8 @@ class SlopeSearch:
         return self._at(offset) - self._at(-offset)
 
     def _noise(self, v):
-        # The second difference of neighbours leaves of a smooth function the rounding, sqrt(6) times as large. The
-        # dtype alone tells too little, where large terms cancel.
+        # At a tiny step, the second difference of a smooth function is rounding noise, amplified by sqrt(6). The
+        # dtype alone would underestimate it if large terms cancel.
         h = max(32 * self._epsilon, 2.0**-20)
         second = self._at(h * v) - 2 * self._gradient + self._at(-h * v)
         noises = []
@@ -102,7 +104,7 @@ class SlopeSearch:
 
     def _compared(self, parts, is_first):
         product, slope, last, gradient, rounding = parts
-        # Where neither is anything, there is nothing to settle.
+        # Elements that are zero up to rounding carry no information.
         counted = (gradient != 0) | (np.abs(slope) > rounding) | (np.abs(product) > rounding)
         change = np.abs(slope - last)
         typical = np.median(np.abs(slope[counted])) if counted.any() else 0.0
@@ -111,7 +113,7 @@ class SlopeSearch:
         share = settled.sum() / counted.sum() if counted.any() else 1.0
         error = float(np.linalg.norm(np.nan_to_num((product - slope)[settled], nan=np.inf)))
         size = float(max(np.linalg.norm(np.nan_to_num(product[settled])), np.linalg.norm(slope[settled])))
-        # Of many elements few are off by as much as each may be.
+        # Few of many elements reach their bound.
         noise = float(np.linalg.norm(rounding[settled])) / _OF_MANY
         allowed, is_fine = self._rtol * size + noise, is_first or bool(noise <= 2 * self._rtol * size)
         return _Comparison(share, error, float(np.linalg.norm(change[settled])), size, bool(error <= allowed), is_fine)

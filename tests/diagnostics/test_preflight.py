@@ -231,7 +231,7 @@ def test_what_cannot_be_told():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), Signs(name="signs")], name="net")
     report = preflight(model, verbose=0)
     assert report.twice_differentiable and [layer.path for layer in report.unclear] == ["net/signs"]
-    assert "of 1 it cannot be told" in str(report) and "all of them" not in str(report)
+    assert "1 could not be decided" in str(report) and "all of them" not in str(report)
 
 
 def test_random_numbers_that_are_not_held():
@@ -295,7 +295,7 @@ def test_the_cause_is_shown():
 def test_lengths_that_are_not_known():
     inputs = keras.Input((None, 3), name="steps")
     model = keras.Model(inputs, layers.Conv1D(2, 2)(inputs))
-    assert "Unknown lengths were taken for 8: (None, None, 3) of 'steps'" in str(preflight(model, verbose=0))
+    assert "Unknown lengths were set to 8: (None, None, 3) of 'steps'" in str(preflight(model, verbose=0))
     report = preflight(model, np.ones((2, 5, 3), "float32"), verbose=0)
     assert report.note == "" and "Unknown" not in str(report)
 
@@ -393,7 +393,7 @@ def test_a_model_whose_inputs_are_not_known():
 
     model = Subclassed()
     model(X)
-    with pytest.raises(ValueError, match="Give it `x`"):
+    with pytest.raises(ValueError, match="examples as `x`"):
         preflight(model)
     assert [layer.verdict for layer in preflight(model, X).layers] == ["yes"]
 
