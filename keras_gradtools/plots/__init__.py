@@ -1,4 +1,4 @@
-"""Pictures of gradients, Jacobians and curvature, drawn with matplotlib (`pip install "keras-gradtools[plots]"`)."""
+"""Plots of gradients, Jacobians, curvature and robustness. They need matplotlib: `keras-gradtools[plots]`."""
 
 from keras_gradtools.plots.curvature import (
     plot_eigenvalue_history,

@@ -1,4 +1,4 @@
-"""Pictures of curvature: Hessians, their spectra, and the loss along their eigenvectors."""
+"""Plots of curvature: Hessians, their spectra, and the loss over a plane of weights."""
 
 import numpy as np
 
@@ -6,26 +6,25 @@ from keras_gradtools import validation
 from keras_gradtools.plots.drawing import numbers, pyplot_or_error
 from keras_gradtools.plots.matrices import imshow_zero_center
 
-# Of the range of the losses: up to where levels are drawn evenly; beyond it they would crowd together.
 _LEVELS = 12
 
 
 def plot_hessian(hessian, operator=None, ax=None, **kwargs):
-    """Shows a Hessian as an image with zero in the middle of the colours, and the blocks of its variables.
+    """Plots a Hessian as an image with zero at the center of the color map, and marks the blocks of its variables.
 
     Args:
-        hessian: real numbers of shape `(n, n)`, as `operator.dense()` returns.
-        operator: the curvature operator, whose variables the blocks are named after; or a dict of slices by name. None
-            leaves the blocks unmarked.
-        ax: the matplotlib Axes to draw on; the current one by default.
-        **kwargs: the options of `imshow_zero_center`: `limit`, `colorbar`, `cmap`.
+        hessian: Real numbers of shape `(n, n)`, as returned by `operator.dense()`.
+        operator: The curvature operator that the Hessian comes from, whose variables label the blocks, or a dict from
+            names to slices. None marks no blocks.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        **kwargs: The options `limit`, `colorbar` and `cmap` of `imshow_zero_center`.
 
     Returns:
         The matplotlib Axes.
 
     Raises:
-        ValueError: if `hessian` is not square, or the blocks are not those of it.
-        ImportError: without matplotlib.
+        ValueError: If `hessian` is not square, or the blocks do not match its size.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -43,7 +42,7 @@ def plot_hessian(hessian, operator=None, ax=None, **kwargs):
     ends = [place.stop for place in blocks.values()]
     if matrix.shape != (n, n) or (blocks and max(ends) != n):
         raise ValueError(
-            f"plot_hessian expects a square matrix{f' of size {max(ends)}, as the blocks are' if blocks else ''}. "
+            f"plot_hessian expects a square matrix{f' of size {max(ends)}, as the blocks have' if blocks else ''}. "
             f"Received: {validation.describe(hessian)}."
         )
     ax = imshow_zero_center(matrix, ax, **kwargs)
@@ -67,25 +66,25 @@ def _blocks(operator):
             "plot_hessian expects a curvature operator or a dict of slices by name as `operator`. Received: "
             f"{validation.describe(operator)}."
         )
-    # The model's own name says nothing inside its own picture.
+    # The name of the model is the same in all labels.
     names = [v.path.split("/", 1)[-1] for v in operator.variables]
     return dict(zip(names, operator.slices, strict=True))
 
 
 def plot_spectral_density(density, ax=None, floor=1e-6):
-    r"""Shows a density of eigenvalues on a logarithmic scale, with a band of two standard errors.
+    r"""Plots a density of eigenvalues on a logarithmic scale, with a band of plus and minus two standard errors.
 
     Args:
-        density: what the `spectral_density` of a curvature operator returns.
-        ax: the matplotlib Axes to draw on; the current one by default.
-        floor: the smallest density that is shown, of the largest.
+        density: The result of the method `spectral_density` of a curvature operator.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        floor: The smallest density shown, as a fraction of the largest.
 
     Returns:
         The matplotlib Axes.
 
     Raises:
-        ValueError: if `density` is none, or `floor` is not between 0 and 1.
-        ImportError: without matplotlib.
+        ValueError: If `density` is not such a result, or `floor` is not between 0 and 1.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -100,7 +99,7 @@ def plot_spectral_density(density, ax=None, floor=1e-6):
     """
     if not all(hasattr(density, name) for name in ("grid", "density", "standard_error")):
         raise ValueError(
-            "plot_spectral_density expects what `spectral_density` of a curvature operator returns. Received: "
+            "plot_spectral_density expects the result of `spectral_density` of a curvature operator. Received: "
             f"{validation.describe(density)}."
         )
     if not validation.is_number(floor) or not 0 < floor < 1:
@@ -122,20 +121,22 @@ def plot_spectral_density(density, ax=None, floor=1e-6):
 
 
 def plot_eigenvalue_history(history, ax=None, keys=None):
-    """Shows how eigenvalues changed over training, on a scale that is linear around zero and logarithmic beyond.
+    """Plots eigenvalues over training.
+
+    If the values vary widely, the scale is linear around zero and logarithmic beyond.
 
     Args:
-        history: what `fit` returns, or its dict `history.history`: every entry with "eigenvalue" in its name is
-            drawn; or numbers of shape `(steps,)` or `(steps, k)`.
-        ax: the matplotlib Axes to draw on; the current one by default.
-        keys: the names of other entries to draw instead.
+        history: The result of `fit`, or its dict `history.history`, of which every entry with "eigenvalue" in its name
+            is drawn. Alternatively, numbers of shape `(steps,)` or `(steps, k)`.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        keys: A list with the names of the entries to draw instead.
 
     Returns:
         The matplotlib Axes.
 
     Raises:
-        ValueError: if there is nothing to draw.
-        ImportError: without matplotlib.
+        ValueError: If there is nothing to draw.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -150,7 +151,7 @@ def plot_eigenvalue_history(history, ax=None, keys=None):
     pyplot = pyplot_or_error()
     ax = pyplot.gca() if ax is None else ax
     for name, values in curves.items():
-        # A number that was not measured in every epoch has fewer of them, or NaN.
+        # A quantity that was not measured in every epoch has fewer values, or NaN.
         ax.plot(np.arange(1, len(values) + 1), values, marker=".", label=name)
     finite = np.abs(np.concatenate([v[np.isfinite(v)] for v in curves.values()]))
     positive = finite[finite > 0]
@@ -176,8 +177,8 @@ def _curves(history, keys):
         if missing or not names:
             raise ValueError(
                 "plot_eigenvalue_history expects a history with eigenvalues in it. Received: the entries "
-                f"{sorted(history)}{f', without {missing}' if missing else ''}. Give `fit` a callback that logs them, "
-                "or name others in `keys`."
+                f"{sorted(history)}{f', without {missing}' if missing else ''}. Pass `fit` a callback that logs them, "
+                "or name other entries in `keys`."
             )
         return {name: np.asarray(history[name], "float64") for name in names}
     values = numbers(history, "plot_eigenvalue_history", "(steps,) or (steps, k)", (1, 2))
@@ -186,19 +187,19 @@ def _curves(history, keys):
 
 
 def plot_loss_surface(surface, ax=None, levels=_LEVELS):
-    """Shows the loss over a plane of weights, as filled contours around the weights of the moment.
+    """Plots the loss over a plane of weights, as filled contours around the current weights.
 
     Args:
-        surface: what the `loss_surface` of a curvature operator returns.
-        ax: the matplotlib Axes to draw on; the current one by default.
-        levels: how many contours, spaced by their share of the plane.
+        surface: The result of the method `loss_surface` of a curvature operator.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        levels: Number of contour intervals. Their bounds are quantiles, so that each covers an equal part of the plane.
 
     Returns:
         The matplotlib Axes.
 
     Raises:
-        ValueError: if `surface` is none.
-        ImportError: without matplotlib.
+        ValueError: If `surface` is not such a result, or has no finite loss.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -213,7 +214,7 @@ def plot_loss_surface(surface, ax=None, levels=_LEVELS):
     """
     if not all(hasattr(surface, name) for name in ("first", "second", "loss", "curvatures")):
         raise ValueError(
-            "plot_loss_surface expects what `loss_surface` of a curvature operator returns. Received: "
+            "plot_loss_surface expects the result of `loss_surface` of a curvature operator. Received: "
             f"{validation.describe(surface)}."
         )
     validation.require_count("plot_loss_surface", "levels", levels)
@@ -223,7 +224,7 @@ def plot_loss_surface(surface, ax=None, levels=_LEVELS):
     if not loss.count():
         raise ValueError("plot_loss_surface expects finite losses. Received: none of them finite.")
     edges = np.unique(np.quantile(loss.compressed(), np.linspace(0.0, 1.0, levels + 1)))
-    # The axis that goes to the right is that of the first direction, whose losses are in the rows.
+    # Transposed, because the first direction is along the rows of `loss` and goes to the right in the plot.
     if len(edges) > 1:
         picture = ax.contourf(surface.first, surface.second, loss.T, levels=edges, cmap="viridis")
         ax.contour(surface.first, surface.second, loss.T, levels=edges, colors="white", linewidths=0.5)

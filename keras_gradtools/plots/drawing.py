@@ -1,21 +1,24 @@
-"""What all pictures begin with: numbers, and matplotlib."""
+"""Shared by all plots: the checks of their numbers, and the import of matplotlib."""
 
 from keras_gradtools import validation
 
 
 def numbers(values, name, shape, ranks):
-    """Returns `values` as an array in double precision, and raises `ValueError` unless it has one of these ranks."""
+    """Returns `values` as an array in double precision.
+
+    Raises `ValueError` unless it is real and not empty, and its rank is one of `ranks`.
+    """
     array = validation.as_array(values, f"{name} expects real numbers of shape {shape}")
     if array.ndim not in ranks or array.size == 0:
         raise ValueError(
-            f"{name} expects real numbers of shape {shape}, no axis of which is empty. "
-            f"Received: {validation.describe(array)}. Reshape it, or take the part that is to be shown."
+            f"{name} expects real numbers of shape {shape}, without empty axes. "
+            f"Received: {validation.describe(array)}. Reshape it, or select the part to plot."
         )
     return array.astype("float64")
 
 
 def pyplot_or_error():
-    """Returns `matplotlib.pyplot`."""
+    """Returns `matplotlib.pyplot`, and raises `ImportError` if matplotlib is not installed."""
     try:
         from matplotlib import pyplot
     except ImportError as error:

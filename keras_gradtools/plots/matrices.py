@@ -1,4 +1,4 @@
-"""Pictures of matrices and Jacobians, with zero in the middle of the colours."""
+"""Plots of matrices and Jacobians, with zero at the center of the color map."""
 
 import numpy as np
 
@@ -7,21 +7,23 @@ from keras_gradtools.plots.drawing import numbers, pyplot_or_error
 
 
 def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r"):
-    r"""Shows a matrix with zero in the middle of the colours, $[-c, c]$ with $c = \max \lvert a_{ij} \rvert$.
+    r"""Plots a matrix as an image with zero at the center of the color map.
+
+    The color map covers $[-c, c]$ with $c = \max \lvert a_{ij} \rvert$.
 
     Args:
-        image: real numbers of shape `(height, width)`: a tensor, an array, or nested lists. NaN is left grey.
-        ax: the matplotlib Axes to draw on; the current one by default.
-        limit: $c$, to show several matrices on one scale; the largest finite absolute value by default.
-        colorbar: whether to put a colour bar beside the picture.
-        cmap: the matplotlib colour map, one that has a neutral middle.
+        image: Real numbers of shape `(height, width)`: a tensor, an array, or nested lists. NaN is drawn in gray.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        limit: $c$, to draw several matrices on the same scale. By default, the largest finite absolute value.
+        colorbar: Whether to draw a color bar beside the image.
+        cmap: The matplotlib color map. Use one with a neutral center.
 
     Returns:
-        The matplotlib Axes; the picture itself is its last `ax.images`.
+        The matplotlib Axes. The image is the last one in `ax.images`.
 
     Raises:
-        ValueError: if `image` is not a matrix of real numbers, or `limit` is not a positive number.
-        ImportError: without matplotlib.
+        ValueError: If `image` is not a matrix of real numbers, or an option is not valid.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -52,31 +54,31 @@ def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r")
 
 
 def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
-    """Shows a Jacobian as a grid of patches, each a matrix, set apart by grey lines.
+    """Plots a Jacobian as a grid of patches, each a matrix, separated by gray lines.
 
-    Two axes of the Jacobian make the patches, the others the rows and columns of the grid:
+    Two axes of the Jacobian form the patches, and the others form the rows and columns of the grid:
 
-    - of a full Jacobian, `(batch, out, batch, in)`, one patch for each output and input, with the examples
-      along both of its sides: where examples are independent, only its diagonal is not zero;
-    - of a batch Jacobian, `(batch, out, in)`, one patch of shape `(out, in)` for each example, side by side;
-    - of the batch Jacobian of images, `(batch, out, height, width)`, with `patch_axes=(2, 3)`, one row for
-      each example with a sensitivity map for each output.
+    - For a full Jacobian, `(batch, out, batch, in)`, there is one patch for each output and input, with the examples
+      along both of its axes. If the examples are independent, only its diagonal is nonzero.
+    - For a batch Jacobian, `(batch, out, in)`, there is one patch of shape `(out, in)` for each example, side by side.
+    - For a batch Jacobian of images, `(batch, out, height, width)`, with `patch_axes=(2, 3)`, there is one row for each
+      example, with a sensitivity map for each output.
 
     Args:
-        jacobian: real numbers of rank 3 or 4: a tensor or an array.
-        ax: the matplotlib Axes to draw on; the current one by default.
-        patch_axes: the two axes that make a patch, downwards and across; `(0, 2)` by default for rank 4 and
-            `(1, 2)` for rank 3.
-        pad: how many pixels set two patches apart.
-        **kwargs: the options of `imshow_zero_center`: `limit`, `colorbar`, `cmap`.
+        jacobian: Real numbers of rank 3 or 4: a tensor or an array.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        patch_axes: The vertical and the horizontal axis of a patch. By default, `(0, 2)` for rank 4 and `(1, 2)` for
+            rank 3.
+        pad: Number of pixels between two patches.
+        **kwargs: The options `limit`, `colorbar` and `cmap` of `imshow_zero_center`.
 
     Returns:
-        The matplotlib Axes, with a tick at the middle of each patch, numbered from 0.
+        The matplotlib Axes, with a tick at the center of each row and column of patches, numbered from 0.
 
     Raises:
-        ValueError: for another rank, an empty axis, complex numbers, axes that do not exist, or a negative
-            `pad`.
-        ImportError: without matplotlib.
+        ValueError: If the rank is not 3 or 4, an axis is empty, the numbers are complex, `patch_axes` are not valid, or
+            `pad` is negative.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -88,14 +90,14 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
     >>> ax.images[-1].get_array().shape
     (11, 17)
 
-    Source: the pictures of TensorFlow's guide "Advanced automatic differentiation".
+    Source: the plots in TensorFlow's guide "Advanced automatic differentiation".
     """
     jacobian = numbers(jacobian, "plot_as_patches", "(batch, out, in) or (batch, out, batch, in)", (3, 4))
     grid = _as_grid(jacobian, patch_axes)
     if not validation.is_count(pad, 0):
         raise ValueError(f"plot_as_patches expects 0 or more pixels as `pad`. Received: pad={validation.shown(pad)}.")
     rows, columns, height, width = grid.shape
-    # The last line and column of separators are cut off: they would separate nothing.
+    # The separators after the last row and column are cut off below.
     image = np.full((rows, columns, height + pad, width + pad), np.nan)
     image[:, :, :height, :width] = grid
     image = image.swapaxes(1, 2).reshape(rows * (height + pad), columns * (width + pad))
@@ -106,26 +108,26 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
 
 
 def plot_jacobians(jacobians, figure=None, patch_axes=None, pad=1, limit=None, cmap="RdBu_r"):
-    """Shows several Jacobians side by side, each as `plot_as_patches` does, on one scale of colours.
+    """Plots several Jacobians side by side on the same color scale, each as in `plot_as_patches`.
 
-    Of a full Jacobian `(batch, out, batch, in)` each patch is a (batch, batch) slice: where the examples are
-    independent, it is diagonal; where a layer such as BatchNormalization in training mode mixes them, it is not, and a
-    batch Jacobian has no clear meaning.
+    For a full Jacobian, `(batch, out, batch, in)`, each patch has the shape `(batch, batch)`. It is diagonal if the
+    examples are independent. If a layer mixes them, such as BatchNormalization in training mode, it is not diagonal,
+    and a batch Jacobian has no clear meaning.
 
     Args:
-        jacobians: a dict of them by the titles to give them.
-        figure: the matplotlib Figure to draw on; a new one by default.
-        patch_axes: as for `plot_as_patches`.
-        pad: as for `plot_as_patches`.
-        limit: as for `imshow_zero_center`; the largest finite absolute value of all of them by default.
-        cmap: as for `imshow_zero_center`.
+        jacobians: A dict from titles to Jacobians.
+        figure: The matplotlib Figure to draw on. By default, a new one.
+        patch_axes: As in `plot_as_patches`.
+        pad: As in `plot_as_patches`.
+        limit: As in `imshow_zero_center`. By default, the largest finite absolute value of all Jacobians.
+        cmap: As in `imshow_zero_center`.
 
     Returns:
-        The matplotlib Figure, with an Axes for each Jacobian and one for the colour bar.
+        The matplotlib Figure, with an Axes for each Jacobian and one for the color bar.
 
     Raises:
-        ValueError: if there are none, and as `plot_as_patches`.
-        ImportError: without matplotlib.
+        ValueError: If `jacobians` is empty or not a dict, and as in `plot_as_patches`.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -140,8 +142,8 @@ def plot_jacobians(jacobians, figure=None, patch_axes=None, pad=1, limit=None, c
     """
     if not isinstance(jacobians, dict) or not jacobians:
         raise ValueError(
-            "plot_jacobians expects a dict of Jacobians by title. Received: "
-            f"{'an empty one' if isinstance(jacobians, dict) else validation.describe(jacobians)}."
+            "plot_jacobians expects a dict from titles to Jacobians. Received: "
+            f"{'an empty dict' if isinstance(jacobians, dict) else validation.describe(jacobians)}."
         )
     shape = "(batch, out, in) or (batch, out, batch, in)"
     arrays = {title: numbers(j, "plot_jacobians", shape, (3, 4)) for title, j in jacobians.items()}
@@ -158,7 +160,7 @@ def plot_jacobians(jacobians, figure=None, patch_axes=None, pad=1, limit=None, c
 
 
 def _as_grid(jacobian, patch_axes):
-    """Orders the axes as (rows of patches, columns of patches, height of a patch, width of a patch)."""
+    """The Jacobian with the axes (rows of patches, columns of patches, height of a patch, width of a patch)."""
     rank = jacobian.ndim
     if patch_axes is None:
         patch_axes = (0, 2) if rank == 4 else (1, 2)

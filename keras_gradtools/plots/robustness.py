@@ -1,4 +1,4 @@
-"""Pictures of how far examples are from an error."""
+"""Plots of the distances from examples to a misclassification."""
 
 import numpy as np
 
@@ -7,22 +7,22 @@ from keras_gradtools.plots.drawing import pyplot_or_error
 
 
 def plot_robustness(report, figure=None):
-    """Shows how far examples are from an error, as `kg.attacks.robustness_report` estimates it.
+    """Plots the distances from examples to a misclassification that `kg.attacks.robustness_report` estimates.
 
-    On the left, the share of all examples whose distance exceeds a strength: for the attack, that is the accuracy under
-    it. On the right, each example's estimates against the distance of the attack; below the diagonal, the attack needed
-    more than was estimated.
+    The left plot shows the fraction of all examples whose distance exceeds a given strength. For the attack's distance,
+    that is the accuracy under attack. The right plot shows each example's estimates over the attack's distance. Below
+    the diagonal, the attack needed a larger perturbation than estimated.
 
     Args:
-        report: a `kg.attacks.RobustnessReport`.
-        figure: the matplotlib Figure to draw on; a new one by default.
+        report: A `kg.attacks.RobustnessReport`.
+        figure: The matplotlib Figure to draw on. By default, a new one.
 
     Returns:
         The matplotlib Figure, with two Axes.
 
     Raises:
-        ValueError: if `report` is none, or the model is right on none of its examples.
-        ImportError: without matplotlib.
+        ValueError: If `report` is not a report, or the model is right on none of its examples.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -39,31 +39,33 @@ def plot_robustness(report, figure=None):
     """
     if not hasattr(report, "first_order"):
         raise ValueError(
-            "plot_robustness expects what kg.attacks.robustness_report returns. Received: "
+            "plot_robustness expects a report from kg.attacks.robustness_report. Received: "
             f"{validation.describe(report)}."
         )
     right = report.correct
     if not right.any():
-        raise ValueError("plot_robustness expects a report of a model that is right on an example. Received: on none.")
+        raise ValueError(
+            "plot_robustness expects the report of a model that is right on some example. Received: right on none."
+        )
     figure = pyplot_or_error().figure(figsize=(11, 4.2), layout="constrained") if figure is None else figure
     shares, pairs = figure.subplots(1, 2)
     finite = np.isfinite(report.attack)
     end = 1.1 * max(report.attack[finite].max(initial=0.0), np.quantile(report.first_order, 0.95, method="lower"))
     for (name, label), color in zip(_DISTANCES.items(), ("tab:blue", "tab:green", "tab:orange", "black"), strict=True):
         distances = getattr(report, name)
-        # What lies beyond the picture may be infinite.
+        # Infinite distances are drawn beyond the right edge.
         shares.ecdf(np.minimum(distances, 2 * end), complementary=True, color=color, label=label)
         shown = right & finite
         if name != "attack":
             pairs.plot(report.attack[shown], distances[shown], ".", color=color, markersize=4, label=label)
-    norm = "largest change of a number" if report.norm == "inf" else "l2 norm of the change"
+    norm = "l-infinity norm of the change" if report.norm == "inf" else "l2 norm of the change"
     shares.set(
-        xlim=(0, end), ylim=(0, 1.02), xlabel=f"strength: {norm}", ylabel="share of the examples further from an error"
+        xlim=(0, end), ylim=(0, 1.02), xlabel=f"strength: {norm}", ylabel="fraction of examples further from an error"
     )
     shares.set_title("How far are the examples from an error?")
     pairs.axline((0, 0), slope=1, color="0.6", linewidth=1)
-    pairs.set(xlim=(0, end), ylim=(0, end), xlabel="distance that the attack found", ylabel="estimated distance")
-    pairs.set_title("Estimates against the attack, one point an example")
+    pairs.set(xlim=(0, end), ylim=(0, end), xlabel="distance found by the attack", ylabel="estimated distance")
+    pairs.set_title("Estimates against the attack, one point per example")
     for axes in (shares, pairs):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -1,34 +1,34 @@
-"""Pictures of what monitors saw over a training: singular values, and gradients by layer."""
+"""Plots of what monitors measured during training: singular values, and gradients by layer."""
 
 import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.plots.drawing import pyplot_or_error
 
-# So many curves are named one by one; more of them are told apart by a colour bar.
+# Up to this many curves are named in a legend. More of them get a color bar.
 _MOST_NAMES = 5
-# What is zero has no place on a logarithmic scale: it is drawn this far below the largest.
+# On a logarithmic scale, zeros are drawn at this fraction of the largest value.
 _FLOOR = 1e-8
 
 
 def plot_singular_values(spectra, ax=None):
-    r"""Shows the singular values of Jacobians over a training, on a logarithmic scale.
+    r"""Plots the singular values of Jacobians over training, on a logarithmic scale.
 
-    For each $i$ a line of the median over the examples of $\sigma_i$, and for the largest and the smallest a band from
-    the least to the greatest of them. At 1, where an isometry has all of them, there is a dotted line. What is not
-    finite leaves a gap.
+    There is one line for each $i$, the median of $\sigma_i$ over the examples. For the largest and the smallest
+    singular value, a band shows their range over the examples. A dotted line marks 1, the value of all singular values
+    of an isometry. Values that are not finite leave a gap.
 
     Args:
-        spectra: arrays of shape `(batch, r)`, one for each measurement: the `spectra` of a
+        spectra: A list of arrays of shape `(batch, r)`, one for each measurement, such as the `spectra` of a
             `kg.callbacks.BatchJacobianMonitor`, or the monitor itself.
-        ax: the matplotlib Axes to draw on; the current one by default.
+        ax: The matplotlib Axes to draw on. By default, the current one.
 
     Returns:
         The matplotlib Axes.
 
     Raises:
-        ValueError: if there is no measurement, or they are not of one shape.
-        ImportError: without matplotlib.
+        ValueError: If there is no measurement, or their shapes differ.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -49,7 +49,7 @@ def plot_singular_values(spectra, ax=None):
     if not arrays or arrays[0].ndim != 2 or not arrays[0].size or {a.shape for a in arrays} != {arrays[0].shape}:
         raise ValueError(
             "plot_singular_values expects the `spectra` of a BatchJacobianMonitor that has measured, arrays of one "
-            f"shape (batch, r). Received: {_described(spectra, given, arrays)}. A monitor has none where it does not "
+            f"shape (batch, r). Received: {_described(spectra, given, arrays)}. A monitor has none if it does not "
             "form the Jacobian: see its `method` and `quantities`."
         )
     values = np.stack(arrays)
@@ -80,23 +80,24 @@ def plot_singular_values(spectra, ax=None):
 
 
 def plot_gradient_flow(layers, ax=None, quantity="gradient_norm"):
-    r"""Shows a number of each layer, from the input to the output, as it changed over a training.
+    r"""Plots a quantity of each layer, from the input to the output, over training.
 
-    A line for each measurement, dark at first and light at last. Of gradients, lines that fall towards the input show
-    that they vanish, lines that rise that they explode.
+    There is one line for each measurement, from dark for the first to light for the last. Gradient norms that fall
+    towards the input indicate vanishing gradients. Gradient norms that rise towards it indicate exploding ones.
 
     Args:
-        layers: for each layer, in their order, the values of all measurements, in a dict: one of the `layers` of a
-            `kg.callbacks.GradientMonitor`, or the monitor itself; or what `fit` returns, with the monitor's entries.
-        ax: the matplotlib Axes to draw on; the current one by default.
-        quantity: which of the monitor's to take: `"gradient_norm"`, `"update_to_weight_ratio"` or `"dead_units"`.
+        layers: A dict from the name of each layer, in their order, to its values in all measurements, such as an entry
+            of the `layers` of a `kg.callbacks.GradientMonitor`. Alternatively, the monitor itself, or the result of a
+            `fit` with the monitor.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        quantity: The quantity of the monitor to plot: `"gradient_norm"`, `"update_to_weight_ratio"` or `"dead_units"`.
 
     Returns:
         The matplotlib Axes.
 
     Raises:
-        ValueError: if there is nothing to draw.
-        ImportError: without matplotlib.
+        ValueError: If there is nothing to draw.
+        ImportError: If matplotlib is not installed.
 
     Example:
 
@@ -110,12 +111,12 @@ def plot_gradient_flow(layers, ax=None, quantity="gradient_norm"):
     Source: Glorot & Bengio, "Understanding the difficulty of training deep feedforward neural networks" (2010).
     """
     curves = _by_layer(layers, quantity)
-    # A layer that was not measured at first, as some dead units are, has fewer of them.
+    # Some quantities, such as dead units, are not measured at first for some layers, which then have fewer values.
     count = max(map(len, curves.values()), default=0)
     if not count:
         raise ValueError(
-            "plot_gradient_flow expects the values of layers, or a GradientMonitor or history that has "
-            f"{quantity!r} of them. Received: {validation.describe(layers)}. Give `fit` a kg.callbacks.GradientMonitor."
+            f"plot_gradient_flow expects a dict of values by layer, or a GradientMonitor or history with {quantity!r} "
+            f"by layer. Received: {validation.describe(layers)}. Pass `fit` a kg.callbacks.GradientMonitor."
         )
     values = np.full((count, len(curves)), np.nan)
     for place, column in enumerate(curves.values()):
@@ -144,8 +145,8 @@ def plot_gradient_flow(layers, ax=None, quantity="gradient_norm"):
 
 _LABELS = {
     "gradient_norm": "gradient norm",
-    "update_to_weight_ratio": "length of the update / of the weights",
-    "dead_units": "share of dead units",
+    "update_to_weight_ratio": "length of the update / length of the weights",
+    "dead_units": "fraction of dead units",
 }
 
 
@@ -174,7 +175,7 @@ def _described(spectra, given, arrays):
 
 
 def _over_examples(reduce, values):
-    """Of what is finite in the second axis; NaN where nothing is."""
+    """`reduce` over the finite values along axis 1; NaN where there are none."""
     masked = np.ma.masked_invalid(values)
     if reduce is np.median:
         return np.ma.median(masked, axis=1).filled(np.nan)
@@ -182,7 +183,7 @@ def _over_examples(reduce, values):
 
 
 def _colors(pyplot, count):
-    # The lightest yellow would be lost on white.
+    # The lightest yellow is left out: it is hard to see on white.
     return pyplot.get_cmap("viridis")(np.linspace(0.0, 0.92, count))
 
 

@@ -1,4 +1,4 @@
-"""Penalties on gradients, for training loops of one's own; `models` and `layers` have them for `fit`."""
+"""Penalties on gradients for custom training loops. `models` and `layers` contain the versions for `fit`."""
 
 from keras_gradtools.regularization.input_gradient_penalty import input_gradient_penalty
 

@@ -1,4 +1,4 @@
-"""The penalty on input gradients as a function, for training loops of one's own."""
+"""The input gradient penalty as a function, for custom training loops."""
 
 import keras
 from keras import ops
@@ -33,51 +33,56 @@ def input_gradient_penalty(
     training=True,
     seed=None,
 ):
-    r"""Computes how large the gradient by the inputs is, as a number that can be trained down.
+    r"""Computes a differentiable penalty on the gradient with respect to the inputs.
 
     $$\frac1N \sum_i w_i \, \text{pen}(g_i), \qquad g_i = \frac{\partial \ell_i}{\partial x_i}, \qquad
       \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl| \lVert g \rVert - \text{center} \bigr|$$
 
     where $x_i$ is one example, $\ell_i$ its contribution to the loss without sample weights, such that the loss is
     $\frac1N \sum_i \ell_i$, and $w_i$ its sample weight. There is no other factor: no 1/2, no division by the size of
-    the input. Add it, times a weight, to the loss of a training loop of your own, and differentiate by the model's
-    weights with `kg.GradientTape` or with what the framework has. In `fit`, `kg.models.InputGradientRegularized` does.
+    the input. Add the penalty, times a weight, to the loss of your training loop, and differentiate with respect to the
+    model's weights with `kg.GradientTape` or the framework's own tools. For `fit`, use
+    `kg.models.InputGradientRegularized`.
 
-    The model is called once (with finite differences once more for each number differentiated). What these calls assign
-    is dropped (BatchNormalization's statistics, seeds), and so are the losses that they add.
+    The model is called once. Finite differences call it once more for each differentiated quantity: the loss, or each
+    output or projection. Assignments in these calls (BatchNormalization's statistics, seeds) are dropped, and so are
+    the losses that they add.
 
     Args:
-        model: a Keras model or layer, or any function of `x`.
-        x: tensors or arrays of shape `(batch, ...)`, in any nesting that the model takes.
-        y: the labels, for `target="loss"` and for a function that looks at them.
-        loss: a Keras loss, its name, or a function `(y, y_pred)`; that of `model.compile` by default.
-        sample_weight: numbers of shape `(batch,)`, or `(batch, time)`, whose mean counts.
-        target: what is differentiated: `"loss"`; `"outputs"`, all outputs, so that $g_i$ is the Jacobian and its norm
-            that of the matrix as one vector; or a function `(y, y_pred)` that returns one number for each example, of
-            shape `(batch,)`: a logit, a margin, the score of a critic.
-        norm: 1, 2 or `"inf"`, the norm of the gradient. Its dual is the size of the attacks that it answers: 1 is for
-            l-infinity attacks, 2 for l2 attacks.
-        squared: whether the distance from `center` is squared.
-        center: the norm that costs nothing: 1 for the critic of WGAN-GP.
-        method: `"exact"`, `"finite_difference"`, `"random_projection"` (of the outputs), or `"auto"`; see
+        model: A Keras model or layer, or any function of `x`.
+        x: Tensors or arrays of shape `(batch, ...)`, in any nested structure that the model takes.
+        y: The labels, for `target="loss"` and for a function as `target`.
+        loss: A Keras loss, its name, or a function `(y, y_pred)`. By default, the loss of `model.compile`.
+        sample_weight: Weights of shape `(batch,)`, or of shape `(batch, time)`, which are averaged over time.
+        target: The quantity to differentiate: `"loss"`; `"outputs"`, all outputs, so that $g_i$ is the Jacobian,
+            flattened to one vector for the norm; or a function `(y, y_pred)` that returns one number for each example,
+            of shape `(batch,)`, such as a logit, a margin, or the score of a critic.
+        norm: The norm of the gradient: 1, 2 or `"inf"`. It is the dual of the norm that bounds an attack: 1 defends
+            against l-infinity attacks, 2 against l2 attacks.
+        squared: Whether the difference of norm and `center` is squared. Otherwise, its absolute value is used.
+        center: The norm with a penalty of zero. For the critic of WGAN-GP, it is 1.
+        method: `"exact"`, `"finite_difference"`, `"random_projection"` (for `target="outputs"`), or `"auto"`. See
             `kg.models.InputGradientRegularized`.
-        step_size: how far finite differences move an example, in units of the input.
-        projections: how many random mixtures of the outputs stand for all of them, -1 for all themselves.
-        inputs: the names (keys, or positions) of the inputs to differentiate by; all floating-point ones by default.
-        frozen_statistics: whether BatchNormalization goes by its moving statistics here, also in training mode, in
-            which examples otherwise mix.
-        training: the mode in which the model is called.
-        seed: an integer or a `keras.random.SeedGenerator` for the projections.
+        step_size: The step size of finite differences, in units of the input.
+        projections: Number of random projections of the outputs, for `target="outputs"`. -1 uses all outputs.
+        inputs: The names, keys or positions of the inputs to differentiate with respect to. By default, all
+            floating-point inputs.
+        frozen_statistics: Whether BatchNormalization uses its moving statistics here even in training mode, where its
+            batch statistics mix the examples.
+        training: Whether the model is called in training mode.
+        seed: An integer or a `keras.random.SeedGenerator` for the projections.
 
     Returns:
-        A scalar tensor, in float32 or more.
+        A scalar tensor, in float32 or float64.
 
     Raises:
-        ValueError: for options that do not fit (each is named), inputs without a gradient, or a missing loss.
+        ValueError: If an option is not valid (the message names it), if an input has no gradient, or if a loss is
+            missing.
 
     Cost:
-        `"exact"`: a forward and a backward pass, and about twice as much again where it is differentiated.
-        `"finite_difference"`: two forward passes and a backward pass by the inputs, and the derivatives of the two.
+        `"exact"`: a forward and a backward pass. Differentiating the penalty costs about twice as much again.
+        `"finite_difference"`: two forward passes and a backward pass with respect to the inputs. Differentiating the
+        penalty takes a backward pass through both forward passes.
 
     Example:
 
@@ -103,8 +108,8 @@ def input_gradient_penalty(
         validation.require_seed(NAME, seed, may_be_none=True, may_be_generator=True)
     if isinstance(model, keras.Layer) and not model.built:
         raise ValueError(
-            f"{NAME} takes a built model. Received: {model.name!r}, which is not. Give it a keras.Input, or call it on "
-            "data once."
+            f"{NAME} takes a built model. Received: {model.name!r}, which is not built. Add a keras.Input to it, or "
+            "call it on data once."
         )
     x = as_tensors(x)
     if any(leaf is not None and not len(leaf.shape) for leaf in nesting.flatten(x)):

@@ -1,4 +1,4 @@
-"""Padding, as Keras' masks tell it."""
+"""Keras masks: no gradients for padding."""
 
 from keras import ops
 
@@ -6,7 +6,7 @@ from keras_gradtools.backend.state import get_keras_mask, set_keras_mask
 
 
 def mask_of(x):
-    """The mask of `x` in a shape that broadcasts over it; None if it has none."""
+    """The mask of `x`, reshaped to broadcast over it, or None if it has no mask."""
     mask = get_keras_mask(x)
     if mask is None:
         return None
@@ -14,7 +14,7 @@ def mask_of(x):
 
 
 def with_mask_of(x, original):
-    """`x` with the mask of `original`; what is padding by it has no gradient."""
+    """`x` with the mask of `original`. Masked elements have no gradient."""
     mask = mask_of(original)
     if mask is None:
         return x
@@ -24,6 +24,6 @@ def with_mask_of(x, original):
 
 
 def without_padding(y):
-    """`y`, zero where its mask calls it padding."""
+    """`y`, set to zero where it is masked."""
     mask = mask_of(y)
     return y if mask is None else y * ops.cast(mask, y.dtype)

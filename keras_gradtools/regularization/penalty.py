@@ -1,4 +1,4 @@
-"""The penalty on input gradients: its options, and its value for a recorded call."""
+"""The input gradient penalty: its options, and its value for a recorded call."""
 
 import math
 import typing
@@ -14,20 +14,20 @@ from keras_gradtools.regularization.targets import ALL
 
 METHODS = ("auto", "exact", "finite_difference", "random_projection")
 _INDICES = (
-    "Where they are indices, penalize the output of the embedding: wrap the part of the model that comes after it, and "
-    "train that on embedded data, or put it into a `keras_gradtools.layers.InputGradientPenalty`."
+    "If they are indices, penalize the output of the embedding: wrap the part of the model that comes after it, and "
+    "train that on embedded data, or put that part into a `keras_gradtools.layers.InputGradientPenalty`."
 )
 
 
 class Penalties(typing.NamedTuple):
-    """What each example contributes, of shape `(batch,)`: its penalty, and the norm of its gradient, a constant."""
+    """The penalty of each example, and the norm of its gradient as a constant, both of shape `(batch,)`."""
 
     values: typing.Any
     norms: typing.Any
 
 
 class Choice(typing.NamedTuple):
-    """A method settled on, the number of projections that goes with it, and why."""
+    """The chosen method, its number of projections, and the reasons for the choice."""
 
     method: str
     projections: int
@@ -35,9 +35,9 @@ class Choice(typing.NamedTuple):
 
 
 class Penalty:
-    """The options of a penalty, checked.
+    """The checked options of a penalty.
 
-    `owner` is the name of the public class or function, for error messages; the other arguments are described there.
+    `owner` is the name of the public class or function, for error messages. It documents the other arguments.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class Penalty:
 
     @property
     def is_plain_square(self):
-        """Whether the penalty is the squared l2 norm, which needs no root, and of which projections are unbiased."""
+        """Whether the penalty is the squared l2 norm, which needs no root and has unbiased projections."""
         return self.norm == 2 and self.squared and not self.center
 
     @property
     def may_draw(self):
-        """Whether some choice of method draws random numbers."""
+        """Whether a method that may be chosen draws random numbers."""
         return self.target == "outputs" and self.method != "exact" and self.projections != ALL
 
     def choose(self, model, is_compiled=False):
-        """Settles on a method for `model`: a `Choice`; `is_compiled` by the compiler of the framework."""
+        """The `Choice` of a method for `model`. `is_compiled` says whether the framework's compiler compiles it."""
         projections = ALL if self.method == "exact" else self.projections
         if self.method != "auto":
             return Choice(self.method, projections, ())
@@ -114,7 +114,7 @@ class Penalty:
             norms, directions = gradient_norms.norms_and_directions(g, self.norm)
             further = part.each(call.again(self._shifted(call.sources, directions)))
             difference = gradient_norms.at_least_single(further) - gradient_norms.at_least_single(values)
-            # Where nothing was shifted, two equal numbers may still be rounded differently.
+            # Where nothing was shifted, the two values may still be rounded differently.
             quotients.append(ops.where(norms > 0, difference / self.step_size, 0.0))
             row_norms.append(norms)
         if len(quotients) == 1:
@@ -131,7 +131,7 @@ class Penalty:
         return connected
 
     def _shifted(self, sources, directions):
-        """The sources, each example moved by `step_size` in its direction."""
+        """The sources, with each example moved by `step_size` along its direction."""
         steps = self.step_size * directions
         shifted, start = [], 0
         for x in sources:
@@ -163,7 +163,7 @@ class Penalty:
         }
 
     def describe(self, choice):
-        """One line for a person: what is computed how, and why so."""
+        """One line that says what is computed, how, and why."""
         how = choice.method
         if how == "finite_difference":
             how += f" (step_size={self.step_size:g})"
@@ -175,16 +175,16 @@ class Penalty:
         return f"{how} of {target!r}, {what}{', squared' if self.squared else ''}{why}"
 
     def check_precision(self, dtype):
-        """Warns where the shift of a finite difference is lost in rounding."""
+        """Warns if the step of finite differences is lost in rounding."""
         if self.method in ("finite_difference", "auto") and self.step_size < 1e-2 and dtype in ("float16", "bfloat16"):
             warnings.warn(
-                f"{self.owner} with step_size={self.step_size:g} in {dtype}: a shift this small is mostly rounding "
-                "there. Use 0.01 or more, or method='exact'.",
+                f"{self.owner} with step_size={self.step_size:g} in {dtype}: finite differences over a step this small "
+                "are mostly rounding noise. Use 0.01 or more, or method='exact'.",
                 stacklevel=3,
             )
 
     def check_compiled(self, choice, jit_compile):
-        """Raises `ValueError` where the compiler of the backend cannot do what was chosen."""
+        """Raises `ValueError` if the compiler of the backend cannot compile the chosen method."""
         if jit_compile and choice.method != "finite_difference" and not backend.COMPILES_SECOND_ORDER:
             raise ValueError(
                 f"{self.owner} with method={choice.method!r} differentiates twice, which the compiler of this backend "
@@ -209,7 +209,7 @@ class Penalty:
         if validation.is_one_of(norm, (1, 2)):
             return int(norm)
         raise self._refused(
-            "norm", "1, 2 or 'inf'", norm, "It is the norm of the gradient: 1 answers l-infinity attacks."
+            "norm", "1, 2 or 'inf'", norm, "It is the norm of the gradient: 1 defends against l-infinity attacks."
         )
 
     def _checked_flag(self, name, flag):
@@ -228,9 +228,9 @@ class Penalty:
         if method == "random_projection" and self.target != "outputs":
             raise self._refused(
                 "method",
-                "'auto', 'exact' or 'finite_difference' where `target` is not 'outputs'",
+                "'auto', 'exact' or 'finite_difference' if `target` is not 'outputs'",
                 method,
-                "Projections are of the outputs: with one number for each example there is nothing to project.",
+                "Random projections apply to several outputs. This target has one number for each example.",
             )
         return method
 
@@ -243,7 +243,7 @@ class Penalty:
                 "projections",
                 f"{ALL} with norm={self.norm!r}, squared={self.squared}, center={self.center}",
                 projections,
-                "Random projections estimate the squared l2 norm alone without bias.",
+                "Random projections estimate only the squared l2 norm without bias.",
             )
         return int(projections)
 
@@ -255,7 +255,7 @@ class Penalty:
 
 
 def restored(config, names, custom_objects):
-    """A config in which the entries `names` are objects again, where they were saved as objects."""
+    """The config, with the entries `names` deserialized if they were saved as objects."""
     return config | {
         name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
         for name in names
@@ -264,5 +264,5 @@ def restored(config, names, custom_objects):
 
 
 def chosen_positions(owner, model, inputs, names):
-    """The positions, among the flat `inputs`, of those to differentiate by."""
+    """The positions of the inputs to differentiate with respect to, among the flattened `inputs`."""
     return chosen_inputs.choose(owner, model, inputs, names, _INDICES).positions

@@ -1,4 +1,4 @@
-"""One call of a model, recorded as a function of its inputs, that can be made again with other inputs."""
+"""One call of a model, recorded as a function of its inputs, that can be repeated with other inputs."""
 
 from keras import ops
 
@@ -8,9 +8,9 @@ from keras_gradtools.regularization.masks import with_mask_of
 
 
 class Snapshot:
-    """What the next call of `layer` goes by besides its inputs and weights: seeds, statistics, random generators.
+    """The state that a call of `layer` depends on besides its inputs and weights: seeds, statistics, random generators.
 
-    In what is `replayed` it is so again: dropout draws the same mask. What is assigned there is dropped.
+    `replayed` restores it for one function: dropout draws the same mask, for example.
     """
 
     def __init__(self, layer):
@@ -19,33 +19,33 @@ class Snapshot:
         self._random = backend.random_state()
 
     def replayed(self, fun):
-        """What `fun()` returns when it is so again."""
+        """The result of `fun()` in the saved state. Assignments in `fun` are dropped."""
         scope, random_state = state.StateScope(self._mapping), backend.with_random_state(self._random)
         with scope, scope, random_state, random_state:
             return fun()
 
 
 class RecordedCall:
-    """The call `fun(inputs)`, as a function of the inputs at the positions `chosen` among all, flat.
+    """The call `fun(inputs)`, recorded as a function of some of the inputs.
 
     Args:
-        fun: what is called; with `snapshot`, it can be called again.
-        inputs: tensors in any nesting.
-        chosen: the positions of those to differentiate by.
-        snapshot: a `Snapshot` from before the call.
-        keeps_state: whether what the call assigns (statistics, seeds) stays, and the losses that it adds.
+        fun: The function to call. It can be called again only with a `snapshot`.
+        inputs: Tensors in any nested structure.
+        chosen: The positions, among the flattened inputs, of those to differentiate with respect to.
+        snapshot: A `Snapshot` from before the call.
+        keeps_state: Whether assignments in the call (statistics, seeds) and the losses that it adds are kept.
 
     Attributes:
-        sources: the chosen inputs, as the record knows them.
-        outputs: what `fun` returned.
-        record: the backend's tape.
+        sources: The chosen inputs, as the tape watches them.
+        outputs: The result of `fun`.
+        record: The backend's tape.
     """
 
     def __init__(self, fun, inputs, chosen, snapshot=None, keeps_state=True):
         self._fun, self._snapshot = fun, snapshot
         self._inputs, self._chosen = inputs, chosen
         flat = nesting.flatten(inputs)
-        # The same tensor given as two inputs is two inputs.
+        # Aliases, so that the same tensor passed as two inputs counts as two inputs.
         self.sources = [backend.alias(flat[i]) for i in chosen]
         self.record = backend.Tape(watch_accessed_variables=False)
         with self.record, self.record:
@@ -54,7 +54,7 @@ class RecordedCall:
             self.outputs = fun(self._with(self.sources)) if keeps_state else self.again(self.sources)
 
     def recorded(self, fun):
-        """What `fun()` returns, recorded with the call."""
+        """The result of `fun()`, recorded on the tape of the call."""
         with self.record, self.record:
             return fun()
 
@@ -63,23 +63,23 @@ class RecordedCall:
         return ops.shape(self.sources[0])[0]
 
     def pull(self, targets, cotangents):
-        """The gradient by each of the sources, None where nothing is connected."""
+        """The vjp of `targets` for each of the sources, or None for unconnected ones."""
         return backend.pullback(self.record, targets, self.sources, cotangents)
 
     def pull_constant(self, targets, cotangents):
-        """The same, held constant: no second derivative will pass through it."""
+        """`pull` with a constant result, which cannot be differentiated again."""
         return backend.constant_pullback(self.record, targets, self.sources, cotangents)
 
     def pull_batch(self, targets, cotangents):
-        """The same for a stack of cotangents on axis 0."""
+        """`pull` for a stack of cotangents along axis 0."""
         return backend.pullback_batch(self.record, targets, self.sources, cotangents)
 
     def again(self, sources):
-        """The outputs for other values of the sources, everything else being as it was before the call."""
+        """The outputs for other values of the sources, with everything else as before the call."""
         return self._snapshot.replayed(lambda: self._fun(self._with(sources)))
 
     def recorded_again(self):
-        """The same call, made and recorded once more."""
+        """The same call, repeated and recorded again."""
         return RecordedCall(self._fun, self._inputs, self._chosen, self._snapshot, keeps_state=False)
 
     def _with(self, sources):

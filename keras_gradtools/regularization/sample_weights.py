@@ -1,4 +1,4 @@
-"""Sample weights, one for each example."""
+"""Reduces sample weights to one for each example."""
 
 from keras import ops
 
@@ -9,7 +9,7 @@ from keras_gradtools.backend.state import get_keras_mask
 def example_weights(sample_weight, outputs, batch_size):
     """One weight for each example, of shape `(batch,)`: the mean over its time steps and outputs.
 
-    Time steps that a mask of the output calls padding are no part of the mean.
+    Time steps that are masked in the output are excluded from the mean.
     """
     outputs = nesting.flatten(outputs)
     given = nesting.flatten(sample_weight)

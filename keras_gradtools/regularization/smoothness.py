@@ -1,4 +1,4 @@
-"""Whether a model is smooth enough for the exact penalty to train it, and if not, why."""
+"""Tests whether a model is smooth enough for the exact penalty, and says why not."""
 
 import concurrent.futures
 import warnings
@@ -12,7 +12,7 @@ from keras_gradtools import backend
 from keras_gradtools.backend import state
 from keras_gradtools.tape import GradientTape
 
-# Layers and operations with kinks wherever their parameters put them.
+# Layers whose kinks depend on their weights or inputs.
 _KINKED_LAYERS = (
     "PReLU",
     "Maximum",
@@ -27,7 +27,8 @@ _KINKED_LAYERS = (
     "AdaptiveMaxPooling2D",
     "AdaptiveMaxPooling3D",
 )
-# Operations of a functional model that are not elementwise; those that are get measured.
+# Operations of a functional model with kinks that are not elementwise functions of one tensor. The elementwise ones
+# are measured instead.
 _KINKED_OPERATIONS = {
     "AdaptiveMaxPool",
     "Amax",
@@ -49,17 +50,18 @@ _KINKED_OPERATIONS = {
     "Sparsemax",
     "TopK",
 }
-# Activations that are layers, and depend on their parameters.
+# Activation layers that have kinks only for some of their parameters.
 _ACTIVATION_LAYERS = ("ReLU", "LeakyReLU", "ELU")
-# Keras' own layers that run code of somebody else.
+# Layers of Keras that run foreign code.
 _FOREIGN_LAYERS = ("Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer")
 
 
 def reasons_against_exact(model):
-    """Why the exact penalty would train `model` badly or not at all: texts, none where nothing speaks against it.
+    """The reasons why the exact penalty would train `model` badly or not at all. Empty if there are none.
 
-    Activations are looked at wherever a layer has them as an attribute, and as operations of a functional model; what
-    the `call` of a layer does by itself is not seen. Second derivatives are tried out where layers are not Keras' own.
+    Activations are examined if they are attributes of a layer or operations of a functional model. Other operations in
+    the `call` of a layer are not seen. The second derivative is computed as a test only if some layers are not Keras'
+    own.
     """
     layers = state.layers_of(model)
     found = [(layer.name, kink) for layer in layers if (kink := _kink(layer))]
@@ -84,7 +86,7 @@ def _summed_up(found):
 
 
 def _kink(layer):
-    """In what way `layer` is not smooth; empty if it is."""
+    """Says in what way `layer` is not smooth. Empty if it is smooth."""
     kind = type(layer).__name__
     if isinstance(layer, _classes(_KINKED_LAYERS)):
         return f"is {kind!r}"
@@ -97,21 +99,21 @@ def _kink(layer):
 
 
 def _classes(names):
-    # Some are not in every supported Keras.
+    # Not every supported version of Keras has all of them.
     return tuple(getattr(keras.layers, name) for name in names if hasattr(keras.layers, name))
 
 
 def has_kink(activation):
     """Whether the slope of an elementwise function or layer jumps somewhere between -8 and 8.
 
-    At a kink, second differences shrink as the spacing does, elsewhere as its square. What cannot be called on one
-    column of numbers is taken for smooth.
+    At a kink, second differences shrink linearly with the spacing, elsewhere quadratically. A function that cannot be
+    called on one column of numbers counts as smooth.
     """
     return _remembered(_measured_kink, activation)
 
 
 def _measured_kink(activation):
-    # Not the layer itself, which casts to its own precision.
+    # `call` instead of the layer itself, which would cast to its own precision.
     fun = getattr(activation, "call", activation)
     x = np.linspace(-8, 8, 513, dtype="float32")
     try:
@@ -128,7 +130,7 @@ _memory: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _remembered(judge, subject):
-    """`judge(subject)`, found out once for each subject: trained on, a model does not change in these respects."""
+    """`judge(subject)`, cached for each subject, since training does not change the result."""
     try:
         known = _memory.setdefault(subject, {})
     except TypeError:
@@ -139,7 +141,7 @@ def _remembered(judge, subject):
 
 
 def _apart(judge, subject):
-    """Runs on a thread of its own: eagerly, whatever is traced or recorded around it, and without its warnings."""
+    """`judge(subject)` on a separate thread: eagerly, outside of any active trace or tape, with warnings ignored."""
     with warnings.catch_warnings(action="ignore"), concurrent.futures.ThreadPoolExecutor(1) as executor:
         return executor.submit(judge, subject).result()
 
@@ -151,9 +153,9 @@ def _is_foreign(layer):
 
 
 def _missing_second_derivative(model):
-    """The error of a second derivative where a first one exists; empty without one, or where it cannot be tried."""
+    """The error of the second derivative if the first one exists. Empty if there is no error or it cannot be tried."""
     try:
-        # A sequential model keeps its inputs in the functional one that it is made of.
+        # A sequential model has its inputs in its internal functional model.
         inputs = keras.tree.map_structure(_example, getattr(model, "_functional", model).input)
         watched = [x for x in keras.tree.flatten(inputs) if keras.backend.is_float_dtype(x.dtype)]
     except Exception:
@@ -174,9 +176,9 @@ def _missing_second_derivative(model):
 
 
 def _error_of(fun):
-    """The error of `fun()`, mostly found without computing anything; None if there is none."""
+    """The error of `fun()`, or None. It is usually found without computing anything."""
     try:
-        # Run eagerly, each operation of a model would be compiled for itself on JAX, which takes a minute.
+        # An eager run on JAX would compile each operation of the model separately, which takes a minute.
         backend.tried(fun)
     except Exception as error:
         if not backend.depends_on_values(error):
@@ -197,7 +199,7 @@ def _example(tensor):
 
 
 def _gradient_size(model, inputs, watched):
-    """The squared norm of the gradient of the outputs' squares by the inputs."""
+    """The squared norm of the gradient of the sum of squared outputs with respect to the inputs."""
     scope = state.StateScope()
     with scope, scope, GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(watched)

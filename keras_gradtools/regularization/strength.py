@@ -1,4 +1,4 @@
-"""How much a penalty counts, and at which training steps."""
+"""The weight of a penalty, and the training steps at which it is applied."""
 
 import math
 import typing
@@ -10,7 +10,7 @@ from keras_gradtools import validation
 
 
 class Applied(typing.NamedTuple):
-    """A penalty in training: what to add to the loss, and what to log, which counts only where it `is_due`."""
+    """A penalty in a training step: what to add to the loss, and the values to log, which count only if `is_due`."""
 
     weighted: typing.Any
     penalty: typing.Any
@@ -19,7 +19,7 @@ class Applied(typing.NamedTuple):
 
 
 class Strength:
-    """A weight, a number or a schedule of the training steps; and after how many steps it is due again.
+    """The weight of a penalty, a number or a schedule, which is applied at every `every`-th training step.
 
     `owner` is the name of the public class, for error messages.
     """
@@ -44,7 +44,7 @@ class Strength:
 
     @property
     def is_zero(self):
-        """Whether nothing is to be trained."""
+        """Whether the penalty is only measured, not trained."""
         return not self.is_schedule and self.weight == 0
 
     def at(self, steps):
@@ -52,7 +52,10 @@ class Strength:
         return self.weight(steps) if self.is_schedule else self.weight
 
     def apply(self, measured, steps, training, dtype):
-        """Weighs what `measured() -> (penalty, norm)` gives in `dtype`; it is not computed where it is not due."""
+        """The `Applied` penalty. `measured() -> (penalty, norm)`, in `dtype`, is computed only at steps that are due.
+
+        In training, the weight is multiplied by `every`.
+        """
         if not training or self.every == 1:
             penalty, norm = measured()
             return Applied(self._weighted(penalty, steps, 1), penalty, norm, ops.ones((), dtype))
@@ -75,7 +78,7 @@ class Strength:
         if not validation.is_number(weight) or not math.isfinite(weight) or weight < 0:
             raise ValueError(
                 f"{self.owner} expects a finite number of 0 or more as `weight`, or a "
-                f"keras.optimizers.schedules.LearningRateSchedule. Received: weight={validation.describe(weight)}. Try "
-                "0.1, and raise it until the clean accuracy suffers."
+                f"keras.optimizers.schedules.LearningRateSchedule. Received: weight={validation.describe(weight)}. "
+                "Start with 0.1, and raise it until the clean accuracy drops."
             )
         return float(weight)

@@ -1,4 +1,4 @@
-"""What can be differentiated by the inputs: the loss, all outputs, or a number of one's own for each example."""
+"""The targets that a penalty differentiates: the loss, all outputs, or a custom number for each example."""
 
 import dataclasses
 import math
@@ -11,19 +11,19 @@ from keras_gradtools.backend import example_losses
 from keras_gradtools.regularization.gradient_norms import at_least_single
 from keras_gradtools.regularization.masks import without_padding
 
-# The number of projections that stands for all outputs, each by itself.
+# The value of `projections` that stands for all outputs without projection.
 ALL = -1
 
 
 class Target:
-    """What all targets share.
+    """The base class of targets.
 
-    `pull(call)` is the gradient of each example's target by its inputs, None where nothing is connected; `parts()` are
-    what finite differences are taken of, targets themselves, each a number for each example.
+    `pull(call)` is the gradient of each example's target with respect to its inputs, None for unconnected ones.
+    `parts()` are the targets that finite differences are taken of, each with one number for each example.
     """
 
     def recomputed(self):
-        """The same target for another call, of which nothing is known."""
+        """The same target for another call, without values cached from the first one."""
         return self
 
     def pull(self, call):
@@ -34,19 +34,19 @@ class Target:
         return [self]
 
     def each(self, outputs):
-        """A number for each example, of shape `(batch,)`."""
+        """The target of each example as a function of the outputs, of shape `(batch,)`."""
         raise NotImplementedError
 
     def recorded(self, call):
-        """The same of the outputs of a call, recorded with it."""
+        """`each` for the outputs of a call, recorded on its tape."""
         return call.recorded(lambda: self.each(call.outputs))
 
 
 class LossTarget(Target):
     """The compiled loss, as the sum of the losses of its examples.
 
-    What is known of the recorded call already, without sample weights, is not computed again: `total`, or `losses`,
-    those of the examples.
+    `total` and `losses` (of the examples), both without sample weights, may be set to values that are already recorded
+    with the call, so that they are not computed again.
     """
 
     def __init__(self, owner, compile_loss, y):
@@ -60,7 +60,7 @@ class LossTarget(Target):
         loss = self.total
         if loss is None:
             loss = call.recorded(lambda: example_losses.total_loss(self._compile_loss, self._y, call.outputs))
-        # The factor goes in before the pullback: in half precision, the gradients of a mean may underflow.
+        # The factor is applied to the cotangent, because in half precision the gradients of a mean may underflow.
         factor = example_losses.off_replica(ops.cast(call.batch_size, loss.dtype))
         return call.pull([loss], [ops.broadcast_to(factor, ops.shape(loss))])
 
@@ -79,7 +79,7 @@ class LossTarget(Target):
 
 
 class FunctionTarget(Target):
-    """A function of the labels and the outputs, or of the outputs alone, that gives one number for each example."""
+    """A function of the labels and the outputs, or only of the outputs, that returns one number for each example."""
 
     def __init__(self, owner, fun, *arguments):
         self._owner, self._fun, self._arguments = owner, fun, arguments
@@ -91,23 +91,22 @@ class FunctionTarget(Target):
         if not ops.is_tensor(values) or len(values.shape) != 1:
             raise ValueError(
                 f"The function given to {self._owner} as `target` must return one number for each example, of shape "
-                f"(batch,). Received: {validation.describe(values)}. Do not reduce over the batch axis, and reduce "
-                "over the others."
+                f"(batch,). Received: {validation.describe(values)}. Reduce over all axes except the batch axis."
             )
         return values
 
 
 class OutputsTarget(Target):
-    r"""All outputs, whose gradients are the rows of the Jacobian; or random mixtures of them.
+    r"""All outputs, whose gradients are the rows of the Jacobian, or random projections of them.
 
-    A mixture is $v \cdot y_i$, with $v$ uniform on the unit sphere in the space of the $C$ outputs of one example.
-    With the factor $\sqrt{C / P}$, the squares of the gradients of $P$ mixtures add up to
-    $\lVert J_i \rVert_F^2$ in the mean.
+    A projection is $v \cdot y_i$, with $v$ uniform on the unit sphere in the space of the $C$ outputs of one example.
+    With the factor $\sqrt{C / P}$, the expected sum of the squared gradient norms of $P$ projections is
+    $\lVert J_i \rVert_F^2$.
     """
 
     def __init__(self, outputs, projections, seed):
         self._outputs = float_outputs(outputs)
-        # Drawn here and not where they are used, which may be a branch that is traced by itself.
+        # Drawn here, because the place where they are used may be a branch that is traced separately.
         self._mixtures = None if projections == ALL else _mixtures(self._outputs, projections, seed)
 
     def pull(self, call):
@@ -128,7 +127,7 @@ class OutputsTarget(Target):
 
 @dataclasses.dataclass
 class _Element(Target):
-    """One element of one output."""
+    """One element of one output, as a target."""
 
     place: int
     element: int
@@ -140,7 +139,7 @@ class _Element(Target):
 
 @dataclasses.dataclass
 class _Mixture(Target):
-    """A weighted sum of all elements of all outputs."""
+    """A weighted sum of all elements of all outputs, as a target."""
 
     scale: float
     weights: list
@@ -151,9 +150,9 @@ class _Mixture(Target):
 
 
 def _mixtures(outputs, count, seed):
-    """The factor, and for each output the weights of `count` mixtures, of shape `(count, batch, ...)`."""
+    """The factor, and the weights of `count` projections for each output, of shape `(count, batch, ...)`."""
     sizes = [math.prod(y.shape[1:]) for y in outputs]
-    # One draw for all outputs: several with an integer seed would be the same numbers.
+    # One draw for all outputs, because several draws with the same integer seed would give equal numbers.
     drawn = keras.random.normal((count, ops.shape(outputs[0])[0], sum(sizes)), seed=seed)
     units = drawn / ops.sqrt(ops.sum(ops.square(drawn), axis=2, keepdims=True))
     stacks, start = [], 0
@@ -165,7 +164,7 @@ def _mixtures(outputs, count, seed):
 
 
 def float_outputs(outputs):
-    """The outputs that have a derivative, flat, of shape `(batch, ...)`; zero where a mask calls them padding."""
+    """The list of floating-point outputs, of shape `(batch, ...)`, set to zero where they are masked."""
     return [
         without_padding(y) for y in nesting.flatten(outputs) if keras.backend.is_float_dtype(validation.dtype_of(y))
     ]

@@ -159,7 +159,7 @@ class TestShown:
         pyplot.close(kg.plots.plot_robustness(report(max_epsilon=0.01)))
 
     @pytest.mark.parametrize(
-        ("given", "match"), [(3, "what kg.attacks.robustness_report returns"), ("none", "on none")]
+        ("given", "match"), [(3, "a report from kg.attacks.robustness_report"), ("none", "on none")]
     )
     def test_refused(self, given, match):
         given = report(x=X[~RIGHT], y=Y[~RIGHT]) if given == "none" else given

@@ -461,8 +461,8 @@ def test_copies(weight, options, tmp_path):
         (lambda: linear(-1.0), "Received: weight=-1.0"),
         (lambda: linear(norm=3), "Received: norm=3"),
         (lambda: linear(every=0), "Received: every=0"),
-        (lambda: linear(method="random_projection", norm=1), "Random projections estimate the squared l2 norm alone"),
-        (lambda: linear(target=sum_of_squares, method="random_projection"), "there is nothing to project"),
+        (lambda: linear(method="random_projection", norm=1), "Random projections estimate only the squared l2 norm"),
+        (lambda: linear(target=sum_of_squares, method="random_projection"), "This target has one number"),
         (lambda: linear(target=lambda y: y)(X, training=True), "must return one number for each example"),
         (
             lambda: InputGradientPenalty(layers.Embedding(3, 2), 0.1)(np.ones((N, 2), "int32"), training=True),

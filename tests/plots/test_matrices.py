@@ -84,7 +84,7 @@ def test_every_patch_is_in_its_place(ax, shape, patch_axes, patch, pad):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plots.imshow_zero_center(np.ones(3)), "of shape (height, width), no axis of which is empty. Received"),
+        (lambda: plots.imshow_zero_center(np.ones(3)), "of shape (height, width), without empty axes. Received"),
         (lambda: plots.imshow_zero_center(np.ones((0, 3))), "a ndarray of dtype float64 and shape (0, 3)"),
         (lambda: plots.imshow_zero_center(np.ones((2, 2), "complex64")), "expects real numbers"),
         (lambda: plots.imshow_zero_center([["a"]]), "expects real numbers"),
@@ -129,8 +129,8 @@ def test_jacobians_on_a_figure_and_with_a_limit():
 @pytest.mark.parametrize(
     ("jacobians", "match"),
     [
-        ({}, "an empty one"),
-        ([np.ones((2, 3, 3))], "by title. Received: .*builtins.list"),
+        ({}, "an empty dict"),
+        ([np.ones((2, 3, 3))], "from titles to Jacobians. Received: .*builtins.list"),
         ({"a": np.ones((2, 2))}, "expects real"),
     ],
     ids=["empty", "list", "matrix"],

@@ -112,7 +112,7 @@ def test_gradient_flow(ax, monitors, kind):
 def test_gradient_flow_of_other_quantities(ax, monitors):
     _, monitor, _ = monitors
     plots.plot_gradient_flow(monitor, ax, "dead_units")
-    assert ax.get_yscale() == "linear" and ax.get_ylabel() == "share of dead units"
+    assert ax.get_yscale() == "linear" and ax.get_ylabel() == "fraction of dead units"
     assert [t.get_text() for t in ax.get_xticklabels()] == ["first", "second"]
     other = plots.plot_gradient_flow(monitor, pyplot.figure().gca(), "update_to_weight_ratio")
     assert "update" in other.get_ylabel()
@@ -133,11 +133,11 @@ def test_a_layer_that_was_measured_later(ax):
 @pytest.mark.parametrize(
     ("layers", "options", "match"),
     [
-        ({}, {}, "has 'gradient_norm' of them"),
-        ({"loss": 1.0}, {}, "has 'gradient_norm' of them"),
-        ({"gradient_norm": [1.0]}, {}, "has 'gradient_norm' of them"),
+        ({}, {}, "with 'gradient_norm' by layer"),
+        ({"loss": 1.0}, {}, "with 'gradient_norm' by layer"),
+        ({"gradient_norm": [1.0]}, {}, "with 'gradient_norm' by layer"),
         (3, {}, "Received: 3"),
-        (kg.callbacks.GradientMonitor((np.ones((2, 1)), np.ones((2, 1)))), {}, "has 'gradient_norm' of them"),
+        (kg.callbacks.GradientMonitor((np.ones((2, 1)), np.ones((2, 1)))), {}, "with 'gradient_norm' by layer"),
         ({"a": [1.0]}, {"quantity": "loss"}, "as `quantity`"),
     ],
     ids=["empty", "numbers", "no layers", "int", "unused", "quantity"],

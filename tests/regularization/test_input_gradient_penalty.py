@@ -920,9 +920,9 @@ def test_the_first_random_number_of_a_process_may_be_ours():
         ({"method": None}, "expects 'auto', 'exact', 'finite_difference' or 'random_projection' as `method`."),
         (
             {"method": "random_projection", "target": score},
-            "with one number for each example there is nothing to project",
+            "This target has one number for each example",
         ),
-        ({"method": "random_projection"}, "where `target` is not 'outputs' as `method`. Received: method="),
+        ({"method": "random_projection"}, "if `target` is not 'outputs' as `method`. Received: method="),
         ({"projections": 0}, "expects a positive integer, or -1 for all outputs, as `projections`. Received: "),
         ({"projections": -2}, "Received: projections=-2 (of type"),
         ({"projections": 1.0}, "Received: projections=1.0 (of type"),
@@ -945,7 +945,7 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize("options", [{"norm": 1}, {"squared": False}, {"center": 1.0}], ids=str)
 @pytest.mark.parametrize("method", ["random_projection", "finite_difference"])
 def test_projections_are_refused_where_they_are_biased(method, options):
-    with pytest.raises(ValueError, match="estimate the squared l2 norm alone without bias") as error:
+    with pytest.raises(ValueError, match="estimate only the squared l2 norm without bias") as error:
         penalty_of(perceptron(), X.astype("float32"), target="outputs", method=method, **options)
     assert "Received: projections=1 (of type" in str(error.value)
 
