@@ -1,4 +1,4 @@
-"""Keras models that train with gradients of their own."""
+"""Keras models that wrap another model and change how it is trained."""
 
 from keras_gradtools.models.adversarial_training import AdversarialTraining
 from keras_gradtools.models.input_gradient_regularized import InputGradientRegularized

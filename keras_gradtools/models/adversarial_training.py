@@ -1,4 +1,4 @@
-"""Training on examples that are attacked first."""
+"""Adversarial training: every batch is attacked before it is trained on."""
 
 import threading
 from typing import Any
@@ -14,32 +14,35 @@ NAME = "AdversarialTraining"
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class AdversarialTraining(WrappedModel):
-    r"""Trains a model on attacked examples, $\min_\theta \frac1N \sum_i w_i \, \ell_i(x'_i)$ with $x'_i$ the attack's.
+    r"""Trains a model on attacked examples: $\min_\theta \frac1N \sum_i w_i \, \ell_i(x'_i)$.
 
-    It is compiled, fitted, evaluated, called, saved and exported as any other model; what is trained is the wrapped
-    model itself, `adversarial.model`. In every training step the batch is attacked with the weights of the moment, in
-    inference mode (dropout off, BatchNormalization by its moving statistics, which only the step itself updates); no
-    gradient goes through the attack. The loss and the metrics of training are those of the attacked examples;
-    `evaluate` and `val_...` are of the examples as they are.
+    $x'_i$ is the attacked version of example $x_i$, and $w_i$ its sample weight.
+
+    Compile, fit, evaluate, call, save and export it like any other model. It trains the wrapped model itself,
+    `adversarial.model`. Every training step attacks its batch with the current weights, in inference mode: dropout is
+    off, and BatchNormalization uses its moving statistics, which the attack does not update. No gradient flows through
+    the attack. The training loss and metrics are computed on the attacked examples. `evaluate` and the `val_...`
+    metrics use the original examples.
 
     Args:
-        model: a built `keras.Model` of one floating-point input, or of several inputs of which one is attacked. It is
-            shared, not copied.
+        model: A built `keras.Model` with one floating-point input, or with several inputs of which one is attacked. It
+            is shared, not copied.
         attack: `kg.attacks.FGSM`, `kg.attacks.PGD` or `kg.attacks.GaussianNoise` with its options, or any object with a
-            method `perturb(model, x, y, seed)` that returns the perturbed `x`. PGD trains on the end of one run by the
-            first of its losses.
-        seed: an integer for random starts and noise. Keras saves no state of seeds: a loaded model draws from the
-            start.
-        inputs: the name (key, or position) of the input to attack, where the model has several; the only floating-point
-            one by default. The others stay as they are.
-        **kwargs: the `name`, `trainable` and `dtype` of any `keras.Model`; `dtype` is the model's by default.
+            method `perturb(model, x, y, seed)` that returns the perturbed `x`. In training, PGD does a single run on
+            the first of its losses and uses the last point of that run.
+        seed: An integer that seeds random starts and noise. Keras does not save the states of seeds, so a loaded model
+            starts again from this seed.
+        inputs: Name, key or position of the input to attack if the model has several. Default: the only floating-point
+            input. The other inputs are not changed.
+        **kwargs: `name`, `trainable` and `dtype`, as for any `keras.Model`. `dtype` defaults to that of `model`.
 
     Raises:
-        ValueError: for a `model` that is not built or has several inputs to choose from, or an `attack` that is none;
-            in a step, if there are no labels. The weights stay as they were.
+        ValueError: If `model` is not built, if several inputs could be attacked and `inputs` does not say which, or if
+            `attack` has no `perturb` method. In a training step, if there are no labels. The weights do not change.
 
     Cost:
-        In units of a plain training step (3 forward passes): FGSM 5/3, PGD of n steps 1 + 2 n / 3, noise 1.
+        Relative to a plain training step (3 forward passes): 5/3 for FGSM, 1 + 2 n / 3 for PGD with n steps, 1 for
+        noise.
 
     Example:
 
@@ -120,6 +123,6 @@ class AdversarialTraining(WrappedModel):
 
 
 class _Step(threading.local):
-    """The step that runs on this thread: the replicas of a distribution strategy are threads."""
+    """The step that runs on this thread. The replicas of a distribution strategy run in threads."""
 
     labels: Any = None

@@ -1,4 +1,4 @@
-"""Training on the loss and on the size of its gradient by the inputs."""
+"""Training on the loss plus a penalty on its gradient with respect to the inputs."""
 
 import contextlib
 import functools
@@ -25,82 +25,88 @@ NAME = "InputGradientRegularized"
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class InputGradientRegularized(WrappedModel):
-    r"""Trains a model on its loss and on the size of the gradient by its inputs.
+    r"""Trains a model on its loss plus a penalty on the norm of the gradient with respect to its inputs.
 
     $$\text{loss} + \text{weight} \cdot \frac1N \sum_i w_i \, \text{pen}(g_i),
       \qquad g_i = \frac{\partial \ell_i}{\partial x_i}, \qquad
       \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl| \lVert g \rVert - \text{center} \bigr|$$
 
-    where $x_i$ is one example, $\ell_i$ its contribution to the compiled loss without sample weights, such that this
-    loss is $\frac1N \sum_i \ell_i$ (whatever its reduction, its weights and masks are), and $w_i$ its sample weight, 1
-    if there is none. There is no other factor: no 1/2, no division by the size of the input. A model trained so changes
-    its mind less under small changes of its input.
+    where $x_i$ is one example and $w_i$ its sample weight (1 if there are none). $\ell_i$ is its contribution to the
+    compiled loss without sample weights: that loss is $\frac1N \sum_i \ell_i$, whatever its reduction, loss weights
+    and masks. There is no other factor: no 1/2, and no division by the size of the input. The penalty makes the
+    outputs less sensitive to small changes of the input.
 
-    It is compiled, fitted, evaluated, called, saved and exported as any other model. `input_gradient_penalty` in the
-    progress bar, in the `History` and in the result of `evaluate` is the mean above, without `weight`;
-    `input_gradient_norm` is the mean of $\lVert g_i \rVert$; `loss` and `val_loss` include the weighted penalty. What
-    is trained is the wrapped model itself, `regularized.model`.
+    Compile, fit, evaluate, call, save and export it like any other model. It trains the wrapped model itself,
+    `regularized.model`. The progress bar, the `History` and the result of `evaluate` contain `input_gradient_penalty`,
+    the mean above without `weight`, and `input_gradient_norm`, the mean of $\lVert g_i \rVert$. `loss` and `val_loss`
+    include the weighted penalty.
 
-    How the penalty is computed:
+    The methods:
 
-    - `"exact"`: by a second backward pass. It needs activations with a second derivative (softplus, gelu, silu, tanh):
-      with ReLU its value is right, but its own gradient misses how the kinks move, and trains much less robustness.
-    - `"finite_difference"`: by a second forward pass at $x + h d$, where $d$ is the direction, held constant, in which
-      $\ell_i$ grows most (for norm 2 the normalized gradient, for 1 its sign, for "inf" its sign at the largest
-      element); `squared` and `center` apply to $(\ell_i(x + h d) - \ell_i(x)) / h$. Both terms are differentiated, and
-      nothing is twice, so that it works with kinks, with layers that have no second derivative and with every compiler.
-      `step_size` is a setting of robustness, not only of precision: a larger one looks further. It sees dropout's same
-      mask in both passes. In half precision, steps below 0.01 give noise.
-    - `"random_projection"` (of the outputs): the squared norm of the Jacobian, estimated without bias by the gradients
-      of `projections` random mixtures of the outputs; differentiated as `"exact"` is.
-    - `"auto"`: finite differences where an activation has kinks (found by measuring it), a layer has no second
-      derivative, or `jit_compile=True` on torch, whose compiler cannot differentiate twice; else exact. `summary()`
-      says which, and why.
+    - `"exact"`: a second backward pass. It needs activations with a useful second derivative (softplus, gelu, silu,
+      tanh). With ReLU, the value of the penalty is correct, but its gradient misses how the kinks move, and training
+      gains much less robustness.
+    - `"finite_difference"`: a second forward pass at $x + h d$. The direction $d$, held constant, is the one in which
+      $\ell_i$ grows most: the normalized gradient for norm 2, its sign for norm 1, and for "inf" its sign at the
+      element of largest magnitude. `squared` and `center` apply to $(\ell_i(x + h d) - \ell_i(x)) / h$. Both terms are
+      differentiated, and nothing is differentiated twice. So it works with kinks, with layers that have no second
+      derivative, and with every compiler. `step_size` affects robustness, not only precision: a larger step looks
+      further away. Both passes use the same dropout mask. In half precision, steps below 0.01 give noise.
+    - `"random_projection"`, for `target="outputs"`: an unbiased estimate of the squared norm of the Jacobian, from the
+      gradients of `projections` random mixtures of the outputs. It is differentiated like `"exact"`.
+    - `"auto"`: finite differences if an activation has kinks (found by evaluating it), if a layer has no second
+      derivative, or with `jit_compile=True` on torch, whose compiler cannot differentiate twice. Otherwise `"exact"`.
+      `summary()` reports the choice and the reason.
 
-    What counts:
+    Details:
 
-    - Several inputs are penalized together, as one vector; integer ones among them are left out. `inputs` chooses.
-    - BatchNormalization in training mode mixes the examples of a batch: $g_i$ then is the gradient of the summed loss
-      by $x_i$. With `frozen_statistics=True` the gradient goes through the moving statistics instead, in one forward
-      pass more: each example then stands for itself, as it does in use. The statistics are updated once either way.
-    - Losses of `add_loss` are trained, but are no part of $\ell_i$.
-    - With several sample weights for one example (time steps, outputs), $w_i$ is their mean; padding is no part of it.
-    - Loops of your own that do not go through `train_step` or `test_step` train the plain loss: there,
-      `kg.regularization.input_gradient_penalty` gives the penalty.
+    - Several inputs are penalized together, as one vector. Integer inputs are left out. `inputs` selects the inputs.
+    - BatchNormalization in training mode mixes the examples of a batch, so $g_i$ is then the gradient of the summed
+      loss with respect to $x_i$. With `frozen_statistics=True`, the gradient is taken with the moving statistics
+      instead, at the cost of one more forward pass. Each example is then independent of the others, as in inference.
+      The statistics are updated once in both cases.
+    - Losses from `add_loss` are trained, but are not part of $\ell_i$.
+    - If an example has several sample weights (for time steps or outputs), $w_i$ is their mean, without padding.
+    - Custom training loops that do not call `train_step` or `test_step` train on the plain loss. Use
+      `kg.regularization.input_gradient_penalty` there.
 
     Args:
-        model: a built `keras.Model` with floating-point inputs of shape `(batch, ...)`. It is shared, not copied.
-        weight: how much the penalty counts, a number of 0 or more, or a
-            `keras.optimizers.schedules.LearningRateSchedule` of the training steps. With 0 it is measured, not trained.
-            After a change of the attribute `weight`, compile again.
-        target: what is differentiated: `"loss"`; `"outputs"`, so that $g_i$ is the Jacobian of all outputs and its
-            norm that of the matrix as one vector; or a function `(y, y_pred)` that returns one number for each example,
-            of shape `(batch,)`: a logit, a margin, the score of a critic.
-        norm: 1, 2 or `"inf"` (or `float("inf")`), the norm of the gradient. Its dual is the size of the attacks that it
-            answers: 1 is for l-infinity attacks, 2 for l2 attacks.
-        squared: whether the distance from `center` is squared.
-        center: the norm that costs nothing: 1 for WGAN-GP, 0 for R1.
-        method: `"auto"`, `"exact"`, `"finite_difference"` or `"random_projection"`, as above.
+        model: A built `keras.Model` with floating-point inputs of shape `(batch, ...)`. It is shared, not copied.
+        weight: Factor of the penalty: a number of 0 or more, or a
+            `keras.optimizers.schedules.LearningRateSchedule` of the training step. With 0, the penalty is only
+            measured. Compile again after you change the attribute `weight`.
+        target: What is differentiated. `"loss"`: the compiled loss. `"outputs"`: all outputs, so that $g_i$ is their
+            Jacobian, flattened to a vector for the norm. A function `(y, y_pred)`: one number for each example, of
+            shape `(batch,)`, for instance a logit, a margin or the score of a critic.
+        norm: 1, 2 or `"inf"` (or `float("inf")`), the norm of the gradient. It is dual to the norm of the attacks that
+            it defends against: 1 is for l-infinity attacks, 2 for l2 attacks.
+        squared: Whether the distance from `center` is squared.
+        center: The gradient norm at which the penalty is zero: 1 for WGAN-GP, 0 for R1.
+        method: `"auto"`, `"exact"`, `"finite_difference"` or `"random_projection"`, as described above.
         step_size: $h$, how far finite differences move an example, in units of the input.
-        projections: for `target="outputs"`, how many random mixtures of the outputs stand for all of them; -1 for all
-            themselves. `"exact"` takes all.
-        inputs: the names (keys, or positions) of the inputs to differentiate by; all floating-point ones by default.
-        frozen_statistics: as above.
-        every: train on the penalty at every `every`-th step only, with `every` times the weight (lazy regularization),
-            which saves its time at the others. The logs are means over those steps, 0 in an epoch without any;
-            `evaluate` always measures it.
-        seed: an integer for the projections. Keras saves no state of seeds: a loaded model draws from the start.
-        **kwargs: the `name`, `trainable` and `dtype` of any `keras.Model`; `dtype` is the model's by default.
+        projections: For `target="outputs"`, the number of random mixtures of the outputs. -1 takes every output
+            instead. `"exact"` always takes every output.
+        inputs: Names, keys or positions of the inputs to differentiate with respect to. Default: all floating-point
+            inputs.
+        frozen_statistics: Whether the gradient is taken with the moving statistics of BatchNormalization, as described
+            above.
+        every: Trains on the penalty at every `every`-th step only, with `every` times the weight (lazy
+            regularization), and skips its cost at the other steps. The logs are means over the steps with a penalty, 0
+            in an epoch without one. `evaluate` always measures the penalty.
+        seed: An integer that seeds the projections. Keras does not save the states of seeds, so a loaded model starts
+            again from this seed.
+        **kwargs: `name`, `trainable` and `dtype`, as for any `keras.Model`. `dtype` defaults to that of `model`.
 
     Raises:
-        ValueError: for a `model` that is not built, or options that do not fit (each is named); if no input is
-            floating-point; at `compile`, without a loss where one is needed, and for `jit_compile=True` where the
-            compiler of the backend cannot differentiate twice (torch) and the method needs it; in a step, for a target
-            or loss that does not return one number for each example. The weights stay as they were.
+        ValueError: If `model` is not built, if an option is invalid, or if no input is floating-point. In `compile`, if
+            a loss is needed and missing, or with `jit_compile=True` if the method needs second derivatives and the
+            compiler of the backend cannot differentiate twice (torch). In a step, if the target or the loss does not
+            return one number for each example. The weights do not change.
 
     Cost:
-        In units of a plain training step where computation dominates: `"exact"` 2 in theory (one forward and two
-        backward passes more), `"finite_difference"` 7/3; measured, by backend and model, in docs/benchmarks.md.
+        Relative to a plain training step, if computation dominates: 2 for `"exact"` in theory (one more forward pass
+        and two more backward passes), 7/3 for `"finite_difference"`. docs/benchmarks.md has measurements by backend
+        and model.
 
     Example:
 
@@ -122,7 +128,7 @@ class InputGradientRegularized(WrappedModel):
     (arXiv:1908.02729, 2019); Gulrajani et al., "Improved training of Wasserstein GANs" (arXiv:1704.00028, 2017);
     Mescheder, Geiger & Nowozin, "Which training methods for GANs do actually converge?" (arXiv:1801.04406, 2018) for
     R1; Karras et al., "Analyzing and improving the image quality of StyleGAN" (arXiv:1912.04958, 2020) for lazy
-    regularization. For the weights of these papers in ours, see docs/penalties.md.
+    regularization. docs/penalties.md converts the weights of these papers to `weight`.
     """
 
     def __init__(
@@ -153,7 +159,7 @@ class InputGradientRegularized(WrappedModel):
         self.penalty_tracker = keras.metrics.Mean(name="input_gradient_penalty")
         self.norm_tracker = keras.metrics.Mean(name="input_gradient_norm")
         self._penalty, self._strength = penalty, strength
-        # Made only where they are needed: other wrappers have the weights of their model, and no more.
+        # Created only if needed, so that otherwise the wrapper has exactly the variables of its model.
         self._steps: Any = None
         if strength.depends_on_step:
             self._steps = self.add_weight(name="steps", shape=(), dtype="int32", initializer="zeros", trainable=False)
@@ -165,7 +171,7 @@ class InputGradientRegularized(WrappedModel):
 
     @property
     def weight(self):
-        """How much the penalty counts: a number, or a schedule."""
+        """The factor of the penalty: a number or a schedule."""
         return self._strength.weight
 
     @weight.setter
@@ -173,15 +179,15 @@ class InputGradientRegularized(WrappedModel):
         strength = Strength(NAME, weight, self._strength.every)
         if strength.depends_on_step and self._steps is None:
             raise ValueError(
-                f"{NAME} counts training steps only where it was made with a schedule or with `every`. Received: "
-                f"weight={validation.describe(weight)}. Wrap the model once more: "
+                f"{NAME} counts training steps only if it was created with a schedule or with `every` above 1. "
+                f"Received: weight={validation.describe(weight)}. Wrap the model again: "
                 f"`{NAME}(regularized.model, weight)`."
             )
         self._strength = strength
 
     @property
     def method(self):
-        """The method in use, `"auto"` having been settled."""
+        """The method in use, with `"auto"` resolved."""
         return self._settled().method
 
     @WrappedModel.jit_compile.setter
@@ -195,13 +201,13 @@ class InputGradientRegularized(WrappedModel):
     def compile(self, optimizer="rmsprop", loss=None, *args, **kwargs):
         if loss is None and self._penalty.target == "loss":
             raise ValueError(
-                f"{NAME} penalizes the gradient of the compiled loss, and none was compiled. Received: loss=None. Pass "
-                "a loss to `compile`, or another `target`."
+                f"{NAME} penalizes the gradient of the compiled loss and expects a `loss`. Received: loss=None. Pass "
+                "a loss to `compile`, or create it with another `target`."
             )
         super().compile(optimizer, loss, *args, **kwargs)
 
     def compile_from_config(self, config):
-        """As Keras does it for a model whose `compile` is its own."""
+        """Does what Keras does for a model that does not override `compile`."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
@@ -211,7 +217,7 @@ class InputGradientRegularized(WrappedModel):
         return self._choice
 
     def summary(self, *args, **kwargs):
-        """Prints a summary as `keras.Model.summary` does, and how the penalty is computed, and why."""
+        """Prints the summary of `keras.Model.summary`, and which penalty method is used and why."""
         super().summary(*args, **kwargs)
         bound = inspect.signature(keras.Model.summary).bind(self, *args, **kwargs)
         (bound.arguments.get("print_fn") or print)(
@@ -237,7 +243,7 @@ class InputGradientRegularized(WrappedModel):
 
     @contextlib.contextmanager
     def _recording(self):
-        """The time of one step, in which calls are recorded: `predict` and plain calls keep nothing."""
+        """A context for one training or test step, which records calls. `predict` and plain calls record nothing."""
         self._step.recording = True
         try:
             yield
@@ -263,7 +269,7 @@ class InputGradientRegularized(WrappedModel):
         if not is_of_loss or sample_weight is not None or self.losses:
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         elif self._settled().method == "finite_difference" and not self._compile_loss.metrics:
-            # The loss that is trained is the one to differentiate, and Keras tracks no part of it.
+            # The trained loss is the one to differentiate, and Keras tracks no separate loss for each output.
             target.losses = target.recorded(record)
             loss = example_losses.on_replica(ops.mean(target.losses))
         else:
@@ -280,7 +286,7 @@ class InputGradientRegularized(WrappedModel):
         return FunctionTarget(NAME, self._penalty.target, as_tensors(y))
 
     def _measure(self, record, target, sample_weight, dtype, training):
-        """The weighted penalty, a mean over the examples; what is logged goes to the trackers."""
+        """Returns the weighted penalty, a mean over the examples, or None if the weight is 0. Updates the trackers."""
         dtype = keras.backend.result_type(dtype, "float32")
 
         def measured():
@@ -305,8 +311,9 @@ class InputGradientRegularized(WrappedModel):
         if record is None or [id(t) for t in given] != [id(t) for t in keras.tree.flatten(record.outputs)]:
             raise ValueError(
                 f"{NAME}.compute_loss expects the very `y_pred` that the last call of the model in this step returned, "
-                f"once. Received: {', '.join(validation.describe(t) for t in given)}, computed otherwise. Do what "
-                "comes after the model's output inside the wrapped model, or in the loss."
+                f"and only one call of compute_loss for it. Received: "
+                f"{', '.join(validation.describe(t) for t in given)}, computed in another way. Apply what follows the "
+                "model's output inside the wrapped model, or in the loss."
             )
         return record
 
@@ -325,14 +332,14 @@ class InputGradientRegularized(WrappedModel):
 
 
 class _Step(threading.local):
-    """The step that runs on this thread: the replicas of a distribution strategy are threads."""
+    """The step that runs on this thread. The replicas of a distribution strategy run in threads."""
 
     recording = False
     record: RecordedCall | None = None
 
 
 class _DrownedLoss(keras.callbacks.Callback):
-    """Warns, once for a `fit`, where the penalty leaves the loss no weight."""
+    """Warns after the first epoch of `fit` if the weighted penalty is more than `MOST` times the rest of the loss."""
 
     MOST = 10
 
@@ -348,8 +355,8 @@ class _DrownedLoss(keras.callbacks.Callback):
         rest = abs(logs["loss"] - penalty)
         if penalty > self.MOST * rest:
             warnings.warn(
-                f"The input-gradient penalty drowns the loss: in this epoch, weight * penalty was {penalty:.3g} beside "
-                f"a loss of {rest:.3g}. Received: weight={model.weight!r}. A smaller weight leaves the loss something "
-                "to train.",
+                f"The input-gradient penalty dominates the loss: in this epoch, weight * penalty was {penalty:.3g}, "
+                f"and the rest of the loss {rest:.3g}. Received: weight={model.weight!r}. Use a smaller weight, so that "
+                "the loss itself is trained, too.",
                 stacklevel=2,
             )

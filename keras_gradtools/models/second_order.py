@@ -1,4 +1,4 @@
-"""Training by second-order methods in `fit`."""
+"""Second-order training with `fit`."""
 
 import functools
 import warnings
@@ -20,37 +20,39 @@ NAME = "SecondOrder"
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class SecondOrder(WrappedModel):
-    r"""Trains a model by a second-order method, $\theta \leftarrow \theta - (B + \lambda I)^{-1} g$, in ordinary `fit`.
+    r"""Trains a model with a second-order method, $\theta \leftarrow \theta - (B + \lambda I)^{-1} g$, in plain `fit`.
 
-    It is compiled with one of `kg.optimizers`, fitted, evaluated, saved and exported as any other model; what is
-    trained is the wrapped model itself, `trainer.model`. Every batch is one step: loss, gradient $g$, curvature $B$ and
-    the loss after the step are all of this batch, in the same mode, with the same dropout. Batches should be large, or
-    all of the data.
+    Compile it with one of `kg.optimizers`. Fit, evaluate, save and export it like any other model. It trains the
+    wrapped model itself, `trainer.model`. Every batch is one step: the loss, the gradient $g$, the curvature $B$ and
+    the loss after the step are all computed on this batch, in the same mode and with the same dropout masks. Batches
+    should be large, or contain all of the data.
 
-    A step is taken only if it lowers the loss of its batch. If it does not, the damping $\lambda$ is raised by 2, 4, 8,
-    ..., and the equation solved anew, up to `max_attempts` of the optimizer; then the weights stay as they are. After a
-    step, with $\rho$ the decrease of the loss over what the quadratic model predicted, $\lambda$ is multiplied by
-    $\max(\frac13, 1 - (2 \rho - 1)^3)$. Where rounding hides the difference of two losses, it is taken from the
-    gradients at both ends, so that training goes on to where the gradient itself is rounding. NaN or infinity in loss,
-    gradient or curvature end the step with the weights as they were, and a warning.
+    A step is taken only if it lowers the loss of its batch. If it does not, the damping $\lambda$ is multiplied by 2,
+    4, 8, ... and the equation is solved again, up to the `max_attempts` of the optimizer. If no attempt lowers the
+    loss, the weights do not change. After a step, $\lambda$ is multiplied by $\max(\frac13, 1 - (2 \rho - 1)^3)$, where
+    $\rho$ is the decrease of the loss over the decrease that the quadratic model predicted. If rounding hides the
+    difference of the two losses, the decrease is computed from the gradients before and after the step, so that
+    training can continue until the gradient itself is rounding noise. If the loss, the gradient or the curvature has
+    NaN or infinity, the step ends with a warning and the weights do not change.
 
-    The logs have, besides loss and metrics before the step: `damping`, `step_length`, `ratio` ($\rho$, NaN without a
-    step), `gradient_norm`, `cg_iterations`, `step_reason` (0 accepted, 1 rejected, 2 the gradient is zero to rounding,
-    3 not finite), each of the last batch. `trainer.last_step` has them all, and in words.
+    The logs contain the loss and the metrics before the step. They also contain, for the last batch: `damping` (of the
+    next step), `step_length`, `ratio` ($\rho$, NaN if no step was taken), `gradient_norm`, `cg_iterations` and
+    `step_reason` (0 accepted, 1 rejected, 2 the gradient is zero to rounding, 3 not finite). `trainer.last_step` has
+    all of these, and a message.
 
     Args:
-        model: a built `keras.Model`. It is shared, not copied.
-        training: whether the model is called as in training: with dropout, of one mask for each step, and
-            BatchNormalization by the batch, whose statistics each step updates once.
-        **kwargs: the `name`, `trainable` and `dtype` of any `keras.Model`; `dtype` is the model's by default.
+        model: A built `keras.Model`. It is shared, not copied.
+        training: Whether the model is called in training mode: dropout is on, with one mask for each step, and
+            BatchNormalization uses the statistics of the batch and updates its moving statistics once for each step.
+        **kwargs: `name`, `trainable` and `dtype`, as for any `keras.Model`. `dtype` defaults to that of `model`.
 
     Raises:
-        ValueError: for a `model` that is not built or computes in float16; in `compile`, for an optimizer of first
-            order; in `fit`, without labels, for data that are not finite, for a model that does not compute the same
-            twice, and for batches too small for a method that forms a matrix.
+        ValueError: If `model` is not built or computes in float16. In `compile`, for a first-order optimizer. In `fit`,
+            if there are no labels, if the data have NaN or infinity, if the model returns different values for the same
+            input, or if a batch is too small for a method that forms a matrix.
 
     Cost:
-        That of the optimizer. A step decides in Python, and what it computes is compiled on TensorFlow and JAX.
+        That of the optimizer. A step is controlled from Python. Its computations are compiled on TensorFlow and JAX.
 
     Example:
 
@@ -85,15 +87,15 @@ class SecondOrder(WrappedModel):
 
     @property
     def last_step(self):
-        """What the last step came to, a `kg.curvature.NewtonStepResult`; None before the first one."""
+        """The result of the last step, a `kg.curvature.NewtonStepResult`. None before the first step."""
         return self._last.result
 
     @functools.wraps(keras.Model.compile)
     def compile(self, optimizer=None, *args, **kwargs):
         if not isinstance(optimizer, SecondOrderOptimizer):
             raise ValueError(
-                f"{NAME} trains by a second-order optimizer, such as keras_gradtools.optimizers.LevenbergMarquardt(). "
-                f"Received: optimizer={validation.describe(optimizer)}. Optimizers of first order train "
+                f"{NAME} expects a second-order optimizer, such as keras_gradtools.optimizers.LevenbergMarquardt(). "
+                f"Received: optimizer={validation.describe(optimizer)}. To use a first-order optimizer, train "
                 "`trainer.model` itself."
             )
         optimizer.has_trainer = True
@@ -101,13 +103,13 @@ class SecondOrder(WrappedModel):
         self._problem, self._has_warned = None, False
 
     def compile_from_config(self, config):
-        """As Keras does it for a model whose `compile` is its own."""
+        """Does what Keras does for a model that does not override `compile`."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
     def make_train_function(self, force=False):
         if not self.optimizer.built:
-            # On TensorFlow, Keras leaves it to the training step, which is another one here.
+            # On TensorFlow, Keras leaves this to its own training step, which is replaced here.
             self.optimizer.build(self.trainable_variables)
         if force or self.train_function is None:  # type: ignore[has-type]
             self.train_function = backend.train_function(self, self._step_on)
@@ -117,10 +119,10 @@ class SecondOrder(WrappedModel):
         return self._forward(inputs, training)
 
     def _step_on(self, batch):
-        """One step; returns the logs."""
+        """Takes one step and returns the logs."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         if y is None:
-            raise ValueError(f"{NAME} trains on labels. Received: data without any.")
+            raise ValueError(f"{NAME} trains on labels. Received: data without labels. Pass `y` to `fit`.")
         batch = nesting.map_structure(_tensor, (x, y, sample_weight))
         if self._problem is None:
             self._problem = _Problem(self, batch, self._training)
@@ -175,27 +177,27 @@ class SecondOrder(WrappedModel):
 
 
 class _LastStep:
-    """Out of the way of Keras, which tracks what is in a tuple."""
+    """Hides the result from Keras, which would track a tuple that is an attribute of a model."""
 
     result: NewtonStepResult | None = None
 
 
 class _Problem:
-    """The function that a compiled `SecondOrder` minimizes, and how its metrics are measured."""
+    """The function that a compiled `SecondOrder` minimizes, and the update of its metrics."""
 
     def __init__(self, trainer, batch, training):
         self._trainer, self._training = trainer, training
         cls = trainer.optimizer.operator_class()
         self.operator = cls(trainer, None, [batch], training=training, verbose=0)
         self.equations = NormalEquations(self.operator)
-        # Otherwise, the loss is all that there is to tell.
+        # Without these, only the loss is logged, and no forward pass is needed for the metrics.
         self._needs_outputs = len(trainer.metrics) > 1 or (training and bool(state_variables(trainer.model)))
         self._measure = backend.jit(self._update)
 
     def measured(self, loss, batch):
-        """The logs of a batch; metrics, the statistics of normalization and seeds are updated."""
+        """Returns the logs of a batch. Updates metrics, normalization statistics and seeds."""
         trainer = self._trainer
-        # A number of the dtype that it is tracked in, for one program whatever it is.
+        # Cast to the dtype of the tracker, so that one program serves every value.
         loss = np.asarray(loss, "float32")
         backend.replica_results(
             lambda part: self._measure(ops.convert_to_tensor(loss), *part), batch, trainer.trainable_variables[0]

@@ -1,4 +1,4 @@
-"""What the models that train another model have in common."""
+"""The base class of the wrappers, models that train another model."""
 
 import contextlib
 
@@ -9,12 +9,12 @@ from keras_gradtools.backend.state import state_variables, undone_by_errors
 
 
 class WrappedModel(keras.Model):
-    """A model that trains `model`, shared and not copied, in a way of its own; `owner` is the public class's name."""
+    """Base class of the wrappers. `model` is shared, not copied. `owner` is the name of the public class."""
 
     def __init__(self, owner, model, **kwargs):
         _check_model(owner, model)
         kwargs.setdefault("dtype", model.dtype_policy)
-        # Without autocasting the gradient is by the inputs as they come, not by a copy in half precision.
+        # Without autocasting, gradients are taken with respect to the given inputs, not to a copy in half precision.
         super().__init__(autocast=False, **kwargs)
         self.model = model
         self._forward = self._call_model
@@ -27,7 +27,7 @@ class WrappedModel(keras.Model):
 
     @property
     def output_names(self):
-        # What losses and metrics that are given by name go by.
+        # Keras matches losses and metrics that are given by name with these names.
         return self.model.output_names
 
     @keras.Model.jit_compile.setter
@@ -36,7 +36,7 @@ class WrappedModel(keras.Model):
         self._forward = backend.compiled(self._call_model) if value else self._call_model
 
     def _should_torch_compile(self):
-        # Keras would compile the whole step, and stumble over the tape in it.
+        # Keras would compile the whole step, which fails because of the tape in it.
         return False
 
     def train_step(self, *args):
@@ -50,7 +50,7 @@ class WrappedModel(keras.Model):
             return super().test_step(*args)
 
     def _whole(self):
-        """The time of a step that, if it fails, has changed no statistics, no seeds and no metrics."""
+        """A block for a step: if the step fails, statistics, seeds and metrics are restored."""
         if not backend.assigns_at_once():
             return contextlib.nullcontext()
         return undone_by_errors([*state_variables(self), *self.metrics_variables])

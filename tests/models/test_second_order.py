@@ -448,7 +448,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("optimizer", ["adam", None, keras.optimizers.SGD()], ids=["name", "none", "sgd"])
     def test_a_first_order_optimizer(self, optimizer):
-        with pytest.raises(ValueError, match="SecondOrder trains by a second-order optimizer"):
+        with pytest.raises(ValueError, match="SecondOrder expects a second-order optimizer"):
             SecondOrder(linear()).compile(optimizer, "mse")
 
     def test_a_second_order_optimizer_elsewhere(self):
