@@ -1,4 +1,4 @@
-"""Callbacks that look at gradients and curvature while `fit` runs, and act on them."""
+"""Callbacks that measure gradients and curvature during `fit`, or take steps based on them."""
 
 from keras_gradtools.callbacks.batch_jacobian_monitor import BatchJacobianMonitor
 from keras_gradtools.callbacks.curvature_monitor import CurvatureMonitor

@@ -1,4 +1,4 @@
-"""The batch Jacobian of a model in the logs."""
+"""A callback that logs properties of the batch Jacobian."""
 
 import warnings
 from typing import Any
@@ -24,53 +24,54 @@ from keras_gradtools.diagnostics.local_lipschitz import check_radius, largest_ra
 NAME = "BatchJacobianMonitor"
 OF_ALL_VALUES = ("condition_number", "effective_rank", "dynamical_isometry")
 QUANTITIES = ("spectral_norm", "frobenius_norm", *OF_ALL_VALUES, "local_lipschitz")
-# Of the search for a Lipschitz constant: in the first measurement, and in those that begin where the last one ended.
+# Steps of the search for the local Lipschitz constant: in the first measurement, and in later ones, which continue it.
 _FIRST_STEPS, _LIPSCHITZ_STEPS = 5, 1
 
 
 class BatchJacobianMonitor(keras.callbacks.Callback):
-    r"""Measures the Jacobian of the model at fixed examples while `fit` trains, and logs it.
+    r"""Logs properties of the model's Jacobian at fixed examples during `fit`.
 
-    Of the Jacobian of each example, with singular values $\sigma_1 \ge \dots \ge \sigma_r$, the logs get for
+    With the singular values $\sigma_1 \ge \dots \ge \sigma_r$ of the Jacobian of each example, it logs for
 
-    - `"spectral_norm"`: `jacobian_spectral_norm_mean` and `_max`, of $\sigma_1$ over the examples;
-    - `"frobenius_norm"`: `jacobian_frobenius_norm_mean` and `_max`;
-    - `"condition_number"`: `jacobian_condition_number_median`, of $\sigma_1 / \sigma_r$, which can be infinite;
-    - `"effective_rank"`: `jacobian_effective_rank_mean`, the exponential of the entropy of the singular values;
-    - `"dynamical_isometry"`: `jacobian_dynamical_isometry`, the root mean square of $\sigma_i - 1$, 0 for an isometry;
-    - `"local_lipschitz"`: `jacobian_local_lipschitz_mean` and `_max`: see `kg.diagnostics.local_lipschitz`.
+    - `"spectral_norm"`: `jacobian_spectral_norm_mean` and `_max`, of $\sigma_1$ over the examples.
+    - `"frobenius_norm"`: `jacobian_frobenius_norm_mean` and `_max`.
+    - `"condition_number"`: `jacobian_condition_number_median`, of $\sigma_1 / \sigma_r$, which can be infinite.
+    - `"effective_rank"`: `jacobian_effective_rank_mean`, the exponential of the entropy of the singular values.
+    - `"dynamical_isometry"`: `jacobian_dynamical_isometry`, the root mean square of $\sigma_i - 1$, 0 for an isometry.
+    - `"local_lipschitz"`: `jacobian_local_lipschitz_mean` and `_max`, see `kg.diagnostics.local_lipschitz`.
 
-    They are in the `History`, the progress bar, `CSVLogger` and `TensorBoard`, and callbacks that come after it in the
-    list can act on them, given a direction:
-    `keras.callbacks.EarlyStopping("jacobian_spectral_norm_max", mode="min")`. Where it measures every n batches, the
-    logs of an epoch have its last values. Before training it asks `kg.diagnostics.batch_independence` whether these
-    numbers will mean anything. Nothing in the model changes. After the first measurement nothing is traced again. A
-    Jacobian that is not finite is logged as NaN; what cannot be measured of this model is left out with a warning.
+    The values appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in the
+    list can use them, if you give them a direction:
+    `keras.callbacks.EarlyStopping("jacobian_spectral_norm_max", mode="min")`. If it measures every n batches, the logs
+    of an epoch have the last values. Before training, `kg.diagnostics.batch_independence` checks that the examples do
+    not depend on one another, since otherwise a Jacobian of one example has no meaning. Nothing in the model changes.
+    After the first measurement, nothing is traced again. A Jacobian that is not finite is logged as NaN. A quantity
+    that cannot be measured for this model is left out with a warning.
 
     Args:
-        x: the examples, tensors of shape `(batch, ...)`, in any nesting. A dozen is enough to watch it.
-        every: `"epoch"`, or a number n of batches.
-        quantities: which of the above. By default all; without those of all singular values, where the Jacobian is too
-            large to form.
-        training: the mode in which the model is called.
-        method: `"explicit"`, `"implicit"` or `"auto"`: see `kg.diagnostics.jacobian_spectrum`.
-        radius: that of `"local_lipschitz"`, in units of `x`.
-        seed: of what is random, the same in each measurement.
-        inputs: the names (keys, or positions) of the inputs to differentiate by; all floating-point ones by default.
-            The others, integers and masks for instance, are carried along as they are.
+        x: The examples, tensors of shape `(batch, ...)` in any nested structure. A dozen examples are enough.
+        every: `"epoch"`, or an integer n to measure after every n batches.
+        quantities: Names of the quantities above to log. By default all, without those that need all singular values
+            if the Jacobian is too large to form.
+        training: Whether the model is called in training mode.
+        method: `"explicit"`, `"implicit"` or `"auto"`, see `kg.diagnostics.jacobian_spectrum`.
+        radius: Radius for `"local_lipschitz"`, in units of `x`.
+        seed: An integer that seeds the random start vectors. They are the same in every measurement.
+        inputs: Names, keys or positions of the inputs to differentiate with respect to. Default: all floating-point
+            inputs. The other inputs, such as integers and masks, are not changed.
 
     Attributes:
-        spectra: the singular values of each measurement, of shape `(batch, r)`, in a list, which
-            `kg.plots.plot_singular_values` draws; empty where the Jacobian is not formed.
-        last: what was logged last.
+        spectra: A list with the singular values of each measurement, of shape `(batch, r)`.
+            `kg.plots.plot_singular_values` draws it. Empty if the Jacobian is not formed.
+        last: A dict of the values that were logged last.
 
     Raises:
-        ValueError: for options that do not fit; in `fit`, for examples that do not fit the model, where they depend on
-            one another, and for quantities of all singular values where the Jacobian is too large to form.
+        ValueError: If an option is invalid. In `fit`, if the examples do not fit the model or depend on one another, or
+            if `quantities` needs all singular values and the Jacobian is too large to form.
 
     Cost:
-        In each measurement that of `kg.batch_jacobian` at `x`, and one step of the search for a Lipschitz constant,
-        which goes on where it ended (five steps in the first); before training six gradients.
+        For each measurement, `kg.batch_jacobian` at `x` and one step of the search for a local Lipschitz constant,
+        which continues from the last measurement (five steps in the first one). Six gradients before training.
 
     Example:
 
@@ -92,7 +93,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
     ):
         super().__init__()
         self._schedule = Schedule(NAME, every)
-        # Keras may go on training while another thread calls what is due after a batch.
+        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on.
         self.async_safe = self._schedule.is_due_after_epoch()
         check_options(NAME, method, ITERATIONS, seed)
         check_radius(NAME, radius)
@@ -150,14 +151,14 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
         impossible = [q for q in self._quantities or () if q in OF_ALL_VALUES]
         if impossible:
             raise ValueError(
-                f"{NAME} has all singular values only of a Jacobian that is formed, and this one is too large, or was "
-                f"not to be. Received: quantities with {', '.join(impossible)}. Leave them out, take fewer examples, "
-                "or give method='explicit'."
+                f"{NAME} needs the full Jacobian for some quantities, but it is too large to form, or "
+                f"method='implicit' was given. Received: quantities with {', '.join(impossible)}. Leave them out, use "
+                "fewer examples, or pass method='explicit'."
             )
         return tuple(q for q in self._quantities or QUANTITIES if q not in OF_ALL_VALUES)
 
     def _measure(self, logs):
-        # Between the steps of a training on JAX, the weights are not in the variables.
+        # Between training steps on JAX, Keras keeps the current weights outside of the variables.
         sync = getattr(self.model, "jax_state_sync", None)
         if sync is not None:
             sync()
@@ -184,7 +185,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
             logs.update(found)
 
     def _lipschitz_ratios(self, model):
-        # The directions of the last measurement are near those of this one.
+        # The directions of the last measurement are good starting points, since the weights changed little.
         steps = _LIPSCHITZ_STEPS
         if self._directions is None:
             self._directions = random_directions(self._examples, self._by, self._radius, self._seed)
@@ -196,7 +197,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
 
 
 def _summary(quantity, values):
-    """The entries of the logs that a quantity of the examples has."""
+    """The log entries of one quantity, from its values for all examples."""
     name = f"jacobian_{quantity}"
     if quantity == "condition_number":
         return {f"{name}_median": float(np.median(values))}

@@ -1,4 +1,4 @@
-"""The curvature of the loss in the logs."""
+"""A callback that logs the curvature of the loss."""
 
 import functools
 import math
@@ -19,40 +19,42 @@ NAME = "CurvatureMonitor"
 
 
 class CurvatureMonitor(keras.callbacks.Callback):
-    r"""Measures the curvature of the loss on fixed data while `fit` trains, and logs it.
+    r"""Logs the curvature of the loss on fixed data during `fit`.
 
-    The logs get:
+    It logs:
 
-    - `hessian_max_eigenvalue` (the sharpness) and `hessian_min_eigenvalue`, to about `tol` of the larger magnitude;
-    - `hessian_trace` and `hessian_trace_error`, an estimate and its standard error;
-    - `sharpness_times_learning_rate`: gradient descent is stable below 2;
-    - `gradient_norm`, the length of the gradient over the data.
+    - `hessian_max_eigenvalue` (the sharpness) and `hessian_min_eigenvalue`, with an error of about `tol` times the
+      larger magnitude of the two.
+    - `hessian_trace` and `hessian_trace_error`, an estimate of the trace and its standard error.
+    - `sharpness_times_learning_rate`. Gradient descent is stable if it is below 2.
+    - `gradient_norm`, the norm of the gradient over the data.
 
-    They are in the `History`, the progress bar, `CSVLogger` and `TensorBoard`, and callbacks that come after it in the
-    list can act on them, given a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. Where it
-    measures every n batches, the logs of an epoch have its last values. Nothing in the model changes, and it draws its
-    own random vectors.
+    The values appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in the
+    list can use them, if you give them a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. If it
+    measures every n batches, the logs of an epoch have the last values. Nothing in the model changes, and the random
+    vectors do not come from the generators that the model uses.
 
     Args:
-        data: what the loss is of: see `kg.curvature.Hessian`. Some hundred examples are enough to watch it.
-        every: `"epoch"`, or a number n of batches.
-        variables: trainable variables in a list, or a layer; all of the model's by default.
-        loss: what `compile` takes as `loss`; the compiled one by default, without what a wrapper of `kg.models` adds.
-        training: whether the model is called as in training.
-        tol: the precision of the eigenvalues, of the larger of their magnitudes. It is estimated: where an eigenvalue
-            has close neighbours, the value may be off by a few times that.
-        trace_matvecs: products for the trace beside those for the eigenvalues, 2 or more; 0 leaves it out. The
-            eigenvectors that are known are taken out of what they sample.
-        seed: of the random vectors, the same ones in each measurement.
-        batch_size: of arrays.
+        data: The data of the loss, as for `kg.curvature.Hessian`. About a hundred examples are enough.
+        every: `"epoch"`, or an integer n to measure after every n batches.
+        variables: Trainable variables in a list, or a layer. Default: all trainable variables of the model.
+        loss: A loss as `compile` takes it. Default: the compiled loss, without the terms that a wrapper of `kg.models`
+            adds.
+        training: Whether the model is called in training mode.
+        tol: Tolerance for both eigenvalues, relative to the larger magnitude of the two. It is checked with error
+            estimates. If an eigenvalue has close neighbors, the error may be a few times larger.
+        trace_matvecs: Number of products for the trace in addition to those for the eigenvalues, 2 or more. 0 leaves
+            the trace out. They sample only the part of the matrix outside the subspace found for the eigenvalues.
+        seed: An integer that seeds the random vectors. They are the same in every measurement.
+        batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
 
     Raises:
-        ValueError: for options that do not fit; as `fit` begins, for a model without a loss, or that does not compute
-            the same twice, and for data that do not fit it, or differ from pass to pass.
+        ValueError: If an option is invalid. When `fit` begins, if the model has no loss or returns different values for
+            the same input, or if the data do not fit the model or differ from pass to pass.
 
     Cost:
-        In each measurement a gradient, 5 to 20 products for the eigenvalues, and `trace_matvecs` for the trace, some
-        two gradients each. It begins with the eigenvectors of the last measurement. An eigenvalue that has not
+        For each measurement, a gradient, 5 to 20 products for the eigenvalues and `trace_matvecs` for the trace, about
+        two gradients each. The eigenvectors of the last measurement are the starting point. An eigenvalue that has not
         converged after 60 products is logged as it is.
 
     Example:
@@ -69,7 +71,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     ([29.87, 29.87], 30.0)
 
     Source: Cohen et al., "Gradient descent on neural networks typically occurs at the edge of stability"
-    (arXiv:2103.00065, 2021) for the sharpness times the learning rate; see `kg.curvature` for the estimators.
+    (arXiv:2103.00065, 2021) for the sharpness times the learning rate. See `kg.curvature` for the estimators.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         validation.require_variables(NAME, variables)
         validation.require_flag(NAME, "training", training)
         validation.require_count(NAME, "batch_size", batch_size)
-        # Keras may go on training while another thread calls what is due after a batch.
+        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on.
         self.async_safe = self._schedule.is_due_after_epoch()
         self._data, self._variables, self._loss, self._training = data, variables, loss, training
         self._tol, self._trace_matvecs, self._seed, self._batch_size = tol, trace_matvecs, seed, batch_size
@@ -163,7 +165,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         return found
 
     def _spectrum(self, hessian):
-        """The smallest and the largest eigenvalue, the trace or None, and the gradient's length if it is known."""
+        """The smallest and the largest eigenvalue, the trace or None, and the norm of the gradient or None."""
         n = hessian.shape[0]
         if n <= max(_SMALL, self._trace_matvecs):
             values = np.linalg.eigvalsh(hessian.dense().astype("float64"))
@@ -197,5 +199,5 @@ class CurvatureMonitor(keras.callbacks.Callback):
         return found.smallest, found.largest, found.trace, gradient_norm
 
 
-# Matrices up to this size are formed; products after which an eigenvalue is taken as it is.
+# Matrices up to size `_SMALL` are formed. After `_MOST_PRODUCTS` products, eigenvalues are logged without convergence.
 _SMALL, _MOST_PRODUCTS = 16, 60

@@ -1,4 +1,4 @@
-"""Scalars and histograms in the files that TensorBoard reads."""
+"""Writes scalars and histograms to files that TensorBoard reads."""
 
 import math
 import os
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class EventFile:
-    """A file of events in a folder, written by tensorboardX, which needs none of the frameworks."""
+    """An event file in a folder. It is written by tensorboardX, which needs none of the frameworks."""
 
     def __init__(self, owner, folder):
         try:
@@ -21,22 +21,22 @@ class EventFile:
         self._writer: Any = SummaryWriter(os.fspath(folder))
 
     def scalars(self, values, step):
-        """Adds a number for each tag, if it is finite: TensorBoard has no place for what is not."""
+        """Adds a number for each tag. Skips those that are not finite, which TensorBoard cannot show."""
         for tag, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(tag, value, step)
 
     def histograms(self, arrays, step):
-        """Adds the distribution of the finite numbers of an array for each tag; none where there are none."""
+        """Adds a histogram of the finite numbers of an array for each tag. Skips arrays without finite numbers."""
         for tag, array in arrays.items():
             finite = array[np.isfinite(array)]
             if finite.size:
                 self._writer.add_histogram(tag, finite, step)
 
     def flush(self):
-        """Writes what was added: a training that is cut off leaves it behind."""
+        """Writes what was added to disk, so that it survives if training is interrupted."""
         self._writer.flush()
 
     def close(self):
-        """Ends the file."""
+        """Closes the file."""
         self._writer.close()

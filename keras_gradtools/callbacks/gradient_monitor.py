@@ -1,4 +1,4 @@
-"""Gradients in the logs, layer by layer."""
+"""A callback that logs gradients for each layer."""
 
 import math
 import os
@@ -23,50 +23,52 @@ QUANTITIES = ("gradient_norm", "dead_units", "update_to_weight_ratio", "gradient
 
 
 class GradientMonitor(keras.callbacks.Callback):
-    r"""Measures the gradient of the loss on fixed data while `fit` trains, layer by layer, and logs it.
+    r"""Logs the gradient of the loss on fixed data during `fit`, for the whole model and for each layer.
 
-    The logs get, with $g$ the gradient of the mean loss of `data`,
+    With $g$ the gradient of the mean loss on `data`, it logs:
 
-    - `gradient_norm`, $\lVert g \rVert$, and `gradient_norm/LAYER` of the weights of each layer;
-    - `dead_units`, the share of the units of ReLU layers that are zero on all of `data`, and `dead_units/LAYER`: see
-      `kg.diagnostics.dead_units`; nothing where there is no such layer;
+    - `gradient_norm`, $\lVert g \rVert$, and `gradient_norm/LAYER` for the weights of each layer.
+    - `dead_units`, the fraction of units of ReLU layers that are zero on all of `data`, and `dead_units/LAYER`. See
+      `kg.diagnostics.dead_units`. It is missing if the model has no such layer.
     - `update_to_weight_ratio`, $\lVert \Delta w \rVert / \lVert w \rVert$ of the last step before the measurement, and
-      `update_to_weight_ratio/LAYER`: about a thousandth is common. NaN in a first epoch whose length is not known;
-    - `gradient_noise_scale`, the batch size at which the noise of the gradient equals the gradient: see
+      `update_to_weight_ratio/LAYER`. About 1/1000 is common. NaN in the first epoch if its length is unknown.
+    - `gradient_noise_scale`, the batch size at which the noise of the gradient equals the gradient. See
       `kg.diagnostics.gradient_noise_scale`.
 
-    They are in the `History`, `CSVLogger` and `TensorBoard`, and callbacks that come after it in the list can act on
-    them, given a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. Where it measures every n
-    batches, the logs of an epoch have its last values. With a `log_dir`, TensorBoard shows the same numbers and a
-    histogram of the gradient of each variable. What is not finite is logged as NaN, and left out there. A quantity that
-    this model does not have, the noise scale for one where an example cannot stand alone, is left out with a warning.
-    Nothing in the model changes.
+    The values appear in the `History`, `CSVLogger` and `TensorBoard`. Callbacks after this one in the list can use
+    them, if you give them a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. If it measures
+    every n batches, the logs of an epoch have the last values. With `log_dir`, TensorBoard shows the same numbers and a
+    histogram of the gradient of each variable. Values that are not finite are logged as NaN, and left out in
+    TensorBoard. A quantity that cannot be measured for this model is left out with a warning, such as the noise scale
+    if an example cannot be evaluated alone. Nothing in the model changes.
 
     Args:
-        data: what the loss is of, as `kg.curvature.Hessian` takes it. Some dozens of examples are enough to watch it.
-        every: `"epoch"`, or a number n of batches.
-        quantities: which of the above, by their names; by default all.
-        variables: trainable variables in a list, or a layer; all of the model's by default.
-        loss: what `compile` takes as `loss`; the compiled one by default, without what a wrapper of `kg.models` adds.
-        training: whether the model is called as in training.
-        per_layer: whether the logs have the numbers of each layer as well. `layers` and TensorBoard always have them.
-        log_dir: a folder for TensorBoard's files, which needs `pip install "keras-gradtools[tensorboard]"`. The step
-            there is the number of the epoch, from 0 on as in Keras, or of the batch.
-        batch_size: of arrays.
+        data: The data of the loss, as for `kg.curvature.Hessian`. A few dozen examples are enough.
+        every: `"epoch"`, or an integer n to measure after every n batches.
+        quantities: Names of the quantities above to log. Default: all.
+        variables: Trainable variables in a list, or a layer. Default: all trainable variables of the model.
+        loss: A loss as `compile` takes it. Default: the compiled loss, without the terms that a wrapper of `kg.models`
+            adds.
+        training: Whether the model is called in training mode.
+        per_layer: Whether the logs contain the values of each layer. `layers` and TensorBoard always contain them.
+        log_dir: Folder for TensorBoard files, which needs `pip install "keras-gradtools[tensorboard]"`. The step in
+            these files is the number of the epoch, starting at 0 as in Keras, or the number of the batch.
+        batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
 
     Attributes:
-        layers: for each quantity but the last a dict of lists: of each layer, in the order of the model, the values of
-            all measurements. `kg.plots.plot_gradient_flow` draws `layers["gradient_norm"]`.
-        last: what was logged last, layers included.
+        layers: A dict with an entry for each quantity except `gradient_noise_scale`: a dict from the layers, in the
+            order of the model, to the list of all measured values. `kg.plots.plot_gradient_flow` draws
+            `layers["gradient_norm"]`.
+        last: A dict of the values that were measured last, including those of the layers.
 
     Raises:
-        ValueError: for options that do not fit; as `fit` begins, for a model without a loss, or data that do not fit
-            it.
-        ImportError: with a `log_dir`, without tensorboardX.
+        ValueError: If an option is invalid. When `fit` begins, if the model has no loss, or if the data do not fit the
+            model.
+        ImportError: With `log_dir`, if tensorboardX is not installed.
 
     Cost:
-        In each measurement a gradient, a call of the model, two copies of the weights, and, for the noise scale, some
-        three gradients more. `kg.diagnostics` has the functions for other loops.
+        For each measurement, a gradient, a call of the model, two copies of the weights, and for the noise scale about
+        three more gradients. `kg.diagnostics` has functions for custom training loops.
 
     Example:
 
@@ -132,7 +134,7 @@ class GradientMonitor(keras.callbacks.Callback):
         self._before: list | None = None
         self._steps: int | None = None
         self._last_batch = 0
-        # Keras may go on training while another thread calls what is due after a batch.
+        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on.
         self.async_safe = self._schedule.is_due_after_epoch()
         self.layers: dict[str, dict[str, list[float]]] = {}
         self.last: dict[str, float] = {}
@@ -140,7 +142,7 @@ class GradientMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._left_out = LeftOut(NAME)
         common = (self._loss, self._data, self._variables, self._training)
-        # Of the operator nothing but its gradient is asked for.
+        # Only the gradient of this operator is used.
         self._operator = Hessian(self.model, *common, batch_size=self._batch_size, verbose=0)
         if "gradient_norm" in self._quantities or self._log_dir is not None:
             self._operator.check("gradient")
@@ -179,20 +181,20 @@ class GradientMonitor(keras.callbacks.Callback):
             self._events = None
 
     def _is_measured_after(self, batch):
-        """Whether a measurement follows the step, or the steps in one program, that begin with this batch."""
+        """Whether a measurement follows the step (or the `steps_per_execution` steps) that begins with this batch."""
         if not self._schedule.is_due_after_epoch():
             return self._schedule.is_due_next()
-        # How many there are, the first epoch of a generator finds out.
+        # With a generator, the number of steps is only known after the first epoch.
         steps = getattr(self.model, "steps_per_execution", 1)
         return self._steps is not None and batch + steps >= self._steps
 
     def _weights(self):
-        """Copies of the weights, in NumPy."""
+        """Copies of the weights as NumPy arrays."""
         self._sync()
         return [np.array(ops.convert_to_numpy(v), "float64") for v in self._operator.variables]
 
     def _sync(self):
-        # Between the steps of a training on JAX, the weights are not in the variables.
+        # Between training steps on JAX, Keras keeps the current weights outside of the variables.
         sync = getattr(self.model, "jax_state_sync", None)
         if sync is not None:
             sync()
@@ -227,7 +229,7 @@ class GradientMonitor(keras.callbacks.Callback):
         return self.last if self._per_layer else {name: x for name, x in self.last.items() if "/" not in name}
 
     def _by_layer(self, quantity, parts, number):
-        """The entries of the logs: `number` of all parts, and of those of each layer."""
+        """The log entries of a quantity: `number(...)` of all parts, and of the parts of each layer."""
         values = {name: number([parts[i] for i in places]) for name, places in self._places.items()}
         return self._entries(quantity, number(parts), values)
 

@@ -1,4 +1,4 @@
-"""A step of Newton's method now and then while `fit` trains by another optimizer."""
+"""A callback that takes Newton steps while `fit` trains with another optimizer."""
 
 import warnings
 from typing import Any
@@ -26,49 +26,50 @@ SOLVERS = ("cg", "dense")
 
 
 class NewtonStep(keras.callbacks.Callback):
-    r"""Takes a damped step of Newton's method on some weights, $p = -(B + \lambda I)^{-1} g$, at the end of an epoch.
+    r"""Takes a damped Newton step $p = -(B + \lambda I)^{-1} g$ on some weights at the end of an epoch.
 
-    For what an optimizer of first order leaves undone: the last layer of a classifier, say, or all weights at the end
-    of training. Loss, gradient $g$, curvature $B$ and the loss after the step are all of the same data, in the same
-    mode. The step is taken only if it lowers the loss; if it does not, the damping is raised by 2, 4, 8, ... and the
-    equation solved anew, up to `max_attempts`, and then the weights stay exactly as they were. After a step the damping
-    follows the ratio of the actual to the predicted decrease: see `kg.models.SecondOrder`. The state of the optimizer
-    of `fit` is left alone.
+    Use it to finish what a first-order optimizer leaves unfinished, such as the last layer of a classifier, or all
+    weights at the end of training. The loss, the gradient $g$, the curvature $B$ and the loss after the step are all
+    computed on the same data, in the same mode. The step is taken only if it lowers the loss. If it does not, the
+    damping is multiplied by 2, 4, 8, ... and the equation is solved again, up to `max_attempts`. If no attempt lowers
+    the loss, the weights do not change. After a step, the damping follows the ratio of the actual to the predicted
+    decrease, see `kg.models.SecondOrder`. The state of the optimizer of `fit` does not change.
 
-    The logs get `newton_step_length`, `newton_damping` (of the next step), `newton_ratio` (NaN without a step),
+    It logs `newton_step_length`, `newton_damping` (of the next step), `newton_ratio` (NaN if no step was taken),
     `newton_decrease` of the loss, `newton_cg_iterations` and `newton_step_reason` (0 accepted, 1 rejected, 2 the
-    gradient is zero to rounding, 3 not finite); callbacks that come after it in the list see them. `last_step` has them
-    all, and in words.
+    gradient is zero to rounding, 3 not finite). Callbacks after this one in the list can use them. `last_step` has all
+    of these, and a message.
 
     Args:
-        data: what the loss is of: see `kg.curvature.Hessian`. It is gone through for each evaluation and each product.
-        variables: trainable variables in a list, or a layer; all of the model's by default.
-        every: `"epoch"`, or a number n for a step after every n batches.
-        solver: `"cg"`, conjugate gradients by products alone, or `"dense"`, which forms and factorizes the matrix.
+        data: The data of the loss, as for `kg.curvature.Hessian`. Each evaluation and each product reads all of it.
+        variables: Trainable variables in a list, or a layer. Default: all trainable variables of the model.
+        every: `"epoch"`, or an integer n for a step after every n batches.
+        solver: `"cg"`, conjugate gradients with products only, or `"dense"`, which forms and factorizes the matrix.
         curvature: `"hessian"`, or `"gauss_newton"`, which has no negative curvature for convex losses.
-        damping: the first $\lambda$, 0 or more. The attribute `damping` is that of the next step.
-        loss: what `compile` takes as `loss`; the compiled one by default. What a wrapper of `kg.models` adds to it, a
-            penalty say, is no part of it; regularizers are.
-        training: whether the model is called as in training: dropout on, with the same mask throughout a step, and
-            another in the next one.
-        max_iterations: of conjugate gradients for each damping.
-        rtol: the residual, over the gradient, at which they stop; None for the smaller of 1/2 and the root of the
-            gradient's length.
-        preconditioner_rank: how many eigenvectors the preconditioner has that conjugate gradients make for the next
-            steps: see `kg.optimizers.NewtonCG`.
-        max_attempts: how many dampings a step tries.
-        allow_underdetermined: whether `"dense"` takes data with fewer outputs than there are weights.
-        batch_size: of arrays.
-        verbose: 1 to print a line for each step.
+        damping: The initial $\lambda$, 0 or more. The attribute `damping` holds the $\lambda$ of the next step.
+        loss: A loss as `compile` takes it. Default: the compiled loss. It includes regularizers, but not the terms that
+            a wrapper of `kg.models` adds, such as a penalty.
+        training: Whether the model is called in training mode. If so, dropout uses one mask throughout a step, and
+            another in the next step.
+        max_iterations: Maximum number of conjugate gradient iterations for each damping.
+        rtol: Conjugate gradients stop when the norm of the residual is at most `rtol` times that of the gradient. None
+            means the smaller of 1/2 and the square root of the norm of the gradient.
+        preconditioner_rank: Number of eigenvectors in the preconditioner that conjugate gradients build for the next
+            steps, see `kg.optimizers.NewtonCG`.
+        max_attempts: Maximum number of dampings that a step tries.
+        allow_underdetermined: Whether `"dense"` accepts data with fewer outputs than there are weights.
+        batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
+        verbose: 1 to print a line for each step, 0 for no output.
 
     Raises:
-        ValueError: for options that do not fit; as `fit` begins, for a model without a loss, for data that are not
-            finite, too few for `"dense"` or others at each pass, and for a model that does not compute the same twice.
-            The weights are as they were.
+        ValueError: If an option is invalid. When `fit` begins, if the model has no loss or returns different values for
+            the same input, or if the data have NaN or infinity, are too few for `"dense"`, or differ from pass to pass.
+            The weights do not change.
 
     Cost:
-        A gradient over the data, for each damping an evaluation of the loss, and for `"cg"` up to `max_iterations`
-        products, some 2.5 gradients each; for `"dense"` n products, for n weights, and $n^3 / 3$ multiplications.
+        For each step, a gradient over the data, and for each damping an evaluation of the loss. `"cg"` also takes up to
+        `max_iterations` products for each damping, about 2.5 gradients each. `"dense"` takes n products for n weights,
+        and $n^3 / 3$ multiplications for each damping.
 
     Example:
 
@@ -133,7 +134,7 @@ class NewtonStep(keras.callbacks.Callback):
         validation.require_variables(NAME, variables)
         validation.require_flag(NAME, "training", training)
         validation.require_count(NAME, "batch_size", batch_size)
-        # Keras may go on training while another thread calls what is due after a batch.
+        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on.
         self.async_safe = self._schedule.is_due_after_epoch()
         self._data, self._variables, self._loss, self._training = data, variables, loss, training
         self._solver, self._curvature, self._batch_size = solver, curvature, batch_size
@@ -177,7 +178,7 @@ class NewtonStep(keras.callbacks.Callback):
             logs.update(self._logs())
 
     def on_train_end(self, logs=None):
-        # What is compiled for it is kept with the model.
+        # Compiled programs stay cached with the model.
         self._operator = self._preconditioner = None
 
     def _take_step(self, logs):
@@ -194,9 +195,7 @@ class NewtonStep(keras.callbacks.Callback):
             refuse_non_finite(NAME, operator.batches())
             if not self._has_warned:
                 self._has_warned = True
-                warnings.warn(
-                    f"{NAME} took no step, since {found.message}. The weights are as they were before it.", stacklevel=2
-                )
+                warnings.warn(f"{NAME} took no step, since {found.message}. The weights did not change.", stacklevel=2)
         if found.step is not None:
             operator.move(found.step.astype(operator.dtype))
         self.damping, self.last_step = found.damping, found

@@ -1,4 +1,4 @@
-"""A look at a classifier under attack after each epoch."""
+"""A callback that attacks a classifier after each epoch and logs its robustness."""
 
 import warnings
 
@@ -12,36 +12,38 @@ NAME = "RobustnessMonitor"
 
 
 class RobustnessMonitor(keras.callbacks.Callback):
-    """Attacks the model on held-out examples after each epoch, and logs what `kg.attacks.robustness_metrics` returns.
+    """Attacks the model on held-out examples after each epoch, and logs the `kg.attacks.robustness_metrics`.
 
-    The names begin with `val_`, as in `val_pgd_0.1_accuracy`. Callbacks that come after it in the list can act on
-    them, given a direction: `keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max")`. They are in the
-    `history` and in the progress bar, too. In epochs without a measurement they are missing, as the results of
-    `validation_freq` are.
+    The names begin with `val_`, as in `val_pgd_0.1_accuracy`. The values appear in the `History` and in the progress
+    bar. Callbacks after this one in the list can use them, if you give them a direction:
+    `keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max")`. They are missing in epochs without a
+    measurement, as validation results are with `validation_freq`.
 
-    A warning says when the model shows signs of masked gradients (PGD above FGSM or above noise, accuracy left at a
-    huge strength), once for each run of epochs that do; `signs` holds those of the last measurement.
+    A warning is given when the model shows signs of masked gradients: accuracy under PGD above that under FGSM or
+    noise, or accuracy left at a huge strength. Consecutive measurements with signs give one warning. `signs` holds the
+    signs of the last measurement.
 
     Args:
-        x: examples of shape `(batch, ...)`, floating-point numbers within `clip`, kept out of training.
-        y: classes of shape `(batch,)`, or one-hot rows.
-        epsilons: the strengths of the attacks, in units of `x`.
-        every: the number of epochs from one measurement to the next.
-        norm: `"inf"` or 2, what the strength is measured by.
-        clip: the range of the data, `(smallest, largest)`, or None for none.
-        steps: those of PGD, which runs on the cross-entropy and on the margin.
-        restarts: the runs of PGD on each.
-        jacobian: whether to measure the Jacobian of the outputs, at one gradient for each class and example.
-        seed: an integer: every measurement draws the same random starts and noise. None draws anew.
-        batch_size: how many examples go together.
-        inputs: the name (key, or position) of the input to perturb, where `x` has several; the only floating-point one
-            by default. The others stay as they are.
+        x: Held-out examples of shape `(batch, ...)`, floating-point numbers within `clip`.
+        y: Classes of shape `(batch,)`, or one-hot vectors.
+        epsilons: Strengths of the attacks, in units of `x`.
+        every: Number of epochs from one measurement to the next.
+        norm: Norm in which the strength is measured, `"inf"` or 2.
+        clip: Range of the data, `(smallest, largest)`, or None for no range.
+        steps: Number of steps of PGD.
+        restarts: Number of PGD runs for each of its two losses, the cross-entropy and the margin.
+        jacobian: Whether to measure the Jacobian of the outputs, at a cost of one gradient for each class and example.
+        seed: An integer, so that every measurement draws the same random starts and noise, or None for new ones in
+            each measurement.
+        batch_size: Number of examples per batch.
+        inputs: Name, key or position of the input to perturb if `x` has several. Default: the only floating-point
+            input. The other inputs are not changed.
 
     Raises:
-        ValueError: for options, or as `fit` begins for examples, labels or a model, that do not fit.
+        ValueError: If an option is invalid. When `fit` begins, if the examples, the labels or the model are invalid.
 
     Cost:
-        That of `kg.attacks.robustness_metrics` in each measurement.
+        That of `kg.attacks.robustness_metrics` for each measurement.
 
     Example:
 
@@ -109,6 +111,6 @@ class RobustnessMonitor(keras.callbacks.Callback):
         if self.signs and not had_signs:
             warnings.warn(
                 f"After epoch {epoch + 1} the model shows signs of masked gradients: {'; '.join(self.signs)}. Its "
-                "accuracy under attack says little about its robustness then.",
+                "accuracy under attack then says little about its robustness.",
                 stacklevel=2,
             )

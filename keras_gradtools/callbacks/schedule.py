@@ -1,13 +1,13 @@
-"""When a callback does its work: after epochs, or after so many batches."""
+"""When a callback does its work: after every epoch, or after every n batches."""
 
 from keras_gradtools import validation
 
 
 class Schedule:
-    """`every`, as callbacks take it: `"epoch"`, or a number of batches.
+    """The argument `every` of a callback: `"epoch"`, or a number of batches.
 
     Attributes:
-        batches: how many there were since `begin`, where they are counted.
+        batches: Number of batches since `begin`. Not counted with `"epoch"`.
     """
 
     def __init__(self, owner, every):
@@ -19,20 +19,20 @@ class Schedule:
         self._every, self.batches = every, 0
 
     def begin(self):
-        """Counts batches from here."""
+        """Sets the number of batches to 0."""
         self.batches = 0
 
     def is_due_next(self):
-        """Whether the batch that begins is one after which the work is due."""
+        """Whether the work is due after the batch that begins now."""
         return self._every != "epoch" and (self.batches + 1) % self._every == 0
 
     def is_due_after_batch(self):
-        """Whether the batch that has just ended is one after which the work is due."""
+        """Counts the batch that has just ended. Returns whether the work is due."""
         if self._every == "epoch":
             return False
         self.batches += 1
         return self.batches % self._every == 0
 
     def is_due_after_epoch(self):
-        """Whether it is due after each epoch."""
+        """Whether the work is due after every epoch."""
         return self._every == "epoch"

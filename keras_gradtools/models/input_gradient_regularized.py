@@ -356,7 +356,7 @@ class _DrownedLoss(keras.callbacks.Callback):
         if penalty > self.MOST * rest:
             warnings.warn(
                 f"The input-gradient penalty dominates the loss: in this epoch, weight * penalty was {penalty:.3g}, "
-                f"and the rest of the loss {rest:.3g}. Received: weight={model.weight!r}. Use a smaller weight, so that "
-                "the loss itself is trained, too.",
+                f"and the rest of the loss {rest:.3g}. Received: weight={model.weight!r}. Use a smaller weight, so "
+                "that the loss itself is trained, too.",
                 stacklevel=2,
             )

@@ -162,8 +162,8 @@ class SecondOrder(WrappedModel):
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"{NAME} took no step, since {message}. The weights are as they were before it. Smaller weights, data "
-                "in a smaller range or a `clip` in the loss may help.",
+                f"{NAME} took no step, since {message}. The weights did not change. Smaller weights, data in a smaller "
+                "range or a `clip` in the loss may help.",
                 stacklevel=3,
             )
 

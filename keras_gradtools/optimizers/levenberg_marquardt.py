@@ -1,4 +1,4 @@
-"""The method of Levenberg and Marquardt."""
+"""The Levenberg-Marquardt method."""
 
 import keras
 
@@ -12,33 +12,36 @@ SCALINGS = ("identity", "diagonal")
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class LevenbergMarquardt(SecondOrderOptimizer):
-    r"""The method of Levenberg and Marquardt, $\theta \leftarrow \theta - (G + \lambda D)^{-1} g$.
+    r"""The Levenberg-Marquardt method, $\theta \leftarrow \theta - (G + \lambda D)^{-1} g$.
 
-    $G$ is the Gauss-Newton matrix of the batch, for squared errors $\frac{2}{N} J^\top J$ with the Jacobian $J$ of the
-    residuals, and $D$ the identity, or with `scaling="diagonal"` the diagonal of $G$. It goes by products of first
-    derivatives alone, is never indefinite for convex losses, and is the method of choice for fits of small models:
-    regression, physics-informed networks. For `kg.models.SecondOrder`, which see for how $\lambda$ changes.
+    $G$ is the Gauss-Newton matrix of the batch. For squared errors it is $\frac{2}{N} J^\top J$ with the Jacobian $J$
+    of the residuals. $D$ is the identity, or the diagonal of $G$ with `scaling="diagonal"`. $G$ has no second
+    derivatives of the model and is positive semi-definite for convex losses. This is the method of choice for fitting
+    small models, such as regressions and physics-informed networks. Use it with `kg.models.SecondOrder`, which
+    describes how $\lambda$ is updated.
 
-    The matrix of a model whose examples do not depend on each other is summed up in double precision, from the
-    Jacobians of the examples, and the equation is solved in double precision.
+    If the examples do not depend on one another, $G$ is summed in double precision from the Jacobians of the examples.
+    The equation is always solved in double precision.
 
     Args:
-        damping: the first $\lambda$, 0 or more. `optimizer.damping` is that of the next step, and is saved.
-        scaling: `"identity"` (Levenberg), or `"diagonal"` (Marquardt), which does not depend on the units of the
-            weights.
-        max_attempts: how many dampings a step tries before it leaves the weights as they are.
-        allow_underdetermined: whether to take batches with fewer outputs than the model has weights, which leave
-            directions that damping alone decides on. They are an error otherwise.
-        learning_rate: what multiplies each step, above 0 and at most 1, or a `LearningRateSchedule`.
-        name: as of any optimizer.
+        damping: The initial $\lambda$, 0 or more. `optimizer.damping` holds the $\lambda$ of the next step and is
+            saved with the model.
+        scaling: `"identity"` (Levenberg), or `"diagonal"` (Marquardt), which makes the step independent of the units
+            of the weights.
+        max_attempts: Maximum number of dampings that a step tries. If none of them lowers the loss, the weights do not
+            change.
+        allow_underdetermined: Whether to accept batches that have fewer outputs than the model has weights. In such a
+            batch, damping alone determines the step in some directions. By default such a batch raises an error.
+        learning_rate: Factor of each step, above 0 and at most 1, or a `LearningRateSchedule`.
+        name: Name of the optimizer.
 
     Raises:
-        ValueError: for options that do not fit; in `fit` of a model that is not a `SecondOrder`.
+        ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
 
     Cost:
         For n weights and N outputs: N gradients of one example each, $N n^2$ multiplications, $n^3 / 3$ more for each
-        damping that is tried, and the memory of $2 N n$ numbers; where that is not possible or too much, n products
-        with the matrix.
+        damping that is tried, and memory for $2 N n$ numbers. If the Jacobians are not available or too large, n
+        products with the matrix.
 
     Example:
 

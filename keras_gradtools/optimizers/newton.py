@@ -1,4 +1,4 @@
-"""Newton's method with the whole Hessian."""
+"""Newton's method with the full Hessian."""
 
 import keras
 
@@ -12,24 +12,26 @@ from keras_gradtools.optimizers.second_order_optimizer import SecondOrderOptimiz
 class Newton(SecondOrderOptimizer):
     r"""Newton's method, $\theta \leftarrow \theta - (H + \lambda I)^{-1} g$, with the Hessian of the batch, factorized.
 
-    For `kg.models.SecondOrder`, and models of at most a few thousand weights. $\lambda$ grows as long as the matrix is
-    not positive definite or the loss goes up, and shrinks after steps that went as the quadratic model said: see
-    `kg.models.SecondOrder` for how.
+    Use it with `kg.models.SecondOrder`, for models of at most a few thousand weights. $\lambda$ grows while the matrix
+    is not positive definite or the loss goes up, and shrinks after steps that the quadratic model predicted well. See
+    `kg.models.SecondOrder` for the update.
 
     Args:
-        damping: the first $\lambda$, 0 or more. `optimizer.damping` is that of the next step, and is saved.
-        max_attempts: how many dampings a step tries before it leaves the weights as they are.
-        allow_underdetermined: whether to take batches with fewer outputs than the model has weights, which leave
-            directions that damping alone decides on. They are an error otherwise.
-        learning_rate: what multiplies each step, above 0 and at most 1, or a `LearningRateSchedule`.
-        name: as of any optimizer.
+        damping: The initial $\lambda$, 0 or more. `optimizer.damping` holds the $\lambda$ of the next step and is
+            saved with the model.
+        max_attempts: Maximum number of dampings that a step tries. If none of them lowers the loss, the weights do not
+            change.
+        allow_underdetermined: Whether to accept batches that have fewer outputs than the model has weights. In such a
+            batch, damping alone determines the step in some directions. By default such a batch raises an error.
+        learning_rate: Factor of each step, above 0 and at most 1, or a `LearningRateSchedule`.
+        name: Name of the optimizer.
 
     Raises:
-        ValueError: for options that do not fit; in `fit` of a model that is not a `SecondOrder`.
+        ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
 
     Cost:
-        For n weights: n products with the Hessian, some 2.5 gradients each, $n^3 / 3$ multiplications for each damping
-        that is tried, and three matrices of memory.
+        For n weights: n products with the Hessian, about 2.5 gradients each, $n^3 / 3$ multiplications for each damping
+        that is tried, and memory for three matrices.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Newton's method by conjugate gradients."""
+"""Newton's method with conjugate gradients."""
 
 import math
 
@@ -10,48 +10,54 @@ from keras_gradtools.curvature.newton_step import CURVATURES, ConjugateGradients
 from keras_gradtools.curvature.recycled_preconditioner import checked_rank, recycled_preconditioner
 from keras_gradtools.optimizers.second_order_optimizer import SecondOrderOptimizer
 
-# Variables that hold the preconditioner.
+# Number of variables that hold the preconditioner.
 _PAIRS = 3
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class NewtonCG(SecondOrderOptimizer):
-    r"""Newton's method without a matrix, $\theta \leftarrow \theta + p$ with $(B + \lambda I) \, p = -g$.
+    r"""Matrix-free Newton's method, $\theta \leftarrow \theta + p$ with $(B + \lambda I) \, p = -g$.
 
     The equation is solved by conjugate gradients.
 
-    $B$ is the Hessian or the Gauss-Newton matrix of the batch, known by its products alone, so that the number of
-    weights does not matter. Conjugate gradients stop at a residual of $\min(\frac12, \sqrt{\lVert g \rVert})$ of the
-    gradient, which makes the method converge faster than linearly, after `max_iterations`, and where they meet negative
-    curvature. Where the step that they come to does not go down, the earlier iterates are tried before the equation is
-    solved anew with more damping. For `kg.models.SecondOrder`, which see for how $\lambda$ changes.
+    $B$ is the Hessian or the Gauss-Newton matrix of the batch. It is never formed, only multiplied by vectors, so
+    models can have any number of weights. Conjugate gradients stop when the residual falls below
+    $\min(\frac12, \sqrt{\lVert g \rVert})$ times $\lVert g \rVert$, which gives faster than linear convergence. They
+    also stop after `max_iterations`, and when they meet negative curvature. If the resulting step does not lower the
+    loss, earlier iterates are tried before the equation is solved again with more damping. Use it with
+    `kg.models.SecondOrder`, which describes how $\lambda$ is updated.
 
-    What conjugate gradients learn of $B$ in one step, its eigenvectors of largest eigenvalues above all, preconditions
-    them in the next ones. It helps where some eigenvalues are far larger than the others, near a minimum and with large
-    batches: on the digits of `python -m benchmarks.second_order` it takes 0.2 to 0.6 times the products.
+    The products of one step also give approximate eigenvectors of $B$ for its largest eigenvalues. They precondition
+    conjugate gradients in the next steps. This helps if some eigenvalues are far larger than the others, near a
+    minimum, and with large batches. On the digits of `python -m benchmarks.second_order`, it reduces the number of
+    products to 0.2 to 0.6 times that without it.
 
     Args:
-        damping: the first $\lambda$, 0 or more. `optimizer.damping` is that of the next step, and is saved.
+        damping: The initial $\lambda$, 0 or more. `optimizer.damping` holds the $\lambda$ of the next step and is
+            saved with the model.
         curvature: `"hessian"`, or `"gauss_newton"`, which has no negative curvature for convex losses and is the safer
             choice far from a minimum.
-        max_iterations: products for each damping that is tried.
-        rtol: the residual of the equation over the gradient; None for the rule above.
-        progress_tol: conjugate gradients also stop when ten iterations gain less than this share of what they gained
-            in all, for each of them; Martens takes 5e-4. None leaves it out.
-        preconditioner_rank: how many eigenvectors the preconditioner has; 0 for no preconditioner; None for 100, or as
-            many as are 2**20 numbers: 10 for 100,000 weights, and none from some 130,000 on. They are saved with the
-            model, 4 MiB at most by default.
-        max_attempts: how many dampings a step tries before it leaves the weights as they are.
-        learning_rate: what multiplies each step, above 0 and at most 1, or a `LearningRateSchedule`.
-        name: as of any optimizer.
+        max_iterations: Maximum number of products for each damping that is tried.
+        rtol: Relative tolerance: the norm of the residual over that of the gradient. None for the rule above.
+        progress_tol: Stops conjugate gradients also if the last $k = \max(10, 0.1 i)$ of $i$ iterations contribute less
+            than `k * progress_tol` of the total decrease of the quadratic model. Martens uses 5e-4. None disables this
+            test.
+        preconditioner_rank: Number of eigenvectors in the preconditioner, 0 for no preconditioner. None, the default,
+            means 100, or fewer if the eigenvectors would have more than 2**20 numbers in all: 10 for 100,000 weights,
+            and no preconditioner above 131,072 weights. The eigenvectors are saved with the model, by default at most
+            4 MiB in float32.
+        max_attempts: Maximum number of dampings that a step tries. If none of them lowers the loss, the weights do not
+            change.
+        learning_rate: Factor of each step, above 0 and at most 1, or a `LearningRateSchedule`.
+        name: Name of the optimizer.
 
     Raises:
-        ValueError: for options that do not fit; in `fit` of a model that is not a `SecondOrder`.
+        ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
 
     Cost:
-        In each step a gradient, an evaluation of the loss and up to `max_iterations` products, some 2.5 gradients each,
-        the last two again for each further damping; some twenty vectors of memory, and up to eight times
-        `preconditioner_rank`.
+        For each step, a gradient, an evaluation of the loss and up to `max_iterations` products of about 2.5 gradients
+        each. Every further damping costs the evaluation and the products again. Memory for about twenty vectors, and
+        for up to eight times `preconditioner_rank` more.
 
     Example:
 
@@ -67,7 +73,7 @@ class NewtonCG(SecondOrderOptimizer):
     [2.0, -1.0]
 
     Source: Nocedal & Wright, "Numerical Optimization" (2006), algorithm 7.1; Martens, "Deep learning via Hessian-free
-    optimization" (2010), section 4, also for going back along the iterates; the preconditioner is the spectral one of
+    optimization" (2010), section 4, also for trying earlier iterates; the preconditioner is the spectral one of
     Gratton, Sartenaer & Tshimanga, "On a class of limited memory preconditioners for large scale linear systems with
     multiple right-hand sides" (2011).
     """
@@ -119,7 +125,7 @@ class NewtonCG(SecondOrderOptimizer):
     def solver(self, operator, equations):
         preconditioner = self._preconditioner_of(operator)
         if preconditioner is not None:
-            # They may have been loaded.
+            # Loading a saved model may have changed the variables since the last step.
             preconditioner.vectors, values, (missed, *waits) = (
                 ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._state)
             )
@@ -136,13 +142,13 @@ class NewtonCG(SecondOrderOptimizer):
             self._state.assign([preconditioner.missed, preconditioner.wait, preconditioner.waited])
 
     def _preconditioner_of(self, operator):
-        # Variables may have been frozen after it was built.
+        # The preconditioner is unused if variables were frozen after `build`, since its vectors have another length.
         preconditioner = self._preconditioner
         is_for_it = preconditioner is not None and preconditioner.vectors.shape[1] == operator.shape[0]
         return preconditioner if is_for_it else None
 
     def load_own_variables(self, store):
-        """As Keras does it; but a preconditioner of another rank, or for other variables, is left out."""
+        """Loads as Keras does, but skips a saved preconditioner of another rank or for other variables."""
         pairs = [] if self._preconditioner is None else [self._vectors, self._values, self._state]
         others = self.variables[: len(self.variables) - len(pairs)]
         saved = [store[str(i)] for i in range(len(store.keys()))]

@@ -1,4 +1,4 @@
-"""What the second-order optimizers have in common."""
+"""The base class of the second-order optimizers."""
 
 import math
 
@@ -9,13 +9,13 @@ from keras_gradtools import validation
 
 
 class SecondOrderOptimizer(keras.optimizers.Optimizer):
-    """The settings and the state of a second-order method: it needs more than gradients, and `SecondOrder` to run it.
+    """The settings and the state of a second-order method. It needs more than gradients, so `SecondOrder` runs it.
 
     `damping` and the number of steps are variables, which are saved with the model. `learning_rate` multiplies every
     step.
     """
 
-    # Whether the matrix is formed, so that a batch must have as many examples as determine it.
+    # Whether the matrix is formed, so that a batch needs enough examples to determine it.
     forms_matrix = True
 
     def __init__(self, damping, max_attempts, learning_rate, name):
@@ -57,7 +57,7 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
 
     @property
     def damping(self):
-        """The damping of the next step, a float; it can be set."""
+        """The damping of the next step, a float. It can be set."""
         return float(ops.convert_to_numpy(self._damping))
 
     @damping.setter
@@ -65,18 +65,18 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         self._damping.assign(value)
 
     def operator_class(self):
-        """The curvature operator that it goes by."""
+        """The class of the curvature operator that this method uses."""
         raise NotImplementedError
 
     def solver(self, operator, equations):
-        """What solves for the step: see `curvature.newton_step`.
+        """The solver for the step, as `curvature.newton_step` takes it.
 
-        `operator` is that of one batch, `equations` the `NormalEquations` of all.
+        `operator` is the operator of one batch, `equations` the `NormalEquations` that all batches share.
         """
         raise NotImplementedError
 
     def end_step(self, operator, damping):
-        """Takes note of what the next step needs to know, its damping among it; `operator` is that of the step."""
+        """Stores what the next step needs, such as its damping. `operator` is the operator of the step that ended."""
         self.damping = damping
         self.iterations.assign_add(1)
 

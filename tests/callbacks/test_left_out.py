@@ -166,8 +166,8 @@ class TestTheOthers:
         monkeypatch.setattr(monitor._metrics, "measure", fail)
         history, warned = fit(classifier(), CLASSES, monitor)
         assert warned == [
-            "RobustnessMonitor leaves out 'all metrics', which it cannot measure of this model and data: RuntimeError: "
-            "in its own way"
+            "RobustnessMonitor leaves out 'all metrics', which it cannot measure for this model and data: "
+            "RuntimeError: in its own way"
         ]
         assert len(history["loss"]) == 2
 
