@@ -1,4 +1,4 @@
-"""Matrices of second derivatives by the weights of a model, at any size: products, spectra, traces, solutions."""
+"""Curvature matrices of a loss with respect to the weights of a model: products, spectra, traces, linear solvers."""
 
 from keras_gradtools.curvature.conjugate_gradients import ConjugateGradientsResult, conjugate_gradients
 from keras_gradtools.curvature.damped_solve import DampedSolution, damped_solve

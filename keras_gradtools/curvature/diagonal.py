@@ -8,7 +8,7 @@ from keras_gradtools.curvature.trace import checked_budget, random_signs, units
 
 
 def estimate_diagonal(matvec, n, matvecs, seed, progress):
-    """The diagonal by Bekas' estimator: see `Hessian.diagonal`."""
+    """The diagonal by the estimator of Bekas et al.: see `CurvatureOperator.diagonal`."""
     validation.require_seed("diagonal", seed)
     matvecs = checked_budget("diagonal", matvecs, 2)
     with progress(min(matvecs, n)) as bar:
@@ -16,7 +16,7 @@ def estimate_diagonal(matvec, n, matvecs, seed, progress):
             exact = np.array([bar.after(matvec(unit))[i] for i, unit in enumerate(units(n))], "float64")
             return Estimate(exact, np.zeros(n))
         generator = np.random.default_rng(seed)
-        # Summed up by Welford's rule, since all samples would take `matvecs` vectors of memory.
+        # Welford's algorithm, since storing all samples would take memory for `matvecs` vectors.
         mean, squares = np.zeros(n), np.zeros(n)
         for count in range(1, matvecs + 1):
             v = random_signs(generator, n)

@@ -1,4 +1,4 @@
-"""Some eigenvalues of a symmetric matrix of which only products are known."""
+"""Some eigenvalues of a symmetric matrix that is known by its products."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from keras_gradtools.curvature.krylov_basis import KrylovBasis, checked_length
 
 WHICH = ("LA", "SA", "LM", "BE")
 MAX_RESTARTS = 100
-# Ritz vectors that a restart keeps beyond those that are asked for, of the room that is left.
+# Share of the free room in the basis that a restart fills with Ritz vectors beyond the wanted ones.
 _EXTRA_SHARE = 0.5
 _ROUNDING = 10.0
 
@@ -18,9 +18,9 @@ class EigenvalueConvergenceError(RuntimeError):
     """Not all eigenvalues converged.
 
     Attributes:
-        eigenvalues: the approximations, of shape `(k,)`, ascending.
-        eigenvectors: theirs, in columns.
-        residuals: the length of `A v - lambda v` for each.
+        eigenvalues: The approximate eigenvalues in ascending order, of shape `(k,)`.
+        eigenvectors: The approximate eigenvectors, in columns.
+        residuals: The norm of `A v - lambda v` for each of them.
     """
 
     def __init__(self, message, eigenvalues, eigenvectors, residuals):
@@ -31,8 +31,8 @@ class EigenvalueConvergenceError(RuntimeError):
 def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0, dtype=np.float64, progress=None):
     """Eigenvalues and eigenvectors of a symmetric matrix by thick-restart Lanczos, as `scipy.sparse.linalg.eigsh`.
 
-    `matvec` is a function of NumPy vectors of length `n`. The basis has `ncv` vectors and one more, all of which are
-    kept orthogonal: an eigenvalue does not come twice because of rounding.
+    `matvec` is a function of NumPy vectors of length `n`. The basis has `ncv + 1` vectors, which are all kept
+    orthogonal, so that rounding does not create copies of an eigenvalue.
     """
     _check(n, k, which, ncv, max_restarts, tol)
     validation.require_seed("eigsh", seed)
@@ -50,20 +50,20 @@ def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0,
             values, vectors = np.linalg.eigh(projected)
             wanted = np.sort(_order(values, which)[:k])
             residuals = remainder * np.abs(vectors[-1, wanted])
-            # Products are no more precise than the largest eigenvalue allows.
+            # The rounding error of a product is proportional to the largest eigenvalue.
             allowed = np.maximum(tol * np.abs(values[wanted]), _ROUNDING * eps * np.abs(values).max())
             if np.all(residuals <= allowed) or ncv == n:
                 basis.count = ncv
                 return values[wanted].astype(dtype), basis.combined(vectors[:, wanted])
             kept = np.sort(_order(values, which)[: k + int(_EXTRA_SHARE * (ncv - 1 - k))])
             _restart(basis, projected, values, vectors, kept, ncv)
-    # The restart has put the wanted ones among the first vectors of the basis.
+    # The last restart has put the wanted Ritz vectors among the first vectors of the basis.
     inside = np.isin(kept, wanted)
     found = values[kept][inside].astype(dtype)
     raise EigenvalueConvergenceError(
         f"{int((residuals > allowed).sum())} of {k} eigenvalues did not converge to the relative residual "
         f"{tol:.1g} in {max_restarts} restarts: the residuals are {np.array2string(residuals, precision=2)}. Allow a "
-        "larger `ncv`, more `max_restarts` or a larger `tol`; the error has the approximations in its attributes.",
+        "larger `ncv`, more `max_restarts` or a larger `tol`. The attributes of this error have the approximations.",
         found,
         basis.combined(np.eye(basis.count)[:, : len(kept)][:, inside]),
         residuals,
@@ -71,7 +71,7 @@ def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0,
 
 
 def _extend(matvec, basis, projected, ncv, n, generator, bar):
-    """Fills the basis, and returns the length of the last product's part outside of it."""
+    """Fills the basis. Returns the norm of the last product's component orthogonal to it."""
     remainder = 0.0
     for j in range(basis.count - 1, ncv):
         product = np.array(matvec(basis[j]), dtype=basis[j].dtype)
@@ -83,7 +83,7 @@ def _extend(matvec, basis, projected, ncv, n, generator, bar):
         if j + 1 == n:
             return 0.0
         if remainder <= 10 * np.finfo(product.dtype).eps * length:
-            # The basis spans an invariant subspace: what is left of the product is rounding.
+            # The basis spans an invariant subspace, so the remainder is rounding noise.
             remainder = 0.0
             basis.append_random(generator)
         else:
@@ -92,7 +92,7 @@ def _extend(matvec, basis, projected, ncv, n, generator, bar):
 
 
 def _restart(basis, projected, values, vectors, kept, ncv):
-    """Keeps some Ritz vectors, and behind them the vector that the basis was to be extended by."""
+    """Keeps some Ritz vectors, followed by the vector that was to extend the basis next."""
     basis.count = ncv
     basis.replace(vectors[:, kept])
     basis.move(ncv, basis.count)
@@ -102,7 +102,7 @@ def _restart(basis, projected, values, vectors, kept, ncv):
 
 
 def _order(values, which):
-    """The places of ascending values, those that are wanted first."""
+    """The indices of ascending values, sorted by how much they are wanted."""
     places = np.arange(len(values))
     if which == "SA":
         return places
@@ -110,7 +110,7 @@ def _order(values, which):
         return places[::-1]
     if which == "LM":
         return np.argsort(-np.abs(values), kind="stable")
-    # Both ends in turn, the upper one first.
+    # "BE": both ends in turn, starting with the upper one.
     ends = np.empty_like(places)
     ends[0::2] = places[::-1][: len(ends[0::2])]
     ends[1::2] = places[: len(ends[1::2])]

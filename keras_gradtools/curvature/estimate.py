@@ -1,4 +1,4 @@
-"""A number that was estimated, and how far off it may be."""
+"""An estimated value with its standard error."""
 
 from typing import Any, NamedTuple
 
@@ -7,9 +7,9 @@ class Estimate(NamedTuple):
     """An estimate from random samples.
 
     Attributes:
-        value: the estimate, a float or an array.
-        standard_error: the standard deviation of the mean, estimated from the samples: the truth lies within twice
-            of it in about 95 of 100 cases. 0 where the value was not sampled but computed.
+        value: The estimate, a float or an array.
+        standard_error: The standard error of the mean, estimated from the samples. The true value is within two
+            standard errors in about 95 of 100 cases. 0 if the value was computed exactly.
     """
 
     value: Any

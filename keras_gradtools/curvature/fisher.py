@@ -23,39 +23,39 @@ class Fisher(CurvatureOperator):
     $$F = \frac1N \sum_i w_i \, J_i^\top \, \mathbb{E}_{\hat y \sim p(\cdot \mid z_i)}
     \left[ \nabla_z \ell(\hat y, z_i) \, \nabla_z \ell(\hat y, z_i)^\top \right] J_i$$
 
-    with $z_i$ the outputs for example $i$, $J_i$ their Jacobian by the weights, $w_i$ the sample weight, and labels
-    $\hat y$ drawn from the model's own distribution: classes of the softmax under a cross-entropy, 0 or 1 under a
-    binary one, and under the mean squared error Gaussian around the outputs with a variance of one half (so that the
-    squared error is its logarithm). Where an example has several of them, over time or one for each output, each adds
-    its own, with the share that it has in the loss. Regularizers have no part in it.
+    where $z_i$ are the outputs for example $i$, $J_i$ their Jacobian with respect to the weights, and $w_i$ the sample
+    weight. The labels $\hat y$ are drawn from the distribution that the model predicts: classes from the softmax for a
+    cross-entropy, 0 or 1 for a binary cross-entropy, and for the mean squared error a Gaussian around the outputs with
+    variance 1/2, whose negative log-likelihood is the squared error up to a constant. If an example has several labels
+    (time steps or output elements), each contributes with its share of the loss. Regularizers are not included.
 
-    - `kind="exact"` has the expectation in closed form; for these losses it is the Gauss-Newton matrix.
-    - `kind="monte_carlo"` draws `samples` labels, the same ones at each product.
-    - `kind="empirical"` takes the labels of the data: $\frac1N \sum_i w_i \nabla_\theta \ell_i \nabla_\theta
-      \ell_i^\top$, for any loss with a value for each example. It is no estimate of the others.
+    - `kind="exact"` computes the expectation in closed form. For these losses it equals the Gauss-Newton matrix.
+    - `kind="monte_carlo"` draws `samples` labels, the same ones for every product.
+    - `kind="empirical"` uses the labels of the data: $\frac1N \sum_i w_i \nabla_\theta \ell_i \nabla_\theta
+      \ell_i^\top$, for any loss with a value for each example. It does not estimate the other two.
 
-    The first two reduce a batch as the loss does: with `reduction="sum"` they are that of the batch times its size, as
-    the Gauss-Newton matrix is, and with `"mean_with_sample_weight"` the weights are divided by their mean. The
-    empirical one is the formula above with any reduction.
+    The first two kinds reduce a batch as the loss does. With `reduction="sum"`, the matrix of a batch is multiplied by
+    its number of examples, as the Gauss-Newton matrix is. With `"mean_with_sample_weight"`, the weights are divided by
+    their mean. The empirical matrix is the formula above for any reduction.
 
     Args:
-        model: as for `kg.curvature.Hessian`.
-        loss: as for `kg.curvature.Hessian`; unless `kind` is `"empirical"`, a categorical, sparse categorical or
-            binary cross-entropy or the mean squared error, and one output.
-        data: as for `kg.curvature.Hessian`; for the empirical one, sample weights of shape `(batch,)`.
-        variables: as for `kg.curvature.Hessian`.
-        training: as for `kg.curvature.Hessian`.
-        kind: which of the three.
-        samples: labels drawn for each output, if `kind` is `"monte_carlo"`.
-        seed: an integer, of these.
-        batch_size: as for `kg.curvature.Hessian`.
-        verbose: as for `kg.curvature.Hessian`.
+        model: As for `kg.curvature.Hessian`.
+        loss: As for `kg.curvature.Hessian`. Unless `kind` is `"empirical"`, it must be a categorical, sparse
+            categorical or binary cross-entropy or the mean squared error, and the model must have one output.
+        data: As for `kg.curvature.Hessian`. With `kind="empirical"`, sample weights have shape `(batch,)`.
+        variables: As for `kg.curvature.Hessian`.
+        training: As for `kg.curvature.Hessian`.
+        kind: `"exact"`, `"monte_carlo"` or `"empirical"`.
+        samples: Number of labels that are drawn for each output with `kind="monte_carlo"`.
+        seed: An integer that seeds these labels.
+        batch_size: As for `kg.curvature.Hessian`.
+        verbose: As for `kg.curvature.Hessian`.
 
     Raises:
-        ValueError: as `kg.curvature.Hessian`, and for a loss that has no likelihood here.
+        ValueError: As for `kg.curvature.Hessian`, and for a loss whose likelihood is not known here.
 
     Cost:
-        A product costs about five thirds of a gradient over the data where a backend compiles, seven thirds on torch.
+        A product costs about 5/3 of a gradient over the data on TensorFlow and JAX, and 7/3 on torch.
 
     Example:
 
@@ -121,7 +121,7 @@ class _MonteCarloOfBatch(OfBatch):
     draws_by_batch = True
 
     def __init__(self, loss, likelihood, samples, seed):
-        # The seed itself is an input of the program.
+        # The seed is not in the key, since it is an input of the program.
         super().__init__(loss, "monte carlo", samples)
         self._likelihood, self._samples = likelihood, samples
         self._generator = keras.random.SeedGenerator(0)
@@ -145,7 +145,7 @@ class _MonteCarloOfBatch(OfBatch):
         return Sandwich(call, OuterProducts(samples, has_last_axis=len(z.shape) > 1))
 
     def _pulled(self, labels, z, original, sample_weight):
-        """The gradient of the loss with these labels, in which weights, masks and means have their part."""
+        """The gradient of the loss for these labels, with its sample weights, masks and means."""
 
         def loss_of(outputs):
             return self.loss.of_outputs(with_masks_of(outputs, original), labels, sample_weight)

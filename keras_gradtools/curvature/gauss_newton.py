@@ -9,26 +9,26 @@ from keras_gradtools.curvature.operator import CurvatureOperator
 class GaussNewton(CurvatureOperator):
     r"""The generalized Gauss-Newton matrix of a training loss, $G = \frac1N \sum_b n_b J_b^\top H_b J_b + R$.
 
-    $J_b$ is the Jacobian of the model's outputs for batch $b$ by its weights, $H_b$ the Hessian of the loss by these
-    outputs, and $R$ that of the regularizers of the weights; other losses that layers add are left out. It is the
-    Hessian without the curvature of the model itself, and positive semi-definite where the loss is convex in the
-    outputs. Where the loss is a cross-entropy of probabilities, the outputs are their logarithms (the logits), in
-    which it is convex: the matrix is that of the same model with a loss `from_logits`.
+    $J_b$ is the Jacobian of the model's outputs for batch $b$ with respect to its weights, $H_b$ the Hessian of the
+    loss with respect to these outputs, and $R$ the Hessian of the weight regularizers. Other losses that layers add are
+    left out. It is the Hessian without the second derivatives of the model, and it is positive semi-definite if the
+    loss is convex in the outputs. For a cross-entropy of probabilities, the logits take the place of the outputs, since
+    the loss is convex in them. The matrix then equals that of the same model with a loss `from_logits`.
 
     Args:
-        model: as for `kg.curvature.Hessian`, with all other arguments.
-        loss: as for `kg.curvature.Hessian`.
-        data: as for `kg.curvature.Hessian`.
-        variables: as for `kg.curvature.Hessian`.
-        training: as for `kg.curvature.Hessian`.
-        batch_size: as for `kg.curvature.Hessian`.
-        verbose: as for `kg.curvature.Hessian`.
+        model: As for `kg.curvature.Hessian`.
+        loss: As for `kg.curvature.Hessian`.
+        data: As for `kg.curvature.Hessian`.
+        variables: As for `kg.curvature.Hessian`.
+        training: As for `kg.curvature.Hessian`.
+        batch_size: As for `kg.curvature.Hessian`.
+        verbose: As for `kg.curvature.Hessian`.
 
     Raises:
-        ValueError: as `kg.curvature.Hessian`.
+        ValueError: As for `kg.curvature.Hessian`.
 
     Cost:
-        A product costs about five thirds of a gradient over the data where a backend compiles, seven thirds on torch.
+        A product costs about 5/3 of a gradient over the data on TensorFlow and JAX, and 7/3 on torch.
 
     Example:
 
@@ -49,7 +49,7 @@ class GaussNewton(CurvatureOperator):
 
 
 class GaussNewtonOfBatch(OfBatch):
-    """The Gauss-Newton map of one batch."""
+    """The Gauss-Newton matrix of one batch, as a linear map."""
 
     def __init__(self, loss, with_regularizers):
         super().__init__(loss, with_regularizers)

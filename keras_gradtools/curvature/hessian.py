@@ -10,48 +10,53 @@ from keras_gradtools.curvature.linear_maps import OfBatch, SecondDerivative
 from keras_gradtools.curvature.operator import CurvatureOperator
 from keras_gradtools.curvature.spectrum_start import spectrum_start
 
-# Beyond these, a program of many products takes long to compile, and calls take no time beside products.
+# Beyond these, one program for many products takes long to compile and saves little, since calls are cheap beside
+# products.
 _MOST_WEIGHTS, _MOST_SAMPLES = 2**22, 8
 
 
 class Hessian(CurvatureOperator):
-    r"""The Hessian of a training loss by the weights of a model, $H = \partial^2 L / \partial \theta^2$.
+    r"""The Hessian of a training loss with respect to the weights of a model, $H = \partial^2 L / \partial \theta^2$.
 
     $$L(\theta) = \frac{1}{N} \sum_b n_b L_b(\theta)$$
 
-    with $L_b$ the loss that `fit` would minimize on batch $b$ of $n_b$ examples, sample weights, regularizers and
-    `add_loss` included, and $N = \sum_b n_b$: for Keras' usual losses, the loss of all examples as one batch. A loss
-    with `reduction="sum"` depends on the batch size, as in `fit`.
+    where $L_b$ is the loss that `fit` would minimize on batch $b$ of $n_b$ examples, with sample weights, regularizers
+    and `add_loss`, and $N = \sum_b n_b$. For the usual Keras losses, this is the loss of all examples as one batch. A
+    loss with `reduction="sum"` depends on the batch size, as in `fit`.
 
-    It is never formed: `operator @ v` is computed from $H v = \nabla (\nabla L \cdot v)$, batch by batch, with the
-    weights of the moment; `dense()` forms it. The model is called in inference mode, or with `training=True` as in a
-    training step. What it draws begins with the states that its seeds, Keras' global one and the framework's generators
-    had when the operator was made: one mask for all products, losses and gradients, whatever is called in between, and
-    after `move`. A new operator, or `draw_anew()`, takes another. Nothing in the model or in these generators changes.
+    The matrix is never formed, except by `dense()` and `blocks()`. `operator @ v` computes
+    $H v = \nabla (\nabla L \cdot v)$ batch by batch, at the current weights. The model is called in inference mode, or
+    with `training=True` as in a training step. Random numbers start from the states that the seeds of the model, the
+    global seed of Keras and the generators of the framework had when the operator was created. So all products, losses
+    and gradients use the same dropout masks, whatever is called in between, and also after `move`. A new operator, or
+    `draw_anew()`, uses new masks. Nothing in the model or in these generators changes.
 
     Args:
-        model: a built Keras model or layer; a wrapper of `kg.models` stands for the model in it.
-        loss: what `compile` takes as `loss`; None for the loss that the model was compiled with.
-        data: `(x, y)` or `(x, y, sample_weight)` of arrays or tensors; or batches of these: a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, a torch `DataLoader`, a list. It is gone through once for each product, and has to
-            have the same examples each time. Their order may change where the loss is a mean over them.
-        variables: trainable variables of the model in a list or any nesting, or one of its layers; all by default.
-        training: whether the model is called as in training: dropout on, BatchNormalization by the batch.
-        batch_size: of arrays; what data that comes in batches has its own of. The last batch may be smaller.
-        verbose: 1 for a progress bar, 0 for none, `"auto"` for one where it takes long.
+        model: A built Keras model or layer. A wrapper of `kg.models` stands for its wrapped model.
+        loss: A loss as `compile` takes it. None for the loss that the model was compiled with.
+        data: `(x, y)` or `(x, y, sample_weight)`, arrays or tensors, or an iterable of such batches: a
+            `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader` or a list. Every product reads all of it,
+            and it must contain the same examples each time. Their order may change if the loss is a mean over them.
+        variables: Trainable variables of the model in a list or any nested structure, or one of its layers. Default:
+            all trainable variables.
+        training: Whether the model is called in training mode: dropout is on, and BatchNormalization uses the
+            statistics of the batch.
+        batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches. The last
+            batch may be smaller.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for a progress bar if the work takes long.
 
     Attributes:
-        shape, dtype, variables, slices: see `kg.curvature.CurvatureOperator`.
+        shape, dtype, variables, slices: See `kg.curvature.CurvatureOperator`.
 
     Raises:
-        ValueError: for options and data that do not fit; at the first product, for a loss without a value for each
-            example, for a model that does not compute the same twice, naming the layer, and for data that differ from
-            pass to pass, naming the cause.
+        ValueError: If an option or the data is invalid. At the first product, if the loss has no value for each
+            example, if the model returns different values for the same input (the error names the layer), or if the
+            data differ from pass to pass (the error names the cause).
 
     Cost:
-        A product costs two to three gradients over the data, and one compilation for each shape of a batch. Before the
-        first one, two products with the first batch; and other data than arrays and lists are read twice, without the
-        model, with two products more where their order changes.
+        A product costs two to three gradients over the data, plus one compilation for each shape of a batch. Before the
+        first product, two products with the first batch check that results repeat. Data other than arrays and lists are
+        also read twice without calling the model, and cost two more products if their order changes.
 
     Example:
 
@@ -70,7 +75,7 @@ class Hessian(CurvatureOperator):
     """
 
     def begins_spectra(self, samples):
-        """Whether `spectrum_start` may be called: for small models, data in one batch, and few samples."""
+        """Whether `spectrum_start` can be used: only for small models, data in one batch, and few samples."""
         if self._batches.count != 1 or samples > _MOST_SAMPLES:
             return False
         (batch,) = self._batches
@@ -78,7 +83,7 @@ class Hessian(CurvatureOperator):
         return is_small and not backend.is_shared_by_replicas(batch, self.variables[0])
 
     def spectrum_start(self, first, bits, share, steps):
-        """See `kg.curvature.spectrum_start`: one program that takes the first steps, the samples and the gradient."""
+        """Computes the first Lanczos steps, the trace samples and the norm of the gradient: see `spectrum_start.py`."""
         dtype = "float64" if self.dtype == "float64" else "float32"
         vectors = [ops.convert_to_tensor(first, dtype=dtype), ops.convert_to_tensor(bits)]
         add = functools.partial(_spectrum_start, share, steps)
@@ -94,7 +99,7 @@ class _HessianOfBatch(OfBatch):
 
 
 class _FlatHessian:
-    """The Hessian of one batch by the flat vector of the weights: no product takes one apart, or puts it together."""
+    """The Hessian of one batch with respect to the flat vector of the weights, so that products need no conversion."""
 
     def __init__(self, loss, parameters, model, batch):
         self._size = batch_size_of(batch)
@@ -113,7 +118,7 @@ class _FlatHessian:
         return self._mean(self._map.quadratic_form([vector]))
 
     def _mean(self, x):
-        """That over the processes which train together."""
+        """The mean over the processes that train together, weighted by their numbers of examples."""
         (total,), count = backend.summed_over_processes([self._size * ops.stop_gradient(x)], self._size)
         return total / count
 

@@ -1,4 +1,4 @@
-"""The loss over a plane of weights."""
+"""The loss over a plane through the weights."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,10 @@ class LossSurface(NamedTuple):
     """Losses on a grid around the weights of a model.
 
     Attributes:
-        first: how far along the first direction, of shape `(points,)`.
-        second: how far along the second one.
-        loss: the losses, of shape `(points, points)`: `loss[i, j]` at `first[i]` and `second[j]`.
-        curvatures: the second derivative of the loss along each direction at the weights, by the operator's matrix.
+        first: Distances along the first direction, of shape `(points,)`.
+        second: Distances along the second direction, of shape `(points,)`.
+        loss: Losses of shape `(points, points)`, with `loss[i, j]` at `first[i]` and `second[j]`.
+        curvatures: The curvature `u' A u` of the operator A along each direction u, at the weights, of shape `(2,)`.
     """
 
     first: Any
@@ -24,7 +24,7 @@ class LossSurface(NamedTuple):
 
 
 def loss_surface(operator, directions, distance, points, seed, progress):
-    """The loss over a plane: see `Hessian.loss_surface`."""
+    """The loss over a plane: see `CurvatureOperator.loss_surface`."""
     if not validation.is_number(distance) or not 0 < distance < np.inf:
         raise ValueError(
             f"loss_surface expects a positive number as `distance`. Received: distance={validation.shown(distance)}."

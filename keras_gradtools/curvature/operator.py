@@ -1,4 +1,4 @@
-"""What the curvature operators have in common: products, summed over a data set, and what is made of them."""
+"""The base class of the curvature operators: products, summed over a data set, and what is computed from them."""
 
 import copy
 import functools
@@ -23,25 +23,29 @@ from keras_gradtools.curvature.trace import estimate_trace
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.first_order import value_and_grad
 
-# Columns of a matrix that go through the data together. More of them at a time were slower on every backend: what a
-# layer computes for all of them no longer fits into the cache.
+# Columns of a matrix that are multiplied in one pass over the data. More were slower on every backend, since the
+# activations for all columns no longer fit into the cache.
 COLUMNS = 64
-# Numbers in the rows that one program computes, of a few chunks that share the evaluation of the model.
+# Most numbers in the rows that one call of a program computes. A call covers several chunks, which share one evaluation
+# of the model.
 _NUMBERS_OF_A_CALL = 2**24
-# Two blocks of a transformer have few variables, and yet hundreds of operations to trace for each product.
+# Larger models take long to trace. Both limits matter: two transformer blocks have few variables, but hundreds of
+# operations.
 _MOST_VARIABLES, _MOST_LAYERS = 32, 16
 
 
 class CurvatureOperator:
-    """A symmetric matrix of second derivatives by the weights of a model, which is never formed.
+    """A symmetric curvature matrix of a loss with respect to the weights of a model, known by its products.
+
+    The matrix is only formed by `dense` and `blocks`.
 
     Attributes:
-        model: the model whose weights they are; of a wrapper of `kg.models`, the wrapped one.
-        variables: the variables that it is by, in a list.
-        slices: for each of them the slice of its elements in a flat vector, in the order of
+        model: The model that has the weights. For a wrapper of `kg.models`, the wrapped model.
+        variables: A list of the variables that the matrix is taken with respect to.
+        slices: For each variable, the slice of its elements in a flat vector, in the order of
             `keras.ops.reshape(v, -1)`.
-        shape: `(n, n)`, with n the number of their elements.
-        dtype: that of the products, the name of the variables' common one.
+        shape: `(n, n)`, where n is the total number of elements of the variables.
+        dtype: Name of the dtype of the products, the common dtype of the variables.
     """
 
     def __init__(self, model, loss, data, variables=None, training=False, *, batch_size=256, verbose="auto"):
@@ -55,7 +59,7 @@ class CurvatureOperator:
         self._given_model = model
         self.model = checked_model(owner, model)
         self._parameters = Parameters(owner, self.model, variables)
-        # The loss that a wrapper was compiled with is the one that is trained.
+        # A wrapper is compiled itself, so the compiled loss is that of `model`, not of the wrapped model.
         self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
         self._batches: Batches | OneBatch = Batches(owner, data, batch_size, must_repeat=True)
         self._spec = self._make_spec()
@@ -69,15 +73,15 @@ class CurvatureOperator:
         self.shape = (self._parameters.size, self._parameters.size)
         self.dtype = self._parameters.dtype
 
-    # NumPy would multiply element by element; so it leaves `array @ operator` to Python, which refuses it.
+    # Without this, NumPy would multiply element by element. With None, `array @ operator` raises a TypeError.
     __array_ufunc__ = None
 
     def _make_spec(self):
-        """What computes the map of one batch: an object with a `key` and `of_batch(model, weights, batch, seed)`."""
+        """Returns the `OfBatch` that makes the linear map of one batch."""
         raise NotImplementedError
 
     def __matmul__(self, vector):
-        """The product with a flat vector, with a matrix of columns, or with tensors nested as the variables are."""
+        """The product with a flat vector, a matrix of columns, or tensors in the structure of the variables."""
         parts, count, in_kind = self._parameters.received(vector)
         if count is None or count <= COLUMNS:
             return in_kind(self._product(parts, count))
@@ -89,16 +93,16 @@ class CurvatureOperator:
         return in_kind([ops.concatenate(of_variable, axis=0) for of_variable in zip(*chunks, strict=True)])
 
     def dense(self, chunk_size=None):
-        """The matrix itself, a NumPy array of shape `(n, n)`.
+        """The matrix as a NumPy array of shape `(n, n)`.
 
-        A block of two variables is computed for one order of them only, that of a variable with itself is the mean of
-        what was computed and its transpose: the matrix is exactly symmetric.
+        The matrix is exactly symmetric: a block of two variables is computed once and copied to its mirror image, and
+        the block of a variable with itself is averaged with its transpose.
 
         Args:
-            chunk_size: how many rows to compute at once, 64 by default. It bounds the memory and changes no value.
+            chunk_size: Number of rows to compute at once, 64 by default. It bounds the memory and changes no value.
 
         Raises:
-            MemoryError: if the matrix would not fit into half of the machine's memory.
+            MemoryError: If the matrix would take more than half of the machine's memory.
         """
         chunk_size = jacobians.checked_chunk_size(chunk_size) or COLUMNS
         n, dtype = self._parameters.size, _array_dtype(self.dtype)
@@ -122,9 +126,9 @@ class CurvatureOperator:
         return matrix
 
     def blocks(self, chunk_size=None):
-        """The matrix as the nested blocks that `kg.hessian` returns, NumPy arrays of shape `(*in_i, *in_j)`.
+        """The matrix as nested blocks like those of `kg.hessian`, NumPy arrays of shape `(*in_i, *in_j)`.
 
-        `blocks[i][j]` is that of the i-th and the j-th variable.
+        `blocks[i][j]` is the block of the i-th and the j-th variable.
         """
         matrix = self.dense(chunk_size)
         shapes = self._parameters.shapes
@@ -136,23 +140,23 @@ class CurvatureOperator:
         return nesting.pack_as(structure, [nesting.pack_as(structure, row) for row in rows])
 
     def trace(self, matvecs=99, method="hutch++", seed=0):
-        r"""The trace, from products with random vectors of signs $v_i$.
+        r"""An estimate of the trace from products with vectors $v_i$ of random signs.
 
-        Hutchinson's estimator is the mean of $v_i^\top A v_i$. Hutch++ takes a third of the products to find the
-        directions $Q$ of the largest eigenvalues, has the trace on these exactly, and samples the rest:
-        $\operatorname{tr}(Q^\top A Q) + \overline{v_i^\top (I - QQ^\top) A (I - QQ^\top) v_i}$. It is closer where a
-        few eigenvalues are far larger than the others, as those of trained models are.
+        Hutchinson's estimator is the mean of $v_i^\top A v_i$. Hutch++ uses a third of the products to find the
+        directions $Q$ of the largest eigenvalues, computes the trace exactly on these, and samples the rest:
+        $\operatorname{tr}(Q^\top A Q) + \overline{v_i^\top (I - QQ^\top) A (I - QQ^\top) v_i}$. It is more accurate if
+        a few eigenvalues are far larger than the others, as in trained models.
 
         Args:
-            matvecs: how many products are taken. From `n` on the trace is computed exactly, with `n` products.
+            matvecs: Number of products. If it is `n` or more, the trace is computed exactly with `n` products.
             method: `"hutch++"` or `"hutchinson"`.
-            seed: of the random vectors.
+            seed: An integer that seeds the random vectors.
 
         Returns:
-            An `Estimate` of the trace, with its standard error: that of the mean over the samples.
+            An `Estimate` of the trace, with the standard error of the mean over the samples.
 
         Cost:
-            `matvecs` products; for Hutch++ the memory of a third as many vectors.
+            `matvecs` products, and for Hutch++ memory for a third as many vectors.
 
         Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1989); Meyer, Musco, Musco &
         Woodruff, "Hutch++" (arXiv:2010.09649, 2020), algorithm 1.
@@ -161,19 +165,19 @@ class CurvatureOperator:
         return estimate_trace(self._matvec(), self.shape[0], matvecs, method, seed, dtype, self._progress("trace"))
 
     def diagonal(self, matvecs=99, seed=0):
-        r"""The diagonal, the mean of $v_i \odot A v_i$ over random vectors of signs $v_i$.
+        r"""An estimate of the diagonal, the mean of $v_i \odot A v_i$ over vectors $v_i$ of random signs.
 
         Args:
-            matvecs: how many products are taken. From `n` on the diagonal is computed exactly, with `n` products.
-            seed: of the random vectors.
+            matvecs: Number of products. If it is `n` or more, the diagonal is computed exactly with `n` products.
+            seed: An integer that seeds the random vectors.
 
         Returns:
             An `Estimate` with arrays of shape `(n,)` in double precision: the diagonal, and the standard error of each
             of its elements.
 
         Cost:
-            `matvecs` products; the error of an element is that of the other elements of its row, over the square root
-            of `matvecs`.
+            `matvecs` products. The standard error of an element is the norm of the other elements in its row, divided
+            by the square root of `matvecs`.
 
         Source: Bekas, Kokiopoulou & Saad, "An estimator for the diagonal of a matrix" (2007), equation 2.
         """
@@ -182,32 +186,34 @@ class CurvatureOperator:
     def eigsh(self, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
         r"""Some eigenvalues and their eigenvectors, as `scipy.sparse.linalg.eigsh` returns them.
 
-        Lanczos' method with full reorthogonalization and thick restarts: the basis has `ncv` vectors whatever the
-        number of products, and no eigenvalue is found a second time because of rounding. Several equal eigenvalues are
-        found as often as they are needed only by chance, as by any method with a single starting vector.
+        This is the Lanczos method with full reorthogonalization and thick restarts. The basis has `ncv` vectors, for
+        any number of products, and rounding does not create copies of an eigenvalue. A multiple eigenvalue may be found
+        fewer times than its multiplicity, as with any method that uses a single starting vector.
 
         Args:
-            k: how many.
-            which: `"LA"` the largest, `"SA"` the smallest, `"LM"` those of largest magnitude, `"BE"` half of them from
-                each end.
-            ncv: the vectors of the basis, more than `k`; `max(2 * k + 1, 20)` by default. More of them need fewer
-                products.
-            max_restarts: after how many restarts to give up; 100 by default.
-            tol: an eigenvalue has converged where $\lVert A v - \lambda v \rVert \le$ `tol` $\lvert \lambda \rvert$. By
-                default the precision of `dtype` to the power of two thirds: 2e-5 in float32, 4e-11 in float64.
-            seed: of the vector that it begins with.
+            k: Number of eigenvalues.
+            which: `"LA"` for the largest, `"SA"` for the smallest, `"LM"` for those of largest magnitude, `"BE"` for
+                half of them from each end.
+            ncv: Number of vectors in the basis, more than `k`. Default: `max(2 * k + 1, 20)`. A larger basis needs
+                fewer products.
+            max_restarts: Maximum number of restarts, 100 by default.
+            tol: An eigenvalue has converged if $\lVert A v - \lambda v \rVert \le$ `tol` $\lvert \lambda \rvert$.
+                Default: the machine epsilon of `dtype` to the power of 2/3, which is 2e-5 in float32 and 4e-11 in
+                float64.
+            seed: An integer that seeds the starting vector.
 
         Returns:
-            `(eigenvalues, eigenvectors)`: ascending, of shape `(k,)`, and orthonormal in columns, of shape `(n, k)`.
-            A column can go back to `@`.
+            `(eigenvalues, eigenvectors)`: the eigenvalues in ascending order, of shape `(k,)`, and orthonormal
+            eigenvectors in columns, of shape `(n, k)`. A column can be multiplied with `@`.
 
         Raises:
-            EigenvalueConvergenceError: after `max_restarts`; it has the approximations in its attributes.
-            FloatingPointError: if a product is not finite.
-            ValueError: for options that do not fit.
+            EigenvalueConvergenceError: If an eigenvalue has not converged after `max_restarts`. The attributes of the
+                error have the approximations.
+            FloatingPointError: If a product is not finite.
+            ValueError: If an option is invalid.
 
         Cost:
-            Some ten to a few hundred products; the memory of `ncv + 1` vectors and a few more.
+            About ten to a few hundred products, and memory for a few more than `ncv + 1` vectors.
 
         Source: Wu & Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000), algorithm 1.
         """
@@ -225,24 +231,24 @@ class CurvatureOperator:
         )
 
     def spectral_density(self, probes=10, steps=50, *, points=1000, width=None, seed=0):
-        r"""The density of the eigenvalues, $\frac1n \sum_i \mathcal{N}(t; \lambda_i, \sigma^2)$, without these.
+        r"""An estimate of the density of the eigenvalues, $\frac1n \sum_i \mathcal{N}(t; \lambda_i, \sigma^2)$.
 
-        Each probe runs Lanczos' method from a random vector; its nodes and weights are a Gauss quadrature of the
-        density.
+        It does not compute the eigenvalues. Each probe runs the Lanczos method from a random vector, which gives nodes
+        and weights of a Gauss quadrature of the density.
 
         Args:
-            probes: how many random vectors, 2 or more.
-            steps: products for each of them.
-            points: of the grid on which the density is returned.
-            width: $\sigma$; a hundredth of the range of the eigenvalues by default.
-            seed: of the random vectors.
+            probes: Number of random vectors, 2 or more.
+            steps: Number of Lanczos steps, and of products, for each probe.
+            points: Number of points in the grid on which the density is returned.
+            width: $\sigma$. Default: a hundredth of the range of the eigenvalues.
+            seed: An integer that seeds the random vectors.
 
         Returns:
             A `SpectralDensity`: the grid, the density, which integrates to 1 on it, its standard error over the probes,
-            and nodes and weights. `kg.plots.plot_spectral_density` draws it.
+            and the nodes and weights. `kg.plots.plot_spectral_density` draws it.
 
         Cost:
-            `probes * steps` products, and the memory of `steps` vectors.
+            `probes * steps` products, and memory for `steps` vectors.
 
         Source: Ghorbani, Krishnan & Xiao, "An investigation into neural net optimization via Hessian eigenvalue
         density" (arXiv:1901.10159, 2019), section 2.
@@ -260,10 +266,11 @@ class CurvatureOperator:
         )
 
     def loss(self, offset=None):
-        """The loss $L$ that the curvature is of, a float; with `offset`, at the weights plus this.
+        """The loss $L$ whose curvature this is, as a float.
 
         Args:
-            offset: a vector as `@` takes one; None for the weights as they are. They are not changed.
+            offset: A vector, in any form that `@` accepts, that is added to the weights for this evaluation. None for
+                no offset. The weights of the model do not change.
         """
 
         def zeros():
@@ -273,18 +280,18 @@ class CurvatureOperator:
         return float(total) / count
 
     def gradient(self, offset=None):
-        """The gradient of that loss by the variables, a NumPy array of shape `(n,)`; `offset` as for `loss`."""
+        """The gradient of `loss` with respect to the variables, a NumPy array of shape `(n,)`. `offset` is as there."""
         return self.loss_and_gradient(offset)[1]
 
     def loss_and_gradient(self, offset=None):
-        """Both at the cost of the gradient; `offset` as for `loss`."""
+        """The loss and the gradient, at the cost of the gradient. `offset` is as for `loss`."""
         offset = self._offset("loss_and_gradient", offset)
         totals, count = self._over_data("gradient", *self._gradient_of(offset))
         gradient = self._parameters.joined_in_numpy([total / count for total in totals[1:]])
         return float(totals[0]) / count, gradient
 
     def move(self, offset):
-        """Adds a vector, as `@` takes one, to the variables: to all of them, or after an error or interrupt to none."""
+        """Adds a vector, in any form that `@` accepts, to the variables. After an error, none of them has changed."""
         if offset is None:
             raise ValueError("move expects a vector as `offset`. Received: offset=None.")
         self._parameters.move(self._offset("move", offset))
@@ -293,14 +300,14 @@ class CurvatureOperator:
         r"""The loss $L(\theta + a \, u_1 + b \, u_2)$ over a plane through the weights.
 
         Args:
-            directions: a NumPy array of shape `(n, 2)`, the directions in its columns, which are scaled to length 1; by
-                default the eigenvectors of the two largest eigenvalues.
-            distance: how far $a$ and $b$ go, in the units of the weights.
-            points: how many values each of them takes, an odd number to have 0 among them.
-            seed: of `eigsh`.
+            directions: A NumPy array of shape `(n, 2)` with the directions in its columns, which are scaled to length
+                1. Default: the eigenvectors of the two largest eigenvalues.
+            distance: $a$ and $b$ range from `-distance` to `distance`, in the units of the weights.
+            points: Number of values of $a$ and of $b$. An odd number includes 0.
+            seed: An integer that seeds `eigsh`.
 
         Returns:
-            A `LossSurface`, which `kg.plots.plot_loss_surface` draws. The weights are not changed.
+            A `LossSurface`, which `kg.plots.plot_loss_surface` draws. The weights do not change.
 
         Cost:
             `points**2` evaluations of the loss over the data, two products, and those of `eigsh`.
@@ -310,19 +317,19 @@ class CurvatureOperator:
         return loss_surface(self, directions, distance, points, seed, self._progress("loss_surface"))
 
     def linearized(self):
-        """This matrix at the weights of the moment, for many products with NumPy vectors: it has `shape` and `@` only.
+        """The matrix at the current weights, for many products with NumPy vectors. It has only `shape` and `@`.
 
-        Of data in one batch it is faster than the operator's own product. On torch, what does not depend on the vector
-        is computed once, and kept until this is dropped, which halves the time; elsewhere the one program takes and
-        returns flat vectors, which saves a few milliseconds.
+        If the data is one batch, its products are faster than those of the operator. On torch, what does not depend on
+        the vector is computed once and kept while this object exists, which halves the time. On the other backends, one
+        program takes and returns flat vectors, which saves a few milliseconds.
         """
         return LinearizedOperator(self.shape, self._matvec())
 
     def to_scipy(self):
-        """This operator as a `scipy.sparse.linalg.LinearOperator`, for SciPy's own solvers.
+        """This operator as a `scipy.sparse.linalg.LinearOperator`, for the solvers of SciPy.
 
         Raises:
-            ImportError: without SciPy.
+            ImportError: If SciPy is not installed.
         """
         try:
             from scipy.sparse.linalg import LinearOperator
@@ -330,7 +337,6 @@ class CurvatureOperator:
             raise ImportError('`to_scipy` needs SciPy: pip install "keras-gradtools[solvers]".') from None
 
         def matmat(matrix):
-            # `@` takes real vectors, of shape (n,) or in columns.
             return self @ matrix
 
         return LinearOperator(
@@ -343,7 +349,7 @@ class CurvatureOperator:
         return f"<{self._owner} of {self.model.name!r} by {names}, shape {self.shape}, dtype {self.dtype}>"
 
     def outputs_of_example(self):
-        """How many numbers the model returns for an example; None where regularizers add to what these tell."""
+        """The number of outputs of the model for one example. None if there are regularizers, which add to the rank."""
         if self._outputs is None:
             weights = self._parameters.variables_as_tensors()
             if self._loss.regularization(self.model, weights) is not None:
@@ -356,25 +362,25 @@ class CurvatureOperator:
         return self._outputs
 
     def check(self, of="product"):
-        """Raises at once what the first product would, or with `of="gradient"` the first loss or gradient."""
+        """Runs the checks of the first product now. With `of="gradient"`, those of the first loss or gradient."""
         self._prepare(of)
 
     def batches(self):
-        """Goes through the batches of the data, `(x, y, sample_weight)` in tensors."""
+        """Iterates over the batches of the data, `(x, y, sample_weight)` as tensors."""
         return iter(self._batches)
 
     def count_examples(self):
-        """The number of examples of the data."""
+        """The number of examples in the data."""
         return sum(map(batch_size_of, self._batches))
 
     def of_batch(self, batch):
-        """The operator of the same function of the same variables on one batch, `(x, y, sample_weight)` in tensors.
+        """The same operator on a single batch, `(x, y, sample_weight)` as tensors.
 
-        Its model draws from the seeds as they are now.
+        Its random numbers start from the current states of the seeds.
         """
         other = self._on(batch)
         other.draw_anew()
-        # What was checked they have in common, and what it has found.
+        # Both share the set of passed checks. The seeds that a check finds are kept for the next batch.
         other._prepare()
         self._draws = other._draws
         return other
@@ -385,10 +391,10 @@ class CurvatureOperator:
         return other
 
     def draw_anew(self):
-        """Takes the states of the model's seeds as they are now: from here on, dropout has the masks of these.
+        """Takes the current states of the model's seeds, so that dropout uses new masks from here on.
 
-        Until it is called, all products, losses and gradients have the masks of when the operator was made, whatever
-        else is called in between, and after `move`.
+        Until this is called, all products, losses and gradients use the masks from when the operator was created,
+        whatever is called in between, and also after `move`.
         """
         self._sync()
         self._draws = self._draws.anew(self.model)
@@ -404,17 +410,18 @@ class CurvatureOperator:
         return parts
 
     def _matvec(self):
-        """The product with a flat NumPy vector, a NumPy vector, at the weights of the moment."""
+        """A function from a flat NumPy vector to its product at the current weights, a NumPy vector."""
         if self._batches.count != 1:
             return lambda vector: self @ vector
         if backend.LINEARIZES_ONCE:
             return self._matvec_by_one_record()
-        # The program of `self @ vector` is there already: beside the products of many layers its calls take no time.
+        # Large models use the program of `self @ vector`, which exists already. Its call overhead is small beside the
+        # product.
         return self._matvec_by_one_program() if self._is_quick_to_trace else lambda vector: self @ vector
 
     @property
     def _is_quick_to_trace(self):
-        """Whether the model is so small that one program more takes no time."""
+        """Whether the model is so small that tracing one more program is quick."""
         return len(self.variables) <= _MOST_VARIABLES and len(state.layers_of(self.model)) <= _MOST_LAYERS
 
     def _matvec_by_one_record(self):
@@ -435,8 +442,8 @@ class CurvatureOperator:
         return product
 
     def _matvec_by_one_program(self):
-        # A program is called with a few tensors instead of two for each variable: on small models these take longer
-        # than the product.
+        # The program takes a few tensors, not two for each variable. On small models, passing those takes longer than
+        # the product.
         self._prepare()
         (batch,) = self._batches
         size, seed = batch_size_of(batch), self._seed(0)
@@ -449,7 +456,7 @@ class CurvatureOperator:
         run = compiled.prepare(self._owner, self.model, body, key, example, {})
 
         def product(vector):
-            # An array, which a program takes sooner than Keras makes a tensor of it.
+            # Passing an array is faster than converting it with Keras.
             total, _ = run((values, np.asarray(vector, dtype), batch, seed), {})
             (total,), count = backend.summed_over_processes([total], size)
             return ops.convert_to_numpy(total) / count
@@ -476,12 +483,12 @@ class CurvatureOperator:
         return self._over_data(("rows", place, size, chunk_size), add, zeros, start)
 
     def _over_data(self, what, add, zeros, vectors):
-        """The sums over all batches of what `add` adds for one to `zeros()`; and the number of examples."""
+        """Runs `add` on every batch, starting from `zeros()`. Returns the sums and the number of examples."""
         self._prepare("gradient" if what in ("loss", "gradient") else "product")
         return self._summed(what, add, zeros, vectors)
 
     def _summed(self, what, add, zeros, vectors):
-        # Nothing is added to a single batch, and fewer arguments are faster.
+        # A single batch needs no totals, and fewer arguments are faster.
         totals = None if self._batches.count == 1 else zeros()
         count = 0
         for number, batch in enumerate(self._batches):
@@ -491,7 +498,7 @@ class CurvatureOperator:
         return backend.summed_over_processes(totals, count)
 
     def _of_one_batch(self, what, body, vectors):
-        """What `body(spec, loss, parameters, model, vectors, batch, seed)` makes of data in one batch."""
+        """Runs `body(spec, loss, parameters, model, vectors, batch, seed)` compiled, for data that is one batch."""
         self._prepare()
         (batch,) = self._batches
         return self._run(what, body, vectors, nesting.map_structure(_spread, batch), self._seed(0))
@@ -501,7 +508,7 @@ class CurvatureOperator:
         return compiled.run(self._owner, self.model, body, key, (self._draws.values, *args), {})[0]
 
     def _program(self, what, add):
-        # These are all that the body may hold: what is compiled is kept with the model.
+        # The body must not hold anything else, such as the data, since programs are cached as long as the model lives.
         body = functools.partial(_drawing, add, self._spec, self._loss, self._parameters, self._draws)
         return (self._owner, what, self._spec.key, self._draws.key), body
 
@@ -509,7 +516,7 @@ class CurvatureOperator:
         return ops.convert_to_tensor(np.array([self._spec.seed, number], "int32"))
 
     def _sync(self):
-        # Between the steps of a training on JAX, the weights are not in the variables.
+        # Between training steps on JAX, Keras keeps the current weights outside of the variables.
         for model in (self._given_model, self.model):
             sync = getattr(model, "jax_state_sync", None)
             if sync is not None:
@@ -517,14 +524,14 @@ class CurvatureOperator:
 
     def _prepare(self, what="product"):
         self._sync()
-        # Where products repeat, gradients do.
+        # If products repeat, gradients do, so a check of products covers both.
         if not self._checked & {what, "product"}:
             self._check(what)
         if self._batches.is_reordered and what not in self._may_reorder:
             self._check_order(what)
 
     def _check(self, what):
-        """Whether the loss has a value for each example of the first batch, and what is computed of it repeats."""
+        """Raises `ValueError` if the loss has no value for each example, or if results of the first batch differ."""
         batch = next(iter(self._batches))
         loss, weights = self._loss.drawing(self._draws), self._parameters.variables_as_tensors()
         outputs, assigned = loss.outputs_and_assigned(self.model, weights, batch[0])
@@ -538,7 +545,7 @@ class CurvatureOperator:
         self._checked.add(what)
 
     def _check_order(self, what):
-        """Whether it matters that the examples come in another order at each pass."""
+        """Raises `ValueError` if the order of the examples, which changes from pass to pass, changes the result."""
 
         def gradient():
             return self._parameters.joined_in_numpy(self._summed("gradient", *self._gradient_of(None))[0][1:])
@@ -567,7 +574,7 @@ class CurvatureOperator:
         return self._parameters.joined_in_numpy(gradient)
 
     def _gradient_of(self, offset):
-        """What the sums over the data take for the loss and its gradient."""
+        """The arguments of `_summed` that compute the loss and its gradient."""
 
         def zeros():
             return [ops.zeros((), dtype=self.dtype), *self._parameters.zeros()]
@@ -580,7 +587,7 @@ def _spread(x):
 
 
 class LinearizedOperator:
-    """A symmetric matrix that does not change, as its product with a flat NumPy vector."""
+    """A symmetric matrix at fixed weights, known by its product with a flat NumPy vector."""
 
     __array_ufunc__ = None
 
@@ -596,9 +603,9 @@ class LinearizedOperator:
         return self._matvec(vector)
 
 
-# Each adds to `totals`, if there are any, what a batch has of something, times the number of its examples. `of_part`
-# sees a part of the batch where replicas share it, and its `size`, which multiplies the vectors where they are fewer
-# than the products; the sum over the parts is that of the batch.
+# Each of these functions adds to `totals`, if given, its result for a batch times the number of examples. If replicas
+# share the batch, `of_part` computes one part of it. The size of the part multiplies the vectors or the result, so that
+# the results of the parts add up to that of the batch.
 
 
 def _drawing(add, spec, loss, parameters, draws, model, values, *args):
@@ -663,11 +670,11 @@ def _added(totals, of_part, batch, parameters):
     of_batch = backend.summed_over_replicas(
         lambda part: of_part(part, batch_size_of(part)), batch, parameters.variables[0]
     )
-    # Weights that it is not taken by may have a graph of their own on torch.
+    # On torch, weights that are not among the variables may still have a graph.
     summands = [ops.stop_gradient(ops.cast(b, parameters.dtype)) for b in of_batch]
     return summands if totals is None else [t + s for t, s in zip(totals, summands, strict=True)], None
 
 
 def _array_dtype(dtype):
-    # NumPy has no bfloat16, and half precision is no precision to solve in.
+    # NumPy has no bfloat16, and half precision is too imprecise for solvers.
     return np.dtype("float64" if dtype == "float64" else "float32")

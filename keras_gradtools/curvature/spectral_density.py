@@ -8,7 +8,7 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import KrylovBasis, checked_length
 from keras_gradtools.curvature.trace import mean_of
 
-# Of the range of the eigenvalues: the width of a peak, and how far the grid goes beyond it in widths.
+# Width of a peak, relative to the range of the eigenvalues. Widths by which the grid extends beyond that range.
 _RELATIVE_WIDTH = 0.01
 _MARGIN = 5.0
 
@@ -17,12 +17,12 @@ class SpectralDensity(NamedTuple):
     """A density of eigenvalues, which integrates to 1.
 
     Attributes:
-        grid: eigenvalues, equidistant, of shape `(points,)`.
-        density: the density there, per unit of eigenvalue.
-        standard_error: that of the density, from probe to probe.
-        nodes: the nodes of the quadrature, of shape `(probes, steps)`; padded with NaN where fewer steps were enough.
-        weights: their weights, the sum over each probe being 1; padded with zeros.
-        width: the standard deviation of the Gaussian that each eigenvalue is drawn as.
+        grid: Equidistant eigenvalues, of shape `(points,)`.
+        density: The density on the grid, per unit of eigenvalue, of shape `(points,)`.
+        standard_error: The standard error of the density over the probes, of shape `(points,)`.
+        nodes: The nodes of the quadrature, of shape `(probes, steps)`, padded with NaN if fewer steps were enough.
+        weights: The weights of the nodes, which sum to 1 for each probe, padded with zeros.
+        width: The standard deviation of the Gaussian that represents each eigenvalue.
     """
 
     grid: Any
@@ -34,7 +34,7 @@ class SpectralDensity(NamedTuple):
 
 
 def spectral_density(matvec, n, probes, steps, *, points, width, seed, dtype, progress):
-    """The density by stochastic Lanczos quadrature: see `Hessian.spectral_density`."""
+    """The density by stochastic Lanczos quadrature: see `CurvatureOperator.spectral_density`."""
     for name, given, least in (("probes", probes, 2), ("steps", steps, 1), ("points", points, 2)):
         if not validation.is_count(given, least):
             raise ValueError(
@@ -56,7 +56,7 @@ def spectral_density(matvec, n, probes, steps, *, points, width, seed, dtype, pr
     low, high = np.nanmin(nodes), np.nanmax(nodes)
     if width is None:
         spread, scale = high - low, max(abs(high), abs(low))
-        # A multiple of the identity has one eigenvalue, and its scale is all there is to go by.
+        # A multiple of the identity has a single eigenvalue, so its magnitude replaces the range.
         width = _RELATIVE_WIDTH * (spread if spread > 100 * np.finfo(dtype).eps * scale else scale or 1.0)
     grid = np.linspace(low - _MARGIN * width, high + _MARGIN * width, points)
     of_each = np.stack([_smoothed(grid, t, w, width) for t, w in zip(nodes, weights, strict=True)])
@@ -84,10 +84,10 @@ def _tridiagonal(matvec, n, steps, generator, dtype, bar):
 
 
 def _smoothed(grid, nodes, weights, width):
-    """Gaussians of the given weights; each integrates to its weight on this grid, however coarse that is."""
+    """A sum of Gaussians. Each one integrates to its weight on this grid, even if the grid is coarse."""
     kept = weights > 0
     exponents = 0.5 * ((grid - nodes[kept, None]) / width) ** 2
-    # Relative to the point that is nearest, so that no peak falls between two of them.
+    # Relative to the nearest grid point, so that no narrow peak is lost between two points.
     peaks = np.exp(exponents.min(axis=1, keepdims=True) - exponents)
     spacing = grid[1] - grid[0]
     totals = spacing * (peaks.sum(axis=1) - 0.5 * (peaks[:, 0] + peaks[:, -1]))  # the trapezoidal rule

@@ -10,7 +10,7 @@ METHODS = ("hutch++", "hutchinson")
 
 
 def estimate_trace(matvec, n, matvecs, method, seed, dtype, progress):
-    """The trace by Hutchinson's estimator or Hutch++: see `Hessian.trace`."""
+    """The trace by Hutchinson's estimator or Hutch++: see `CurvatureOperator.trace`."""
     validation.require_seed("trace", seed)
     if not validation.is_one_of(method, METHODS):
         raise ValueError(
@@ -32,14 +32,14 @@ def estimate_trace(matvec, n, matvecs, method, seed, dtype, progress):
 
 
 def _hutch_plus_plus(matvec, n, matvecs, generator, dtype, bar):
-    """A third of the products finds the large eigenvalues, another is exact on them, the rest samples what is left."""
+    """A third of the products finds large eigenvalues, a third computes their trace, the others sample the rest."""
     rank = matvecs // 3
     basis = KrylovBasis(rank, n, dtype)
     for _ in range(rank):
         sketched = np.array(bar.after(matvec(random_signs(generator, n))), dtype)
         size = dot(sketched, sketched) ** 0.5
         _, length = basis.orthogonalize(sketched)
-        # Of a matrix of lower rank, the rest is nothing but rounding.
+        # If the matrix has a lower rank, the remainder is rounding noise.
         if length > 100 * np.finfo(dtype).eps * size:
             basis.append(sketched, length)
     exact = sum(dot(basis[i], bar.after(matvec(basis[i]))) for i in range(basis.count))
@@ -53,7 +53,7 @@ def _hutch_plus_plus(matvec, n, matvecs, generator, dtype, bar):
 
 
 def mean_of(samples):
-    """The mean of some samples, numbers or arrays, and its standard error."""
+    """The mean of samples, numbers or arrays, and its standard error."""
     samples = np.asarray(samples, "float64")
     error = samples.std(axis=0, ddof=1) / len(samples) ** 0.5
     if samples.ndim == 1:
@@ -62,12 +62,12 @@ def mean_of(samples):
 
 
 def random_signs(generator, n):
-    """A vector of independent signs, of least variance among all random vectors that such estimates can take."""
+    """A vector of independent random signs, the distribution that gives such estimates the lowest variance."""
     return (2.0 * generator.integers(0, 2, n, dtype="int8") - 1.0).astype("float32")
 
 
 def units(n):
-    """The unit vectors, one after the other, in one array."""
+    """Yields the unit vectors, each time in the same array."""
     unit = np.zeros(n, "float32")
     for i in range(n):
         unit[i] = 1.0
@@ -76,10 +76,10 @@ def units(n):
 
 
 def checked_budget(name, matvecs, least):
-    """Returns the number of products that may be taken, and raises `ValueError` if it is too small."""
+    """Returns the number of products as an int. Raises `ValueError` if it is below `least`."""
     if not validation.is_count(matvecs, least):
         raise ValueError(
-            f"{name} expects at least {least} as `matvecs`, the number of products: an error takes more than one "
-            f"sample. Received: matvecs={validation.shown(matvecs)}."
+            f"{name} expects at least {least} as `matvecs`, the number of products, since a standard error needs more "
+            f"than one sample. Received: matvecs={validation.shown(matvecs)}."
         )
     return int(matvecs)
