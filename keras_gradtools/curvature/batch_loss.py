@@ -13,16 +13,16 @@ from keras_gradtools.transforms.closures import Identity
 
 
 class BatchLoss:
-    """A loss as `compile` takes it, and how the model is called for it.
+    """A loss as `compile` takes it, and the call of the model for it.
 
-    Every call draws the same random numbers, those of the `draws` that `drawing` was given, and leaves no statistics
-    and no losses in the model. It holds the variables, and not the model, so that a program made of it can be kept with
-    the model.
+    Every call draws the same random numbers, from the `Draws` that were given to `drawing`, and leaves no statistics
+    and no losses in the model. It holds the variables but not the model, so that programs that use it can be cached
+    with the model.
 
     Attributes:
-        loss: what was given for it, or was compiled.
-        key: equal for two of them where the same program computes both.
-        training: the mode in which the model is called.
+        loss: The loss that was given, or the compiled one.
+        key: Equal for two instances if one program can compute both.
+        training: Whether the model is called in training mode.
     """
 
     def __init__(self, owner, model, loss, variables, training):
@@ -50,9 +50,10 @@ class BatchLoss:
         self.key: tuple = (what, training, tuple(map(Identity, variables)))
 
     def of_logits(self, likelihood):
-        """The same loss of the logits, where a model returns the probabilities of classes: these are then a detour.
+        """The equivalent loss of the logits, for a `likelihood` whose loss takes probabilities.
 
-        It has no smoothed labels, which are none that the model's distribution has, and change no curvature.
+        Label smoothing is left out: the model's distribution has no smoothed labels, and they do not change the
+        curvature.
         """
         if likelihood is None or likelihood.is_as_given:
             return self
@@ -63,13 +64,13 @@ class BatchLoss:
         return changed
 
     def drawing(self, draws):
-        """The same loss, whose random numbers come from these `Draws`."""
+        """The same loss with random numbers from these `Draws`."""
         bound = copy.copy(self)
         bound._draws = draws
         return bound
 
     def outputs_and_assigned(self, model, weights, x):
-        """The outputs, and the variables that the call assigns: the states of the seeds that it draws from, too."""
+        """The outputs, and the variables that the call assigns, which include the states of the seeds that it uses."""
         lent = self._lent(weights)
         with lent, lent:
             outputs = model(x, training=self.training)
@@ -79,7 +80,7 @@ class BatchLoss:
         return self._draws.lent([] if weights is None else list(zip(self._variables, weights, strict=True)))
 
     def outputs(self, model, weights, x):
-        """What the loss is a function of: the outputs of the model with these weights."""
+        """The arguments of the loss: the outputs of the model with these weights, or their logits."""
         return self._called(model, weights, x)[0]
 
     def _called(self, model, weights, x):
@@ -89,7 +90,7 @@ class BatchLoss:
             return self._outputs_of(outputs), list(model.losses)
 
     def of_outputs(self, outputs, y, sample_weight):
-        """The loss of a batch, as Keras reduces it; `ValueError` where it leaves that to others."""
+        """The loss of a batch, as Keras reduces it. Raises `ValueError` if the result is not a scalar."""
         lent = self._lent()
         with lent, lent:
             loss = example_losses.total_loss(self._compile_loss, y, outputs, sample_weight)
@@ -102,24 +103,24 @@ class BatchLoss:
         return example_losses.off_replica(loss)
 
     def total(self, model, weights, x, y, sample_weight):
-        """The mean loss of a batch, and what the layers and regularizers of the model add to it."""
+        """The loss of a batch, plus what the layers and regularizers of the model add to it."""
         outputs, added = self._called(model, weights, x)
         loss = self.of_outputs(outputs, y, sample_weight)
         return loss + sum(ops.cast(ops.sum(a), loss.dtype) for a in added) if added else loss
 
     def regularization(self, model, weights):
-        """What the regularizers of the weights add to the loss; None if there are none."""
+        """What the weight regularizers add to the loss. None if there are none."""
         scope = StateScope(list(zip(self._variables, weights, strict=True)))
         with scope, scope:
             losses = regularization_losses(model)
             return sum(ops.cast(a, losses[0].dtype) for a in losses) if losses else None
 
     def of_examples(self, model, weights, x, y):
-        """The loss of each example, without sample weights, of shape `(batch,)`; not divided, where the loss sums."""
+        """The loss of each example without sample weights, of shape `(batch,)`, also for a loss that sums a batch."""
         return self.of_each_output(self.outputs(model, weights, x), y)
 
     def of_each_output(self, outputs, y):
-        """The same, of the outputs."""
+        """The same as `of_examples`, from the outputs."""
         lent = self._lent()
         with lent, lent:
             losses = example_losses.example_losses(self._compile_loss, y, outputs, scales_sums=False)
@@ -133,7 +134,7 @@ class BatchLoss:
 
 
 def with_masks_of(outputs, originals):
-    """`outputs` with the Keras masks of `originals`, which tell a loss what is padding."""
+    """Sets the Keras masks of `originals` on `outputs`, so that a loss knows what is padding. Returns `outputs`."""
     for output, original in zip(nesting.flatten(outputs), nesting.flatten(originals), strict=True):
         mask = get_keras_mask(original)
         if mask is not None:
@@ -142,7 +143,7 @@ def with_masks_of(outputs, originals):
 
 
 def checked_model(owner, model):
-    """The model whose weights these are, out of what may wrap it; `ValueError` if there is none that is built."""
+    """Returns `model`, or its wrapped model if it is a wrapper. Raises `ValueError` unless that is built."""
     while isinstance(getattr(model, "wrapped_model", None), keras.Model):
         model = model.wrapped_model
     if not isinstance(model, keras.Layer):

@@ -1,4 +1,4 @@
-"""Data as batches that can be gone through again and again."""
+"""Data as batches that can be iterated repeatedly."""
 
 import math
 
@@ -9,20 +9,21 @@ from keras import ops
 from keras_gradtools import nesting, validation
 from keras_gradtools.curvature.passes import Pass
 
-# Passes over data that come from elsewhere which are looked at: two may be equal by chance, where they are few.
+# Number of passes that are compared with the first one. A single one may agree by chance if there are few examples.
 _PASSES = 8
 
 
 class Batches:
-    """The batches of a data set, as `(x, y, sample_weight)` in tensors.
+    """The batches of a data set, as `(x, y, sample_weight)` of tensors.
 
-    With `must_repeat`, the examples have to be the same ones at each pass: the first passes are compared, and others
-    are refused. Their order may be another.
+    With `must_repeat`, every pass must have the same examples, in any order. The first passes are compared, and a
+    difference raises `ValueError`.
 
     Attributes:
-        count: how many they are, None where the data does not say.
-        is_reordered: whether examples were seen to be in other batches, or at other places in them, than before.
-        counts_order: whether it is also another order, if the same batches come in another one.
+        count: The number of batches. None if the data does not tell.
+        is_reordered: Whether a pass had examples in other batches, or at other positions in a batch, than the first
+            one.
+        counts_order: Whether the same batches in another order also count as reordered.
     """
 
     def __init__(self, owner, data, batch_size, must_repeat=False):
@@ -30,7 +31,7 @@ class Batches:
         self._data = data
         self._size = batch_size
         self._examples = None
-        # Arrays and lists cannot but repeat.
+        # Arrays and lists always repeat.
         self._passes_to_see = _PASSES if must_repeat and not isinstance(data, (tuple, list)) else 0
         self._first: Pass | None = None
         self.is_reordered = self.counts_order = False
@@ -52,7 +53,7 @@ class Batches:
             raise ValueError(f"{owner} needs examples. Received: an empty data set, {validation.describe(data)}.")
 
     def look(self):
-        """Goes through the data twice, where they may differ from pass to pass: see `must_repeat`."""
+        """Iterates over the data twice to compare the passes, if they may differ: see `must_repeat`."""
         for _ in range(2 if self._passes_to_see else 0):
             for _ in self:
                 pass
@@ -89,18 +90,19 @@ class Batches:
 
     def _what_differs(self, seen, first):
         if not seen.batches:
-            return "which can be gone through only once. Give a list of its batches, or a keras.utils.PyDataset."
+            return "which can be iterated only once. Pass a list of its batches, or a keras.utils.PyDataset."
         count, missing = first.examples.total(), seen.count_missing(first)
         if 2 * missing > count:
             return (
-                f"of which {missing} of {count} examples are others in another pass: they are drawn, or augmented, at "
-                "random. Give what one pass has, as `list(data)`, or draw in the model, which repeats it."
+                f"in which {missing} of {count} examples differ in another pass: they are drawn or augmented at "
+                "random. Pass the batches of one pass, as `list(data)`, or draw random numbers in the model, which "
+                "repeats them."
             )
         if missing:
             return (
-                f"of which {missing} of {count} examples are missing in another pass: a shuffle with `drop_last=True` "
-                "(or `drop_remainder`), a sampler or a filter leaves out others each time. Keep the last batch, or "
-                "give the data in one order."
+                f"in which {missing} of {count} examples are missing in another pass: a shuffle with `drop_last=True` "
+                "(or `drop_remainder`), a sampler or a filter leaves out different examples each time. Keep the last "
+                "batch, or pass the data in a fixed order."
             )
         return f"which has {seen.examples.total() - count} more examples in another pass than the {count} of the first."
 
@@ -173,7 +175,7 @@ class Batches:
 
 
 class OneBatch:
-    """A single batch, already checked."""
+    """A single batch that was already checked."""
 
     count = 1
     is_reordered = False
@@ -182,14 +184,14 @@ class OneBatch:
         self._batch = batch
 
     def look(self):
-        """Nothing can have changed."""
+        """Does nothing, since a single batch cannot change."""
 
     def __iter__(self):
         yield self._batch
 
 
 def refuse_non_finite(owner, batches):
-    """Raises `ValueError` if there is NaN or infinity in some batches."""
+    """Raises `ValueError` if a batch has NaN or infinity."""
     for number, batch in enumerate(batches):
         for part, name in zip(batch, ("x", "y", "sample_weight"), strict=True):
             for leaf in nesting.flatten(part):
@@ -197,16 +199,16 @@ def refuse_non_finite(owner, batches):
                 if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
                     places = np.unique(np.argwhere(~np.isfinite(array))[:, 0])
                     raise ValueError(
-                        f"{owner} expects finite data. Received: NaN or infinity in `{name}`, in batch {number}, of "
-                        f"{len(places)} examples, the first of them {places[0]}. The weights were not changed."
+                        f"{owner} expects finite data. Received: NaN or infinity in `{name}`, in batch {number}, in "
+                        f"{len(places)} examples, the first at index {places[0]}. The weights did not change."
                     )
 
 
 def batch_size_of(batch):
-    """The number of examples of a batch."""
+    """The number of examples in a batch."""
     return nesting.flatten(batch[0])[0].shape[0]
 
 
 def _tensor(x):
-    # Other frameworks' tensors, as a DataLoader or a `tf.data.Dataset` has them, are arrays to NumPy.
+    # Tensors of other frameworks, from a DataLoader or a `tf.data.Dataset`, are converted to NumPy arrays first.
     return x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(np.asarray(x))

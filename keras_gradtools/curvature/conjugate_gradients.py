@@ -1,4 +1,4 @@
-"""Linear equations with a matrix of which only products are known."""
+"""Conjugate gradients: linear equations with a matrix that is known by its products."""
 
 from typing import Any, NamedTuple
 
@@ -10,24 +10,24 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import dot, norm
 from keras_gradtools.curvature.solver_vectors import in_kind_of, real_numbers
 
-# How far back the decrease of the quadratic is looked for: at least so many iterations, or this share of them.
+# The window of Martens' rule: at least this many iterations, and at least this share of all iterations.
 _LEAST_WINDOW = 10
 _WINDOW_SHARE = 0.1
-# Of the lengths of a direction and of its product, in units of the precision.
+# A curvature below this times the machine epsilon, times the norms of the direction and its product, counts as zero.
 _ROUNDING = 1e-2
 
 
 class ConjugateGradientsResult(NamedTuple):
-    """What conjugate gradients came to.
+    """The result of conjugate gradients.
 
     Attributes:
-        x: the solution, or the best that was found, of the shape and kind of `b`.
-        reason: why it stopped: `"converged"`, `"progress"` (too slow to go on), `"negative_curvature"`,
+        x: The solution, or the last iterate if it has not converged, with the shape and type of `b`.
+        reason: Why it stopped: `"converged"`, `"progress"` (progress was too slow), `"negative_curvature"`,
             `"max_iterations"` or `"not_finite"`.
-        iterations: how many products were taken in the iteration.
-        residual_norm: the length of `b - (A + damping) x`, as the iteration knows it.
-        negative_curvature: a direction `d` with `d'(A + damping) d <= 0`, if that was the reason; else None.
-        curvature: that number over `d'd`; else None.
+        iterations: Number of iterations, each with one product.
+        residual_norm: The norm of `b - (A + damping I) x`, as updated in the iteration.
+        negative_curvature: A direction `d` with `d'(A + damping I) d <= 0` if that was the reason, else None.
+        curvature: `d'(A + damping I) d / d'd` for that direction, else None.
     """
 
     x: Any
@@ -51,41 +51,42 @@ def conjugate_gradients(
     max_iterations=None,
     callback=None,
 ):
-    r"""Solves $(A + \lambda I) x = b$ for a symmetric positive definite matrix, by products with it alone.
+    r"""Solves $(A + \lambda I) x = b$ for a symmetric positive definite matrix, using only products with it.
 
-    It minimizes $q(x) = \tfrac12 x^\top (A + \lambda I) x - b^\top x$ over growing Krylov spaces, and stops where
+    It minimizes $q(x) = \tfrac12 x^\top (A + \lambda I) x - b^\top x$ over growing Krylov spaces, and stops when
 
-    - the residual $\lVert b - (A + \lambda I) x \rVert$ is at most `max(rtol * norm(b), atol)`;
-    - with `progress_tol`, over the last $k = \max(10, 0.1 i)$ of $i$ iterations $q$ has become smaller by less than
-      `k * progress_tol` of what it has in all (Martens' rule, which stops long before the residual is small);
-    - a direction of zero or negative curvature is met: the matrix is not positive definite, and the solution has no
-      meaning. The direction is returned, and the last $x$ before it;
+    - the residual $\lVert b - (A + \lambda I) x \rVert$ is at most `max(rtol * norm(b), atol)`.
+    - the last $k = \max(10, 0.1 i)$ of $i$ iterations have contributed less than `k * progress_tol` of the total
+      decrease of $q$. This is Martens' rule, which stops long before the residual is small.
+    - it meets a direction of zero or negative curvature. The matrix is then not positive definite. The result has this
+      direction, and the last $x$ before it, which is not a solution.
     - a number is not finite.
 
-    Vectors are kept in the precision of `b`, and all scalars in double precision.
+    Vectors have the precision of `b`, and all scalars are in double precision.
 
     Args:
-        a: the matrix: a curvature operator, a NumPy array, a SciPy `LinearOperator`, or anything else with `a @ v`.
-        b: a vector of shape `(n,)`, an array or a tensor.
-        x0: where to begin; zeros by default.
+        a: The matrix: a curvature operator, a NumPy array, a SciPy `LinearOperator`, or any object with `a @ v`.
+        b: A vector of shape `(n,)`, an array or a tensor.
+        x0: The starting point. Default: zeros.
         damping: $\lambda$, 0 or more.
-        preconditioner: a function of a NumPy vector that returns about $(A + \lambda I)^{-1} v$, symmetric and positive
-            definite; or an array, the diagonal of that. None for none.
-        rtol: see above.
-        atol: see above.
-        progress_tol: see above; Martens takes 5e-4. None leaves it out.
-        max_iterations: at most so many products; by default `n`.
-        callback: called as `callback(i, x, q)` after each iteration, with its number, a NumPy vector that is not
-            changed afterwards, and $q(x)$.
+        preconditioner: A function of a NumPy vector $v$ that returns an approximation of $(A + \lambda I)^{-1} v$ and
+            is symmetric and positive definite, or an array, the diagonal of a diagonal preconditioner. None for no
+            preconditioner.
+        rtol: Relative tolerance for the residual, see above.
+        atol: Absolute tolerance for the residual, see above.
+        progress_tol: Tolerance of Martens' rule, see above. Martens uses 5e-4. None disables this rule.
+        max_iterations: Maximum number of iterations. Default: `n`.
+        callback: A function that is called as `callback(i, x, q)` after each iteration, with the number of the
+            iteration, a NumPy vector that is not changed afterwards, and $q(x)$.
 
     Returns:
         A named tuple, `ConjugateGradientsResult`.
 
     Raises:
-        ValueError: for a vector, a matrix or an option that does not fit.
+        ValueError: If a vector, the matrix, the preconditioner or an option is invalid.
 
     Cost:
-        A product for each iteration, one more with `x0`, and five vectors of memory.
+        One product for each iteration, one more with `x0`, and memory for five vectors.
 
     Example:
 
@@ -101,7 +102,7 @@ def conjugate_gradients(
     is_matrix = hasattr(a, "__matmul__") and not isinstance(a, keras.KerasTensor)
     if not is_matrix or (hasattr(a, "dtype") and validation.dtype_of(a).startswith("complex")):
         raise ValueError(
-            "conjugate_gradients expects as `a` a real matrix, or what has a product `a @ v`. Received: "
+            "conjugate_gradients expects as `a` a real matrix, or an object with a product `a @ v`. Received: "
             f"{validation.describe(a)}."
         )
     if callback is not None and (not callable(callback) or isinstance(callback, keras.KerasTensor)):
@@ -173,7 +174,7 @@ def conjugate_gradients(
                 "conjugate_gradients expects a positive definite `preconditioner`. Received: one with a product "
                 f"r'P r = {slope:.3g} for the residual r."
             )
-        # Below what rounding makes of zero, a curvature is none.
+        # A curvature that rounding cannot tell from zero counts as zero.
         if curvature <= _ROUNDING * float(np.finfo(b.dtype).eps) * norm(direction) * norm(curved):
             return result("negative_curvature", direction, curvature / size)
         step = slope / curvature

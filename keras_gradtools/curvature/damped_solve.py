@@ -1,4 +1,4 @@
-"""Linear equations with a matrix that may not be positive definite, by as much damping as it needs."""
+"""Linear equations with a matrix that may not be positive definite, damped until they can be solved."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.solver_vectors import in_kind_of, lower_triangle, real_numbers
 
-# The first damping of a matrix that needs some, of its largest entry.
+# The least damping of a matrix that needs some, relative to its largest entry.
 _SMALLEST_SHARE = 1e-10
 
 
@@ -15,9 +15,9 @@ class DampedSolution(NamedTuple):
     """The solution of a damped equation.
 
     Attributes:
-        x: the solution, of the shape of `b`: a tensor of its dtype, or an array in double precision.
-        damping: the number that had to be added to the diagonal.
-        attempts: how many factorizations that took.
+        x: The solution, with the shape of `b`: a tensor of its dtype, or an array in double precision.
+        damping: The number that was added to the diagonal.
+        attempts: Number of factorizations.
     """
 
     x: Any
@@ -26,26 +26,27 @@ class DampedSolution(NamedTuple):
 
 
 def damped_solve(a, b, damping=0.0, *, factor=10.0):
-    r"""Solves $(A + \lambda I) x = b$ by Cholesky's factorization, with the first $\lambda$ that makes it possible.
+    r"""Solves $(A + \lambda I) x = b$ by a Cholesky factorization, with the first $\lambda$ for which it exists.
 
-    $\lambda$ is `damping`, and then, as long as the matrix is not positive definite, `factor` times the last one (a
-    tiny share of the matrix after 0). No inverse is formed, and it is solved in double precision.
+    The first $\lambda$ is `damping`. As long as the matrix is not positive definite, $\lambda$ is multiplied by
+    `factor`, and raised to at least 1e-10 times the largest entry of the matrix. No inverse is formed, and the equation
+    is solved in double precision.
 
     Args:
-        a: a symmetric matrix of shape `(n, n)`, an array or a tensor; only its lower triangle is read.
-        b: of shape `(n,)` or `(n, columns)`, an array or a tensor.
-        damping: the first $\lambda$, 0 or more.
-        factor: what it grows by, above 1.
+        a: A symmetric matrix of shape `(n, n)`, an array or a tensor. Only its lower triangle is read.
+        b: An array or a tensor of shape `(n,)` or `(n, columns)`.
+        damping: The initial $\lambda$, 0 or more.
+        factor: The factor by which $\lambda$ grows, above 1.
 
     Returns:
         A named tuple, `DampedSolution`.
 
     Raises:
-        ValueError: if the shapes do not fit, or a number is not finite.
-        ImportError: without SciPy.
+        ValueError: If shapes do not match, an option is invalid, or a number is not finite.
+        ImportError: If SciPy is not installed.
 
     Cost:
-        $n^3 / 3$ multiplications for each $\lambda$, and two matrices of memory.
+        $n^3 / 3$ multiplications for each $\lambda$, and memory for two matrices.
 
     Example:
 
@@ -91,7 +92,7 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
         try:
             x = cho_solve(cho_factor(matrix, lower=True, check_finite=False), columns, check_finite=False)
         except LinAlgError:
-            # It ends: by Gershgorin's circles, no eigenvalue is below -n times the largest entry.
+            # This ends, since by Gershgorin's theorem no eigenvalue is below -n times the largest entry.
             damping = max(factor * damping, _SMALLEST_SHARE * scale)
             continue
         return DampedSolution(in_kind_of(b, x), float(damping), attempts)

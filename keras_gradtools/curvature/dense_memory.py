@@ -1,12 +1,12 @@
-"""What a matrix needs of the memory: whether it fits, said before it is computed, and no second one beside it."""
+"""Memory of dense matrices: a check before they are computed, and a symmetrization in place."""
 
 import os
 
 import numpy as np
 
-# Beside the matrix, what is computed needs room, and whatever is made of it.
+# Largest share of the memory for a matrix. The computation, and what uses the matrix, need the rest.
 _SHARE = 0.5
-# Of a square that fits into the cache together with its mirror image.
+# Side of a square tile that fits into the cache together with its mirror image.
 _TILE = 256
 
 
@@ -22,9 +22,10 @@ def check(owner, n, dtype):
 
 
 def symmetrize(matrix, slices):
-    """Makes a square array symmetric, in place: of the blocks by `slices` those below the diagonal are not read.
+    """Makes a square array symmetric, in place.
 
-    Those on the diagonal become the mean of what they are and their transpose.
+    `slices` divides it into blocks. Blocks below the diagonal are overwritten by the transposed blocks above it. Blocks
+    on the diagonal are averaged with their transpose.
     """
     for place in slices:
         for i in range(place.start, place.stop, _TILE):

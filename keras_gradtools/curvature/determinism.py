@@ -1,4 +1,4 @@
-"""Whether the curvature of a model is the same when it is asked for twice, and which layer is the cause if not."""
+"""Checks that curvature computed twice is the same, and finds the layer that causes a difference."""
 
 import keras
 import numpy as np
@@ -8,12 +8,12 @@ from keras_gradtools.backend import layer_calls
 from keras_gradtools.backend.layer_calls import class_path, path_of
 from keras_gradtools.backend.state import has_seeds, layers_of
 
-# Sums in another order differ by rounding, a drawn number by far more.
+# Relative tolerance. Sums in another order differ by rounding, and new random numbers by far more than this.
 _TOLERANCE = 1e-3
 
 
 def check(owner, model, loss, parameters, batch, losses, product):
-    """Raises `ValueError` if two products with the first batch differ; `losses` are those of its examples."""
+    """Raises `ValueError` if two products with the first batch differ. `losses` are the losses of its examples."""
     x, y, _ = batch
     first, second = product(batch), product(batch)
     if _agree(first, second):
@@ -21,21 +21,23 @@ def check(owner, model, loss, parameters, batch, losses, product):
     culprit = _first_difference(model, loss, parameters, x)
     again = loss.of_examples(model, parameters.variables_as_tensors(), x, y)
     if not culprit and _agree(losses, ops.convert_to_numpy(again)):
-        # Products that are zero but for rounding, those of a vector to which the loss is flat, are that of it alone.
+        # If the loss is flat along the vector, both products are rounding noise, so a mismatch proves nothing.
         return
     where = f"the layer {culprit}" if culprit else "the loss, or what the model computes outside of its layers"
     difference = np.linalg.norm(first - second) / (np.linalg.norm(first) or 1.0)
     raise ValueError(
-        f"{owner} needs a model that computes the same twice: two products with the same vector and the same weights "
-        f"differ by {difference:.1g} of their length. The cause is {where}. Draw random numbers with keras.random and "
-        "a keras.random.SeedGenerator, which is replayed, or use training=False if that turns them off."
+        f"{owner} needs a model that returns the same result twice: two products with the same vector and the same "
+        f"weights differ by {difference:.1g} of their length. The cause is {where}. Draw random numbers with "
+        "keras.random and a keras.random.SeedGenerator, which is replayed, or use training=False if that turns them "
+        "off."
     )
 
 
 def check_order(owner, model, training, is_drawn, computed):
-    """Raises `ValueError` if functions of all the data return another array each time: the order is another one.
+    """Raises `ValueError` if the order of the examples changes the results of all functions in `computed`.
 
-    One that does not is enough: what differs in another is rounding.
+    Each function goes through all of the data. If one of them returns the same array twice, the differences of the
+    others are rounding noise.
     """
     difference = 0.0
     for compute in computed:
@@ -44,13 +46,13 @@ def check_order(owner, model, training, is_drawn, computed):
             return
         difference = difference or float(np.linalg.norm(first - second) / (np.linalg.norm(first) or 1.0))
     if is_drawn:
-        cause = "the labels that are drawn go by the place of an example"
+        cause = "the labels that are drawn depend on the position of an example in the data"
     else:
         cause = _what_goes_by_the_batch(model, training)
     raise ValueError(
-        f"{owner} goes through the data at every product, and they come in another order each time, which is not the "
-        f"same here: two passes differ by {difference:.1g} of their length. The cause: {cause}. Give the data without "
-        "a shuffle, or what one pass has, as `list(data)`."
+        f"{owner} goes through the data at every product, and the examples come in another order each time, which "
+        f"changes the result: two passes differ by {difference:.1g} of their length. The cause: {cause}. Pass the data "
+        "without a shuffle, or the batches of one pass, as `list(data)`."
     )
 
 
@@ -64,12 +66,12 @@ def _what_goes_by_the_batch(model, training):
             drawing.append(named)
     causes = []
     if normalizing:
-        causes.append(f"with training=True, an example counts by the others of its batch in {', '.join(normalizing)}")
+        causes.append(f"with training=True, an example depends on the others of its batch in {', '.join(normalizing)}")
     if drawing:
-        causes.append(f"random numbers go by the place of an example in {', '.join(drawing)}")
+        causes.append(f"the random numbers of {', '.join(drawing)} depend on the position of an example")
     return "; ".join(causes) or (
-        "the loss of a batch is no mean over its examples, as with reduction='sum', with weights or a mask by whose "
-        "sum it is divided, or where the model mixes examples"
+        "the loss of a batch is not a mean over its examples, as with reduction='sum', with weights or a mask by whose "
+        "sum it is divided, or if the model mixes examples"
     )
 
 
@@ -82,7 +84,7 @@ def _agree(first, second):
 
 
 def _first_difference(model, loss, parameters, x):
-    """The path of the innermost layer that first returns other values for the same input."""
+    """The path and class of the first layer, the innermost one, that returns different values in a second run."""
     runs = []
     for _ in range(2):
         with layer_calls.recorded(model) as calls:

@@ -1,4 +1,4 @@
-"""What a model draws random numbers from, as it was at one moment, lent to every later call of the model."""
+"""The states of random number generators at one moment, restored for every later call of a model."""
 
 import copy
 
@@ -12,20 +12,20 @@ from keras_gradtools.transforms.closures import Identity
 
 
 class Draws:
-    """The states of the seeds that a model draws from, of Keras' global one, and of the framework's own generators.
+    """The states of the seeds of a model, of Keras' global seed, and of the framework's own generators.
 
-    In a block of `lent`, whoever draws begins from these, and the user's own generators are left as they are. The
-    states are variables, whose `values` are inputs of a program: one program serves all masks. Of a seed that no layer
-    has, nothing is known before a call has drawn from it: see `with_variables`.
+    In a `lent` block, all random numbers start from these states, and the user's generators do not change. The states
+    are variables whose `values` are inputs of a program, so that one program serves all masks. A seed that belongs to
+    no layer is unknown until a call has used it: see `with_variables`.
 
     Attributes:
-        key: equal for two of them that have the same variables.
-        values: the states, in tensors.
+        key: Equal for two instances that have the same variables.
+        values: The states, as tensors.
     """
 
     def __init__(self, model, more=()):
         self._more = list(more)
-        # Keras' global generator is stood in for by one of ours, so that it is neither made here nor moved on.
+        # A generator of ours replaces Keras' global one, so that the global one is neither created nor advanced here.
         self._global = state.spare_seed_generator()
         own = [*state.seed_states(model), *self._more]
         self._variables = [*own, self._global.state]
@@ -34,11 +34,11 @@ class Draws:
         self.key = tuple(map(Identity, self._variables))
 
     def anew(self, model):
-        """The same for `model` as it is now."""
+        """New `Draws` with the current states of the seeds of `model`."""
         return Draws(model, self._more)
 
     def with_variables(self, variables):
-        """The same with more seeds, which the model was seen to draw from; itself, if it has them."""
+        """Adds the seeds among `variables`, which a call of the model has used. Returns `self` if none is new."""
         known = {id(v) for v in self._variables}
         new = [v for v in variables if id(v) not in known and state.is_seed(v)]
         if not new:
@@ -51,13 +51,13 @@ class Draws:
         return more
 
     def with_values(self, values):
-        """The same with these values, which may be tensors of a program."""
+        """The same variables with these values, which may be tensors inside a program."""
         given = copy.copy(self)
         given.values = values
         return given
 
     def lent(self, mapping=()):
-        """A block that draws from these, and in which variables have the values of `mapping`; its `scope` is known."""
+        """A block that uses these states, and in which variables have the values of `mapping`. It has a `scope`."""
         return _Lent(self, mapping)
 
 
@@ -84,6 +84,6 @@ def _copy(variable):
 
 
 def _tensor(array):
-    # Made once, as a program takes a tensor sooner than an array.
+    # Converted once, since passing a tensor to a program is faster than passing an array.
     with backend.eagerly():
         return ops.convert_to_tensor(array)

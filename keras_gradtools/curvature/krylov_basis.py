@@ -1,10 +1,10 @@
-"""Orthonormal vectors that a symmetric matrix is projected on, in one block of memory that does not grow."""
+"""An orthonormal basis of a Krylov space, in one block of memory of fixed size."""
 
 import numpy as np
 
-# Elements that are converted to double precision at once.
+# Number of elements that are converted to double precision at once.
 _BLOCK = 1 << 16
-# A vector that loses this much of its length to the basis is orthogonalized again; twice is always enough.
+# Number of Gram-Schmidt passes. Two are always enough.
 _PASSES = 2
 
 
@@ -19,7 +19,7 @@ class KrylovBasis:
         return self._rows[i]
 
     def orthogonalize(self, w):
-        """Takes out of `w`, in place, its parts along the basis; returns these and the length of what is left."""
+        """Subtracts from `w`, in place, its projection onto the basis. Returns the coefficients and the new norm."""
         parts = np.zeros(self.count)
         for _ in range(_PASSES):
             found = self._products(w)
@@ -28,19 +28,19 @@ class KrylovBasis:
         return parts, norm(w)
 
     def append(self, w, length):
-        """Takes `w / length` in."""
+        """Appends `w / length`."""
         np.divide(w, length, out=self._rows[self.count], casting="same_kind")
         self.count += 1
 
     def append_random(self, generator):
-        """Takes in a random vector that is orthogonal to all others."""
+        """Appends a random unit vector that is orthogonal to all others."""
         w = generator.standard_normal(self._rows.shape[1], dtype=self._rows.dtype.type)
         w /= norm(w)
         _, length = self.orthogonalize(w)
         self.append(w, length)
 
     def replace(self, combinations):
-        """Takes, in place, the vectors `combinations.T @ basis` for the former ones."""
+        """Replaces the vectors, in place, by `combinations.T @ basis`."""
         kept = combinations.shape[1]
         for block in self._blocks():
             part = self._rows[: self.count, block].astype("float64")
@@ -48,14 +48,14 @@ class KrylovBasis:
         self.count = kept
 
     def combined(self, combinations):
-        """`basis.T @ combinations`: vectors in columns."""
+        """`basis.T @ combinations`, vectors in columns."""
         columns = np.empty((self._rows.shape[1], combinations.shape[1]), self._rows.dtype)
         for block in self._blocks():
             columns[block] = self._rows[: self.count, block].astype("float64").T @ combinations
         return columns
 
     def move(self, source, target):
-        """Copies one vector into the place of another."""
+        """Overwrites the vector at `target` with the one at `source`."""
         self._rows[target] = self._rows[source]
 
     def _products(self, w):
@@ -74,18 +74,18 @@ class KrylovBasis:
 
 
 def checked_length(product):
-    """The length of a product with the matrix; `FloatingPointError` if it is not finite."""
+    """The norm of a product with the matrix. Raises `FloatingPointError` if it is not finite."""
     length = norm(product)
     if not np.isfinite(length):
         raise FloatingPointError(
             "A product with the matrix is not finite. Received: NaN or infinity in the curvature of the loss, at these "
-            "weights and this data."
+            "weights and on this data."
         )
     return length
 
 
 def dot(a, b):
-    """The product of two vectors, summed in double precision."""
+    """The dot product of two vectors, summed in double precision."""
     return float(
         sum(
             np.dot(a[start : start + _BLOCK].astype("float64"), b[start : start + _BLOCK].astype("float64"))
@@ -95,5 +95,5 @@ def dot(a, b):
 
 
 def norm(a):
-    """The length of a vector, summed in double precision."""
+    """The norm of a vector, summed in double precision."""
     return dot(a, a) ** 0.5

@@ -1,4 +1,4 @@
-"""The distributions of which a Keras loss is the negative log-likelihood."""
+"""The distributions whose negative log-likelihood is a Keras loss."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _CATEGORICAL = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
 _BERNOULLI = ("BinaryCrossentropy",)
 _GAUSSIAN = ("MeanSquaredError",)
 NAMES = (*_CATEGORICAL, *_BERNOULLI, *_GAUSSIAN)
-# As Keras clips probabilities before it takes their logarithms.
+# Keras clips probabilities to this before it takes their logarithms.
 _SMALLEST = 1e-7
 
 
@@ -23,11 +23,12 @@ class Likelihood:
     """A distribution of the labels, given the outputs of a model.
 
     Attributes:
-        sampled: a function of the logits (of the outputs, if Gaussian) that draws labels.
-        scores: a function of these labels and logits, the gradient of the loss of each element by its logits.
-        logits_of: a function of the model's outputs; None where the loss takes them as they are.
-        loss_of_logits: the loss of these logits.
-        is_as_given: whether that is the given loss itself.
+        sampled: A function of the logits (of the outputs, if Gaussian) and a seed that draws labels.
+        scores: A function of these labels and the logits that returns the gradient of each element's loss with respect
+            to its logits.
+        logits_of: A function from the model's outputs to logits. None if the loss takes the outputs as they are.
+        loss_of_logits: The loss as a function of the logits.
+        is_as_given: Whether that is the given loss itself.
     """
 
     sampled: Callable
@@ -38,14 +39,14 @@ class Likelihood:
 
 
 def likelihood_of(loss):
-    """The likelihood that `loss`, as in `compile`, is minus the logarithm of; None where it is of none known here."""
+    """The likelihood whose negative logarithm is `loss`, given as in `compile`. None if it is not known here."""
     loss = _as_loss(loss)
     name = type(loss).__name__
     if name not in NAMES or type(loss) is not getattr(keras.losses, name):
         return None
     if name in _GAUSSIAN:
         return Likelihood(_sample_gaussian, _gaussian_scores, None, loss, is_as_given=True)
-    # The configuration of some of them lacks the axis.
+    # `get_config` of some losses lacks the axis.
     options = arguments_of(loss)
     if options.get("axis", -1) != -1 or options.get("ignore_class") is not None:
         return None
@@ -63,7 +64,7 @@ def likelihood_of(loss):
 
 
 def _as_loss(loss):
-    """The loss as an object of Keras' class, from its name or function too."""
+    """The loss as a `keras.Loss` if it is a name, class or function that Keras has a loss for. Else unchanged."""
     if isinstance(loss, (list, tuple)) and len(loss) == 1:
         (loss,) = loss
     if isinstance(loss, str) and loss not in validation.LOSSES_BY_THE_LABELS:
@@ -88,7 +89,7 @@ def _log_odds(p):
 
 def _sample_class(logits, seed):
     noise = keras.random.uniform(logits.shape, dtype=logits.dtype, seed=seed)
-    # The largest of independent Gumbel variables around the logits is distributed as their softmax.
+    # The Gumbel-max trick: the argmax of logits plus Gumbel noise has the distribution of their softmax.
     gumbel = -ops.log(-ops.log(ops.clip(noise, 1e-20, 1.0 - 1e-7)))
     return ops.argmax(logits + gumbel, axis=-1)
 
@@ -115,7 +116,7 @@ def _bernoulli_scores(labels, logits):
 
 
 def _sample_gaussian(outputs, seed):
-    # The square (y - f)^2 is minus the logarithm of a Gaussian of variance 1/2.
+    # The square (y - f)^2 is the negative log-likelihood of a Gaussian with variance 1/2, up to a constant.
     return outputs + keras.random.normal(outputs.shape, stddev=0.5**0.5, dtype=outputs.dtype, seed=seed)
 
 

@@ -1,8 +1,8 @@
-"""The curvature of one batch as a linear map, by the records of its evaluation.
+"""The curvature of one batch as a linear map, from recorded evaluations.
 
-Each map takes and returns a tensor for each variable: `apply` those of one vector, `apply_stack` those of a stack of
-vectors on axis 0, and `rows` those of the map that belong to some elements of one variable, from that variable on: the
-map is symmetric, and what comes before is in the rows of others.
+Each map takes and returns one tensor for each variable. `apply` multiplies one vector, and `apply_stack` a stack of
+vectors along axis 0. `rows` returns the rows that belong to some elements of one variable, for the columns of this and
+the later variables. Since the map is symmetric, the other columns are in the rows of earlier variables.
 """
 
 import copy
@@ -15,13 +15,13 @@ from keras_gradtools.transforms.taped_call import TapedCall
 
 
 class OfBatch:
-    """What makes the map of one batch, `of_batch(model, weights, batch, seed)`, out of a loss.
+    """Makes the linear map of one batch from a loss.
 
     Attributes:
-        loss: the `BatchLoss`.
-        key: equal for two of them where the same program computes both.
-        seed: of what it draws itself, an integer.
-        draws_by_batch: whether that depends on the place of a batch among the others.
+        loss: The `BatchLoss`.
+        key: Equal for two instances if one program can compute both.
+        seed: An integer that seeds the numbers that the map itself draws.
+        draws_by_batch: Whether these depend on the position of a batch in the data.
     """
 
     seed = 0
@@ -32,31 +32,31 @@ class OfBatch:
         self.key = (loss.key, *options)
 
     def drawing(self, draws):
-        """The same of the loss whose random numbers come from these `Draws`."""
+        """The same with random numbers from these `Draws`."""
         bound = copy.copy(self)
         bound.loss = self.loss.drawing(draws)
         return bound
 
     def of_batch(self, model, weights, batch, seed):
-        """The map, at these weights."""
+        """The map at these weights."""
         raise NotImplementedError
 
 
 class SecondDerivative:
-    """The Hessian of `fun(sources)`, a scalar; `sources` are tensors, in any nesting."""
+    """The Hessian of the scalar `fun(sources)`. `sources` are tensors in any nested structure."""
 
     def __init__(self, name, fun, sources):
         call = TapedCall(name, grad(fun), (sources,))
         call.record.keeps_graph = False
         self._name, self._fun, self._given = name, fun, sources
         self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
-        # A Hessian is its own transpose, if no custom gradient has made a field of it that is no gradient.
+        # A Hessian is symmetric, unless a custom gradient makes the derivative something that is not a gradient.
         self._is_symmetric = not call.record.has_custom_gradient
         self._is_forward = backend.HESSIAN_MODE == "forward" or not self._is_symmetric
         self._linear = None
 
     def keep(self):
-        """Does the work that `apply` needs no vector for, once."""
+        """Computes and keeps what `apply` needs for every vector."""
         self._record.keeps_graph = True
         self._linear = backend.linearize(self._record, self._targets, self._sources, self._is_symmetric)
 
@@ -74,10 +74,10 @@ class SecondDerivative:
         return self._targets
 
     def quadratic_form(self, vector):
-        """The product of `vector`, a tensor for each source, with what it is mapped to.
+        """The dot product of `vector`, a tensor for each source, with its image.
 
-        Twice along a vector, a scalar has derivatives that need no pullback, which are half as dear. What was computed
-        once for products is of no use to them.
+        It is computed by two nested jvps, which need no reverse pass and cost about half as much as a product. They
+        cannot use what `keep` has computed, so after `keep` it is computed from a product.
         """
         if self._linear is not None:
             return sum(ops.sum(v * p) for v, p in zip(vector, self.apply(vector), strict=True))
@@ -102,7 +102,7 @@ class SecondDerivative:
 
 
 class Sandwich:
-    """The map $J^T B J$, with $J$ the Jacobian of a call and $B$ a map of what the call returns."""
+    """The map $J^T B J$, where $J$ is the Jacobian of a call and $B$ a linear map on its outputs."""
 
     def __init__(self, call, middle):
         call.record.keeps_graph = True
@@ -132,11 +132,11 @@ class Sandwich:
 
 
 class OuterProducts:
-    r"""The mean over some samples of the maps $v \mapsto a (c \cdot v)$, the product over the last axis.
+    r"""The mean over samples of the maps $v \mapsto a (c \cdot v)$, with the dot product over the last axis.
 
     Args:
-        samples: pairs of tensors, a and c.
-        has_last_axis: whether there is that axis; else, the elements of both are numbers of one example each.
+        samples: Pairs of tensors, a and c.
+        has_last_axis: Whether the tensors have that axis. If not, each element is a number for one example.
     """
 
     def __init__(self, samples, has_last_axis):
@@ -154,8 +154,8 @@ class OuterProducts:
 
     def apply_stack(self, stack):
         (v,) = stack
-        # One after the other: of a sum over products of a whole stack, XLA on the processor (JAX 0.10) was seen to make
-        # a program that has the last vectors wrong.
+        # One vector after the other: for a whole stack at once, XLA on the CPU (JAX 0.10) was seen to compute wrong
+        # results for the last vectors.
         return [ops.stack([self.apply([v[i]])[0] for i in range(v.shape[0])])]
 
 
@@ -180,7 +180,7 @@ class Sum:
 
 
 def filled(found, like, count=None):
-    """`found` with zeros in place of None, behind an axis of `count` in a stack."""
+    """`found` with zeros in place of None. With `count`, the zeros have a leading stack axis of that size."""
     stack = () if count is None else (count,)
     return [
         ops.zeros((*stack, *ops.shape(x)), dtype=x.dtype) if y is None else y for y, x in zip(found, like, strict=True)
@@ -188,12 +188,12 @@ def filled(found, like, count=None):
 
 
 def taped(name, fun, weights):
-    """The record of `fun(weights)`."""
+    """The `TapedCall` of `fun(weights)`."""
     return TapedCall(name, fun, (weights,))
 
 
 def packed_like(call, flat):
-    """Flat tensors in the structure of what a call returned."""
+    """Flat tensors in the structure of the outputs of a call."""
     return nesting.pack_as(call.target, flat)
 
 

@@ -529,7 +529,7 @@ class TestWhatIsNotRepeated:
             with pytest.raises(ValueError) as caught:
                 found @ np.ones(found.shape[0])
             message = str(caught.value)
-            assert f"{cls.__name__} needs a model that computes the same twice" in message
+            assert f"{cls.__name__} needs a model that returns the same result twice" in message
             assert f"The cause is the layer {noise.path!r} of class {Unseeded.__module__}.Unseeded." in message
             assert "block/noise" in noise.path and "keras.random.SeedGenerator" in message
         for variable, value in zip(model.variables, before, strict=True):
@@ -543,7 +543,7 @@ class TestWhatIsNotRepeated:
     def test_before_dense_and_what_is_made_of_products(self):
         found = made(model=self.model(), training=True)
         for compute in (found.dense, lambda: found.eigsh(k=1), lambda: found.trace(matvecs=6)):
-            with refused("Hessian needs a model that computes the same twice"):
+            with refused("Hessian needs a model that returns the same result twice"):
                 compute()
 
     def test_a_loss_that_draws(self):
@@ -551,7 +551,7 @@ class TestWhatIsNotRepeated:
             return ops.mean((y_true - y_pred) ** 2 * (1 + draw(y_pred)), axis=-1)
 
         with refused(
-            "computes the same twice.* The cause is the loss, or what the model computes outside of its layers"
+            "returns the same result twice.* The cause is the loss, or what the model computes outside of its layers"
         ):
             made(loss=loss) @ np.ones(SIZE)
 

@@ -102,7 +102,7 @@ class Augmented(keras.utils.PyDataset):
 def test_examples_that_are_augmented():
     noisy = Data(lambda number: np.arange(N), change=lambda x, number: x + np.float32(0.01 * number))
     for data in (noisy, Augmented()):
-        with pytest.raises(ValueError, match="12 of 12 examples are others in another pass: they are drawn, or augmen"):
+        with pytest.raises(ValueError, match="12 of 12 examples differ in another pass: they are drawn or augmented"):
             Hessian(linear(), "mse", data, verbose=0) @ V
 
 
@@ -132,7 +132,7 @@ def test_what_can_be_gone_through_once():
 
     with pytest.raises(ValueError, match="Hessian needs examples. Received: an empty data set|only once"):
         Hessian(linear(), "mse", Once(), verbose=0) @ V
-    with pytest.raises(ValueError, match="which can be gone through only once. Give a list of its batches"):
+    with pytest.raises(ValueError, match="which can be iterated only once. Pass a list of its batches"):
         Hessian(linear(), "mse", Twice(), verbose=0) @ V
 
     def generate():
@@ -146,7 +146,7 @@ class TestAnOrderThatMatters:
     def test_batch_normalization(self):
         model = keras.Sequential([keras.Input((D,)), layers.BatchNormalization(name="norm"), layers.Dense(1)])
         with pytest.raises(
-            ValueError, match="another order each time.*by the others of its batch in '.*norm' of class"
+            ValueError, match="another order each time.*depends on the others of its batch in '.*norm' of class"
         ):
             Hessian(model, "mse", Data(shuffled), training=True, verbose=0).eigsh(k=1)
         # In inference mode, or in one order, it is fine.
@@ -170,12 +170,12 @@ class TestAnOrderThatMatters:
 
     def test_dropout(self):
         model = keras.Sequential([keras.Input((D,)), layers.Dropout(0.5, name="drop"), layers.Dense(1)])
-        with pytest.raises(ValueError, match="random numbers go by the place of an example in '.*drop' of class"):
+        with pytest.raises(ValueError, match="the random numbers of '.*drop' of class .* depend on the position of"):
             Hessian(model, "mse", Data(shuffled), training=True, verbose=0) @ np.ones(4, "float32")
 
     def test_a_sum_over_batches_of_different_sizes(self):
         loss = keras.losses.MeanSquaredError(reduction="sum")
-        with pytest.raises(ValueError, match=r"no mean over its examples, as with reduction='sum'"):
+        with pytest.raises(ValueError, match=r"is not a mean over its examples, as with reduction='sum'"):
             Hessian(linear(), loss, Data(shuffled), verbose=0) @ V
         np.testing.assert_allclose(
             Hessian(linear(), loss, Data(shuffled, size=4), verbose=0) @ V, 4 * 2 * X.T @ (X @ V) / N, rtol=1e-5
@@ -183,7 +183,7 @@ class TestAnOrderThatMatters:
 
     def test_labels_that_are_drawn(self):
         found = Fisher(linear(), "mse", Data(shuffled), kind="monte_carlo", verbose=0)
-        with pytest.raises(ValueError, match="the labels that are drawn go by the place of an example"):
+        with pytest.raises(ValueError, match="the labels that are drawn depend on the position of an example"):
             found @ V
         # Of which the loss knows nothing.
         np.testing.assert_allclose(found.gradient(), found.gradient(), rtol=1e-5)

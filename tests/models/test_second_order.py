@@ -462,7 +462,7 @@ class TestErrors:
         x, y = X.copy(), T.copy()
         (x if place == "x" else y)[3] = np.nan
         trainer = trainer_of(model, LevenbergMarquardt())
-        match = f"NaN or infinity in `{place}`, in batch 0, of 1 examples, the first of them 3"
+        match = f"NaN or infinity in `{place}`, in batch 0, in 1 examples, the first at index 3"
         self.unchanged(model, lambda: fit(trainer, x=x, y=y), ValueError, match)
 
     @pytest.mark.parametrize("optimizer", [Newton, LevenbergMarquardt])
