@@ -1,4 +1,4 @@
-"""One damped step of Newton's method that goes down, or none."""
+"""One damped Newton step that lowers the loss, or none."""
 
 import enum
 from typing import Any, NamedTuple
@@ -13,38 +13,38 @@ from keras_gradtools.curvature.krylov_basis import dot, norm
 
 CURVATURES = {"hessian": Hessian, "gauss_newton": GaussNewton}
 
-# Of the loss, in units of its precision: what a difference of two losses has to exceed to be one.
+# A difference of two losses counts only if it is above this times the machine epsilon times the loss.
 _ROUNDING = 16.0
-# A prediction so many times above that, of which nothing is seen, was wrong.
+# A predicted decrease above this many times that limit would be visible. If it is not, the step is rejected.
 _RESOLVED = 4.0
-# The decrease by gradients is believed where it is off from the predicted one by at most this share.
+# A decrease computed from gradients is trusted if it differs from the prediction by at most this share.
 _AGREEING = 0.25
-# Where what is left to gain is below rounding, so many dampings are tried, each growing faster: in all by 2**15.
+# If the possible decrease is below rounding, at most this many dampings are tried, which differ by up to 2**15.
 _POLISHING_ATTEMPTS = 6
-# Nielsen's factors of the damping after a step.
+# Nielsen's constants for the damping: the smallest factor after an accepted step, the first one after a rejected step.
 _LEAST_FACTOR, _FIRST_GROWTH = 1.0 / 3.0, 2.0
-# Of the largest entry of the curvature: the first damping after none.
+# The least damping after a rejected step, relative to the size of the curvature.
 _SMALLEST_SHARE = 1e-6
-# Iterates of conjugate gradients are kept whose numbers are so many times apart.
+# The numbers of the conjugate gradient iterates that are kept grow at least by this factor.
 _KEPT_APART = 1.5
-# Nocedal & Wright's forcing term: the residual of the equation over the gradient is at most this, or its root.
+# Nocedal & Wright's forcing term: the relative residual is at most this, and at most the root of the gradient norm.
 _LARGEST_RESIDUAL = 0.5
 
 
 def require_enough_outputs(owner, operator, examples):
-    """Raises `ValueError` where the examples have fewer outputs than there are weights."""
+    """Raises `ValueError` if the examples have fewer outputs than there are weights."""
     weights, outputs = operator.shape[0], operator.outputs_of_example()
     if outputs is not None and examples * outputs < weights:
         raise ValueError(
             f"{owner} forms the matrix of {weights} weights, and fewer outputs cannot determine it. Received: "
             f"{examples} examples with {outputs} outputs each. Take at least {-(-weights // outputs)} examples at a "
-            "time, fewer variables, or a method by conjugate gradients; or pass `allow_underdetermined=True` to leave "
-            "what is undetermined to the damping."
+            "time, use fewer variables, or use a method with conjugate gradients. Or pass "
+            "`allow_underdetermined=True`, so that damping determines the remaining directions."
         )
 
 
 class StepReason(enum.IntEnum):
-    """How a step ended; a number, so that it can be logged with the others."""
+    """How a step ended, as a number, so that it can be logged."""
 
     ACCEPTED = 0
     REJECTED = 1
@@ -53,21 +53,22 @@ class StepReason(enum.IntEnum):
 
 
 class NewtonStepResult(NamedTuple):
-    """What a step came to.
+    """The result of a step.
 
     Attributes:
-        reason: a `StepReason`: `ACCEPTED`; `REJECTED`, no damping that was tried led down; `VANISHED`, the gradient is
-            zero to rounding; `NOT_FINITE`, the loss, its gradient or its curvature has NaN or infinity.
-        message: the same in words.
-        step: the step, a NumPy array; None if there is none.
-        loss: before the step.
-        decrease: of the loss by the step.
-        ratio: that over what the quadratic model predicted; NaN if there is no step.
-        gradient_norm: before the step.
-        damping: for the next step.
-        step_length: the length of the step, 0 if there is none.
-        iterations: of conjugate gradients, in all attempts.
-        attempts: how many dampings were tried.
+        reason: A `StepReason`: `ACCEPTED`; `REJECTED`, if no damping that was tried lowered the loss; `VANISHED`, if
+            the gradient is zero to rounding; `NOT_FINITE`, if the loss, its gradient or its curvature has NaN or
+            infinity.
+        message: The reason in words.
+        step: The step, a NumPy array. None if no step was found.
+        loss: The loss before the step.
+        decrease: The decrease of the loss by the step, 0 without a step.
+        ratio: `decrease` over the decrease that the quadratic model predicted. NaN without a step.
+        gradient_norm: The norm of the gradient before the step.
+        damping: The damping for the next step.
+        step_length: The norm of the step, 0 without a step.
+        iterations: Number of conjugate gradient iterations, over all attempts.
+        attempts: Number of dampings that were tried.
     """
 
     reason: StepReason
@@ -84,28 +85,30 @@ class NewtonStepResult(NamedTuple):
 
 
 def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
-    r"""Finds a step $p = -s \, (B + \lambda I)^{-1} g$ that lowers the loss, with as much damping as that needs.
+    r"""Finds a step $p = -s \, (B + \lambda I)^{-1} g$ that lowers the loss, and raises the damping until it does.
 
-    A step is accepted if the loss went down, and never otherwise. Where the difference of the two losses is below
-    their rounding, it is taken from the gradients at both ends, $-\frac12 (g_0 + g_1)^\top p$; the gradient must have
-    become shorter, too, or that number be the predicted one, but for a quarter.
+    A step is accepted only if the loss went down. If the difference of the two losses is below rounding, the decrease
+    is computed from the gradients before and after the step, $-\frac12 (g_0 + g_1)^\top p$. It then counts only if the
+    norm of the gradient went down, or if it agrees with the predicted decrease to 25%.
 
-    The damping follows Nielsen's rule: with $\rho$ the decrease over that of the quadratic model, an accepted step
-    multiplies it by $\max(\frac13, 1 - (2 \rho - 1)^3)$, and the rejected ones in a row by 2, 4, 8, ... A shorter step
-    of the solver's, accepted in the place of a rejected one, counts as rejected there.
+    The damping follows Nielsen's rule. With $\rho$ the decrease over the decrease of the quadratic model, an accepted
+    step multiplies the damping by $\max(\frac13, 1 - (2 \rho - 1)^3)$. Consecutive rejected steps multiply it by 2, 4,
+    8, ... If one of the solver's shorter steps is accepted instead of the full step, the damping grows as after a
+    rejected step.
 
     Args:
-        objective: has `loss(offset)` and `loss_and_gradient(offset)`, at the weights plus a NumPy vector; `offset` may
-            be None.
-        solver: has `solve(gradient, damping)`, which returns a `Proposal`.
+        objective: An object with `loss(offset)` and `loss_and_gradient(offset)`, at the weights plus a NumPy vector
+            `offset` or None.
+        solver: An object with `dtype`, `start(objective)`, which returns the loss and the gradient, and
+            `solve(gradient, damping)`, which returns a `Proposal`.
         damping: $\lambda$, 0 or more.
         scale: $s$, above 0.
-        max_attempts: how many dampings are tried.
+        max_attempts: Maximum number of dampings that are tried.
 
     Returns:
-        A `NewtonStepResult`. The weights are not changed: that is up to who takes the step.
+        A `NewtonStepResult`. The weights do not change. The caller applies the step.
 
-    Source: Nielsen, "Damping parameter in Marquardt's method" (1999), equation 2.4; the decrease by gradients is in
+    Source: Nielsen, "Damping parameter in Marquardt's method" (1999), equation 2.4; the decrease from gradients is in
     the spirit of Hager & Zhang, "A new conjugate gradient method with guaranteed descent" (2005), section 4.
     """
     loss, gradient = solver.start(objective)
@@ -132,7 +135,7 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
         candidates = [(proposal.step, proposal.slope, proposal.curved), *proposal.shorter]
         promised = 0.0
         for place, (step, slope, curved) in enumerate(candidates):
-            # In the precision of the weights, as it will be added to them.
+            # In the precision of the weights, to which it will be added.
             step = (scale * step).astype(solver.dtype)
             predicted = -scale * slope - 0.5 * scale**2 * curved
             promised = max(promised, predicted)
@@ -146,19 +149,19 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
                     norm(step), iterations, attempt,
                 )  # fmt: skip
         if promised <= rounding and attempt >= _POLISHING_ATTEMPTS:
-            return ended(StepReason.VANISHED, "what a step can gain is below rounding", first_damping, attempt)
+            return ended(StepReason.VANISHED, "the possible decrease is below rounding", first_damping, attempt)
         damping = max(damping * growth, _SMALLEST_SHARE * proposal.size)
         growth *= 2.0
     return ended(StepReason.REJECTED, f"the loss went up with {max_attempts} dampings", damping, max_attempts)
 
 
 def _decrease(objective, loss, gradient, step, predicted, rounding):
-    """By how much the loss goes down for certain; zero or less where it does not, NaN where it is not finite."""
+    """The decrease of the loss, as far as rounding allows: 0 or less if none is certain."""
     decrease = loss - objective.loss(step)
     if not np.isfinite(decrease) or abs(decrease) > rounding:
         return decrease
     if predicted > _RESOLVED * rounding:
-        # What was promised would have been seen.
+        # The predicted decrease would have been visible.
         return 0.0
     _, there = objective.loss_and_gradient(step)
     decrease = -0.5 * (dot(gradient, step) + dot(there, step))
@@ -168,11 +171,17 @@ def _decrease(objective, loss, gradient, step, predicted, rounding):
 
 
 class Proposal(NamedTuple):
-    r"""A step before it was tried: None if a number is not finite.
+    r"""A step that was not tried yet.
 
-    `slope` is $g^\top p$ and `curved` $p^\top B p$, of which the quadratic model consists; `damping` is what the step
-    was damped by, and `size` one of the matrix. `shorter` has other steps, each with its slope and what is curved in
-    it, to be tried in this order where the loss does not go down; `least_damping` is what the next step needs.
+    Attributes:
+        step: The step $p$. None if a number is not finite.
+        slope: $g^\top p$, the linear term of the quadratic model.
+        curved: $p^\top B p$, twice the quadratic term.
+        damping: The damping of the step.
+        iterations: Number of conjugate gradient iterations.
+        size: A scale of the matrix, to which the least damping is relative.
+        shorter: Other steps, as `(step, slope, curved)`, to try in this order if the loss does not go down.
+        least_damping: The least damping for the next step.
     """
 
     step: np.ndarray | None
@@ -186,12 +195,12 @@ class Proposal(NamedTuple):
 
 
 class DenseSolver:
-    """Newton's equation by factorizing the matrix, in double precision.
+    """Solves Newton's equation by factorizing the matrix, in double precision.
 
     Args:
-        system: a function of nothing, which returns the loss, its gradient and the matrix.
-        dtype: of the weights.
-        scaling: `"identity"`, or `"diagonal"` for Marquardt's damping, by the diagonal of the matrix.
+        system: A function without arguments that returns the loss, its gradient and the matrix.
+        dtype: The dtype of the weights.
+        scaling: `"identity"`, or `"diagonal"` for Marquardt's damping with the diagonal of the matrix.
     """
 
     def __init__(self, system, dtype, scaling="identity"):
@@ -219,17 +228,19 @@ class DenseSolver:
 
 
 class ConjugateGradientsSolver:
-    """Newton's equation by products alone.
+    """Solves Newton's equation by conjugate gradients, using only products.
 
-    A direction of negative curvature ends the iteration: the step is what was found before it, or, at once, the
-    first direction at the length that its curvature has in absolute value (Nocedal & Wright, algorithm 7.1).
+    A direction of negative curvature ends the iteration, and the step is the iterate before it. If the first direction
+    has negative curvature, the step goes along that direction, to the minimum of a parabola with the absolute value of
+    the curvature. See Nocedal & Wright, algorithm 7.1.
 
     Args:
-        operator: a curvature operator, of which `linearized()` is used.
-        max_iterations: products for each damping.
-        rtol: of the residual over the gradient; None for the smaller of 1/2 and the root of the gradient's length.
-        progress_tol: of `kg.curvature.conjugate_gradients`.
-        preconditioner: a `RecycledPreconditioner`, which learns from each system; None for none.
+        operator: A curvature operator. Its `linearized()` is used.
+        max_iterations: Maximum number of products for each damping.
+        rtol: Tolerance for the residual relative to the gradient. None for the smaller of 1/2 and the square root of
+            the norm of the gradient.
+        progress_tol: As for `kg.curvature.conjugate_gradients`.
+        preconditioner: A `RecycledPreconditioner`, which learns from every system. None for no preconditioner.
     """
 
     def __init__(self, operator, max_iterations, rtol=None, progress_tol=None, preconditioner=None):
@@ -272,7 +283,7 @@ class ConjugateGradientsSolver:
         if found.reason == "not_finite" or not np.isfinite(x).all():
             return Proposal(None, 0.0, 0.0, damping, found.iterations, 0.0)
         if found.reason == "negative_curvature" and not x.any():
-            # Down the first direction, to where a parabola of the same curvature upside down had its bottom.
+            # The minimum along the first direction, of a parabola with the absolute value of its curvature.
             x = np.asarray(found.negative_curvature, "float64")
             x = -dot(gradient, x) / dot(x, x) / max(abs(found.curvature), _SMALLEST_SHARE) * x
             curved = (found.curvature - damping) * dot(x, x)
@@ -285,13 +296,13 @@ class ConjugateGradientsSolver:
             if i < found.iterations:
                 slope = dot(gradient, earlier)
                 shorter.append((earlier, slope, -slope - damping * dot(earlier, earlier)))
-        # So much makes the direction of negative curvature one of none.
+        # The smallest damping that removes this negative curvature.
         least = damping - found.curvature if found.reason == "negative_curvature" else 0.0
         return Proposal(x, dot(gradient, x), curved, damping, found.iterations, size, tuple(shorter), least)
 
 
 class _Recorded:
-    """A matrix whose products the preconditioner of the next system learns from."""
+    """A matrix that passes its products on to the preconditioner, which learns from them for the next system."""
 
     __array_ufunc__ = None
 

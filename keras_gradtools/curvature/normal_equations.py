@@ -1,4 +1,4 @@
-"""The Gauss-Newton matrix and the gradient of a small model, by the Jacobians of its examples."""
+"""The Gauss-Newton matrix and the gradient of a small model, from the Jacobians of its examples."""
 
 import functools
 import math
@@ -14,39 +14,39 @@ from keras_gradtools.curvature.linear_maps import SecondDerivative
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.first_order import value_and_grad
 
-# Above these, products with unit vectors are the better way: an output is a pullback of the whole batch, the Jacobian
-# is kept, and so many multiplications in double precision take a second or two.
+# Above these limits, products with unit vectors are better: each output takes a vjp of the whole batch, the Jacobian is
+# held in memory, and this many multiplications in double precision take a second or two.
 _MOST_OUTPUTS = 16
 _MOST_NUMBERS = 2**24
 _MOST_MULTIPLICATIONS = 2**32
-# By how much a product with the matrix may differ from that of the operator, which assumes less about the model.
+# Largest relative difference of a product from that of the operator, which assumes less about the model.
 _TOLERANCE = 1e-3
 
 
 class NormalEquations:
     r"""The loss, the gradient and the matrix of an operator, for steps that factorize the matrix.
 
-    For a `GaussNewton` operator these are $G = \sum_i J_i^\top H_i J_i$ and $g = \sum_i J_i^\top r_i$, where $J_i$ is
-    the Jacobian of the outputs for one example by the weights, and $r_i$ and $H_i$ are the derivatives of the loss by
-    these outputs. The sums are taken in double precision: the condition number of $G$ is the square of that of the
-    Jacobian.
+    For a `GaussNewton` operator they are $G = \sum_i J_i^\top H_i J_i$ and $g = \sum_i J_i^\top r_i$, where $J_i$ is
+    the Jacobian of the outputs for one example with respect to the weights, and $r_i$ and $H_i$ are the gradient and
+    the Hessian of the loss with respect to these outputs. The sums are in double precision, since the condition number
+    of $G$ is the square of that of the Jacobian.
 
-    That holds where an example does not depend on the others, and where a backend can compute the Jacobians of all
-    examples at once. Where it does not, they are too large, or the operator is another one, it is `dense()`.
+    This needs examples that do not depend on one another, a backend that can compute the Jacobians of all examples at
+    once, and Jacobians that are not too large. Otherwise, and for other operators, `dense()` is used.
 
     Args:
-        operator: a curvature operator; `of` takes those that `of_batch` makes of it, too.
+        operator: A curvature operator. `of` takes it, or an operator that its `of_batch` returned.
     """
 
     def __init__(self, operator):
         self._operator = operator
-        # Of the logits behind probabilities, the loss may be another one.
+        # If the model returns probabilities, the operator uses a loss of their logits, which is not handled here.
         is_gauss_newton = isinstance(operator, GaussNewton)
         self._is_possible = is_gauss_newton and operator._spec.loss is operator._loss
         self._is_checked = False
 
     def of(self, operator):
-        """The loss, the gradient and the matrix at the weights of the moment."""
+        """The loss, the gradient and the matrix at the current weights."""
         operator._prepare()
         found = self._summed(operator) if self._is_possible else None
         if found is None:
@@ -64,7 +64,7 @@ class NormalEquations:
                     self._is_possible = self._agrees(operator._on(batch), batch, of_batch)
                     self._is_checked = True
             except Exception:
-                # What is wrong with the model, and not with this way, products with unit vectors will say.
+                # If the model itself is at fault, products with unit vectors will raise its error again.
                 self._is_possible = False
             if not self._is_possible:
                 return None
@@ -73,7 +73,7 @@ class NormalEquations:
         return _means(sums, count)
 
     def _fits(self, batch):
-        # Outputs are known only once they were computed.
+        # Counts one output for each example, since the number of outputs is only known after a call.
         n, p = batch_size_of(batch), self._operator.shape[0]
         return n * p <= _MOST_NUMBERS and n * p * p <= _MOST_MULTIPLICATIONS
 
@@ -95,7 +95,7 @@ class NormalEquations:
         _, _, matrix = _means(sums, batch_size_of(batch))
         v = np.random.default_rng(0).choice([-1.0, 1.0], len(matrix))
         expected = np.asarray(operator @ v.astype(operator.dtype), "float64")
-        # Written so that NaN agrees with nothing.
+        # Written so that NaN counts as a mismatch.
         return bool(np.linalg.norm(matrix @ v - expected) <= _TOLERANCE * np.linalg.norm(expected))
 
 
@@ -106,10 +106,10 @@ def _means(sums, count):
 
 
 def _of_batch(loss, parameters, draws, model, batch, values):
-    """For each replica, of its part: the Jacobian, its product with the curvature of the loss, its gradient, the loss.
+    """For each replica's part: the Jacobian J, H J with the Hessian H of the loss, the gradient of the loss, the loss.
 
-    The rows of a Jacobian are those of all outputs of all examples; everything but the Jacobian is multiplied by the
-    number of examples of the part.
+    H and the gradient are with respect to the outputs. J has a row for each output of each example. Everything except J
+    is multiplied by the number of examples in the part.
     """
     loss = loss.drawing(draws.with_values(values))
 
@@ -119,7 +119,7 @@ def _of_batch(loss, parameters, draws, model, batch, values):
         weights = parameters.variables_as_tensors()
         outputs = loss.outputs(model, weights, x)
         if nesting.is_nested(outputs) or outputs.shape[0] != size or loss.regularization(model, weights) is not None:
-            raise NotImplementedError("The model has several outputs, a batch axis of its own, or regularizers.")
+            raise NotImplementedError("The model has several outputs, outputs without a batch axis, or regularizers.")
         shape = tuple(outputs.shape)
         count = math.prod(shape[1:])
         if count > _MOST_OUTPUTS:
@@ -132,7 +132,7 @@ def _of_batch(loss, parameters, draws, model, batch, values):
         value, gradient = value_and_grad(loss_of)(given)
         units = ops.eye(count, dtype=given.dtype)
         stack = ops.broadcast_to(ops.reshape(units, (count, 1, *shape[1:])), (count, *shape))
-        # Examples apart from each other: a direction of all of them has a block of each.
+        # Examples do not depend on one another, so one direction for all of them gives a column of every H_i.
         hessian = SecondDerivative("NormalEquations", loss_of, given).apply_stack([stack])[0]
         jacobian = ops.stack(
             [_rows_of_output(loss, parameters, model, weights, x, place) for place in range(count)], axis=1
@@ -152,7 +152,7 @@ def _of_batch(loss, parameters, draws, model, batch, values):
 
 
 def _rows_of_output(loss, parameters, model, weights, x, place):
-    """The gradients of one output for each example, of shape `(batch, n)`."""
+    """The gradient of one output for each example, of shape `(batch, n)`."""
 
     def output(weights, examples):
         example = nesting.pack_as(x, [ops.expand_dims(e, 0) for e in examples])

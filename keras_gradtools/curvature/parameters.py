@@ -1,4 +1,4 @@
-"""The variables that a curvature is taken by, and vectors over them: flat, as columns, or in their structure."""
+"""The variables of a curvature operator, and vectors over them: flat, in columns, or in the variables' structure."""
 
 import itertools
 import math
@@ -12,9 +12,9 @@ from keras_gradtools.backend.state import undone_by_errors
 
 
 class Parameters:
-    """Some trainable variables of a model, in an order, as one flat vector of length `size`.
+    """Trainable variables of a model as one flat vector of length `size`.
 
-    The elements of the i-th variable are those of `slices[i]`, in the order of `keras.ops.reshape(v, -1)`.
+    The elements of the i-th variable are in `slices[i]`, in the order of `keras.ops.reshape(v, -1)`.
     """
 
     def __init__(self, owner, model, variables):
@@ -30,11 +30,11 @@ class Parameters:
         self.dtype = _common_dtype(owner, {v.dtype for v in self.variables})
 
     def variables_as_tensors(self):
-        """The values of the moment, a tensor for each variable."""
+        """The current values, a tensor for each variable."""
         return [ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.variables]
 
     def move(self, offsets):
-        """Adds a tensor to each variable; whatever ends that in between, all of them are as they were."""
+        """Adds a tensor to each variable. If this fails or is interrupted, all variables are restored."""
         moved = [ops.convert_to_tensor(v) + offset for v, offset in zip(self.variables, offsets, strict=True)]
         block = undone_by_errors(self.variables)
         with block, block:
@@ -42,7 +42,7 @@ class Parameters:
                 v.assign(value)
 
     def split(self, vectors):
-        """A vector `(n,)`, or a stack of them `(k, n)`, as a tensor for each variable, behind the axis of the stack."""
+        """A vector `(n,)`, or a stack of vectors `(k, n)` with a leading axis, as a tensor for each variable."""
         stack = tuple(vectors.shape[:-1])
         is_array = isinstance(vectors, np.ndarray)
         split, reshape = (np.split, np.reshape) if is_array else (ops.split, ops.reshape)
@@ -63,22 +63,23 @@ class Parameters:
         return flat[0] if len(flat) == 1 else ops.concatenate(flat, axis=-1)
 
     def joined_in_numpy(self, parts, stack=()):
-        """The same as a NumPy array."""
+        """The same as `joined`, as a NumPy array."""
         flat = [
-            # Not -1: a stack may be empty.
+            # Not -1, since a stack may be empty.
             ops.convert_to_numpy(ops.cast(part, self.dtype)).reshape(*stack, place.stop - place.start)
             for part, place in zip(parts, self.slices, strict=True)
         ]
         return np.concatenate(flat, axis=-1)
 
     def zeros(self, stack=()):
-        """Where products are summed up: a tensor for each variable, in the common dtype."""
+        """Zeros to which products are added: a tensor for each variable, in the common dtype."""
         return [ops.zeros((*stack, *shape), dtype=self.dtype) for shape in self.shapes]
 
     def received(self, given):
-        """What stands to the right of `@`: its tensors, how many columns they are, and how to give them back in kind.
+        """Converts the right operand of `@`. Returns `(parts, columns, in_kind)`.
 
-        The columns, of a matrix, are the first axis of the tensors; a single vector has None of them.
+        `parts` are tensors, one for each variable. `columns` is the number of columns of a matrix, which are the first
+        axis of the tensors, and None for a single vector. `in_kind` converts a result back to the form of the operand.
         """
         if isinstance(given, keras.KerasTensor):
             raise self._refused(given)
@@ -105,7 +106,7 @@ class Parameters:
     def _refused(self, given):
         return ValueError(
             f"{self._owner} multiplies a vector of shape ({self.size},), a matrix of shape ({self.size}, columns), "
-            f"or tensors nested and shaped as its {len(self.variables)} variables are. Received: "
+            f"or tensors with the structure and shapes of its {len(self.variables)} variables. Received: "
             f"{validation.describe(given)}."
         )
 
@@ -132,9 +133,9 @@ def _is_tensor(x):
 
 
 def _common_dtype(owner, dtypes):
-    """The widest of some dtypes; Keras' own rule knows none wider than `floatx`."""
+    """The widest of the dtypes. Keras' own promotion never goes beyond `floatx`."""
     if not all(map(keras.backend.is_float_dtype, dtypes)):
-        raise ValueError(f"{owner} differentiates by floating-point variables. Received: the dtypes {sorted(dtypes)}.")
+        raise ValueError(f"{owner} expects floating-point variables. Received: the dtypes {sorted(dtypes)}.")
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return "float64" if "float64" in dtypes else "float32"
@@ -152,7 +153,7 @@ def _chosen(owner, model, variables):
     flat = nesting.flatten(chosen)
     if not flat:
         raise ValueError(
-            f"{owner} needs at least one trainable variable. Received: none in {what}. Build it first, or set its "
+            f"{owner} needs at least one trainable variable. Received: none in {what}. Build it first, or set "
             "`trainable` to True."
         )
     known = {id(v) for v in model.variables}
@@ -160,8 +161,8 @@ def _chosen(owner, model, variables):
     for v in flat:
         if not validation.is_variable(v) or id(v) not in known:
             raise ValueError(
-                f"{owner} expects as `variables` keras.Variables of the model {model.name!r}, in any nesting, or one "
-                f"of its layers. Received: {validation.describe(v)}."
+                f"{owner} expects as `variables` keras.Variables of the model {model.name!r}, in any nested "
+                f"structure, or one of its layers. Received: {validation.describe(v)}."
             )
         if id(v) not in trainable:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What one pass over data had in it: whether another has the same examples, in the same batches."""
+"""A summary of one pass over data, to compare the examples and batches of two passes."""
 
 import collections
 import zlib
@@ -10,11 +10,11 @@ from keras_gradtools import nesting
 
 
 class Pass:
-    """The checksums of the examples of a pass, and of its batches, of which each is made in their order.
+    """The checksums of the examples and of the batches of a pass.
 
     Attributes:
-        examples: how often there was which example.
-        batches: the batches, in order.
+        examples: A counter of the checksums of the examples.
+        batches: The checksums of the batches, in order. They depend on the order of the examples in a batch.
     """
 
     def __init__(self):
@@ -22,14 +22,14 @@ class Pass:
         self.batches: list[int] = []
 
     def add(self, batch):
-        """Takes in `(x, y, sample_weight)`."""
+        """Adds a batch `(x, y, sample_weight)`."""
         arrays = [_rows(leaf) for part in batch for leaf in nesting.flatten(part) if leaf is not None]
         found = [_checksum(rows) for rows in zip(*arrays, strict=True)]
         self.examples.update(found)
         self.batches.append(zlib.crc32(np.array(found, "uint32").tobytes()))
 
     def is_in_the_order_of(self, other, of_batches):
-        """Whether the batches are the same; with `of_batches`, whether they come in the same order, too."""
+        """Whether the batches are the same. With `of_batches`, whether they also come in the same order."""
         return self.batches == other.batches if of_batches else sorted(self.batches) == sorted(other.batches)
 
     def count_missing(self, other):

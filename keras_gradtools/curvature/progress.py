@@ -1,4 +1,4 @@
-"""A progress bar for work that turns out to be long."""
+"""A progress bar that appears only if the work takes long."""
 
 import time
 
@@ -6,9 +6,9 @@ import keras
 
 
 class Progress:
-    """Counts `total` parts of some work; with `verbose="auto"` a bar is shown once it has taken a while.
+    """Counts `total` parts of some work. With `verbose="auto"`, a bar appears after `QUIET_SECONDS`.
 
-    `total` may be None, where it is not known.
+    `total` is None if the number is unknown.
     """
 
     QUIET_SECONDS = 3.0
@@ -25,7 +25,7 @@ class Progress:
 
     def __exit__(self, *exception):
         if self._bar is not None and self._done != self._total:
-            # The work was less than expected, or failed: the next line shall not be the bar's.
+            # The work took fewer parts than expected, or failed. Ends the line of the bar.
             self._bar.update(self._done, finalize=True)
 
     def update(self):
@@ -38,6 +38,6 @@ class Progress:
             self._bar.update(self._done)
 
     def after(self, result):
-        """Returns `result`, which one more part of the work has given."""
+        """Counts one part of the work and returns its `result`."""
         self.update()
         return result

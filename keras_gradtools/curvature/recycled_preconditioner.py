@@ -1,29 +1,29 @@
-"""What the products of earlier systems tell conjugate gradients about the next one."""
+"""A preconditioner for conjugate gradients, made from the products of earlier systems."""
 
 import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import norm
 
-# Numbers in the vectors, by default: 4 MiB in single precision, and in a saved file. More are slow to go through.
+# Default limit on the numbers in the vectors: 4 MiB in single precision, also in a saved file. More would be slow.
 _NUMBERS = 2**20
-# By default, this rank at most; and none where there is not even room for the least.
+# The largest default rank, and the smallest one. If even that exceeds `_NUMBERS`, there is no preconditioner.
 _RANK, _LEAST_RANK = 100, 8
-# A system that took fewer products changes nothing: the preconditioner was good, and they tell little that is new.
+# A system with fewer products changes nothing: the preconditioner was good, and there is little to learn.
 _LEAST_PRODUCTS = 10
-# Of the squared length of a direction, what must be left of it outside the others: of the new ones, to rounding; of the
-# former ones, of which what is left is known only by a matrix that has changed since.
+# The least share of a direction's squared length that must be independent of the others. For new directions it only
+# excludes rounding noise. For former ones it is higher, since they describe a matrix that has changed since.
 _LEAST_NEW, _LEAST_FORMER = 1e-3, 0.3
-# Of the largest eigenvalue: what is missed is taken to be this much before it was seen, and no less than that.
+# The missed curvature, relative to the largest eigenvalue: its value before it was measured, and its lower bound.
 _FIRST_MISSED, _LEAST_MISSED = 1e-2, 1e-3
-# Of the largest eigenvalue: where it can be brought down to no less, that is not worth what it costs.
+# If the largest eigenvalue cannot be reduced to this share of it, the preconditioner is not worth its cost.
 _LARGEST_SHARE = 0.1
-# So many systems are let pass at most before it is found out whether it is worth it by now.
+# At most this many systems are skipped before the preconditioner is tried again.
 _LONGEST_WAIT = 15
 
 
 def checked_rank(owner, rank):
-    """What was given as `preconditioner_rank`; `ValueError` if it is none."""
+    """Returns the given `preconditioner_rank`. Raises `ValueError` if it is invalid."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise ValueError(
             f"{owner} expects an integer of 0 or more, or None, as `preconditioner_rank`. Received: "
@@ -33,47 +33,49 @@ def checked_rank(owner, rank):
 
 
 def recycled_preconditioner(size, rank, dtype):
-    """One for weights of this number and dtype; None where its rank is 0, or, by default, where too few have room."""
+    """A `RecycledPreconditioner` for `size` weights of this dtype. None if its rank, or the default rank, is 0."""
     if rank is None:
         rank = min(_RANK, _NUMBERS // max(size, 1))
         rank = rank if rank >= _LEAST_RANK else 0
     rank = min(rank, size)
-    # As in the solvers: half precision is no precision to solve in.
+    # As in the solvers, half precision is too imprecise.
     return RecycledPreconditioner(size, rank, "float64" if dtype == "float64" else "float32") if rank else None
 
 
 class RecycledPreconditioner:
-    r"""Approximate eigenpairs of a sequence of symmetric matrices $B$ that change slowly, and a preconditioner of them.
+    r"""Approximate eigenpairs of a sequence of slowly changing symmetric matrices $B$, used as a preconditioner.
 
-    With eigenvectors in the rows of $U$ and eigenvalues $w_i$ it is
+    With eigenvectors in the rows of $U$ and eigenvalues $w_i$, the preconditioner is
 
     $$M^{-1} v = v + U^\top \operatorname{diag}(f_i - 1) \, U v, \qquad
-    f_i = \min\Big(\frac{\sigma + \lambda}{|w_i| + \lambda}, 1\Big),$$
+    f_i = \min\Big(\frac{\sigma + \lambda}{|w_i| + \lambda}, 1\Big).$$
 
-    which brings the largest eigenvalues of $B + \lambda I$ down to $\sigma + \lambda$, and negative ones to their
-    absolute value. The pairs cost no product: conjugate gradients multiply $B$ by directions $P$ in any case, and
-    $Y = P B$ is what is known of $B$ exactly. What is taken for $B$ is the symmetric matrix that fits this, and changes
-    what was taken for it before, $s I + U^\top \operatorname{diag}(w - s) \, U$ with the smallest $|w_i|$ for $s$, the
-    least (the Powell-symmetric-Broyden update for several pairs), on the span of $P$ and of what $U$ has outside it;
-    its eigenpairs of largest magnitude are kept. Before that, no $|w_i|$ is taken to be more than
-    $|q^\top B q| / \lVert p \rVert^2$, with $p$ the part of $u_i$ in the span of $P$ and $q$ its direction: more than
-    that no eigenvalue of a positive semidefinite matrix can be.
+    It reduces the largest eigenvalues of $B + \lambda I$ to about $\sigma + \lambda$. Negative eigenvalues enter with
+    their absolute value.
 
-    $\sigma$ is the smallest $|w_i|$, or the curvature that the former vectors missed of a new matrix, the largest
-    $|w_i| \, (1 - \lVert U_\text{former} u_i \rVert^2)$, if that is more. A lower one would part an eigenvalue that is
-    brought down from what is missed of it: two instead of one, and more products instead of fewer. Where $\sigma$ is
-    more than a tenth of the largest $|w_i|$ there is no preconditioner, and after 1, 3, 7, 15, 15, ... systems more it
-    is seen whether that has changed.
+    The pairs cost no extra products. Conjugate gradients multiply $B$ by directions $P$ anyway, so $Y = P B$ is known
+    exactly. $B$ is approximated by the symmetric matrix that satisfies this equation and differs least from the former
+    approximation $s I + U^\top \operatorname{diag}(w - s) \, U$, where $s$ is the smallest $|w_i|$. This is the
+    Powell-symmetric-Broyden update for several pairs. It is computed on the span of $P$ and of the part of $U$ outside
+    that span, and its eigenpairs of largest magnitude are kept. Before the update, each $|w_i|$ is limited to
+    $|q^\top B q| / \lVert p \rVert^2$, where $p$ is the projection of $u_i$ onto the span of $P$ and
+    $q = p / \lVert p \rVert$. No eigenvalue of a positive semi-definite matrix can exceed this.
+
+    $\sigma$ is the largest of the smallest $|w_i|$, 1/1000 of the largest $|w_i|$, and the missed curvature: the
+    largest $|w_i| \, (1 - \lVert U_\text{former} u_i \rVert^2)$, that is, how much of a new matrix the former vectors
+    did not contain. A smaller $\sigma$ would separate a reduced eigenvalue from its missed part. This gives two
+    eigenvalues instead of one, and needs more products instead of fewer. If $\sigma$ is more than a tenth of the
+    largest $|w_i|$, there is no preconditioner, and it is tried again after skipping 1, 3, 7, 15, 15, ... systems.
 
     Attributes:
-        vectors: $U$, orthonormal rows; those of zeros after them have nothing in them yet. Shape `(rank, n)`.
-        values: $w$, of descending magnitude, with zeros for the latter. Shape `(rank,)`.
-        missed: the curvature that was missed of the last matrix, by the first `rank` products with it.
-        wait, waited: how many systems to let pass before the pairs are made anew, and how many have passed.
+        vectors: $U$, orthonormal rows, followed by rows of zeros that are not in use yet. Shape `(rank, n)`.
+        values: $w$ in order of descending magnitude, followed by zeros. Shape `(rank,)`.
+        missed: The missed curvature of the last matrix, measured on the first `rank` products with it.
+        wait, waited: Number of systems to skip before the pairs are updated again, and number skipped so far.
 
     Cost:
-        For each product, `4 * rank * n` multiplications and additions; for each system of ten products or more, some
-        `16 * rank**2 * n`. Memory of `3 * rank` vectors, and up to seven times `rank` while pairs are made.
+        For each product, `4 * rank * n` multiplications and additions. For each system of ten products or more, about
+        `16 * rank**2 * n`. Memory for `3 * rank` vectors, and for up to `7 * rank` while pairs are updated.
 
     Source: Gratton, Sartenaer & Tshimanga, "On a class of limited memory preconditioners for large scale linear systems
     with multiple right-hand sides" (2011), the spectral one; Schnabel, "Quasi-Newton methods using multiple secant
@@ -87,7 +89,7 @@ class RecycledPreconditioner:
         self._count, self._is_new = 0, True
 
     def of(self, damping):
-        r"""$M^{-1}$ for this $\lambda$, as `kg.curvature.conjugate_gradients` takes it; None for no preconditioner."""
+        r"""$M^{-1}$ for this $\lambda$, as `kg.curvature.conjugate_gradients` takes it. None for no preconditioner."""
         vectors, values = self._pairs()
         lowest = self._lowest()
         if lowest is None:
@@ -98,11 +100,11 @@ class RecycledPreconditioner:
         return lambda v: v + (factors * (vectors @ v)) @ vectors
 
     def begin(self):
-        """Before the systems with a new matrix."""
+        """Must be called before the systems with a new matrix."""
         self._count, self._is_new = 0, True
 
     def record(self, direction, product):
-        """Takes note of a product of the matrix, without damping."""
+        """Records a product of the matrix without damping."""
         if self.waited < self.wait:
             self._count += 1
             return
@@ -119,7 +121,7 @@ class RecycledPreconditioner:
         self._count += 1
 
     def finish(self):
-        """After a system: makes what was noted part of the preconditioner."""
+        """Must be called after a system. Updates the preconditioner with the recorded products."""
         if self._count >= min(_LEAST_PRODUCTS, len(self.values)):
             if self.waited < self.wait:
                 self.waited += 1
@@ -131,7 +133,7 @@ class RecycledPreconditioner:
         self._count = 0
 
     def _lowest(self):
-        """What eigenvalues are brought down to; None where that is not worth it."""
+        r"""$\sigma$, to which eigenvalues are reduced. None if the preconditioner is not worth its cost."""
         _, values = self._pairs()
         if not len(values):
             return None
@@ -143,7 +145,7 @@ class RecycledPreconditioner:
     def _absorb(self):
         new, products = self._directions[: self._count], self._products[: self._count]
         self._count = 0
-        # All is done in coefficients: what is as long as the weights is gone through by products of matrices alone.
+        # Everything is computed in coefficients. Arrays as long as the weights only appear in matrix products.
         basis = _whitened(_double(new @ new.T), _LEAST_NEW)
         matrix = basis.T @ _double(new @ products.T) @ basis
         matrix = 0.5 * (matrix + matrix.T)
@@ -155,7 +157,7 @@ class RecycledPreconditioner:
         overlap = _double(former @ new.T)
         along = overlap @ basis
         values = np.sign(values) * np.minimum(np.abs(values), _limits(along, matrix))
-        # The former vectors without their parts along the new directions, of which an orthonormal basis is made.
+        # An orthonormal basis of the components of the former vectors that are orthogonal to the new directions.
         left = np.eye(len(former)) - along @ along.T
         rest = _whitened(left, _LEAST_FORMER, is_relative=False)
         across = ((_double(former @ products.T) @ basis).T - matrix @ along.T) @ rest
@@ -166,15 +168,17 @@ class RecycledPreconditioner:
         of_former = np.hstack([np.zeros((len(former), basis.shape[1])), rest])
         chosen = self._keep(matrix, [(of_new, new), (of_former, former)])
         if self._is_new and chosen is not None:
-            # Within the systems of one matrix, the former vectors are already its own.
+            # Only for the first update with a new matrix. Later, the former vectors come from the same matrix.
             known = np.sum(((overlap @ of_new + of_former) @ chosen) ** 2, axis=0)
             self.missed = np.max(np.abs(self.values[: len(known)]) * np.maximum(1.0 - known, 0.0))
             self._is_new = False
 
     def _keep(self, matrix, basis):
-        """Takes the pairs of a matrix on a basis: for each part of it, coefficients in columns, and rows.
+        """Replaces the pairs by those of `matrix`, which is given in a basis.
 
-        Returns the eigenvectors on that basis, in columns; None if anything is not finite, and nothing changed.
+        `basis` lists pairs of coefficients, in columns, and row vectors. The basis is the sum of their combinations.
+        Returns the eigenvectors in that basis, in columns. If a number is not finite, it changes nothing and returns
+        None.
         """
         if not np.isfinite(matrix).all():
             return None
@@ -183,9 +187,9 @@ class RecycledPreconditioner:
         if not np.isfinite(values.astype(self.vectors.dtype)).all():
             return None
         found = sum((part @ vectors[:, largest]).T.astype(rows.dtype) @ rows for part, rows in basis)
-        # Directions may have been nearly parallel: what rounding left of that is taken out.
+        # Nearly parallel directions amplify rounding. This step makes the vectors orthonormal again.
         found -= (0.5 * (_double(found @ found.T) - np.eye(len(found)))).astype(found.dtype) @ found
-        # New arrays: what was returned for the former ones may be in use.
+        # New arrays, since a function that `of` returned may still use the former ones.
         self.vectors, self.values = np.zeros_like(self.vectors), np.zeros_like(self.values)
         self.vectors[: len(largest)], self.values[: len(largest)] = found, values[largest]
         return vectors[:, largest]
@@ -200,14 +204,14 @@ def _double(matrix):
 
 
 def _limits(along, matrix):
-    """What the eigenvalues of vectors cannot exceed, from their parts along directions that the matrix is known on."""
+    """Upper bounds for eigenvalues, from the coefficients of their vectors in a basis where the matrix is known."""
     share = np.sum(along**2, axis=1)
     seen = np.abs(np.sum((along @ matrix) * along, axis=1))
     return np.divide(seen, share**2, out=np.full(len(share), np.inf), where=share**2 > 0.0)
 
 
 def _whitened(gram, least, is_relative=True):
-    """An orthonormal basis of vectors with this Gram matrix, in coefficients in columns; without what is too short."""
+    """Coefficients, in columns, of an orthonormal basis of vectors with this Gram matrix. Short ones are left out."""
     values, vectors = np.linalg.eigh(gram)
     kept = values > least * (values[-1] if is_relative else 1.0)
     return vectors[:, kept] / np.sqrt(values[kept])

@@ -1,4 +1,4 @@
-"""Vectors and matrices as the solvers take and return them."""
+"""Conversions of the vectors and matrices that the solvers take and return."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ from keras_gradtools import validation
 
 
 def real_numbers(given):
-    """An array or a tensor as an array in single or double precision; None if it has no real numbers."""
+    """Converts an array or a tensor to an array in single or double precision. None if it has no real numbers."""
     if ops.is_tensor(given) and validation.dtype_of(given) in ("float16", "bfloat16"):
         given = ops.cast(given, "float32")
     if isinstance(given, keras.KerasTensor):
@@ -20,7 +20,7 @@ def real_numbers(given):
 
 
 def in_kind_of(given, array):
-    """A solution as a tensor, if `given` was one, in its dtype where that has fractions; else as it is."""
+    """Converts a solution to a tensor if `given` is one, with its dtype if that is floating-point, else `floatx`."""
     if not ops.is_tensor(given):
         return array
     dtype = validation.dtype_of(given)
@@ -28,5 +28,5 @@ def in_kind_of(given, array):
 
 
 def lower_triangle(matrix):
-    """A matrix without what is above its diagonal, in double precision, a copy."""
+    """A copy of the lower triangle of a matrix, with zeros above it, in double precision."""
     return np.tril(matrix).astype("float64")

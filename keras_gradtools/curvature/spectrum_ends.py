@@ -1,4 +1,4 @@
-"""Both ends of a spectrum to the precision that watching it needs, and the trace beside them, by few products."""
+"""Both ends of a spectrum with moderate precision, and an estimate of the trace, from few products."""
 
 from typing import Any, NamedTuple
 
@@ -8,13 +8,13 @@ from keras import ops
 from keras_gradtools.curvature.krylov_basis import KrylovBasis, checked_length, dot, norm
 from keras_gradtools.curvature.trace import mean_of
 
-# What a random direction has of the vector to begin with, so that no eigenvector is missed for good.
+# Length of the random part of the starting vector, so that no eigenvector is missed for good.
 _RANDOM_SHARE = 0.3
-# Products before both ends can be told from what lies between them.
+# Fewest products after which both ends can be told from the eigenvalues between them.
 _FEWEST = 4
-# Steps that `begin` takes: mostly enough, beginning with the eigenvectors of a matrix that has changed by a little.
+# Number of steps that `begin` takes. They are mostly enough if the matrix has changed little since the last time.
 _STEPS_AT_ONCE = 5
-# Of what a product has less beside the former vectors, too much is rounding where it was orthogonalized once.
+# After one Gram-Schmidt pass, a remainder below this fraction is rounding noise.
 _CLEAR_SHARE = 1e-3
 
 
@@ -22,10 +22,10 @@ class SpectrumEnds(NamedTuple):
     """What is known of a symmetric matrix from a few products.
 
     Attributes:
-        smallest, largest: its eigenvalues at both ends.
-        start: a vector to begin with where the matrix has changed by a little.
-        trace: an `Estimate`, or None.
-        matvecs: the products that were taken.
+        smallest, largest: The eigenvalues at both ends.
+        start: A starting vector for a later call, when the matrix has changed a little.
+        trace: An `Estimate`, or None.
+        matvecs: Number of products.
     """
 
     smallest: float
@@ -36,15 +36,15 @@ class SpectrumEnds(NamedTuple):
 
 
 def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=np.float64, begin=None):
-    r"""Both ends by Lanczos' method without restarts, until each seems to be within `tol` of the largest magnitude.
+    r"""Both ends by the Lanczos method without restarts, with an error of about `tol` times the largest magnitude.
 
-    The error of a Ritz value with residual r at a distance d from the other eigenvalues is below $\min(r, r^2 / d)$. Of
-    those only the Ritz values are known, so that the last product must have moved neither end by more than half of what
-    is allowed. After `most` products they are taken as they are. The trace is that of the matrix in the basis, which is
-    exact, and the mean of `samples` random vectors beside it: what is large in the matrix is in the basis.
+    The error of a Ritz value with residual r and distance d from the other eigenvalues is below $\min(r, r^2 / d)$.
+    Only Ritz values are known of the other eigenvalues, so the last product must also have moved neither end by more
+    than half the tolerance. After `most` products, the Ritz values are returned without this. The trace is the exact
+    trace of the matrix on the basis, plus the mean of `samples` random vectors orthogonal to it. The basis contains
+    what is large in the matrix.
 
-    `begin(start, bits, share, steps)` may take the first steps, and the samples beside these; it returns a
-    `SpectrumStart`.
+    `begin(start, bits, share, steps)`, if given, takes the first steps and the samples. It returns a `SpectrumStart`.
 
     Source: Parlett, "The symmetric eigenvalue problem" (1998), section 11.7; Meyer et al., "Hutch++" (2021).
     """
@@ -77,7 +77,7 @@ def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=
         product = np.array(matvec(basis[j]), dtype=dtype)
         length = checked_length(product)
         parts, remainder = basis.orthogonalize(product)
-        # Nothing but rounding is left of an invariant subspace.
+        # If the basis spans an invariant subspace, the remainder is rounding noise.
         is_invariant = remainder <= 10 * np.finfo(dtype).eps * length
         ritz.add(parts[j], 0.0 if is_invariant else remainder)
         is_done = ritz.count == most or ritz.is_enough(tol)
@@ -97,7 +97,7 @@ def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=
 
 
 class _RitzValues:
-    """The eigenvalues of a symmetric matrix in the basis that Lanczos' method has found so far, ascending."""
+    """The eigenvalues of a symmetric matrix on the basis that the Lanczos method has found so far, ascending."""
 
     def __init__(self, most):
         self._projected = np.zeros((most, most))
@@ -107,7 +107,7 @@ class _RitzValues:
         self.count = 0
 
     def add(self, diagonal, coupling):
-        """Takes in one more vector of the basis; `coupling` is that with the next one."""
+        """Adds one more vector of the basis. `coupling` is the matrix element between it and the next vector."""
         j = self.count
         self._projected[j, j] = diagonal
         if j:
@@ -124,7 +124,7 @@ class _RitzValues:
         return float(self.values[-1])
 
     def is_enough(self, tol):
-        """Whether both ends are near enough, and have stopped to move."""
+        """Whether both ends are precise enough and have stopped moving."""
         values, former = self.values, self._former
         if len(values) < _FEWEST:
             return False
@@ -137,14 +137,14 @@ class _RitzValues:
 
 
 def _count_clear(diagonal, remainders):
-    """How many steps have left enough to go on from, the first ones."""
+    """The number of leading steps whose remainder is not rounding noise."""
     lengths = np.sqrt(diagonal**2 + remainders**2 + np.append(0.0, remainders[:-1]) ** 2)
     short = np.flatnonzero(remainders <= _CLEAR_SHARE * lengths)
     return int(short[0]) if len(short) else len(remainders)
 
 
 def _trace(diagonal, sampled):
-    """That of the matrix in the basis, and the mean of samples of the rest; None without samples."""
+    """The trace on the basis plus the mean of samples of the rest. None without samples."""
     if not len(sampled):
         return None
     rest = mean_of(sampled)

@@ -1,7 +1,7 @@
-"""What watching a spectrum begins with: a few steps of Lanczos' method, and samples of the trace, in tensors.
+"""The first Lanczos steps and samples of the trace, computed in tensors.
 
-As one program they take a fraction of the time of as many products, each called by itself: what does not depend on the
-vector is computed once, and on small models a call takes longer than what it computes.
+As one program, they take a fraction of the time of the same number of separate products: what does not depend on the
+vector is computed once, and on small models a call takes longer than its computation.
 """
 
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from keras import ops
 
 
 class SpectrumStart(NamedTuple):
-    """The first steps of Lanczos' method with a Hessian H.
+    """The first steps of the Lanczos method with a Hessian H.
 
     Attributes:
-        rows: the orthonormal vectors q_j, one more than there are steps, of shape `(steps + 1, n)`.
+        rows: The orthonormal vectors q_j, of shape `(steps + 1, n)`.
         diagonal: q_j' H q_j for each step.
-        remainders: for each step, the length of what the vectors up to q_j leave of H q_j.
-        samples: v_i' H v_i, with v_i what the vectors but for the last one leave of a vector of signs.
-        gradient_norm: the length of the gradient.
+        remainders: For each step, the norm of the component of H q_j that is orthogonal to the vectors up to q_j.
+        samples: v_i' H v_i, where v_i is a vector of random signs, orthogonalized against all rows but the last.
+        gradient_norm: The norm of the gradient.
     """
 
     rows: Any
@@ -31,12 +31,14 @@ def spectrum_start(hessian, gradient, first, bits, share, steps):
     """A `SpectrumStart` in tensors.
 
     Args:
-        hessian: what maps a flat vector v by `product` to H v, and by `quadratic_form` to v' H v.
-        gradient: a flat vector.
-        first: what to begin with, of length n.
-        bits: of 0 and 1, of shape `(1 + samples, n)`: the signs of what is added to `first`, and those of the samples.
-        share: the length of what is added.
-        steps: how many.
+        hessian: An object with `product(v)`, which returns H v for a flat vector v, and `quadratic_form(v)`, which
+            returns v' H v.
+        gradient: The gradient, a flat vector.
+        first: The starting vector, of length n.
+        bits: Zeros and ones of shape `(1 + samples, n)`. The first row has the signs of a random vector that is added
+            to `first`, the others have those of the samples.
+        share: The length of the vector that is added.
+        steps: Number of Lanczos steps.
     """
     signs = 2 * ops.cast(bits, first.dtype) - 1
     w = first + (share / _norm(signs[0])) * signs[0]
@@ -44,7 +46,7 @@ def spectrum_start(hessian, gradient, first, bits, share, steps):
     diagonal, remainders = [], []
     for j in range(steps):
         w = hessian.product(rows[j])
-        # Once: where that is not enough, the remainder is so short that it is not made use of.
+        # One Gram-Schmidt pass. If that is not enough, the remainder is so short that the caller does not use it.
         parts = ops.matmul(rows, w)
         w = w - ops.matmul(parts, rows)
         diagonal.append(parts[j])

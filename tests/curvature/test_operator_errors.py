@@ -109,7 +109,7 @@ class TestVariables:
 
     @pytest.mark.parametrize("foreign", [keras.Variable(np.ones(2), name="other"), X, 1.0, "hidden/kernel", None])
     def test_foreign_ones(self, foreign):
-        with refused("Hessian expects as `variables` keras.Variables of the model .*, in any nesting, or one of its"):
+        with refused("Hessian expects as `variables` keras.Variables of the model .*, in any nested structure, or"):
             made(variables=[mlp().layers[0].kernel, foreign])
 
     def test_a_layer_of_another_model(self):
