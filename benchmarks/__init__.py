@@ -1,1 +1,1 @@
-"""Measures the package against hand-written code of each framework; `make bench` runs it."""
+"""Benchmarks of the package against hand-written code for each framework: `make bench`."""

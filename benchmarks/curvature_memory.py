@@ -1,7 +1,7 @@
-"""Peak memory of the top eigenvalue of a model of 10 million weights: `python -m benchmarks.curvature_memory`.
+"""The peak memory of the largest Hessian eigenvalue for 10 million weights: `python -m benchmarks.curvature_memory`.
 
-Of a gradient, and of Lanczos' method with a basis of 8 vectors after 1 and after 6 restarts, each in a process of its
-own. Writes benchmarks/results/BACKEND_curvature_memory.json. For Linux.
+Measures a gradient, and the Lanczos method with a basis of 8 vectors after 1 and after 6 restarts, each in a separate
+process. Writes benchmarks/results/BACKEND_curvature_memory.json. For Linux only.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
 
 UNITS, BATCH, BASIS = (1000, 2000, 2000, 2000, 10), 64, 8
 RESTARTS = (1, 6)
-# In bytes of the weights: what eigenvalues may need more than a gradient.
+# The extra memory that eigenvalues may need over a gradient, in multiples of the weights' memory.
 TARGET = 16
 
 
@@ -37,7 +37,7 @@ def build():
 
 
 def eigenvalue(hessian, restarts):
-    """The largest eigenvalue as it is after so many restarts."""
+    """The estimate of the largest eigenvalue after the given number of restarts."""
     from keras_gradtools.curvature import EigenvalueConvergenceError
 
     try:
@@ -45,11 +45,11 @@ def eigenvalue(hessian, restarts):
         hessian.eigsh(k=1, ncv=BASIS, max_restarts=restarts, tol=1e-14)
     except EigenvalueConvergenceError as error:
         return float(error.eigenvalues[-1])
-    raise AssertionError("The eigenvalue has converged before the memory of so many restarts could be seen.")
+    raise AssertionError(f"The eigenvalue converged before {restarts} restarts, so their memory was not measured.")
 
 
 def measure_here(restarts):
-    """Prints the peak of a gradient, or of Lanczos' method with so many restarts."""
+    """Prints the peak memory of a gradient (if `restarts` is None) or of the Lanczos method."""
     from benchmarks import measure_backend, memory
 
     measure_backend.reference().use_one_thread()

@@ -1,6 +1,7 @@
-"""A product by one record that is kept, the compiled product, and a gradient: `python -m benchmarks.curvature_modes`.
+"""The time of products with a curvature operator: `python -m benchmarks.curvature_modes`.
 
-Interleaved in one process for each backend; medians. Writes benchmarks/results/BACKEND_curvature_modes.json.
+Compares a product from one kept tape, the compiled product (eager on torch) and a gradient. They are timed alternately
+in one process for each backend, and the medians are reported. Writes benchmarks/results/BACKEND_curvature_modes.json.
 """
 
 import argparse
@@ -42,9 +43,9 @@ def measure(runs):
         ms = {way: 1e3 * float(np.median(values)) for way, values in seconds.items()}
         error = np.abs(kept(v) - hessian @ v).max() / np.abs(hessian @ v).max()
         print(
-            f"{name()}, {model_name}, {batch}: one record {ms['one record']:.2f} ms, product {ms['product']:.2f} ms, "
-            f"gradient {ms['gradient']:.2f} ms; one record / product {ms['one record'] / ms['product']:.2f}, "
-            f"product / gradient {ms['product'] / ms['gradient']:.2f}; they differ by {error:.0e}",
+            f"{name()}, {model_name}, {batch}: one tape {ms['one record']:.2f} ms, product {ms['product']:.2f} ms, "
+            f"gradient {ms['gradient']:.2f} ms; one tape / product {ms['one record'] / ms['product']:.2f}, "
+            f"product / gradient {ms['product'] / ms['gradient']:.2f}; relative difference {error:.0e}",
             flush=True,
         )
         in_ms = {f"{way.replace(' ', '_')}_ms": round(value, 3) for way, value in ms.items()}

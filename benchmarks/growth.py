@@ -1,8 +1,8 @@
-"""How the batch Jacobian grows with examples, outputs and width: `python -m benchmarks.growth`.
+"""How the cost of a batch Jacobian grows with examples, outputs and width: `python -m benchmarks.growth`.
 
-Time and peak memory of ours alone, for an MLP of two hidden layers; with the full Jacobian of a few examples
-for contrast, which is quadratic. One process for each backend, and one for each figure of memory; a minute
-or two each. Writes benchmarks/results/BACKEND_growth.json.
+Measures the time and peak memory of our code for an MLP with two hidden layers. The full Jacobian of a few examples,
+which is quadratic, is measured for contrast. There is one process for each backend, which takes a minute or two, and
+one for each memory figure. Writes benchmarks/results/BACKEND_growth.json.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import sys
 from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
 
 INPUTS, CLASSES = 32, 10
-# Of outputs at once, where there are many examples.
+# Number of outputs at a time, for many examples.
 CHUNK = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One Jacobian: of `n` examples, by `INPUTS` inputs each."""
+    """One Jacobian to measure, of `n` examples with `INPUTS` inputs each."""
 
     what: str
     n: int
@@ -32,7 +32,7 @@ class Point:
     chunk_size: int | None = None
 
 
-# Of each series: what changes in it, and its points.
+# For each series, the attribute that varies, and the points.
 SERIES = {
     "batch Jacobian, in chunks": (
         "n",
@@ -48,12 +48,12 @@ SERIES = {
         [Point("batch Jacobian by width", 1000, width=w) for w in (64, 256, 1024)],
     ),
 }
-# Every output by every input in reverse mode: the cheaper mode is another one for 1 output than for 100.
+# Fixed, because the cheaper mode for 1 output is not the one for 100.
 MODE = "reverse"
 
 
 def prepare(point):
-    """Returns the Jacobian as a function of nothing."""
+    """Returns a function without arguments that computes the Jacobian."""
     import keras
     import numpy as np
     from keras import layers
@@ -71,7 +71,7 @@ def prepare(point):
 
 
 def exponent(sizes, values):
-    """The slope of the line through the points in logarithms, by least squares: 1 is linear, 2 quadratic."""
+    """The least-squares slope of log(value) over log(size): 1 is linear growth, 2 is quadratic."""
     slope, _ = statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values])
     return round(slope, 2)
 
@@ -106,7 +106,7 @@ def _measure(backend, quick):
                 "what": name,
                 "grows": grows,
                 "time": exponent(sizes, [entry["ms"] for entry in found]),
-                # Below the kernel's pages there is nothing to fit.
+                # Avoids log(0) if the memory is below the resolution.
                 "memory": exponent(sizes, [max(entry["mib"], 0.1) for entry in found]),
             }
         )
@@ -131,8 +131,8 @@ def _print_memory(which):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
-    parser.add_argument("--quick", action="store_true", help="two points of each, to see that it works")
-    # The two kinds of process that the command starts for itself.
+    parser.add_argument("--quick", action="store_true", help="only two points of each series, as a test")
+    # Used by the processes that this command starts.
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What kinks do to the exact penalty: `python -m benchmarks.kinks [--backend jax]`.
+"""The effect of kinks on the exact penalty: `python -m benchmarks.kinks [--backend jax]`.
 
 A digits classifier, with ReLU and with smooth activations, is trained with the squared l2 penalty (weight 1), computed
-exactly and by finite differences. What is measured is always the exact penalty, on all digits, and, for the exactly
-trained models, the cosine between the gradients of the two penalties by the weights, for a range of steps h. Two
-minutes. Writes docs/kinks.png and benchmarks/results/kinks.json.
+exactly and by finite differences. In both cases, the exact penalty on all digits is measured. For the models trained
+with the exact penalty, the cosine between the weight gradients of the two penalties is measured for several steps h. It
+takes two minutes. Writes docs/kinks.png and benchmarks/results/kinks.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def data():
 
 
 def trained(activation, method):
-    """A model, and the exact penalty after each epoch of its training."""
+    """A trained model, and the exact penalty after each epoch."""
     import keras
     from keras import layers
 
@@ -55,7 +55,7 @@ def trained(activation, method):
 
     class Measure(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            _ = self.model  # on JAX, this is what brings the weights up to date
+            _ = self.model  # on JAX, accessing the model updates its weights
             logs = measured.evaluate(x, y, batch_size=len(x), verbose=0, return_dict=True)
             penalties.append(logs["input_gradient_penalty"])
 
@@ -64,7 +64,7 @@ def trained(activation, method):
 
 
 def weight_gradient(model, x, y, method, step_size):
-    """The gradient of the penalty by all weights, as one vector."""
+    """The gradient of the penalty with respect to all weights, as one vector."""
     import keras
     import numpy as np
     from keras import ops

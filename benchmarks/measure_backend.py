@@ -1,4 +1,4 @@
-"""The process that `run.py` starts for one backend: measures its rows, prints a table, saves the result."""
+"""The process that `run.py` starts for one backend. It measures the rows, prints the tables and saves the result."""
 
 import argparse
 import importlib
@@ -19,12 +19,12 @@ LARGEST_BATCH = 4096
 
 
 def reference():
-    """The hand-written code of the framework that Keras runs on."""
+    """The module of hand-written code for the current backend."""
     return importlib.import_module(f"benchmarks.reference_{keras.backend.backend()}")
 
 
 def hand_written(name):
-    """The function `name` of the hand-written code, wherever it is kept."""
+    """The hand-written function `name`, from one of the modules for the current backend."""
     for kind in ("", "_transforms", "_steps"):
         module = importlib.import_module(f"benchmarks.reference_{keras.backend.backend()}{kind}")
         if hasattr(module, name):
@@ -33,7 +33,7 @@ def hand_written(name):
 
 
 def cases(part, containing=""):
-    """Every row in every mode, model and batch size, as tuples."""
+    """Yields all combinations of row, mode, model and batch size."""
     backend = keras.backend.backend()
     for row in rows.rows_of(backend, part, containing):
         for mode in row.modes_on(backend):
@@ -43,7 +43,7 @@ def cases(part, containing=""):
 
 
 def prepare(row, mode, model_name, batch):
-    """Returns ours and the hand-written code as functions of nothing."""
+    """Returns our and the hand-written code as functions without arguments."""
     compile_ours, compile_theirs = reference().MODES[mode]
     model = models.build(model_name)
     x, y = map(keras.ops.convert_to_tensor, models.data(model, batch))
@@ -60,7 +60,7 @@ def _measure(row, mode, model_name, batch, quick):
     error = None
     while True:
         ours, theirs = prepare(row, mode, model_name, batch)
-        # The first runs compile, on JAX the second one too.
+        # The first run compiles, and on JAX also the second.
         for _ in range(3):
             results = ours(), theirs()
             if row.check:
@@ -82,12 +82,12 @@ def _measure(row, mode, model_name, batch, quick):
 
 
 def _require_same(ours, theirs, tolerance):
-    """Two programs that compute different things are not to be compared; returns the largest relative error."""
+    """Returns the largest relative error. Raises `AssertionError` if the results differ by more than `tolerance`."""
     ours, theirs = keras.tree.flatten(ours), keras.tree.flatten(theirs)
     largest = 0.0
     for a, b in zip(ours, theirs, strict=True):
         a, b = keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
-        # Written so that a NaN disagrees with everything.
+        # The `not` makes a NaN count as a difference.
         if a.shape != b.shape or not abs(a - b).max() <= tolerance * (abs(b).max() + 1e-4):
             raise AssertionError(f"Ours and the hand-written code disagree. Received: {a} and {b}.")
         largest = max(largest, float(abs(a - b).max() / max(abs(b).max(), 1e-30)))
@@ -95,7 +95,7 @@ def _require_same(ours, theirs, tolerance):
 
 
 def _overheads(quick):
-    """Microseconds of the smallest uses of a tape."""
+    """The time of the smallest uses of a tape, in microseconds."""
     import keras_gradtools as kg
 
     by_hand = reference()
@@ -136,7 +136,7 @@ def _overheads(quick):
 
 
 def machine():
-    """What a number has to be read with."""
+    """The machine, the threads and the versions, which belong to every number."""
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -167,9 +167,9 @@ def main():
 
     console = Console()
     if not console.is_terminal:
-        # In a file rich would take it for 80 columns, which are too few for the table.
+        # In a file, rich would assume 80 columns, which are too few for the table.
         console = Console(width=170)
-    # A row's memory takes two processes of its own, and it is in Jacobians that memory decides what can be done.
+    # Memory is measured only for Jacobians, where it matters most, because each row takes two extra processes.
     todo = list(cases(options.part, options.rows or ("Jacobian" if options.memory else "")))
     if not todo:
         return

@@ -1,8 +1,6 @@
-"""Peak memory of one program, in a process of its own: what a run needs beyond what it starts with.
+"""The peak memory of a run in a separate process, in addition to the memory held before the run. For Linux only.
 
-For Linux.
-The kernel's own record of the most that the process ever held (VmHWM) is set back after the warm-up, so that
-neither the imports nor the compiler count.
+The kernel's high-water mark of the process (VmHWM) is reset after the warm-up, so imports and compilation do not count.
 """
 
 import argparse
@@ -19,7 +17,7 @@ _STATUS, _RESET = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/cl
 
 
 def compare(row, mode, model, batch):
-    """Returns the MiB that ours and the hand-written code need."""
+    """Returns a dict with the peak memory of our and of the hand-written code in MiB."""
     arguments = [row.name, mode, model, str(batch)]
     ours, theirs = (_in_own_process(side, arguments) for side in ("ours", "theirs"))
     return {
@@ -38,10 +36,10 @@ def _in_own_process(side, arguments):
 
 
 def last_number(module, *arguments):
-    """Runs a module in a process of its own and returns the last number that it prints."""
+    """Runs a module in a separate process and returns the last number that it prints."""
     command = [sys.executable, "-m", module, *arguments]
-    # Every tensor of some size is given back as it is freed: what the allocator keeps, above all for threads of
-    # the framework's own, would hide what a run asks for.
+    # With this threshold, larger tensors go back to the system as soon as they are freed. Otherwise, memory that the
+    # allocator keeps, above all for the framework's threads, would hide what a run needs.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -55,11 +53,11 @@ def _held(key):
 
 
 def peak_mib(run, block, warm_ups=3, runs=RUNS):
-    """Returns what the runs need beyond what the process holds before them, once it is warm."""
+    """Returns the peak memory of the runs, in MiB, in addition to the memory held after the warm-up."""
     for _ in range(warm_ups):
         block(run())
     gc.collect()
-    # JAX frees a result a little later, in a thread of its own.
+    # JAX frees a result a little later, in a separate thread.
     time.sleep(0.5)
     ctypes.CDLL(None).malloc_trim(0)
     _RESET.write_text("5")

@@ -1,4 +1,4 @@
-"""The models and data that the rows are measured on. Their weights come from NumPy: the same everywhere."""
+"""The models and data of the benchmarks. The weights are drawn with NumPy, so that they are equal on all backends."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ CLASSES = 10
 
 
 def _mlp():
-    # Smooth activations: the second derivative of a ReLU is zero, and double backward would be too cheap.
+    # Smooth activations, because the second derivative of a ReLU is zero, which would make double backward too cheap.
     hidden = [layers.Dense(512, activation="tanh") for _ in range(3)]
     return keras.Sequential([layers.Input((256,)), *hidden, layers.Dense(CLASSES)])
 
@@ -28,7 +28,7 @@ def _conv_net():
 
 
 def _image_conv_net(activation, pooling):
-    """A size at which computation dominates."""
+    """A model large enough for computation to dominate."""
     return keras.Sequential(
         [
             layers.Input((32, 32, 3)),
@@ -49,7 +49,7 @@ def _wide_mlp():
 
 
 def _small_mlp():
-    # The Hessian by the kernel between the hidden layers has 1024 rows.
+    # The Hessian with respect to the kernel between the hidden layers has 1024 rows.
     hidden = [layers.Dense(32, activation="tanh") for _ in range(2)]
     return keras.Sequential([layers.Input((64,)), *hidden, layers.Dense(CLASSES)])
 
@@ -60,7 +60,7 @@ def _digits_classifier():
 
 
 def _decoder():
-    # Many more outputs than inputs: forward mode is the cheaper one.
+    # Many more outputs than inputs, so that forward mode is cheaper.
     hidden = [layers.Dense(512, activation="tanh") for _ in range(2)]
     return keras.Sequential([layers.Input((16,)), *hidden, layers.Dense(1024)])
 
@@ -90,9 +90,9 @@ _MODELS = {
     "guide's layers, ELU": lambda: _guide(8, 6, activation="elu"),
     "guide's layers, ReLU": lambda: _guide(8, 6, activation="relu"),
 }
-# Of "small MLP": the layer that the Hessians of one kernel are about, and the place of its kernel among the weights.
+# In "small MLP": the layer whose kernel Hessian is computed, and the position of its kernel among the weights.
 HESSIAN_LAYER, HESSIAN_KERNEL = 1, 2
-# Of rows of a Hessian at once, where it is computed in chunks: about the fastest on every backend.
+# Number of rows of a Hessian at a time, if it is computed in chunks. This is about the fastest on every backend.
 HESSIAN_CHUNK = 64
 
 
@@ -112,12 +112,12 @@ def data(model, batch):
 
 
 def direction(model):
-    """Returns what the products multiply by: a tensor for each trainable weight."""
+    """Returns the vector that products multiply by: one tensor for each trainable variable."""
     random = np.random.default_rng(2)
     shapes = [tuple(v.shape) for v in model.trainable_variables]
     return [keras.ops.convert_to_tensor(random.normal(size=s).astype("float32")) for s in shapes]
 
 
 def loss(labels, logits):
-    """The mean cross-entropy, in the very same Keras operations for our code and the hand-written one."""
+    """The mean cross-entropy, by the same Keras operations for our code and the hand-written code."""
     return keras.ops.mean(keras.ops.sparse_categorical_crossentropy(labels, logits, from_logits=True))

@@ -1,9 +1,9 @@
-"""What a monitor adds to an epoch of the digits demo: `python -m benchmarks.monitor_cost`.
+"""The cost of a monitor relative to an epoch of the digits demo: `python -m benchmarks.monitor_cost`.
 
-The classifier, the data and two of the four ways of examples/demo.py (plainly, and with the penalty) on one core. A
-measurement at the end of an epoch, with what it needs before the last step, is timed inside `fit`, beside the epoch
-that it follows; the share is the median over epochs of the one over the other. The first epochs, which compile, are
-left out. Writes benchmarks/results/BACKEND_monitor_cost.json.
+Uses the classifier, the data and two of the four training methods of examples/demo.py (plain, and with the penalty), on
+one core. A measurement at the end of an epoch, with its preparations before the last step, is timed inside `fit`. The
+reported share is the median over epochs of the time of the measurement over that of its epoch. The first epochs, which
+compile, are excluded. Writes benchmarks/results/BACKEND_monitor_cost.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WAYS = ("plain", "penalty")
 
 
 def monitors(x, y):
-    """Each monitor by what is said of it."""
+    """A dict from names in the table to monitors."""
     import keras_gradtools as kg
 
     norms = ("spectral_norm", "frobenius_norm", "condition_number", "effective_rank", "dynamical_isometry")
@@ -44,7 +44,7 @@ def monitors(x, y):
 
 
 def timed(monitor):
-    """A callback that times epochs, and what `monitor` does after them."""
+    """A callback that times the epochs, and the measurements of `monitor` after them."""
     import keras
 
     class Timed(keras.callbacks.Callback):
@@ -60,7 +60,7 @@ def timed(monitor):
 
         def on_train_batch_begin(self, batch, logs=None):
             if batch == self.params["steps"] - 1:
-                # JAX may still be at the steps before, which are no part of a measurement.
+                # Wait for JAX to finish the previous steps, which are not part of the measurement.
                 getattr(self.model, "jax_state_sync", lambda: None)()
                 keras.ops.convert_to_numpy(self.model.trainable_variables[0])
             start = time.perf_counter()
@@ -105,7 +105,7 @@ def measure():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=BACKENDS, help="the only one")
+    parser.add_argument("--backend", choices=BACKENDS, help="only this backend")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.here:

@@ -1,8 +1,8 @@
-"""How far second derivatives through Keras' normalization layers are off, by TensorFlow's own nested tapes and by ours.
+"""Errors of second derivatives through Keras' normalization layers, with TensorFlow's own nested tapes and with ours.
 
-`KERAS_BACKEND=tensorflow python -m benchmarks.normalization_layers`. Of a small network with each layer in it, the
-product of the Hessian with a random vector, by all weights and by the examples, is compared with central differences of
-the gradient, in double precision. On JAX and torch, where the framework has no nested tapes, ours alone is shown.
+Run it as `KERAS_BACKEND=tensorflow python -m benchmarks.normalization_layers`. For a small network with each layer, the
+product of the Hessian with a random vector, with respect to all weights and to the examples, is compared with central
+differences of the gradient in double precision. On JAX and torch, which have no nested tapes, only ours is shown.
 """
 
 import keras
@@ -52,7 +52,7 @@ def error(found, expected):
 
 
 def by_tapes(tape, model, x, weights, v):
-    """The product by two nested tapes of a class, and the gradient as a function."""
+    """The product by two nested tapes of the class `tape`, and a function that returns the gradient."""
 
     def gradient():
         with tape() as only:
@@ -83,7 +83,7 @@ def main():
     keras.config.set_dtype_policy("float64")
     random = np.random.default_rng(0)
     x = keras.Variable(random.normal(size=(16, 6)))
-    # TensorFlow's first: what we mend in Keras is mended for its tapes as well, as soon as we are imported.
+    # TensorFlow's tapes come first: importing keras_gradtools fixes Keras for them, too.
     columns = {"keras_gradtools": by_keras_gradtools}
     if keras.config.backend() == "tensorflow":
         columns = {"TensorFlow's tapes": by_tensorflow} | columns

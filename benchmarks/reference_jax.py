@@ -1,7 +1,7 @@
-"""The hand-written code on JAX that ours is compared with, as one who knows it well would write it.
+"""The hand-written JAX code that our code is compared with, in the style of an experienced JAX user.
 
-Weights are arguments of a pure function; where only inputs are differentiated by, eagerly, the model is
-simply called, which is faster than `stateless_call`.
+Weights are arguments of a pure function. For eager input gradients, the model is called directly, which is faster than
+`stateless_call`.
 """
 
 import jax
@@ -11,7 +11,7 @@ import keras
 import keras_gradtools as kg
 from benchmarks.models import CLASSES, loss
 
-# Of each mode: what ours is compiled with, and what the hand-written code is.
+# For each mode, the compiler for our code and the compiler for the hand-written code.
 MODES = {
     "eager": (lambda fun: fun, lambda fun: fun),
     "fit": (lambda fun: fun, lambda fun: fun),
@@ -22,7 +22,7 @@ THREADS = "XLA: NPROC=1, --xla_cpu_multi_thread_eigen=false"
 
 
 def use_one_thread():
-    """Nothing to do: XLA goes by the environment, which `run.py` has set."""
+    """Nothing to do: XLA reads the environment variables that `run.py` has set."""
 
 
 def block(result):
@@ -60,7 +60,7 @@ def double_backward(model, compiler):
 
 
 def batch_jacobian(model, compiler):
-    """One pullback of the whole batch for each output: the examples do not depend on one another."""
+    """One vjp of the whole batch for each output, since the examples are independent."""
 
     def jacobian(w, x, y):
         logits, pullback = jax.vjp(lambda x: _apply(model, w, x), x)
@@ -72,7 +72,7 @@ def batch_jacobian(model, compiler):
 
 
 def batch_jacobian_usual(model, compiler):
-    """What most people write: `vmap` over the examples of `jacrev`."""
+    """The usual code: `vmap` of `jacrev` over the examples."""
 
     def jacobian(w, x, y):
         return jax.vmap(jax.jacrev(lambda one: _apply(model, w, one[None])[0]))(x)

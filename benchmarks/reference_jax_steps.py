@@ -1,4 +1,4 @@
-"""Training steps written for JAX by hand, as one who knows it well would write them."""
+"""Hand-written training steps for JAX, in the style of an experienced JAX user."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from benchmarks.rows.regularized_step import STEP_SIZE, WEIGHT, Handwritten, com
 
 
 class Regularized(Handwritten):
-    """The training step, around an objective."""
+    """A training step on an objective that subclasses define."""
 
     def objective(self, trainable, non_trainable, x, y):
         raise NotImplementedError

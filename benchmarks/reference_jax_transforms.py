@@ -1,7 +1,7 @@
-"""The hand-written counterparts of the transforms on JAX; `reference_jax.py` has those of the tape.
+"""The hand-written JAX counterparts of the transforms. `reference_jax.py` has those of the tape.
 
-Each is the fastest of the ways that were tried: forward over reverse for products with the Hessian, a
-Jacobian by its smaller side, a Hessian in chunks that fit into the cache.
+Each is the fastest of several versions: forward over reverse for products with the Hessian, the cheaper mode for
+Jacobians, and chunks that fit into the cache for Hessians.
 """
 
 import jax
@@ -31,7 +31,7 @@ def jacobian_of_decoder(model, compiler):
 
 
 def _by_kernel(model):
-    """The gradient of the loss by one kernel, as a function of all weights, inputs and labels."""
+    """The gradient of the loss with respect to one kernel, as a function of it, all weights, inputs and labels."""
     i = HESSIAN_KERNEL
 
     def value(kernel, w, x, y):
@@ -96,7 +96,7 @@ def per_example_gradients(model, compiler):
 
 
 def _over_batches(model, product):
-    """The mean over all examples of a product of each batch; what is added up is in the same program."""
+    """The mean of a product over all examples of several batches. The sum is part of the compiled program."""
     v = direction(model)
 
     def add(totals, w, v, x, y):
@@ -130,7 +130,7 @@ def accumulated_ggnvp(model, compiler):
 
 
 def dense_hessian(model, compiler):
-    """In chunks, the columns of one variable after those of another."""
+    """Computes the columns of one variable after another, in chunks."""
     gradient = jax.grad(_loss(model))
 
     def columns(w, x, y):

@@ -1,4 +1,4 @@
-"""The hand-written code on TensorFlow that ours is compared with, as one who knows it well would write it."""
+"""The hand-written TensorFlow code that our code is compared with, in the style of an experienced TensorFlow user."""
 
 import keras
 import tensorflow as tf
@@ -6,7 +6,7 @@ import tensorflow as tf
 import keras_gradtools as kg
 from benchmarks.models import loss
 
-# Of each mode: what ours is compiled with, and what the hand-written code is.
+# For each mode, the compiler for our code and the compiler for the hand-written code.
 MODES = {
     "eager": (lambda fun: fun, lambda fun: fun),
     "fit": (lambda fun: fun, lambda fun: fun),

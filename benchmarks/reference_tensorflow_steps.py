@@ -1,4 +1,4 @@
-"""Training steps written for TensorFlow by hand, as one who knows it well would write them."""
+"""Hand-written training steps for TensorFlow, in the style of an experienced TensorFlow user."""
 
 import keras
 import tensorflow as tf
@@ -7,7 +7,7 @@ from benchmarks.rows.regularized_step import STEP_SIZE, WEIGHT, Handwritten, com
 
 
 class Regularized(Handwritten):
-    """The training step, around an objective."""
+    """A training step on an objective that subclasses define."""
 
     def objective(self, x, y):
         raise NotImplementedError

@@ -1,8 +1,8 @@
-"""The hand-written counterparts of the transforms on TensorFlow; `reference_tensorflow.py` has those of the tape.
+"""The hand-written TensorFlow counterparts of the transforms. `reference_tensorflow.py` has those of the tape.
 
-Each is the fastest of the ways that were tried: reverse over reverse for products with the Hessian (a
-`ForwardAccumulator` around the tape took longer) and two pullbacks for those with the Jacobian from the right, a
-Hessian in chunks that fit into the cache. The guide's code is eager, as the guide has it.
+Each is the fastest of several versions: reverse over reverse for products with the Hessian (a `ForwardAccumulator`
+around the tape took longer), two nested vjps for Jacobian-vector products, and chunks that fit into the cache for
+Hessians. The guide's code is eager, as in the guide.
 """
 
 import tensorflow as tf
@@ -44,7 +44,7 @@ def jacobian(model, compiler):
 
 
 def jacobian_of_decoder(model, compiler):
-    """Forward mode by two pullbacks: the pullback is linear in its cotangent, and its transpose is the pushforward."""
+    """Forward mode by two vjps: a vjp is linear in its cotangent, and the vjp of that linear function is a jvp."""
 
     @compiler
     def columns(x, y):
@@ -111,7 +111,7 @@ def hvp(model, compiler):
 
 
 def linearized_hvp(model, compiler):
-    """A persistent tape holds the gradient, which is recorded eagerly; the pullback is compiled."""
+    """The gradient is recorded eagerly on a persistent tape, and its vjp is compiled."""
     weights, v = _weights(model), direction(model)
 
     def prepare(x, y):
@@ -162,7 +162,7 @@ def per_example_gradients(model, compiler):
 
 
 def _over_batches(model, product):
-    """The mean over all examples of a product of each batch; what is added up is in the same program."""
+    """The mean of a product over all examples of several batches. The sum is part of the compiled program."""
     zeros = [tf.zeros_like(v) for v in direction(model)]
 
     @tf.function
@@ -193,7 +193,7 @@ def accumulated_ggnvp(model, compiler):
 
 
 def dense_hessian(model, compiler):
-    """In chunks, the rows of one variable after those of another."""
+    """Computes the rows of one variable after another, in chunks."""
     weights = _weights(model)
 
     @compiler

@@ -1,4 +1,4 @@
-"""The hand-written code on PyTorch that ours is compared with, as one who knows it well would write it."""
+"""The hand-written PyTorch code that our code is compared with, in the style of an experienced PyTorch user."""
 
 import keras
 import torch
@@ -15,7 +15,7 @@ def use_one_thread():
 
 
 def block(result):
-    """Nothing to do: on the CPU torch computes as it is called."""
+    """Nothing to do: on the CPU, torch computes synchronously."""
 
 
 def _parameters(model):

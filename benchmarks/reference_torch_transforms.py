@@ -1,8 +1,8 @@
-"""The hand-written counterparts of the transforms on PyTorch; `reference_torch.py` has those of the tape.
+"""The hand-written PyTorch counterparts of the transforms. `reference_torch.py` has those of the tape.
 
-Each is the fastest of the ways that were tried: reverse over reverse for products with the Hessian (forward
-mode and `torch.func` took longer) and for those with the Jacobian from the right, a Hessian in chunks that
-fit into the cache, `torch.func` for the gradients of single examples.
+Each is the fastest of several versions: reverse over reverse for products with the Hessian (forward mode and
+`torch.func` took longer) and for Jacobian-vector products, chunks that fit into the cache for Hessians, and
+`torch.func` for per-example gradients.
 """
 
 import keras
@@ -37,7 +37,7 @@ def jacobian(model, compiler):
 
 
 def jacobian_of_decoder(model, compiler):
-    """Forward mode by two pullbacks: the pullback is linear in its cotangent, and its transpose is the pushforward."""
+    """Forward mode by two vjps: a vjp is linear in its cotangent, and the vjp of that linear function is a jvp."""
 
     def columns(x, y):
         x = x.detach().requires_grad_()
@@ -95,7 +95,7 @@ def ggnvp(model, compiler):
         outputs = model(x)
         cotangent = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, parameters, cotangent, create_graph=True)
-        # The graph of the model is needed once more, for the pullback at the end.
+        # Keep the graph of the model for the vjp at the end.
         (pushed,) = torch.autograd.grad(pulled, cotangent, v, retain_graph=True)
         held = outputs.detach().requires_grad_()
         (by_outputs,) = torch.autograd.grad(loss(y, held), held, create_graph=True)
@@ -106,7 +106,7 @@ def ggnvp(model, compiler):
 
 
 def per_example_gradients(model, compiler):
-    """With `vmap`. That Keras' convolution passes it is the package's doing, which this profits from as ours does."""
+    """By `vmap`. Keras' convolution works under it only because the package patches it, so both sides profit."""
     parameters = _parameters(model)
     variables = model.trainable_variables
 
@@ -119,7 +119,7 @@ def per_example_gradients(model, compiler):
 
 
 def _over_batches(product):
-    """The mean over all examples of a product of each batch, the weights' in a list."""
+    """The mean of a product over all examples of several batches."""
 
     def prepare(x, y):
         batches = batches_of(x, y)
@@ -146,7 +146,7 @@ def accumulated_ggnvp(model, compiler):
 
 
 def dense_hessian(model, compiler):
-    """The rows of one variable after those of another: fewer paths than for all of them at once."""
+    """Computes the rows of one variable after another: fewer backward paths than for all variables at once."""
     parameters = _parameters(model)
 
     def matrix(x, y):

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from the results of the last whole runs: `python -m benchmarks.report`."""
+"""Writes docs/benchmarks.md from the results of the last complete runs: `python -m benchmarks.report`."""
 
 import json
 
@@ -66,7 +66,7 @@ def markdown(head, body):
 
 
 def modes_section():
-    """Which way a product with a curvature operator is computed, and what it costs."""
+    """The ways to compute a product with a curvature operator, and their costs."""
     head = (
         "backend",
         "model",
@@ -98,7 +98,7 @@ def modes_section():
 
 
 def memory_section():
-    """The peak memory of an eigenvalue at ten million weights."""
+    """The peak memory of the largest eigenvalue of a model with ten million weights."""
     results = [json.loads(path.read_text()) for _, path in saved("curvature_memory")]
     head = (
         "backend",
@@ -125,7 +125,7 @@ def memory_section():
 
 
 def traces_section():
-    """How close the estimates of a trace come, and how often their errors cover it."""
+    """The errors of trace estimates, and how often two standard errors cover them."""
     results = json.loads((RESULTS / "traces.json").read_text())
     head = ("backend", "trace", "method", "error (root mean square)", "within two standard errors")
     body = [
@@ -148,7 +148,7 @@ def traces_section():
 
 
 def second_order_section():
-    """Second-order training against Adam, after the same time."""
+    """Second-order training compared with Adam after the same time."""
     results = [e for _, path in saved("second_order") for e in json.loads(path.read_text())]
     head = (
         "backend",
@@ -193,7 +193,7 @@ def second_order_section():
 
 
 def monitor_cost_section():
-    """What a measurement takes of an epoch of the digits demo."""
+    """The cost of a measurement relative to an epoch of the digits demo."""
     results = [json.loads(path.read_text()) for _, path in saved("monitor_cost")]
     head = ("backend", "way", "monitor", "epoch ms", "measurement ms", "share (quartiles)", "target")
     body = [
@@ -218,7 +218,7 @@ def monitor_cost_section():
 
 
 def saved(what):
-    """Yields each backend whose result of this kind is there, and its file."""
+    """Yields each backend that has a result of this kind, and the file of the result."""
     for backend in BACKENDS:
         path = RESULTS / f"{backend}_{what}.json"
         if path.exists():

@@ -1,17 +1,17 @@
-"""How robust each way of training makes a classifier: `python -m benchmarks.robustness`.
+"""How robust each training method makes a classifier: `python -m benchmarks.robustness`.
 
-Digits of 8 x 8 pixels, 500 of them to test on, the split fixed; a convolutional network (32 and 64 filters, dense 64),
-trained by `fit` with Adam and cosine decay for 60 epochs. Every image is attacked by PGD (40 steps, 2 restarts, on the
-cross-entropy and on the margin) at strengths from 0.05 to 0.2 by the largest change of a pixel.
+The data are digits of 8 x 8 pixels, with a fixed split and 500 test images. The model is a convolutional network (32
+and 64 filters, dense 64), trained by `fit` with Adam and cosine decay for 60 epochs. Every image is attacked by PGD (40
+steps, 2 restarts, on the cross-entropy and on the margin), with l-infinity strengths from 0.05 to 0.2.
 
-    --choose    first, on 297 of the training images, chooses the strength of each method: the best under attack of
-                those that lose no more than 0.5 points of clean accuracy; two seeds
-    (nothing)   trains and attacks with what was chosen: five seeds of all methods on JAX, three seeds of plain, exact
-                and the best on the other two
-    --times     measures a training step of each method against a plain one, in pairs
-    --report    writes the tables and the pictures of docs/robustness.md
+    --choose    run this first: chooses the setting of each method on 297 of the training images, with two seeds. It is
+                the one with the best accuracy under attack among those that lose at most 0.5 points of clean accuracy
+    (nothing)   trains and attacks with the chosen settings: all methods with five seeds on JAX, and plain, exact and
+                two finite-difference methods with three seeds on the other two backends
+    --times     measures a training step of each method against a plain step, in pairs
+    --report    writes the tables and the plot of docs/robustness.md
 
-Each run is kept at once in benchmarks/results/, one line of JSON; what is there is not run again.
+Each run is saved at once as one line of JSON in benchmarks/results/. Saved runs are not repeated.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def is_same(record, method, seed):
 
 
 def complete(path, wanted, **options):
-    """Runs each pair of a method and a seed that `path` does not hold, and adds it there."""
+    """Runs each pair of a method and a seed that is missing in `path`, and appends the result."""
     for number, (method, seed) in enumerate(wanted, 1):
         if any(is_same(record, method, seed) for record in kept(path)):
             continue
@@ -82,7 +82,7 @@ def mean_of(records, method, key):
 
 
 def chosen():
-    """The method of each name with the setting that was best on the images held out."""
+    """For each name, the method with the setting that was best on the held-out images."""
     records = kept(CHOICES)
     (plain,) = methods.SETTINGS["plain"]
     least = mean_of(records, plain, "clean") - MOST_CLEAN_LOST

@@ -1,4 +1,4 @@
-"""The methods of the study of robustness: how each trains the same classifier, and what is measured on it."""
+"""The methods of the robustness study: how each trains the same classifier, and what is measured on it."""
 
 import dataclasses
 import functools
@@ -7,14 +7,14 @@ from typing import Any
 
 STRENGTHS = (0.05, 0.1, 0.15, 0.2)
 STRENGTH = 0.1
-ATTACK = {"steps": 40, "restarts": 2}  # on cross-entropy and margin, as is the default
+ATTACK = {"steps": 40, "restarts": 2}  # on cross-entropy and margin, the default losses
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 64, 2e-3
 TESTED, HELD_OUT = 500, 297
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A name, the activation of the classifier, and what wraps it: `kind` with `options`."""
+    """A training method: its name, the activation of the classifier, and the wrapper `kind` with its `options`."""
 
     name: str
     kind: str = "plain"
@@ -62,7 +62,7 @@ def _attacked(name, kind, option, values, **others):
     return {name: [Method(name, kind, {option: value, **others}) for value in values]}
 
 
-# What is chosen from, for each method. The first of plain training is what the others are compared with.
+# The candidate settings of each method. Each method is compared with plain training of the same activation.
 SETTINGS = {
     "plain": [Method("plain")],
     "plain, gelu": [Method("plain, gelu", activation="gelu")],
@@ -81,7 +81,7 @@ SETTINGS = {
 
 @functools.cache
 def data(held_out=False):
-    """Images and labels to train on and to test on; with `held_out`, both from what is trained on otherwise."""
+    """Images and labels for training and for testing. With `held_out`, both are parts of the training data."""
     import numpy as np
     from sklearn.datasets import load_digits
 
@@ -111,7 +111,7 @@ def classifier(activation):
 
 
 def compiled(method, seed, examples):
-    """The classifier, and the model that trains it, compiled; the same start for every method of one activation."""
+    """The classifier, and the compiled model that trains it. Methods with the same activation start equal."""
     import keras
 
     keras.utils.set_random_seed(seed)
@@ -126,7 +126,7 @@ def compiled(method, seed, examples):
 
 
 def run(method, seed, held_out=False, strengths=STRENGTHS):
-    """Trains once and measures: a record that can be kept."""
+    """Trains and measures once, and returns a dict that can be saved as JSON."""
     import keras
 
     (x, y), test = data(held_out)
@@ -145,7 +145,7 @@ def run(method, seed, held_out=False, strengths=STRENGTHS):
 
 
 def measured(model, x, y, strengths):
-    """The accuracy on the images as they are and under both attacks."""
+    """The accuracy on clean images and under both attacks."""
     import keras_gradtools as kg
 
     def accuracy(images):

@@ -1,4 +1,4 @@
-"""The tables and the picture of the study of robustness, for docs/robustness.md."""
+"""The tables and the plot of the robustness study, for docs/robustness.md."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ TITLES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
 
 
 def records_of(backend):
-    """The records of what was chosen, by name and by seed."""
+    """The results with the chosen settings, by name and by seed."""
     found: dict = {}
     for name, method in chosen().items():
         records = [r for r in kept(results_of(backend)) if is_same(r, method, r["seed"])]
@@ -67,7 +67,7 @@ def table(backend):
 
 
 def draw(backend, path):
-    """Accuracy over strength, and accuracy over the price of a step."""
+    """Plots the accuracy over the strength, and over the time of a training step."""
     import matplotlib
 
     matplotlib.use("agg")

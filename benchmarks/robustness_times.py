@@ -1,4 +1,4 @@
-"""The time of a training step of each method of the study, in pairs with a plain step."""
+"""The time of a training step of each method of the robustness study, in pairs with a plain step."""
 
 import json
 
@@ -23,7 +23,7 @@ def measure(chosen):
         other = plain[method.activation]
         for warm in (trained, other) * 5:
             warm.train_on_batch(*batch)
-        # `train_on_batch` returns numbers, so that it has finished.
+        # There is nothing to wait for: `train_on_batch` returns Python numbers.
         found = compare(
             lambda: trained.train_on_batch(*batch),  # noqa: B023
             lambda: other.train_on_batch(*batch),  # noqa: B023

@@ -1,8 +1,8 @@
 """Runs the benchmarks, one process for each backend: `python -m benchmarks.run`.
 
-A run of a part of `rows.PARTS` writes benchmarks/results/BACKEND_PART.json (or BACKEND_memory.json, with --memory),
-which `python -m benchmarks.report` turns into docs/benchmarks.md. Some rows alone (--rows) or a rough run (--quick) are
-shown and not saved, so that a file always holds one whole run.
+A run of a part of `rows.PARTS` writes benchmarks/results/BACKEND_PART.json, or BACKEND_memory.json with --memory.
+`python -m benchmarks.report` turns these files into docs/benchmarks.md. With --rows or --quick, the results are shown
+but not saved, so that a file always holds one complete run.
 """
 
 import argparse
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BACKENDS = ("tensorflow", "jax", "torch")
 
-# They have to be set before a framework is imported. NPROC is what XLA sizes its thread pool by.
+# These must be set before a framework is imported. XLA takes the size of its thread pool from NPROC.
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -37,9 +37,9 @@ def environment_of(backend):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
-    parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated; all where none is named")
+    parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated; all parts by default")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="a few runs of each, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="only a few runs of each row, as a test")
     parser.add_argument("--memory", action="store_true", help="measure the Jacobians' peak memory instead of time")
     options = parser.parse_args()
 
@@ -48,7 +48,7 @@ def main():
     flags = [f"--rows={options.rows}"]
     flags += [f"--{name}" for name in ("quick", "memory") if getattr(options, name)]
     failed = []
-    # Memory is measured of Jacobians, which are in the first part.
+    # Memory is measured only for Jacobians, which are in the first part.
     parts = ["gradients"] if options.memory else options.part or PARTS
     for backend, part in itertools.product(backends, parts):
         command = [sys.executable, "-m", "benchmarks.measure_backend", f"--part={part}", *flags]

@@ -1,17 +1,18 @@
-"""Second-order training against Adam at equal time: `python -m benchmarks.second_order`.
+"""Second-order training compared with Adam after the same time: `python -m benchmarks.second_order`.
 
-Two tasks, three seeds each, both methods in `fit`, from the same weights, in turn in one process for each backend:
+There are two tasks with three seeds each. Both methods train in `fit` from the same weights, one after the other, in
+one process for each backend:
 
 - sinc: a fit of sinc(10 x) = sin(10 pi x) / (10 pi x) at 20,000 points by a 1-20-1 network with tanh, in batches of
-  1,000; `LevenbergMarquardt` and the mean squared error over all points;
-- digits: a classifier of digits, 64-32-10 with tanh, l2 of 1e-3, all data in one batch; `NewtonCG` and the length of
-  the gradient of its loss.
+  1,000. `LevenbergMarquardt` and Adam are compared by the mean squared error over all points.
+- digits: a digits classifier, 64-32-10 with tanh, l2 of 1e-3, all data in one batch. `NewtonCG` and Adam are compared
+  by the length of the gradient of the loss.
 
-The second-order method trains for 60 epochs (sinc) or to a gradient of length 2e-7 (digits), with its defaults; Adam
-then has the same wall-clock time, without what it takes to compile, with twenty steps in an epoch at least, and in one
-program where the backend can. Its learning rate and whether it decays (by a cosine, to zero at the end of that time)
-are chosen on three seeds of their own, by the geometric mean of the results. Of `NewtonCG` it also counts the products
-with its preconditioner and without. Writes benchmarks/results/BACKEND_second_order.json.
+The second-order method trains with its default options for 60 epochs (sinc), or until the gradient is shorter than 2e-7
+(digits). Adam then trains for the same wall-clock time, compilation excluded. An epoch of Adam has at least twenty
+steps, which run in one program except on torch. Its learning rate, and whether it decays (by a cosine, to zero at the
+end of that time), are chosen on three other seeds by the geometric mean of the results. For `NewtonCG`, the products
+with and without its preconditioner are also counted. Writes benchmarks/results/BACKEND_second_order.json.
 """
 
 import argparse
@@ -38,11 +39,11 @@ class Task:
     loss: object
     second_order: Callable
     epochs: int
-    # To which it goes on, to see where it ends.
+    # The number of epochs after which the final result is measured.
     epochs_in_all: int
     batch_size: int
     measure: Callable
-    # Stops at a gradient of this length.
+    # Training stops when the gradient is at most this long.
     gradient_norm: float = 0.0
     target: float = 100.0
     shuffle: bool = True
@@ -86,7 +87,7 @@ def tasks():
 
 
 class Trainer:
-    """One method on one task, compiled once and started anew from given weights."""
+    """Trains one model on one task."""
 
     def __init__(self, task, seed, trainer, steps_per_execution=1):
         self.task, self.seed, self.trainer = task, seed, trainer
@@ -94,7 +95,7 @@ class Trainer:
         self.state = None
 
     def start(self, optimizer, epochs_of_warm_up, callbacks=()):
-        """Compiles, and goes back to where it began."""
+        """Compiles and warms up, and then restores the initial state."""
         import keras
 
         keras.utils.set_random_seed(self.seed)
@@ -108,7 +109,7 @@ class Trainer:
             v.assign(value)
 
     def fit(self, epochs, callbacks=()):
-        """Returns the seconds that it took."""
+        """Trains, and returns the seconds that it took."""
         start = time.perf_counter()
         self.trainer.fit(
             *self.task.data,
@@ -144,7 +145,7 @@ def stop_at(gradient_norm):
             self.products = 0
 
         def on_epoch_end(self, epoch, logs=None):
-            # Of the last step: of all, where an epoch is one.
+            # The logs are those of the last step. They count all steps if an epoch has only one.
             self.products += int(logs["cg_iterations"])
             if logs["gradient_norm"] <= gradient_norm:
                 self.model.stop_training = True
@@ -153,7 +154,7 @@ def stop_at(gradient_norm):
 
 
 def models_of(task, seed):
-    """Two models of the same weights."""
+    """Two models with the same weights."""
     import keras
 
     keras.utils.set_random_seed(seed)
@@ -163,12 +164,12 @@ def models_of(task, seed):
 
 
 def by_second_order(task, model, seed, **options):
-    """Trains; returns the seconds of the first epochs, the results after them and at the end, steps, and products."""
+    """Trains, and returns the seconds of `epochs`, the results after them and at the end, steps, and products."""
     import keras_gradtools as kg
 
     trainer = Trainer(task, seed, kg.models.SecondOrder(model))
     stop = stop_at(task.gradient_norm)
-    # Some of its programs are needed only near the end: the warm-up is all of the training.
+    # Some programs are compiled only near the end, so the warm-up is a whole training.
     trainer.start(task.second_order(**options), task.epochs, [stop])
     seconds = trainer.fit(task.epochs, [stop])
     first = task.measure(model, task.loss, task.data)
@@ -179,7 +180,7 @@ def by_second_order(task, model, seed, **options):
 
 
 def with_longer_epochs(task):
-    """A task of one batch with that batch again and again, so that what an epoch costs is not in each step."""
+    """Repeats the batch of a task with one batch, so that not every step pays the fixed cost of an epoch."""
     import numpy as np
 
     if len(task.data[0]) > task.batch_size:
@@ -189,10 +190,10 @@ def with_longer_epochs(task):
 
 
 def by_adam(task, model, seed, seconds, rate, decays):
-    """Trains for so many seconds; returns the result and the steps."""
+    """Trains for the given seconds, and returns the result and the number of steps."""
     import keras
 
-    # A loop on the device over steps is what makes Keras fastest at small ones; torch has none.
+    # Small steps are fastest with several steps in one program, which Keras does not support on torch.
     at_once = 1 if keras.backend.backend() == "torch" else STEPS_AT_ONCE
     repeated = with_longer_epochs(task)
     steps_per_epoch = -(-len(repeated.data[0]) // task.batch_size)
@@ -201,7 +202,7 @@ def by_adam(task, model, seed, seconds, rate, decays):
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, 10**6) if decays else rate)
     trainer.start(optimizer, warm_up)
     if decays:
-        # How many steps the time is enough for is known once some were taken.
+        # The schedule needs the number of steps that fit into the time, which is measured here.
         per_step = trainer.fit(warm_up) / (warm_up * steps_per_epoch)
         trainer.start(
             keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, int(seconds / per_step))), warm_up
@@ -232,7 +233,7 @@ def measure(task):
                 flush=True,
             )
         keras.utils.clear_session()
-    # What diverged is not finite, and the worst.
+    # Runs that diverged are not finite and count as the worst.
     rate, decays = min(tried, key=lambda way: np.nan_to_num(np.log(tried[way]), nan=np.inf).mean())
     found = {
         "backend": name(),
@@ -271,8 +272,8 @@ def measure(task):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=BACKENDS, help="the only one")
-    parser.add_argument("--task", choices=("sinc", "digits"), help="the only one")
+    parser.add_argument("--backend", choices=BACKENDS, help="only this backend")
+    parser.add_argument("--task", choices=("sinc", "digits"), help="only this task")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.here:

@@ -1,8 +1,8 @@
-"""The tables of a result: the same rows on the terminal and, as Markdown, in docs/benchmarks.md."""
+"""The tables of a result, for the terminal and, as Markdown, for docs/benchmarks.md."""
 
 from rich.table import Table
 
-# The columns that are not numbers.
+# The columns that do not hold numbers.
 TEXT = ("row", "mode", "model", "what", "grows with", "")
 
 
@@ -42,7 +42,7 @@ def timing_table(result):
             f"{e['low']:.3f} to {e['high']:.3f}",
             f"{e['cpu_ratio']:.3f}",
             str(e["pairs"]),
-            # Results of before the errors were recorded have none.
+            # Older results were saved without errors.
             "" if e.get("error") is None else f"{e['error']:.0e}",
             "" if e["target"] is None else f"{e['target']:.3g}",
             verdict(e),
@@ -106,20 +106,20 @@ def exponent_table(result):
 
 
 def tables(result):
-    """Yields a caption, a head and a body for each table that a result has."""
+    """Yields the caption, head and body of each table of a result."""
     if result["rows"] and "ours_mib" in result["rows"][0]:
-        yield "peak memory beyond what the process starts with", *memory_table(result)
+        yield "peak memory in addition to the memory at the start", *memory_table(result)
     elif result["rows"]:
-        yield "time, ours over hand-written code", *timing_table(result)
+        yield "time of our code relative to hand-written code", *timing_table(result)
     if "overheads" in result:
-        yield "the fixed cost of a tape", *overhead_table(result)
+        yield "fixed cost of a tape", *overhead_table(result)
     if "growth" in result:
         yield "time and peak memory of a Jacobian", *growth_table(result)
-        yield "the exponents that fit best: 1 is linear, 2 quadratic", *exponent_table(result)
+        yield "best-fit exponents: 1 is linear growth, 2 is quadratic", *exponent_table(result)
 
 
 def conditions(result):
-    """One line that says under what the numbers were measured."""
+    """One line with the machine, the versions and the threads that the numbers were measured with."""
     versions = ", ".join(f"{name} {version}" for name, version in result["machine"]["versions"].items())
     line = f"{result['machine']['cpu']}; {versions}; {result['machine']['threads']}"
     used = [e["cpus"] for e in result["rows"] if "cpus" in e]

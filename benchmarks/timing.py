@@ -1,7 +1,7 @@
-"""Paired timing: two functions, run in turn in one process, compared pair by pair.
+"""Paired timing: two functions run alternately in one process and are compared pair by pair.
 
-Whatever else the machine is doing at a moment slows both members of a pair alike, so that the ratio of a
-pair is steadier than the ratio of two averages; the median over the pairs ignores those torn apart.
+Other load on the machine slows both runs of a pair alike, so the ratio of a pair is more stable than the ratio of two
+averages. The median over the pairs ignores outliers.
 """
 
 import dataclasses
@@ -12,13 +12,12 @@ import time
 
 @dataclasses.dataclass
 class Comparison:
-    """Milliseconds of both, and the ratio of the first to the second: its median over `pairs` pairs.
+    """The median milliseconds of both, and the median ratio of the first to the second over `pairs` pairs.
 
-    The middle half of the pairs lies between `low` and `high`. With 95% confidence a run without end would
-    have its median between `surely_above` and `surely_below`: what the target has to be judged by.
-    `cpu_ratio` is the median ratio of CPU times, which other work on the machine disturbs less than it does
-    the clock on the wall. `cpus` is how many processors the process has kept busy: more than 1 belies the
-    claim of one thread.
+    `low` and `high` are the quartiles of the ratio. `surely_above` and `surely_below` bound the 95% confidence interval
+    of its median, with which the target is compared. `cpu_ratio` is the median ratio of CPU times, which other load on
+    the machine disturbs less than wall-clock times. `cpus` is the average number of busy processors. If it exceeds 1,
+    the run was not single-threaded.
     """
 
     ours_ms: float
@@ -34,19 +33,19 @@ class Comparison:
 
 
 def seconds(fun, block):
-    """Returns the seconds that a run takes: on the wall, and of the processors."""
+    """Returns the wall-clock seconds and the CPU seconds of one run."""
     wall, cpu = time.perf_counter(), time.process_time()
     block(fun())
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def compare(ours, theirs, block, at_least=15, at_most=201, for_seconds=2.5):
-    """Times `ours` and `theirs` in turn. Both have to be warm; `block` waits for a result."""
+    """Times `ours` and `theirs` alternately. Both must be warmed up. `block` waits for a result."""
     pairs = []
     wall, cpu = time.perf_counter(), time.process_time()
     end = wall + for_seconds
     while len(pairs) < at_least or (len(pairs) < at_most and time.perf_counter() < end):
-        # Each goes first in every other pair: the caches that the first one leaves would favour the second.
+        # They take turns in going first, because the second of a pair profits from warm caches.
         if len(pairs) % 2:
             b = seconds(theirs, block)
             a = seconds(ours, block)
@@ -57,7 +56,7 @@ def compare(ours, theirs, block, at_least=15, at_most=201, for_seconds=2.5):
     cpus = (time.process_time() - cpu) / (time.perf_counter() - wall)
     ratios = sorted(a / b for (a, _), (b, _) in pairs)
     low, ratio, high = statistics.quantiles(ratios, n=4)
-    # How many of the pairs fall below the true median is binomial, whatever their distribution is.
+    # The number of pairs below the true median is binomial for every distribution of the ratios.
     off_centre = 0.98 * len(ratios) ** 0.5
     first, last = math.floor(len(ratios) / 2 - off_centre), math.ceil(len(ratios) / 2 + off_centre)
     return Comparison(

@@ -1,8 +1,8 @@
-"""How close the estimates of a trace come, and how honest their errors are: `python -m benchmarks.traces`.
+"""The errors of trace estimates, and how well their standard errors cover them: `python -m benchmarks.traces`.
 
-Of the Hessian of a trained classifier of digits (64-32-10, tanh, 2,410 weights), whose trace is known from its dense
-form: Hutchinson's estimator and Hutch++ with 99 products, 100 seeds each. Every product is one with the dense form;
-the first seeds are taken with the operator as well, which must give the same. Writes benchmarks/results/traces.json.
+Hutchinson's estimator and Hutch++, with 99 products and 100 seeds each, estimate the trace of the Hessian of a trained
+digits classifier (64-32-10, tanh, 2,410 weights). The true trace is that of the dense matrix, which also computes the
+products. For the first seeds, the operator must give the same estimate. Writes benchmarks/results/traces.json.
 """
 
 import argparse
@@ -56,7 +56,9 @@ def measure():
         for seed in range(WITH_THE_OPERATOR):
             by_operator = hessian.trace(MATVECS, method, seed).value
             if not abs(by_operator - found[seed].value) <= 1e-4 * exact:
-                raise AssertionError(f"The operator's estimate is {by_operator}, the dense form's {found[seed].value}.")
+                raise AssertionError(
+                    f"The estimate by the operator is {by_operator}, by the dense matrix {found[seed].value}."
+                )
         errors = np.array([f.value - exact for f in found])
         covered = sum(abs(e) <= 2 * f.standard_error for e, f in zip(errors, found, strict=True))
         result[method] = {"rms_error": float(np.sqrt(np.mean(errors**2))), "covered": int(covered)}

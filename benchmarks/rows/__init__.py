@@ -1,17 +1,15 @@
-"""What is measured. One function is one row: what our code computes.
+"""The rows of the benchmark: one function for each.
 
-The function is given a model and returns what is timed, a function of the inputs and labels. The function
-of the same name in `reference_BACKEND.py`, `reference_BACKEND_transforms.py` or `reference_BACKEND_steps.py`
-is the hand-written code that it is compared with, unless `reference` names another.
-A file of rows that is added here is measured, checked and reported with nothing else to change.
+The function takes a model and returns the function to time, which takes the inputs and labels. It is compared with the
+hand-written function of the same name in `reference_BACKEND.py`, `reference_BACKEND_transforms.py` or
+`reference_BACKEND_steps.py`, unless `reference` names another one. A new file of rows needs only an entry in `PARTS`.
 """
 
 import dataclasses
 import importlib
 from collections.abc import Callable
 
-# The files of rows in the order of the tables, by the part of the benchmarks that they belong to. A part is
-# measured, and its result kept, whole.
+# The files of rows of each part of the benchmarks, in the order of the tables. A part is measured and saved as a whole.
 PARTS = {
     "gradients": (
         "gradients",
@@ -30,16 +28,15 @@ PARTS = {
     "curvature": ("curvature",),
 }
 
-# The modes of a row that is about compiled code, and of one whose transform compiles by itself: on torch,
-# which has no compiler here, both run eagerly.
+# The modes of rows about compiled code, and of rows whose transform compiles itself. On torch, both run eagerly.
 COMPILED = {"tensorflow": ("compiled",), "jax": ("compiled",), "torch": ("eager",)}
 SELF_COMPILED = {"tensorflow": ("self-compiled",), "jax": ("self-compiled",), "torch": ("eager",)}
 
-# Below this the fixed costs, which are reported apart, would count for more than the computation.
+# In shorter runs, the fixed costs, which are reported separately, would dominate.
 LEAST_MS = 5.0
 
-# Ours over hand-written code, where issue 2 asks for a bound: wherever the framework has compiled it, and
-# on torch, which has no compiler here, eagerly.
+# The default targets for our time over that of hand-written code: for compiled code, and for eager code on torch, whose
+# compiler cannot differentiate twice.
 BOUNDS = {
     ("tensorflow", "compiled"): 1.05,
     ("tensorflow", "XLA"): 1.05,
@@ -52,11 +49,11 @@ BOUNDS = {
 
 @dataclasses.dataclass
 class Row:
-    """One line of the table for every model and mode that it is measured in."""
+    """A benchmark with one line in the table for each model, batch size and mode."""
 
     name: str
     ours: Callable
-    batches: dict  # by the name of the model: the batch sizes to measure at
+    batches: dict  # from model names to batch sizes
     reference: str | Callable
     modes: tuple | dict
     backends: tuple
@@ -94,14 +91,13 @@ def row(
 ):
     """Adds the decorated function to the table.
 
-    `grow` doubles the batch until the hand-written code takes `least_ms`; `check=False` says that the two
-    compute different things, otherwise they must agree to `tolerance` times the largest entry. A mode that a
-    framework does not have is left out there. `modes` and `target` may depend on the backend, as dicts; a
-    backend that `target` lacks has none.
+    `grow` doubles the batch until the hand-written code takes `least_ms`. Both results must agree to `tolerance` times
+    the largest entry, unless `check=False`, for rows that compare different computations. Modes that a framework does
+    not have are skipped. `modes` and `target` may be dicts by backend. A backend that is missing in `target` has none.
 
-    `compiles` says that the function takes the compiler too, as the hand-written code does, and compiles what
-    it returns: so a row passes more than inputs and labels to compiled code. `reference` is the name of the
-    hand-written code, or a function of the same kind, for a row that compares two ways with one another.
+    With `compiles`, the function also takes the compiler, as the hand-written code does, and compiles what it returns,
+    so that it can pass more than inputs and labels to compiled code. `reference` is the name of the hand-written
+    function, or a function like the decorated one, for a row that compares two of our own ways.
     """
 
     def add(ours):
@@ -122,9 +118,9 @@ def rows_of(backend, part, containing=""):
 
 
 def with_preparation(prepare):
-    """Returns a function of `x, y` that calls `prepare(x, y)` the first time, and only what that returned from then on.
+    """Returns a function of `x, y` that calls `prepare(x, y)` once, and then only the function that this returned.
 
-    For what is not to be timed: the evaluation before many products at one point.
+    It excludes preparations from the timing, such as the linearization before many products at one point.
     """
     prepared = []
 

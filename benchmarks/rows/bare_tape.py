@@ -1,4 +1,4 @@
-"""What recording alone costs: a tape around the forward pass, over the pass without one."""
+"""The cost of recording: a forward pass under a tape, compared with one without a tape."""
 
 import keras_gradtools as kg
 from benchmarks.rows import row

@@ -1,4 +1,4 @@
-"""The Jacobian of each example's outputs by its inputs."""
+"""The Jacobian of each example's outputs with respect to its inputs, by a tape."""
 
 import keras_gradtools as kg
 from benchmarks.rows import row

@@ -1,4 +1,4 @@
-"""The curvature operators: a product summed over the batches of a data set, and the dense Hessian by all weights."""
+"""The curvature operators: a product over the batches of a data set, and the dense Hessian of all weights."""
 
 import keras
 import numpy as np
@@ -7,14 +7,14 @@ import keras_gradtools as kg
 from benchmarks.models import direction
 from benchmarks.rows import SELF_COMPILED, row, with_preparation
 
-# The operators' own batch size, but where the hand-written product takes long.
+# The default batch size of the operators, or less where the hand-written product takes long.
 BATCHES = {"MLP": 256, "conv net": 64, "wide MLP": 256}
-# Of the data set: each batch but the last one, which is half of it.
+# The number of batches in the data set. The last one has half the size of the others.
 BATCHES_OF_DATA = 4
 
 
 def batches_of(x, y):
-    """A data set made of one batch, whose last batch is a smaller one."""
+    """A data set made from one batch, whose last batch is smaller."""
     whole = [(keras.ops.roll(x, i, axis=0), keras.ops.roll(y, i, axis=0)) for i in range(BATCHES_OF_DATA - 1)]
     return [*whole, (x[: len(x) // 2], y[: len(y) // 2])]
 

@@ -1,4 +1,4 @@
-"""Two derivatives: by the weights, of the squared norm of the input gradient."""
+"""A second derivative: the weight gradient of the squared norm of the input gradient."""
 
 from keras import ops
 

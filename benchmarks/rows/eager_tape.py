@@ -1,4 +1,4 @@
-"""The eager tape on JAX from the second run of a block on, when its derivative is compiled, over `jax.grad`."""
+"""The eager tape on JAX after its first runs, when the derivative is compiled, compared with eager `jax.grad`."""
 
 from benchmarks.rows import gradients, row
 

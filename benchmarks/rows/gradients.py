@@ -1,4 +1,4 @@
-"""One derivative of the loss."""
+"""First derivatives of the loss, by a tape."""
 
 import keras_gradtools as kg
 from benchmarks.models import loss

@@ -1,4 +1,4 @@
-"""The Hessian of the loss by one kernel: by the transform, and through the pre-activations of its layer."""
+"""The Hessian of the loss with respect to one kernel: by `hessian`, and by `kernel_hessian`."""
 
 import keras_gradtools as kg
 from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, HESSIAN_LAYER, loss
@@ -27,7 +27,7 @@ def hessian_in_chunks(model):
     return _transformed(model, HESSIAN_CHUNK)
 
 
-# Both are in single precision, so that the error is that of both: it is rounding, and 1e-6 is what was asked for.
+# Both are in single precision, so the difference between them is the rounding of both. The target is 1e-6.
 @row(
     "kernel Hessian by pre-activations",
     {"small MLP": (32, 256)},

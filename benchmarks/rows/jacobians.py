@@ -1,4 +1,4 @@
-"""Jacobians as transforms: called as they are, compiled by themselves, over compiled hand-written code."""
+"""Jacobian transforms, which compile themselves, compared with compiled hand-written code."""
 
 import keras_gradtools as kg
 from benchmarks.rows import COMPILED, SELF_COMPILED, row
@@ -19,7 +19,7 @@ def batch_jacobian_inside(model):
 
 @row("full Jacobian", {"MLP": 4, "conv net": 2}, modes=SELF_COMPILED)
 def jacobian(model):
-    # With the blocks of zeros between the examples: growth.py shows what they cost.
+    # Includes the zero blocks between different examples. growth.py shows their cost.
     transformed = kg.jacobian(lambda x: model(x))
     return lambda x, y: transformed(x)
 

@@ -1,4 +1,4 @@
-"""Which mode to take a product with the Hessian in: forward over reverse, over reverse over reverse; both ours."""
+"""Forward over reverse compared with reverse over reverse, for a product with the Hessian. Both are our code."""
 
 import keras_gradtools as kg
 from benchmarks.models import direction
@@ -10,7 +10,7 @@ def reverse_over_reverse(model, compiler):
     value, v = objective(model), direction(model)
 
     def product(w, v, x, y):
-        # A Hessian is symmetric: its transpose does as well.
+        # A vjp of the gradient is a product with the transposed Hessian, which is symmetric.
         return kg.vjp(kg.grad(lambda w: value(w, x, y)), w)[1](v)
 
     product = compiler(product)

@@ -1,4 +1,4 @@
-"""What a derivative costs, counted in gradients: over the hand-written gradient, at sizes where computing dominates."""
+"""The cost of derivatives in units of a hand-written gradient, at sizes where computation dominates."""
 
 from benchmarks.rows import COMPILED, SELF_COMPILED, jacobians, products, row
 
@@ -38,7 +38,7 @@ def ggnvp(model, compiler):
     return products.ggnvp(model, compiler)
 
 
-# Ten outputs in six gradients, for the conv net on JAX.
+# The target for the conv net on JAX: ten outputs for the cost of six gradients.
 @row(
     "batch Jacobian over one gradient",
     {"conv net": 32},

@@ -1,4 +1,4 @@
-"""Products with the Hessian and the Gauss-Newton matrix by all weights, and the gradients of single examples."""
+"""Products with the Hessian and the Gauss-Newton matrix of all weights, and per-example gradients."""
 
 import keras_gradtools as kg
 from benchmarks.models import direction, loss
@@ -14,7 +14,7 @@ def objective(model):
 
 
 def weights(model):
-    """As `functionalize` gives them: nothing outside is to be differentiated through the product."""
+    """Copies of the weights, so that nothing outside of the product is differentiated."""
     return kg.functionalize(model)[1]
 
 

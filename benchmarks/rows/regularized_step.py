@@ -1,4 +1,4 @@
-"""Training steps with the input-gradient penalty, as `fit` runs them."""
+"""Training steps with the input gradient penalty, as `fit` runs them."""
 
 import keras
 
@@ -20,14 +20,14 @@ def example_losses(y, y_pred):
 
 
 def copy_of(model):
-    """The two sides train, so that each needs a model of its own."""
+    """A copy of the model, because both sides of a comparison train theirs."""
     twin = keras.models.clone_model(model)
     twin.set_weights(model.get_weights())
     return twin
 
 
 class Handwritten(keras.Model):
-    """What the hand-written training steps have in common: the model, and what is logged."""
+    """The base class of the hand-written training steps: the model and the metrics."""
 
     def __init__(self, model):
         super().__init__()
