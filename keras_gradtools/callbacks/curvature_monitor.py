@@ -55,7 +55,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     Cost:
         For each measurement, a gradient, 5 to 20 products for the eigenvalues and `trace_matvecs` for the trace, about
         two gradients each. The eigenvectors of the last measurement are the starting point. An eigenvalue that has not
-        converged after 60 products is logged as it is.
+        converged after 60 products is logged without a warning.
 
     Example:
 

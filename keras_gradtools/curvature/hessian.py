@@ -32,7 +32,7 @@ class Hessian(CurvatureOperator):
     `draw_anew()`, uses new masks. Nothing in the model or in these generators changes.
 
     Args:
-        model: A built Keras model or layer. A wrapper of `kg.models` stands for its wrapped model.
+        model: A built Keras model or layer. For a wrapper of `kg.models`, the wrapped model is used.
         loss: A loss as `compile` takes it. None for the loss that the model was compiled with.
         data: `(x, y)` or `(x, y, sample_weight)`, arrays or tensors, or an iterable of such batches: a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader` or a list. Every product reads all of it,

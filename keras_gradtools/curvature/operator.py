@@ -26,8 +26,8 @@ from keras_gradtools.transforms.first_order import value_and_grad
 # Columns of a matrix that are multiplied in one pass over the data. More were slower on every backend, since the
 # activations for all columns no longer fit into the cache.
 COLUMNS = 64
-# Most numbers in the rows that one call of a program computes. A call covers several chunks, which share one evaluation
-# of the model.
+# Limit on the numbers in the rows that one call of a program computes. A call covers several chunks, which share one
+# evaluation of the model.
 _NUMBERS_OF_A_CALL = 2**24
 # Larger models take long to trace. Both limits matter: two transformer blocks have few variables, but hundreds of
 # operations.
@@ -280,7 +280,7 @@ class CurvatureOperator:
         return float(total) / count
 
     def gradient(self, offset=None):
-        """The gradient of `loss` with respect to the variables, a NumPy array of shape `(n,)`. `offset` is as there."""
+        """The gradient of the loss, a NumPy array of shape `(n,)`. `offset` is as for `loss`."""
         return self.loss_and_gradient(offset)[1]
 
     def loss_and_gradient(self, offset=None):

@@ -40,9 +40,9 @@ def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=
 
     The error of a Ritz value with residual r and distance d from the other eigenvalues is below $\min(r, r^2 / d)$.
     Only Ritz values are known of the other eigenvalues, so the last product must also have moved neither end by more
-    than half the tolerance. After `most` products, the Ritz values are returned without this. The trace is the exact
-    trace of the matrix on the basis, plus the mean of `samples` random vectors orthogonal to it. The basis contains
-    what is large in the matrix.
+    than half the tolerance. After `most` products, the Ritz values are returned without these tests. The trace is the
+    exact trace of the matrix on the basis, plus the mean of `samples` random vectors orthogonal to it. The basis
+    contains the largest eigenvalues, so the samples have little variance.
 
     `begin(start, bits, share, steps)`, if given, takes the first steps and the samples. It returns a `SpectrumStart`.
 
