@@ -1,49 +1,50 @@
-"""The adapter to the framework that Keras runs on: the only code that imports one.
+"""The interface to TensorFlow, JAX and torch: this folder is the only one that imports a framework.
 
-A backend module offers the kernels below and nothing else. They see flat lists of differentiable
-tensors and Keras variables; nesting, defaults and error messages are the business of `tape.py`,
-which exists once for all backends.
+Each framework has one module that offers the kernels below and nothing else. Kernels take flat lists of differentiable
+tensors and Keras variables. Nested structures, defaults and checks of arguments are handled once for all backends,
+in `tape.py` and above.
 
-| kernel                                              | does                                              |
-| --------------------------------------------------- | ------------------------------------------------- |
-| `Tape(watch_accessed_variables)`                    | a recording, see `recording.Recording`            |
-| `pullback(tape, targets, sources, cotangents)`      | reverse mode: `sum_k J_k' u_k` for every source   |
-| `constant_pullback(tape, targets, sources, cotangents)`| the same, held constant: no second derivative |
-| `pullback_batch(tape, targets, sources, cotangents)`| the same for a stack of cotangents on axis 0      |
-| `pushforward(tape, targets, sources, tangents)`     | forward mode: `sum_i J_i v_i` for every target    |
-| `pushforward_batch(tape, targets, sources, tangents)`| the same for a stack of tangents on axis 0       |
-| `linearize(tape, targets, sources, is_symmetric)`   | `tangents -> pushforward`, its other work done once |
-| `map_chunks(fun, count, chunk_size)`                | `fun(numbers)` on the numbers below `count`, a chunk at a time |
-| `per_example_gradients(fun, weights, examples, must_vectorize)` | each example's gradient, and tensors besides |
-| `jit(fun)`                                          | the framework's compiler, Keras variables as state|
-| `compiled(fun)`                                     | compiled by itself where no training step can be  |
-| `custom_gradient(fun)`                              | `fun(*args) -> (value, grad_fn)`, twice differentiable |
-| `containers()`                                      | the registry of containers that the framework's users have |
-| `alias(x)`                                          | another tensor with the value of `x`, recorded    |
-| `settled(tensors)`                                  | the tensors, without a graph that only tapes need |
-| `tried(fun)`                                        | `fun()` for its errors alone, not computed where that can be |
-| `eagerly()`                                         | a block that runs now, whatever is being traced around it |
-| `assigns_at_once()`                                 | whether an assignment in a training step is done at once |
-| `can_make_variables()`                              | whether variables can be made here: not in a replica |
-| `random_state()`                                    | the state of what draws random numbers past Keras' seeds |
-| `with_random_state(state)`                          | a block in which it is `state` again              |
-| `spread(x)`                                         | examples on the devices that share them           |
-| `summed_over_replicas(fun, batch, variable)`        | the sum of `fun(part)` over the replicas' parts |
-| `is_shared_by_replicas(batch, variable)`            | whether several replicas have a part of it each   |
-| `replica_results(fun, batch, variable)`             | `fun(part)` for each replica's part, in a list    |
-| `train_function(model, step)`                       | what `fit` calls, for a `step(batch)` in plain Python |
-| `summed_over_processes(totals, count)`              | tensors and a number summed over the processes that train |
-| `depends_on_values(error)`                          | whether tracing failed because Python depends on values |
-| `modes_kept()`                                      | a block after which the framework's modes are as before |
-| `may_compile()`                                     | whether a function called now may be compiled by itself |
-| `COMPILES_SECOND_ORDER`                             | whether its compiler takes second derivatives     |
-| `LINEARIZES_ONCE`                                   | whether many products are cheaper by one record   |
-| `HESSIAN_MODE`                                      | the cheaper way through a gradient, as measured   |
+| kernel                                                          | does                                               |
+| --------------------------------------------------------------- | -------------------------------------------------- |
+| `Tape(watch_accessed_variables)`                                | a tape, see `recording.Recording`                  |
+| `pullback(tape, targets, sources, cotangents)`                  | reverse mode: `sum_k J_k' u_k` for every source    |
+| `constant_pullback(tape, targets, sources, cotangents)`         | the same as constants: no second derivative        |
+| `pullback_batch(tape, targets, sources, cotangents)`            | the same for a stack of cotangents along axis 0    |
+| `pushforward(tape, targets, sources, tangents)`                 | forward mode: `sum_i J_i v_i` for every target     |
+| `pushforward_batch(tape, targets, sources, tangents)`           | the same for a stack of tangents along axis 0      |
+| `linearize(tape, targets, sources, is_symmetric)`               | `tangents -> pushforward`, with shared work kept   |
+| `map_chunks(fun, count, chunk_size)`                            | `fun(indices)` for `0 ... count - 1` in chunks     |
+| `per_example_gradients(fun, weights, examples, must_vectorize)` | per-example gradients and auxiliary tensors        |
+| `jit(fun)`                                                      | `fun` compiled, with Keras variables as its state  |
+| `compiled(fun)`                                                 | `fun`, compiled only on torch: see below           |
+| `custom_gradient(fun)`                                          | `fun(*args) -> (value, grad_fn)` as one function   |
+| `containers()`                                                  | the containers registered with the framework       |
+| `alias(x)`                                                      | a new tensor equal to `x`, as a recorded operation |
+| `settled(tensors)`                                              | tensors, detached if only tapes need their graph   |
+| `tried(fun)`                                                    | runs, or only traces, `fun()` to see its errors    |
+| `eagerly()`                                                     | a block that runs eagerly, even inside a trace     |
+| `assigns_at_once()`                                             | whether a training step assigns immediately        |
+| `can_make_variables()`                                          | False inside a replica of `tf.distribute`          |
+| `random_state()`                                                | the state of generators that are not Keras seeds   |
+| `with_random_state(state)`                                      | a block in which those generators have this state  |
+| `spread(x)`                                                     | `x`, distributed over the devices of a data layout |
+| `summed_over_replicas(fun, batch, variable)`                    | the sum of `fun(part)` over the replicas' parts    |
+| `is_shared_by_replicas(batch, variable)`                        | whether several replicas share the batch           |
+| `replica_results(fun, batch, variable)`                         | the list of `fun(part)` for each replica's part    |
+| `train_function(model, step)`                                   | what `fit` calls, made from a Python `step(batch)` |
+| `summed_over_processes(totals, count)`                          | tensors and a count, summed over all processes     |
+| `depends_on_values(error)`                                      | whether a trace failed because Python needs values |
+| `modes_kept()`                                                  | a block that restores the framework's modes        |
+| `may_compile()`                                                 | whether a function called here may be compiled     |
+| `COMPILES_SECOND_ORDER`                                         | whether compiled functions have second derivatives |
+| `LINEARIZES_ONCE`                                               | whether `linearize` beats a compiled product       |
+| `HESSIAN_MODE`                                                  | the faster mode for Hessians, as measured          |
 
-`pullback` and `pushforward` return `None` where nothing that the tape recorded connects a source
-with a target. Every cotangent has the shape and dtype of its target, every tangent those of its
-source; a variable's gradient has the shape and dtype of the variable. The results are themselves
-recorded by whichever other tapes are recording.
+`pullback` returns `None` for a source, and `pushforward` for a target, that no recorded operation connects with the
+other side. Every cotangent has the shape and dtype of its target, every tangent those of its source, and the gradient
+of a variable those of the variable. All other tapes that are recording record the computation of the results.
+
+`compiled` exists because TensorFlow and JAX compile the whole training step, and with it what is called in it.
 """
 
 import importlib
@@ -67,12 +68,12 @@ def _load():
 
 
 def name():
-    """The name of the backend, for people to read: no code goes by it."""
+    """The name of the backend, for messages only. No code may branch on it."""
     return keras.backend.backend()
 
 
 def __getattr__(kernel):
-    # Loaded at the first use of a kernel, so that the package itself imports under every Keras backend.
+    # Loaded at the first use of a kernel, so that the package can be imported under every Keras backend.
     if kernel.startswith("__"):
         raise AttributeError(kernel)
     found = globals()[kernel] = getattr(_load(), kernel)

@@ -1,24 +1,31 @@
-"""Blocks that leave nothing behind, whatever ends them: an interrupt (Ctrl-C) can come between any two steps."""
+"""`Block`, a context manager that always restores the state from before, even if Ctrl-C interrupts it.
+
+Python may raise `KeyboardInterrupt` between any two bytecodes, so also inside `__enter__` and `__exit__`. A usual
+context manager would then leave a tape recording, or a global mode changed. Everything here that changes global state
+is a `Block`.
+"""
 
 
 class Block:
-    """The time of a `with` block in which something is otherwise.
+    """A context manager that changes some state in `begin` and restores it in `end`.
 
-    `begin` does it and `end` undoes it. `end` may be called after any part of `begin`, and again after any part of
-    itself: an interrupt inside one of them is raised once everything is undone. A generator with a `try` cannot do
-    that: it waits at its `yield`, and an interrupt on the way from there to the block leaves it so.
+    `end` must work after any part of `begin` has run, and again after any part of `end` has run. Then an interrupt
+    inside either of them is raised only after everything is restored. `contextlib.contextmanager` with `try` and
+    `finally` cannot do that: an interrupt between its `yield` and the first line of the `with` block skips the
+    `finally`.
 
-    Python may raise an interrupt as `__exit__` begins, too, before any line of it. What nobody would end later is
-    therefore entered twice, `with block, block:`, of which the second time does nothing but be left.
+    An interrupt may also come when `__exit__` is called, before its first line. So where nothing else would call `end`
+    later, write `with block, block:`. The second entry does nothing, and there are two calls of `__exit__`, so one
+    that is interrupted is followed by another.
     """
 
     _is_open = False
 
     def begin(self):
-        """Does it; a `Block` itself does nothing."""
+        """Changes the state. The base class does nothing."""
 
     def end(self):
-        """Undoes it."""
+        """Restores the state."""
 
     def __enter__(self):
         if self._is_open:

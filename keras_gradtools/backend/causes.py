@@ -1,8 +1,8 @@
-"""What led to an error."""
+"""The chain of errors that led to an error."""
 
 
 def of(error):
-    """The error, and those that it was raised from or while handling."""
+    """Returns a list of `error` and the errors behind it, in `__cause__` and `__context__`."""
     found = []
     while error is not None and error not in found:
         found.append(error)

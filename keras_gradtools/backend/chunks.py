@@ -1,10 +1,10 @@
-"""The rows of a Jacobian a chunk at a time: what one needs is given back before the next."""
+"""Computes the rows of a Jacobian in chunks, so that the memory of one chunk is freed before the next one."""
 
 from keras import ops
 
 
 def loop(fun, count, chunk_size):
-    """Calls `fun(index) -> list of tensors or None` on the numbers below `count`, and joins what it returns."""
+    """Calls `fun(indices) -> list of tensors or None` on chunks of `0 ... count - 1`, and concatenates the results."""
     results = []
     for start in range(0, count, chunk_size):
         results.append(fun(ops.arange(start, min(start + chunk_size, count), dtype="int32")))
@@ -12,7 +12,7 @@ def loop(fun, count, chunk_size):
 
 
 class Present:
-    """Leaves out what is None, as the loops of compilers take tensors alone, and puts it back."""
+    """Removes None from the results of `fun`, because `tf.map_fn` and `jax.lax.map` accept only tensors."""
 
     def __init__(self, fun):
         self._fun = fun
@@ -24,5 +24,6 @@ class Present:
         return [r for r in results if r is not None]
 
     def restore(self, results):
+        """Puts the Nones back."""
         results = iter(results)
         return [next(results) if c else None for c in self._connected]

@@ -1,7 +1,8 @@
-"""A compiled Keras loss, one value for each example: this file knows how Keras reduces losses.
+"""Computes a compiled Keras loss as one value per example.
 
-`Loss.__call__` passes its values, with weights and masks, through `reduce_weighted_values`. Taking that one function
-over leaves to Keras which outputs have which loss, with what weight, and what the mask does.
+Keras only returns the loss of a whole batch. Every `Loss.__call__` reduces its values, with weights and masks, by
+`reduce_weighted_values`, so replacing this one function is enough. Which output has which loss and weight, and what a
+mask does, remains the work of Keras.
 """
 
 import functools
@@ -23,35 +24,35 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 
-# By what a loss is to be multiplied so that the sum over the replicas of a `tf.distribute` strategy is the loss of the
-# batch, and back. Elsewhere both return what they are given.
+# Under a `tf.distribute` strategy, Keras divides the loss of a replica by the number of replicas, so that the sum over
+# the replicas is the loss of the batch. `off_replica` undoes that. Elsewhere both return their argument.
 on_replica = keras_losses.scale_loss_for_distribution
 off_replica = keras_losses.unscale_loss_for_distribution
 
 
 def compiled(loss, loss_weights=None):
-    """The loss that `compile(loss=loss)` would make, in the precision of `loss` where that has one."""
+    """The loss that `compile(loss=loss)` would make, but with the dtype of `loss` if that is a `keras.Loss`."""
     made = keras_losses.CompileLoss(loss, loss_weights)
     if isinstance(loss, keras.Loss):
-        # Keras makes it in `floatx`, whatever it is made of.
+        # Keras gives a `CompileLoss` the dtype `floatx`, even if the loss in it has another one.
         made._dtype_policy, made._dtype = keras.DTypePolicy(loss.dtype), loss.dtype
     return made
 
 
 def loss_weights_of(compile_loss):
-    """The weights that a compiled loss was given for its parts; None for none."""
+    """The `loss_weights` of a compiled loss, or None."""
     return compile_loss._user_loss_weights
 
 
 def arguments_of(loss):
-    """The arguments that one of Keras' own losses passes on to its function."""
+    """The keyword arguments that one of Keras' own losses passes to its function."""
     return dict(loss._fn_kwargs)
 
 
 def total_loss(compile_loss, y, y_pred, sample_weight=None):
-    """The compiled loss; what Keras tracks of it is dropped."""
+    """The value of the compiled loss. Updates of Keras' loss trackers are discarded."""
     if not compile_loss.built:
-        # It has variables, which must outlive what is traced or scoped around this.
+        # Building creates variables. They must not belong to a surrounding trace or scope, which would end before them.
         with backend.eagerly(), outside_scopes():
             compile_loss.build(*keras.tree.map_structure(_symbolic, (y, y_pred)))
     scope = StateScope()
@@ -64,10 +65,10 @@ def _symbolic(x):
 
 
 def example_losses(compile_loss, y, y_pred, scales_sums=True):
-    """The loss of each example, without sample weights: of shape `(batch,)`, with the compiled loss as its mean.
+    """The loss of each example without sample weights, of shape `(batch,)`. Its mean is the compiled loss.
 
-    So a loss that sums over the batch has them times the size of the batch; without `scales_sums` they are each
-    example's own. None where a loss gives one number for the batch, from which no example's can be told.
+    So if the loss sums over the batch, each value is multiplied by the batch size. With `scales_sums=False`, it is not.
+    Returns None if the loss gives only one number for the batch, which cannot be split into examples.
     """
     _thread.per_example, _thread.scales_sums, _thread.is_scalar = True, scales_sums, False
     try:
@@ -94,7 +95,7 @@ def _reduce(reduce_batch, values, sample_weight=None, mask=None, reduction="sum_
     batch_size = ops.cast(ops.shape(kept)[0], kept.dtype)
     if mask is None:
         return _per_example(ops.sum, kept) * batch_size
-    # Keras' reduction is linear in the values, with one factor for all: that of a loss that is 1 everywhere.
+    # Keras' reduction multiplies the sum of the values by one factor. A loss that is 1 everywhere gives this factor.
     ones = ops.ones_like(values)
     count = ops.sum(reduce_batch(ones, None, mask, None, dtype))
     factor = ops.divide_no_nan(ops.sum(reduce_batch(ones, None, mask, reduction, dtype)), count)

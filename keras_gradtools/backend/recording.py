@@ -1,8 +1,8 @@
-"""Which tapes are recording on this thread, and the Keras variables that they see being read.
+"""Keeps track of the tapes that are recording on each thread, and tells them which Keras variables are read.
 
-`Variable.value` passes every value it hands out through
-`Variable._maybe_autocast`, on all backends, inside stateless scopes too, so wrapping that one method
-shows every read of every variable. `tests/backend/test_recording.py` pins it.
+A tape watches trainable variables when they are read. On all backends, and in stateless scopes, every value that
+`Variable.value` returns passes through `Variable._maybe_autocast`, so wrapping this one method shows every read.
+`tests/backend/test_recording.py` checks this.
 """
 
 import threading
@@ -27,23 +27,23 @@ def active_tapes():
 
 
 def is_recording():
-    """Whether anything on this thread is to see what is read."""
+    """Whether a tape is recording, or a `ReadLog` is open, on this thread."""
     return bool(_thread.tapes or _thread.logs)
 
 
 def is_logging_reads():
-    """Whether a `ReadLog` is open on this thread, as where a function is traced that tapes may record later."""
+    """Whether a `ReadLog` is open on this thread, as it is while `kg.jit` traces a function on TensorFlow."""
     return bool(_thread.logs)
 
 
 def note_custom_gradient():
-    """Tells what is recording on this thread that a custom gradient is a part of it."""
+    """Tells the tapes and logs of this thread that a custom gradient was called."""
     for recorder in (*_thread.tapes, *_thread.logs):
         recorder.has_custom_gradient = True
 
 
 class unseen(Block):  # noqa: N801 - said of a block
-    """A block that nothing that is recording on this thread sees."""
+    """A block that is hidden from all tapes and logs of this thread."""
 
     def __init__(self):
         self._around = _thread.tapes, _thread.logs
@@ -56,21 +56,21 @@ class unseen(Block):  # noqa: N801 - said of a block
 
 
 class Recording(Block):
-    """What the tapes of all backends share: their place among the active tapes, and what they watch.
+    """The base class of the tapes of all backends: it registers active tapes and stores what they watch.
 
-    A backend's `Tape` derives from it, adds `watch(tensor)` and, where the framework needs to be told,
-    its own part of the life cycle:
+    A backend's `Tape` adds `watch(tensor)` and, where the framework requires it, extends these methods:
 
-    - `begin`/`end` bracket the block (see `Block`), and may bracket another one later;
-    - `pause`/`resume` bracket a part of it that is not to be recorded;
-    - `reset` throws away what was recorded, and everything watched;
-    - `release` says that no derivative will be asked for until the next `reset`.
+    - `begin` and `end` enclose the recorded block (see `Block`), and may enclose another one later.
+    - `pause` and `resume` enclose a part of the block that is not recorded.
+    - `reset` forgets all recorded operations and everything watched.
+    - `release` says that no derivative will be computed until the next `reset`.
 
-    `keeps_graph` says whether more derivatives may follow the next one; torch can free what it needs on the way.
-    `has_custom_gradient` says whether a custom gradient was recorded, so that a Hessian may not be symmetric.
+    `keeps_graph`: whether more derivatives may follow the next one. If False, torch frees the graph during that one.
+    `has_custom_gradient`: whether a custom gradient was recorded, so that a Hessian may not be symmetric.
 
-    A variable stands for the values that its readers were given: one on TensorFlow and torch, one alias
-    for each assigned value on JAX, more where a stateless scope lends it others.
+    The gradient of a variable is the sum over the values that its readers were given. On TensorFlow and torch this is
+    one value, and on JAX one alias for each assigned value. If a stateless scope gives the variable other values, there
+    are more.
     """
 
     def __init__(self, watch_accessed_variables):
@@ -99,27 +99,28 @@ class Recording(Block):
         self._read = {}
 
     def release(self):
-        """Lets go of the memory that only derivatives need; the watched variables stay known."""
+        """Frees the memory that only derivatives need. The list of watched variables is kept."""
 
     def watch_variable(self, variable):
-        """Asks for `variable`: it counts as watched now, and its reads are seen even if it is frozen."""
+        """Watches `variable` explicitly, even if it is frozen."""
         self._asked_for[id(variable)] = variable
 
     def wants(self, variable):
-        # Keras' flag decides, at the time of the read: a framework's own flag goes stale when a layer is frozen.
+        # Keras' flag at the time of the read decides: the framework's own flag is not updated when a layer is frozen.
         return id(variable) in self._asked_for or (self._watch_accessed_variables and variable.trainable)
 
     def note_read(self, variable, value, is_lent=False):
-        """Remembers that a reader of `variable` was given `value`; `is_lent` if a stateless scope put it there."""
+        """Notes that a reader of `variable` was given `value`. `is_lent`: see the function `is_lent`."""
         self._read.setdefault(id(variable), (variable, {}))[1][id(value)] = (value, is_lent)
 
     def note_results(self, results):
-        """Is told, while it is recording, of what derivatives will be asked, tensors or whatever they are instead."""
+        """Receives the values that will be differentiated, before the recorded block ends. They need not be tensors."""
 
     def values_read(self, variable):
-        """The values that readers of `variable` were given, each once.
+        """The distinct values that readers of `variable` were given.
 
-        Not those that were computed from another one of them and lent to it: the gradient by that one counts them.
+        A value from a stateless scope that was computed from another of them is left out, because the gradient by that
+        other value already includes it.
         """
         _, values = self._read.get(id(variable), (None, {}))
         every = [value for value, _ in values.values()]
@@ -132,7 +133,7 @@ class Recording(Block):
         return kept
 
     def depends(self, value, others):
-        """Whether `value` was computed, while this tape was recording, from one of `others`; each backend's own."""
+        """Whether `value` was computed from one of `others` while this tape was recording."""
         raise NotImplementedError
 
     def watched_variables(self):
@@ -140,7 +141,7 @@ class Recording(Block):
         return list(watched.values())
 
     def spread(self, sources, per_source):
-        """Replaces each variable among `sources` by its values, and repeats its entry of `per_source` for each."""
+        """Replaces each variable in `sources` by the values read, and repeats its entry of `per_source` for each."""
         owners, values, entries = [], [], []
         for owner, (source, entry) in enumerate(zip(sources, per_source, strict=True)):
             for value in self.values_read(source) if isinstance(source, Variable) else [source]:
@@ -150,7 +151,7 @@ class Recording(Block):
         return owners, values, entries
 
     def gather(self, sources, gradient_of):
-        """Maps `gradient_of(values) -> gradients` over `sources`, summed over the values of each variable."""
+        """Calls `gradient_of(values) -> gradients` for `sources`, and sums over the values of each variable."""
         owners, values, _ = self.spread(sources, sources)
         gathered = [None] * len(sources)
         for owner, gradient in zip(owners, gradient_of(values), strict=True):
@@ -160,9 +161,9 @@ class Recording(Block):
 
 
 class ReadLog(Block):
-    """Lists the variables that are read inside its block, on this thread, in the order of their first read.
+    """Lists the variables that this thread reads inside the block, in the order of their first read.
 
-    It notes as well whether a custom gradient is called there.
+    `has_custom_gradient` says whether a custom gradient was called in the block.
     """
 
     def __init__(self):
@@ -186,14 +187,15 @@ class ReadLog(Block):
 
 
 def is_lent(variable, value):
-    """Whether `value` is that of `variable` only because a stateless scope was given it so."""
+    """Whether `variable` has `value` only because a stateless scope maps it to this value."""
     return value is not variable._value and not is_assigned_in_scope(variable)
 
 
 def install_read_hook(watch_read, meet=None):
-    """Lets `watch_read(variable, value, tapes) -> value` see every read that some active tapes want.
+    """Calls `watch_read(variable, value, tapes) -> value` for every read of a variable that some active tapes watch.
 
-    It returns what the reader is to be given, and notes that on each of the tapes. `meet(variable)` sees every read.
+    `watch_read` returns the value that the reader is given, and must call `note_read` with it on each of the tapes.
+    `meet(variable)` is called at every read.
     """
 
     def seen(autocast_only):

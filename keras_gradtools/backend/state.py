@@ -1,4 +1,9 @@
-"""Keras variables as the state of a computation: what it reads, and what it assigns."""
+"""Handles Keras variables as the state of a computation: which it reads, which it assigns, and which are seeds.
+
+Transforms and compiled functions must see the variables that a function reads and assigns, and some must discard the
+assignments. This file contains the scopes for that, and everything about Keras' stateless scopes, seeds, frozen
+statistics and regularization losses.
+"""
 
 import random
 import threading
@@ -46,21 +51,21 @@ __all__ = [
 
 
 class StateScope(StatelessScope):
-    """A block in which assignments to variables are seen, and after which they are gone.
+    """A block that records which variables are read and assigned, and after which the assignments are undone.
 
-    Inside, a variable has the value that was assigned to it in the block, else the one that `state_mapping`
-    gives it, else the one that it has outside. Keras' own scope knows no outside: it has no value for a
-    variable that it was not given, which breaks regularizers, and it hides an enclosing scope.
+    In the block, a variable has the value that was assigned in the block, or else its value in `state_mapping`, or else
+    its value outside. Keras' `StatelessScope` has no value for a variable that is not in its mapping, which breaks
+    regularizers, and it hides an enclosing scope.
     """
 
     def __init__(self, state_mapping=()):
-        # Keras would initialize what was made in the block inside whatever trace surrounds it.
+        # With `initialize_variables`, Keras would initialize new variables inside a surrounding trace, as tracers.
         super().__init__(list(state_mapping), collect_losses=True, initialize_variables=False)
         self._outside = get_stateless_scope()
         self._read = {}
         self._assigned = {}
 
-    # As a `Block`, which Keras' own is not: it may be left twice, and late, after the one around it.
+    # Like a `Block`, and unlike Keras' scope: it may be left twice, and also after the scope around it was left.
 
     _is_open = False
 
@@ -116,13 +121,13 @@ class StateScope(StatelessScope):
         if value is None:
             value = variable._value
         if value is None:
-            # Made inside the block, and initialized after it; until then Keras, too, uses a placeholder.
+            # Created in the block and initialized after it. Until then Keras uses such a placeholder, too.
             value = variable._initializer(variable.shape, dtype=variable.dtype)
         return value
 
 
 def is_overridden():
-    """Whether some variable stands for another value here than for its own."""
+    """Whether an enclosing scope gives some variable another value than its own."""
     scope = get_stateless_scope()
     while scope is not None:
         if scope.state_mapping:
@@ -132,7 +137,7 @@ def is_overridden():
 
 
 def ambient():
-    """What Keras' layers go by besides their arguments, as a key: precision, the mode of the call around, the seed."""
+    """The global state that Keras' layers read, as a key: precision, the enclosing call's `training`, the seed."""
     autocast = get_autocast_scope()
     return (
         keras.config.floatx(),
@@ -144,14 +149,14 @@ def ambient():
 
 
 def layers_of(layer):
-    """`layer` and all layers in it; none of what is only a function."""
+    """`layer` and all layers in it. Empty if `layer` is not a Keras layer but a function."""
     return layer._flatten_layers() if isinstance(layer, Layer) else []
 
 
 def state_variables(layer):
-    """The variables that a call of `layer` reads and assigns besides its weights, frozen or not.
+    """The variables of `layer` that are not weights, whether weights are frozen or not.
 
-    They are the statistics of normalization layers, the states of seeds, and counters.
+    These are the statistics of normalization layers, the states of seeds, and counters.
     """
     layers = layers_of(layer)
     weights = {id(v) for part in layers for v in part._trainable_variables}
@@ -159,39 +164,39 @@ def state_variables(layer):
 
 
 def global_seeds():
-    """The state of Keras' generator of seeds where none is given, in a list; empty where Keras gives none."""
+    """A list with the state of Keras' global seed generator. Empty where Keras has none and cannot create one."""
     if not backend.can_make_variables() and global_state.get_global_attribute("global_seed_generator") is None:
-        # Keras keeps it for each thread, and replicas are threads: there, it cannot draw without a seed.
+        # Keras has one for each thread, and replicas of `tf.distribute` are threads that cannot create variables.
         return []
     before = random.getstate()
     try:
         with backend.eagerly(), outside_scopes():
             return [global_seed_generator().state]
     except ValueError:
-        # Inside a trace of JAX, Keras refuses to draw without a seed.
+        # Inside a JAX trace, Keras refuses to draw without a seed.
         return []
     finally:
-        # Made here, it takes its first state from Python's generator.
+        # A new generator takes its first state from Python's `random`, which must not change.
         random.setstate(before)
 
 
 def seed_states(layer):
-    """The states of the seeds that belong to `layer` and to all layers in it."""
+    """The states of the seed generators of `layer` and of all layers in it."""
     return [generator.state for part in layers_of(layer) for generator in part._seed_generators]
 
 
 def has_seeds(layer):
-    """Whether there are seeds that belong to `layer` itself."""
+    """Whether `layer` itself has seed generators. Those of layers in it do not count."""
     return bool(layer._seed_generators)
 
 
 def is_seed(variable):
-    """Whether a variable is the state of a seed."""
+    """Whether a variable is the state of a seed generator."""
     return variable.path.split("/")[-1] == "seed_generator_state"
 
 
 def next_global_seed():
-    """What Keras' global generator of seeds draws from next, in NumPy; it is neither made nor changed."""
+    """The state that Keras' global seed generator has, or would start from, as a NumPy array. It is not changed."""
     generator = global_state.get_global_attribute("global_seed_generator")
     if generator is not None:
         return np.array(ops.convert_to_numpy(generator.state))
@@ -206,7 +211,7 @@ _spare: list = []
 
 
 def spare_seed_generator():
-    """A generator of seeds that belongs to nobody, to stand in for Keras' global one: the same one at each call."""
+    """A seed generator of our own that can replace Keras' global one. Every call returns the same one."""
     if not _spare:
         with backend.eagerly(), outside_scopes():
             _spare.append(keras.random.SeedGenerator(0, name="spare_seed_generator"))
@@ -214,7 +219,7 @@ def spare_seed_generator():
 
 
 class global_seed_generator_is(Block):  # noqa: N801 - said of a block
-    """A block in which whoever draws without a seed draws from `generator`, in this thread."""
+    """A block in which `generator` is Keras' global seed generator on this thread."""
 
     def __init__(self, generator):
         self._generator = generator
@@ -228,7 +233,7 @@ class global_seed_generator_is(Block):  # noqa: N801 - said of a block
 
 
 class _Thread(threading.local):
-    # By `id`, the layers that `frozen_statistics` holds for frozen.
+    # The ids of the layers whose statistics `frozen_statistics` freezes.
     frozen: frozenset = frozenset()
 
 
@@ -236,7 +241,7 @@ _thread = _Thread()
 
 
 class frozen_statistics(Block):  # noqa: N801 - said of a block
-    """A block in which, on this thread, BatchNormalization goes by its moving statistics in training mode, too."""
+    """A block in which BatchNormalization uses its moving statistics even in training mode, on this thread."""
 
     def __init__(self, layer):
         parts = [part for part in layers_of(layer) if isinstance(part, keras.layers.BatchNormalization)]
@@ -250,7 +255,7 @@ class frozen_statistics(Block):  # noqa: N801 - said of a block
 
 
 def _is_trainable(self):
-    # What the layer itself asks to know whether it was frozen. Its own flag is that of all threads.
+    # The layer reads this property to see whether it is frozen. Its own flag would change for all threads.
     return id(self) not in _thread.frozen and keras.Layer.trainable.fget(self)
 
 
@@ -258,9 +263,10 @@ keras.layers.BatchNormalization.trainable = property(_is_trainable, keras.Layer.
 
 
 class undone_by_errors(Block):  # noqa: N801 - said of a block
-    """A block that, if it raises, leaves `variables` as they were before it, and the framework's modes in any case.
+    """A block that resets `variables` to their former values if it raises. It always resets the framework's modes.
 
-    What assigns variables, torch's optimizers for example, changes modes as well, and may be interrupted in between.
+    Code that assigns variables, such as torch's optimizers, also changes modes, and may be interrupted before it has
+    changed them back.
     """
 
     def __init__(self, variables):
@@ -270,7 +276,7 @@ class undone_by_errors(Block):  # noqa: N801 - said of a block
     def begin(self):
         self._modes.__enter__()
         if not in_scope():
-            # Elsewhere nothing is assigned for good.
+            # In a stateless scope, assignments are not permanent.
             self._before = [(v, ops.copy(v)) for v in self._variables]
 
     def end(self):
@@ -286,7 +292,7 @@ class undone_by_errors(Block):  # noqa: N801 - said of a block
 
 
 class outside_scopes(Block):  # noqa: N801 - said of a block
-    """A block in which variables are made and assigned for good, whatever scope is around it."""
+    """A block that ignores all enclosing stateless scopes: variables are created and assigned permanently."""
 
     def __init__(self):
         self._scope = get_stateless_scope()
@@ -299,24 +305,24 @@ class outside_scopes(Block):  # noqa: N801 - said of a block
 
 
 def in_scope():
-    """Whether what is assigned here will be dropped, or taken over by whoever opened the scope."""
+    """Whether a stateless scope is active, so that assignments are not permanent."""
     return get_stateless_scope() is not None
 
 
 def regularization_losses(layer):
-    """What the regularizers of the weights of `layer`, and of all layers in it, add to the loss."""
+    """The list of the regularization losses of `layer` and of all layers in it."""
     return layer._get_regularization_losses()
 
 
 def is_assigned_in_scope(variable):
-    """Whether the value that `variable` has here was assigned to it inside the scope around."""
+    """Whether `variable` was assigned inside the innermost scope, and that is a `StateScope`."""
     scope = get_stateless_scope()
     return isinstance(scope, StateScope) and id(variable) in scope._assigned
 
 
 def _clear_losses_of(clear_all):
     def _clear_losses(self):
-        """As Keras does it; but the losses of a call outside the scope are not those of the calls in it."""
+        """As in Keras, but inside a `StateScope` it clears only losses that were added in this scope."""
         scope = get_stateless_scope()
         if not isinstance(scope, StateScope):
             return clear_all(self)
@@ -330,7 +336,7 @@ def _clear_losses_of(clear_all):
 
 def _regularization_losses_of(all_losses):
     def _get_regularization_losses(self):
-        """As Keras does it; but the variable is read in the way that tapes see."""
+        """As in Keras, but inside a `StateScope` it reads each variable in a way that tapes see."""
         if not isinstance(get_stateless_scope(), StateScope):
             return all_losses(self)
         return [v.regularizer(v) for v in self.trainable_weights if v.regularizer is not None]
@@ -342,7 +348,7 @@ clear_losses.replace(_clear_losses_of)
 all_regularization_losses.replace(_regularization_losses_of)
 
 if keras.backend.backend() == "jax":
-    # Before any step, whoever's: ours are parts of models that Keras itself trains.
+    # Installed on import, before any training step: models trained by Keras itself may contain our layers.
     from keras_gradtools.backend import jax_training
 
     jax_training.install()

@@ -1,23 +1,24 @@
-"""What Keras does not promise to keep: the only code that imports `keras.src`.
+"""Access to Keras' private code: this folder is the only one that imports `keras.src`.
 
-Everything is looked up here, at each place that a supported version of Keras has it at. What is missing is one
-error, and a Keras newer than the tested ones is one warning; both say what was tested and what to do.
+Private names move between versions of Keras, so each is looked up here, in every place where a supported version has
+it. A missing name raises an error on import, and an untested version of Keras gives a warning. Both say which versions
+were tested and what to do.
 
 | module            | holds                                                                    |
 | ----------------- | ------------------------------------------------------------------------ |
-| `versions`        | which versions of Keras were tested, and the words about all others      |
-| `lookup`          | finding an internal by the places that it has had                        |
-| `patches`         | replacing a function wherever Keras looks it up, and noticing if it does not |
-| `variables`       | variables, autocasting, what was made and is not yet initialized         |
-| `scopes`          | stateless scopes, the call around, seeds                                 |
+| `versions`        | the tested versions of Keras, and the messages about all others          |
+| `lookup`          | finding a private name in any of the places where it has been            |
+| `patches`         | replacing a function in every module of Keras that uses it               |
+| `variables`       | variables, autocasting, deferred initialization                          |
+| `scopes`          | stateless scopes, the context of a layer's call, seeds                   |
 | `layers`          | layers, operations, masks                                                |
-| `losses`          | compiled losses and how they are reduced                                 |
+| `losses`          | compiled losses and their reduction to a number                          |
 | `jax_trainer`     | the trainer for JAX                                                      |
-| `backend_modules` | the modules that Keras' operations call on the current backend           |
-| `batches`         | what Keras' training loop on JAX hands to a train function               |
-| `attributes`      | the private attributes of Keras' objects that the package reads or sets  |
+| `backend_modules` | the modules that `keras.ops` calls on the current backend, and their hooks |
+| `batches`         | the batches that Keras' training loop on JAX passes to a train function  |
+| `attributes`      | the private attributes of Keras objects that the package reads or sets   |
 
-It imports no framework and no backend of ours, so that it can be read under every Keras backend.
+Nothing here imports a framework or `keras_gradtools.backend`, so it can be imported under every Keras backend.
 """
 
 from keras_gradtools.keras_internals import attributes, backend_modules, layers, losses, scopes, variables, versions
@@ -25,5 +26,5 @@ from keras_gradtools.keras_internals import attributes, backend_modules, layers,
 __all__ = ["attributes", "backend_modules", "layers", "losses", "scopes", "variables", "versions"]
 
 attributes.require()
-# Only now, when everything has been found.
+# Last: the warning says that every private name was found.
 versions.warn_if_untested()

@@ -1,4 +1,8 @@
-"""The private attributes of Keras' objects that the package goes by, and who of Keras makes each of them."""
+"""Checks on import that Keras still has the private attributes that the package uses.
+
+The package reads and sets these attributes directly. If Keras renamed one, setting it would have no effect and raise
+no error, so `require` checks that the code of Keras still mentions each of them.
+"""
 
 import keras
 
@@ -10,9 +14,10 @@ _LAYER = "keras.src.layers.layer:Layer"
 _LOSS = "keras.src.losses"
 _TRAINER = "keras.src.trainers"
 
-# Methods and properties that are there as such.
+# Methods and properties, which can be looked up directly.
 _DEFINED = (f"{_LAYER}._flatten_layers", f"{_LAYER}._get_regularization_losses", f"{_LAYER}._clear_losses")
-# Attributes and names of global state, by the function that must spell them, at the places that it has had.
+# Attributes of instances and names of global state exist only at run time. So for each, the functions of Keras whose
+# code must mention it, with every place where such a function has been.
 _SPELLED = {
     (f"{_VARIABLE}.__init__",): ("_value", "_initializer"),
     (f"{_LAYER}.__init__",): ("_trainable", "_loss_ids", "_call_has_training_arg"),
@@ -31,7 +36,7 @@ _OF_BACKEND = {"jax": {(f"{_JAX}:Trainer.__init__", f"{_JAX}:JAXTrainer.__init__
 
 
 def require():
-    """Raises the error for an unknown Keras if one of them is gone."""
+    """Raises `RuntimeError` if Keras no longer has one of these attributes."""
     for place in _DEFINED:
         find(place)
     for places, names in (_SPELLED | _OF_BACKEND.get(keras.config.backend(), {})).items():

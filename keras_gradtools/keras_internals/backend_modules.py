@@ -1,4 +1,8 @@
-"""The modules that Keras' operations call on the current backend, and what of them can be replaced."""
+"""The modules that `keras.ops` calls on the current backend, and hooks for the functions in them that we replace.
+
+The backends of this package replace functions whose derivatives are wrong or missing. `hooks` lists these functions for
+each framework, and checks that Keras still calls them under these names.
+"""
 
 import keras
 
@@ -7,9 +11,9 @@ from keras_gradtools.keras_internals.lookup import find
 
 
 def module(name):
-    """Keras' module `core`, `image`, `linalg`, `nn`, `numpy` or `rnn` of the current backend."""
+    """Keras' module `core`, `image`, `linalg`, `nn`, `numpy` or `rnn` for the current backend."""
     home = f"keras.src.backend.{keras.config.backend()}"
-    # From Keras 3.16 on, all but `rnn` are in a folder of their own.
+    # Since Keras 3.16, all but `rnn` are in the folder `ops`.
     return find(f"{home}.ops.{name}", f"{home}.{name}")
 
 
@@ -19,11 +23,12 @@ def function(where, name):
 
 
 def _of_operations(*names):
-    """Functions that have the name of the public operation which calls them."""
+    """Maps each name to the public operation that calls the function of this name."""
     return {name: f"keras.ops:{name}" for name in names}
 
 
-# The functions that an adapter replaces, by module, with who calls them: an operation, or a function beside them.
+# Framework, module and name of each replaced function, with its caller: a public operation, or a function of the same
+# module.
 _USERS: dict = {
     "tensorflow": {
         "nn": {**_of_operations("celu", "ctc_loss"), "_compute_moments": "moments"},
@@ -59,7 +64,7 @@ _USERS: dict = {
         "rnn": {"cudnn_ok": "lstm"},
     },
 }
-# Not in every supported Keras: `keras.ops.grad` is there from 3.16 on.
+# Not in every supported Keras: `keras.ops.grad` exists since 3.16, for example.
 _OPTIONAL = {
     "_maybe_convert_to_channels_last",
     "cholesky_inverse",
@@ -83,5 +88,5 @@ def _hooks():
     return found
 
 
-# Module to name to hook.
+# `hooks[module][name]` is a `patches.Hook`.
 hooks = _hooks()

@@ -1,4 +1,8 @@
-"""What Keras' training loop on JAX hands to a train function."""
+"""Reads the batches that Keras' training loop on JAX passes to a train function.
+
+With `steps_per_execution > 1`, Keras 3.16 and newer pass stacked batches, or a list at the end of an epoch. Older
+versions pass one batch at a time. `of_execution` returns a list of batches in all cases.
+"""
 
 import itertools
 
@@ -6,18 +10,18 @@ import keras
 
 from keras_gradtools.keras_internals.lookup import find
 
-# From Keras 3.16 on: the batches that are left at the end of an epoch.
+# Since Keras 3.16: the type of the list of batches left at the end of an epoch.
 _PartialBatchList = getattr(find("keras.src.trainers.data_adapters.data_adapter_utils"), "PartialBatchList", None)
 
 
 def of_execution(iterator, steps):
-    """The batches of one execution of `steps` steps, or what is left of the epoch, in a list."""
+    """The next `steps` batches in a list, or fewer at the end of an epoch."""
     item = next(iterator)
     if _PartialBatchList is None or steps == 1:
         return [item, *itertools.islice(iterator, steps - 1)]
     if isinstance(item, _PartialBatchList):
         return list(item)
-    # They are stacked, for a loop in one program.
+    # Keras has stacked the batches along axis 0, to loop over them inside one compiled program.
     count = next(x.shape[0] for x in keras.tree.flatten(item) if x is not None)
     return [_part(item, i) for i in range(count)]
 

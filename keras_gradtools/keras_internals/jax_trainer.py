@@ -1,4 +1,4 @@
-"""Keras' trainer for JAX, which is there under that backend alone."""
+"""Keras' trainer for JAX. Import this file on the JAX backend only."""
 
 from keras_gradtools.keras_internals.lookup import find
 

@@ -1,4 +1,4 @@
-"""Finding an internal of Keras by the places that it has had."""
+"""Finds a private name of Keras in any of the places where supported versions have it."""
 
 import importlib
 import operator
@@ -7,11 +7,14 @@ from keras_gradtools.keras_internals import versions
 
 
 def find(*places):
-    """What is at the first of `places` that this Keras has: `module:name`, `module:class.name` or `module`."""
+    """Returns the object at the first of `places` that the installed Keras has.
+
+    A place is `module:name`, `module:class.name` or `module`. Raises `RuntimeError` if none of them exists.
+    """
     for place in places:
         path, _, name = place.partition(":")
         try:
-            # Some modules share their names with functions of their package, which a plain `import` would give.
+            # Not a plain `import`: where a package has a function with the name of a module, that gives the function.
             module = importlib.import_module(path)
             return operator.attrgetter(name)(module) if name else module
         except (ImportError, AttributeError) as error:

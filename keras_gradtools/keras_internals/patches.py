@@ -1,7 +1,7 @@
-"""Replacing a function of Keras wherever Keras looks it up.
+"""Replaces a function of Keras in every module of Keras that uses it.
 
-Keras imports some functions by name, and which ones has changed from version to version. A replacement that only one
-of the modules knows would be without effect in the others, and nobody would be told.
+Keras imports some functions by name, and which ones changes between versions. Replacing such a function only in the
+module that defines it would have no effect in the modules that imported it, and raise no error.
 """
 
 import inspect
@@ -12,10 +12,11 @@ from keras_gradtools.keras_internals import versions
 
 
 class Hook:
-    """A function of Keras that can be replaced, in every module of Keras that knows it by its name.
+    """A function of Keras that can be replaced, in its own module and in every module that imported it by name.
 
-    `users` are the functions or properties of Keras that must look it up, as a check of what no replacement can know:
-    that Keras still goes by that name. They are read and not called, as a call would start the framework's devices.
+    `users` are functions or properties of Keras that must use this name. If one no longer does, a replacement would
+    have no effect, so this raises `RuntimeError`. Their code is inspected and not run, because running it would
+    initialize the framework's devices.
     """
 
     def __init__(self, owner, name, users):
@@ -30,7 +31,7 @@ class Hook:
                 raise versions.without_effect(f"`{of}.{name}`", f"`{getattr(user, '__qualname__', user)}`")
 
     def replace(self, make):
-        """Puts `make(original)` in its place."""
+        """Replaces the function by `make(original)`."""
         original = getattr(self._owner, self._name)
         replacement = make(original)
         setattr(self._owner, self._name, replacement)
@@ -47,7 +48,7 @@ def _modules_of_keras():
 
 
 def mentions(user, name):
-    """Whether the code of a function, or of what it wraps, spells `name`; True where there is no code to read."""
+    """Whether the code of a function, or of one that it wraps, contains `name`. True if there is no code to inspect."""
     user = user.fget if isinstance(user, property) else user
     codes = list(_codes(user, set()))
     return not codes or any(name in code.co_names or name in code.co_consts for code in codes)
@@ -63,7 +64,7 @@ def _codes(value, seen):
             yield from _codes(constant, seen)
     elif isinstance(value, types.FunctionType):
         yield from _codes(value.__code__, seen)
-        # What a decorator has wrapped is in a cell of the wrapper, with or without `functools.wraps`.
+        # A decorator keeps the wrapped function in a closure cell of the wrapper, even without `functools.wraps`.
         for cell in value.__closure__ or ():
             try:
                 content = cell.cell_contents

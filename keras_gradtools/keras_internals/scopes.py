@@ -1,4 +1,4 @@
-"""What is around a call of Keras: stateless scopes, the outermost layer's call, seeds."""
+"""The context in which Keras code runs: stateless scopes, the current call of a layer, and seeds."""
 
 from keras_gradtools.keras_internals.lookup import find
 
@@ -10,6 +10,6 @@ make_default_seed = find("keras.src.random.seed_generator:make_default_seed")
 
 
 def training_mode():
-    """The `training` that was given to the call of a layer around; None for none, and outside of all calls."""
-    # From Keras 3.16 on, the context has the attribute only where somebody gave it.
+    """The `training` argument of the enclosing layer call. None if it was not given, and outside of layer calls."""
+    # Since Keras 3.16, the context has this attribute only if `training` was given.
     return getattr(global_state.get_global_attribute("current_call_ctx"), "training", None)

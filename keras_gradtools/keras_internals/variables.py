@@ -7,11 +7,11 @@ from keras_gradtools.keras_internals.lookup import find
 
 _HOME = "keras.src.backend.common.variables"
 
-# The class below those of all backends, in which `_maybe_autocast` is.
+# The base class of the variables of all backends, which defines `_maybe_autocast`.
 Variable = find(f"{_HOME}:KerasVariable", f"{_HOME}:Variable")
 AutocastScope = find(f"{_HOME}:AutocastScope")
 get_autocast_scope = find(f"{_HOME}:get_autocast_scope")
 initialize_all_variables = find(f"{_HOME}:initialize_all_variables")
 
-# What a variable passes every value through that it hands out.
+# Every value that is read from a variable passes through this method.
 autocast = patches.Hook(Variable, "_maybe_autocast", [keras.Variable.value])

@@ -1,40 +1,40 @@
-"""Which versions of Keras were tested, and the words about all others."""
+"""The versions of Keras that were tested, and the warning and errors for all others."""
 
 import re
 import warnings
 
 import keras
 
-# The oldest and the newest row of `make test-versions`, as (major, minor). Of 3.16 it was the nightly.
+# The oldest and the newest row of `make test-versions`, as (major, minor). Keras 3.16 was tested as a nightly build.
 OLDEST, NEWEST = (3, 10), (3, 16)
 
 
 def describe():
-    """What was tested and what is installed, in one sentence."""
+    """Which versions were tested and which one is installed, for messages."""
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
     return f"keras_gradtools was tested with Keras {oldest} to {newest}. Received: Keras {keras.__version__}."
 
 
 def advice():
-    """What to do under a Keras that does not fit."""
+    """What to do with an unsupported Keras, for messages."""
     major, minor = NEWEST
     return (
-        "Install a newer keras_gradtools that knows this Keras, or a Keras that was tested, with "
+        "Install a newer keras_gradtools that supports this Keras, or install a tested Keras with "
         f'`pip install "keras>={OLDEST[0]}.{OLDEST[1]},<{major}.{minor + 1}"`.'
     )
 
 
 def is_tested():
-    """Whether the installed Keras is one of those that were tested, by its major and minor number."""
+    """Whether the installed Keras was tested, by its major and minor version number."""
     numbers = re.match(r"(\d+)\.(\d+)", keras.__version__)
     return numbers is not None and OLDEST <= tuple(map(int, numbers.groups())) <= NEWEST
 
 
 def warn_if_untested():
-    """Warns of a Keras that was not tested, though everything that is needed of it was found."""
+    """Warns if the installed Keras was not tested."""
     if not is_tested():
         warnings.warn(
-            f"{describe()} All internals that are needed were found in it, so that it may work as it is. {advice()}",
+            f"{describe()} It has all the private names that keras_gradtools needs, so it may work. {advice()}",
             stacklevel=2,
         )
 
@@ -47,6 +47,5 @@ def missing(what):
 def without_effect(what, where):
     """The error for a replaced function that this Keras does not call where it should."""
     return RuntimeError(
-        f"{describe()} This Keras does not use {what} in {where}, so that gradients could be wrong without a word. "
-        f"{advice()}"
+        f"{describe()} This Keras does not use {what} in {where}, so gradients could be silently wrong. {advice()}"
     )

@@ -53,7 +53,7 @@ def test_what_others_call_by_that_name_stays(modules, monkeypatch):
 
 def test_a_user_that_does_not_look_it_up_is_an_error(modules):
     home, _ = modules
-    with pytest.raises(RuntimeError, match=r"does not use `keras.home.f` in `stranger`.*wrong without a word"):
+    with pytest.raises(RuntimeError, match=r"does not use `keras.home.f` in `stranger`.*silently wrong"):
         patches.Hook(home, "f", [home.user, home.stranger])
 
 
