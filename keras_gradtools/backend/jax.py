@@ -1,4 +1,8 @@
-"""The kernels on JAX, which has no tape: see `jax_trace` for how one records, `jax_sweep` for the rest."""
+"""The kernels on JAX.
+
+JAX has no tape, so this backend has its own: `jax_trace` records operations, and `jax_sweep` differentiates them. This
+file connects the two, and contains the smaller kernels. `keras_gradtools.backend` lists what each kernel does.
+"""
 
 import contextlib
 import typing
@@ -64,9 +68,9 @@ LINEARIZES_ONCE = False
 
 
 class Tape(recording.Recording):
-    """A list of operations, and by identity the values that it follows."""
+    """A list of recorded operations, and the values that the tape follows, by identity."""
 
-    # Only inside the block: a trace that was kept would keep a whole compilation alive.
+    # Only set inside the block: a trace that is kept longer would keep a whole compilation alive.
     trace: typing.Any = None
 
     def __init__(self, watch_accessed_variables):
@@ -119,17 +123,18 @@ class Tape(recording.Recording):
 
 
 def _watch_read(variable, value, tapes):
-    """Gives the reader an alias, so that two variables with the same array stay two.
+    """Returns an alias of `value` to the reader.
 
-    The alias is kept for the next read of the same value, as long as all the tapes know the same one.
+    Tapes follow values by identity, so without an alias two variables with the same array could not be told apart. The
+    next read of the same value returns the same alias, if all the tapes have it.
     """
     tapes = [tape for tape in tapes if jax_trace.is_visible(value, tape.trace)]
     if not tapes or not jax_trace.is_followable(value):
         return value
     known = [tape.aliases.get(id(variable), (None, None)) for tape in tapes]
     given = known[0][1]
-    # A stateless scope may lend a variable a value that some tape follows already: it has to follow the alias, too.
-    # What was assigned is a constant, whatever it was computed from.
+    # If a stateless scope maps the variable to a value that some tape follows, that tape must follow the alias, too.
+    # An assigned value is a constant, whatever it was computed from.
     is_lent = recording.is_lent(variable, value)
     followers = [tape for tape in recording.active_tapes() if is_lent and id(value) in tape.followed]
     if (
@@ -148,6 +153,7 @@ def _watch_read(variable, value, tapes):
 
 
 def _note_read_by_program(variable, given):
+    """Lets later tapes know that `given`, a constant of a traced program, is the value of `variable`."""
     key, owner = id(given), weakref.ref(variable)
 
     def read(given, tapes):
@@ -179,8 +185,8 @@ def pullback(tape, targets, sources, cotangents):
 
 
 def constant_pullback(tape, targets, sources, cotangents):
-    # Held constant before the sweep, not after it: an enclosing derivative does not even look at what it does, so that
-    # custom derivatives that have no second one can take part.
+    # `stop_gradient` comes before the sweep and not after it. Then an enclosing derivative does not enter the sweep, so
+    # it cannot fail at a custom derivative that cannot be differentiated again.
     return _pull(_pull_constants, tape, targets, sources, jax.lax.stop_gradient(cotangents))
 
 
@@ -230,7 +236,7 @@ def linearize(tape, targets, sources, is_symmetric=False):
 
 
 def _by_input(part, tangents):
-    """The tangent of each of the slice's inputs: the sum over the sources that are the same value."""
+    """The tangent for each input of the slice: the sum over the sources that are this same value."""
     summed = [None] * len(part.inputs)
     for slot, v in zip(part.source_slots, tangents, strict=True):
         if slot is not None:
@@ -251,7 +257,7 @@ def spread(x):
     try:
         return keras.distribution.distribute_tensor(x, layout)
     except ValueError:
-        # A last batch that the devices cannot share evenly goes to each of them as a whole.
+        # A last batch that cannot be split evenly is not distributed: each device computes all of it.
         return x
 
 
@@ -268,7 +274,11 @@ def replica_results(fun, batch, variable):
 
 
 def train_function(model, step):
-    """Between steps, Keras has the state in arrays, and none in the variables, which `step` reads and assigns."""
+    """Copies Keras' state into the variables before a step, and out of them afterwards.
+
+    Between steps, Keras on JAX holds the state in a tuple of arrays and leaves the variables empty, but `step` reads
+    and assigns variables.
+    """
 
     def function(state, iterator):
         stores = (
@@ -298,17 +308,17 @@ def random_state():
 
 
 def with_random_state(state):
-    # Keras' seeds are variables here, so that whoever holds their values holds it all.
+    # On JAX, the variables of Keras' seeds are the whole random state.
     return contextlib.nullcontext()
 
 
 def compiled(fun):
-    # Keras compiles the whole training step, and this with it.
+    # Keras compiles the whole training step, which includes `fun`.
     return fun
 
 
 def assigns_at_once():
-    # A step of Keras' gets and returns its state.
+    # Keras' training step on JAX receives the state as arguments and returns it.
     return False
 
 
@@ -328,12 +338,12 @@ def tried(fun):
 
 
 def modes_kept():
-    # The modes of this framework are those of graphs and traces, which end with what they are of.
+    # JAX has no modes that outlive an error: a trace ends with the function that is traced.
     return Block()
 
 
 def may_compile():
-    # A compiled function hides what it closes over from a tape, and the tape could not even tell.
+    # An active tape would not see the closed-over values in a compiled function, and could not detect that.
     return jax_trace.is_eager() and not recording.active_tapes()
 
 

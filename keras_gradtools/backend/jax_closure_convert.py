@@ -1,8 +1,9 @@
-"""Where JAX makes inputs of what a function closes over, it does so with what a tape follows, too.
+"""Makes JAX turn closed-over values into inputs where a tape follows these values.
 
-`jax.closure_convert` does it for libraries that give a function to a custom derivative (`jax.experimental.ode.odeint`),
-for values that may have a derivative: it takes a tracer for one, and an array for a constant. Loops, branches and
-solvers do it with all arrays, except for those in programs that are compiled inside. What a tape follows is an array.
+`jax.closure_convert` turns closed-over values into arguments, for libraries that pass a function to a custom derivative
+(`jax.experimental.ode.odeint`). It does so only for tracers and takes arrays for constants, but the values that a tape
+follows are arrays. JAX's loops, branches and solvers do the same with all arrays, except those in compiled functions
+inside. In both cases a gradient would lack a part, so this file replaces the two functions of JAX.
 """
 
 import functools
@@ -17,14 +18,14 @@ from keras_gradtools.backend import jax_programs, jax_trace
 def install():
     convert = custom_derivatives._closure_convert_for_avals
     changed = functools.partial(_closure_convert_for_avals, convert)
-    # What goes past JAX's cache.
+    # JAX calls `__wrapped__` to bypass the cache of the original.
     vars(changed)["__wrapped__"] = functools.partial(_closure_convert_for_avals, convert.__wrapped__)
     custom_derivatives._closure_convert_for_avals = changed
     partial_eval.separate_consts = functools.partial(_separate_consts, partial_eval.separate_consts)
 
 
 def _followed_as_inputs(program):
-    """`program` with the constants that tapes follow as inputs in front of its own, and these constants."""
+    """Returns `program` with the constants that tapes follow as additional first inputs, and these constants."""
     follows = jax_trace.follower()
     found = [x for x in jax_programs.constants(program) if follows(x)] if follows else []
     try:
@@ -61,7 +62,7 @@ def _closure_convert_for_avals(convert, fun, structure, avals, *rest):
         leaves, given = jax.tree.flatten(args_and_consts[:count])
         if given != structure:
             raise TypeError(
-                "A function that `jax.closure_convert` has made takes arguments with the structure of the examples, "
+                "A function from `jax.closure_convert` expects arguments with the structure of the example arguments, "
                 f"{structure}. Received: {given}."
             )
         consts, more = args_and_consts[count : count + len(hoisted)], args_and_consts[count + len(hoisted) :]

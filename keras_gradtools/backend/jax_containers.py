@@ -1,4 +1,4 @@
-"""The pytrees of JAX, in which users of it have their dataclasses."""
+"""The containers that are registered with JAX as pytrees, such as users' dataclasses, for nested structures."""
 
 import jax
 

@@ -1,8 +1,9 @@
-"""Calls of `jax.custom_jvp` and `jax.custom_vjp` under `jax.vmap`, in a form that outlives the `vmap`.
+"""Lets a tape record calls of `jax.custom_jvp` and `jax.custom_vjp` under `jax.vmap`.
 
-JAX hands such a call down as functions that batch, when they run, what the user's functions compute. A tape runs them
-after the `vmap` has ended, when what they close over is gone; and a value that is the same for all has no batch axis
-there, though its derivative may have one. While the `vmap` runs, they can be traced to programs, which stay.
+Under `vmap`, JAX passes such a call to the tape as functions that do the batching when they run. A tape runs them for
+the derivative, when the `vmap` has ended and the tracers that they close over are invalid. Also, an unbatched value has
+no batch axis there, but its derivative may have one. So while the `vmap` is active, the functions are traced to
+programs, which remain valid.
 """
 
 import jax
@@ -15,8 +16,8 @@ def _is_of_jax(fun):
 
 
 def closes_over_nothing(fun):
-    """Whether the function of a custom derivative is one of JAX's own (relu) that nothing else is given to."""
-    # `nondiff_argnums`, which may close over anything, are given by a transformation of that name.
+    """Whether the function of a custom derivative is one of JAX's own, such as relu, without closed-over values."""
+    # JAX passes `nondiff_argnums`, which may be any values, by a transformation with "partial" in its name.
     return (
         _is_of_jax(fun)
         and getattr(getattr(fun.f, "__wrapped__", fun.f), "__closure__", ()) is None
@@ -25,17 +26,17 @@ def closes_over_nothing(fun):
 
 
 def is_batched(fun):
-    """Whether the function of a custom derivative is a user's that a `vmap` has been laid over."""
-    # A sweep with JAX's own functions, which do not need it, is found again by their names.
+    """Whether the function of a custom derivative is a user's function that a `vmap` batches."""
+    # JAX's own functions stay as they are: they close over nothing, and cached programs are found by their identity.
     if _is_of_jax(fun):
         return False
     return any(isinstance(p, core.TraceTag) for _, parameters in fun.transforms for p in parameters)
 
 
 def jvp_by_program(rule, inputs, symbolic_zeros, is_perturbed):
-    """A `custom_jvp` of `inputs` whose rule is the program of `rule(*primals, *tangents)`.
+    """A `custom_jvp` of `inputs` whose rule is `rule(*primals, *tangents)`, traced to a program.
 
-    With `symbolic_zeros`, the tangents of inputs that are not `is_perturbed` are known to be zero.
+    With `symbolic_zeros`, inputs for which `is_perturbed` is False get symbolic zeros as tangents.
     """
     moved = [i for i, x in enumerate(inputs) if _has_derivative(x) and (not symbolic_zeros or is_perturbed(x))]
     steered = []
@@ -72,7 +73,7 @@ def jvp_by_program(rule, inputs, symbolic_zeros, is_perturbed):
 
 
 def vjp_by_programs(bind, inputs):
-    """A `custom_vjp` of `inputs` whose rules are the programs of those that `bind(inputs)` has."""
+    """A `custom_vjp` of `inputs` whose rules are those of `bind(inputs)`, traced to programs."""
     moved = [i for i, x in enumerate(inputs) if _has_derivative(x)]
     pullbacks = []
 

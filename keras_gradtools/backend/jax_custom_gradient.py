@@ -1,9 +1,9 @@
-"""Custom gradients on JAX.
+"""Custom gradients on JAX that keep their rule in derivatives of any order.
 
-`jax.custom_gradient` will not do: it differentiates the code behind the value when a second derivative is
-asked for, so that the rule is lost there, and it refuses a rule that closes over what is being
-differentiated. Here the function runs once, in the ordinary trace, and a `custom_vjp` that knows nothing but
-the rule links its values to its arguments, with all that the rule closes over as explicit inputs.
+`jax.custom_gradient` does not suffice. For a second derivative it differentiates the code of the value and ignores the
+rule, and it refuses a rule that closes over a value being differentiated. Here the function runs once, in the ordinary
+trace. A `custom_vjp` that contains only the rule then links the values to the arguments, with everything that the rule
+closes over as explicit inputs.
 """
 
 import functools
@@ -16,7 +16,7 @@ from keras_gradtools.backend.state import StateScope
 
 
 class _Rule:
-    """`grad_fn` as a program; equal to any that computes the same, so that a compiled sweep is found again."""
+    """`grad_fn` as a program. Equal to any rule with the same program, so that a cached program is found again."""
 
     def __init__(self, closed):
         jaxpr = closed.jaxpr
@@ -34,17 +34,17 @@ class _Rule:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _link(rule, args, values, closure):
-    """The values, as a function of the arguments that only `rule` differentiates."""
+    """Returns `values`, as a function of `args` whose derivative is `rule`."""
     return values
 
 
 def _link_forward(rule, args, values, closure):
-    # Itself again, not `values`: the derivative stays the given one in the derivatives of the derivative.
+    # `_link` again and not `values`, so that higher derivatives use the rule, too.
     return _link(rule, args, values, closure), closure
 
 
 def _link_backward(rule, residuals, upstreams):
-    # None is a zero that stops here: an array of zeros could meet an infinity in `fun` and be NaN.
+    # None stops here. An array of zeros would go on into `fun`, and become NaN where it meets an infinity.
     return jaxpr_as_fun(rule.program)(*residuals, *upstreams), None, None
 
 
@@ -54,7 +54,7 @@ _link.defvjp(_link_forward, _link_backward)
 def custom_gradient(fun):
     def call(*args):
         values, grad_fn = fun(*args)
-        # Values without a derivative need no link, and `grad_fn` does not look at theirs.
+        # Values without a derivative, such as integers, need no link. `grad_fn` gets None for them.
         places = [i for i, v in enumerate(values) if jax_trace.is_followable(v)]
 
         def rule(*upstreams):
@@ -62,15 +62,15 @@ def custom_gradient(fun):
             return grad_fn(*[upstream.get(i) for i in range(len(values))])
 
         linked = [values[i] for i in places]
-        # The rule is traced here, and runs later, and more than once: what it assigned now would be a tracer.
+        # The rule is traced now and runs later, possibly more than once. A variable assigned now would keep a tracer.
         scope = StateScope()
         with scope, scope:
             closed = jax.make_jaxpr(rule)(*linked)
         if scope.variables_assigned:
             raise ValueError(
                 "On JAX, the grad_fn of a custom gradient cannot assign to variables, nor draw random numbers, which "
-                f"assigns to the seed. Received: one that assigns to {scope.variables_assigned[0].path!r}. Do it in "
-                "the function itself, before it returns `value, grad_fn`."
+                f"assigns to the seed. Received: a grad_fn that assigns to {scope.variables_assigned[0].path!r}. Do it "
+                "in the function itself, before it returns `value, grad_fn`."
             )
         constants = [jax.lax.stop_gradient(v) for v in linked]
         link = _Rule(closed)

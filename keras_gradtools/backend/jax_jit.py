@@ -1,7 +1,7 @@
 """`jax.jit` for functions that read and assign Keras variables.
 
-Plain `jax.jit` bakes the variables in as constants, and leaves its tracers in those that are assigned. Here
-what is read becomes an input and what is assigned an output, which is then written back.
+Plain `jax.jit` compiles the values of variables in as constants, and leaves tracers in variables that are assigned.
+Here each variable that is read becomes an input, and each new value an output that is then assigned to the variable.
 """
 
 import collections
@@ -19,7 +19,7 @@ from keras_gradtools.keras_internals.variables import AutocastScope, Variable, i
 
 
 class _Program:
-    """One compiled form of a function: for one structure of its arguments, their shapes, and the static ones."""
+    """A function compiled for one structure of its arguments, their shapes and dtypes, and its static arguments."""
 
     def __init__(self, fun, outline, structure, static):
         self._fun = fun
@@ -40,16 +40,16 @@ class _Program:
             for variable, value in zip(self._assigned, assigned, strict=True):
                 variable.assign(value)
         except BaseException:
-            # All of a step or, after an interrupt, none of it.
+            # All assignments of a step or, after an interrupt, none.
             for variable, value in zip(self._assigned, before, strict=True):
                 variable._value = value
             raise
         return self._outline_of_result.pack(result)
 
     def _find_state(self, arrays):
-        """Traces once, without compiling, to learn which variables are read, and to have all of them made.
+        """Traces once without compiling, to find the variables that are read, and initializes new variables.
 
-        In a scope, that is left to its end.
+        In a stateless scope, they are initialized when the scope ends.
         """
         read = []
         jax.eval_shape(lambda arrays: self._run([], arrays, read)[0], arrays)
@@ -72,7 +72,7 @@ class _Program:
         return result, [scope.get_current_value(v) for v in self._assigned]
 
 
-# For other shapes, dtypes and constants, at most.
+# At most this many cached programs per function, for different shapes, dtypes and constants.
 _MOST_PROGRAMS = 256
 
 
@@ -90,7 +90,7 @@ def jit(fun):
     @functools.wraps(fun)
     def call(*args, **kwargs):
         outline, flat = nesting.split((args, kwargs))
-        # What JAX makes of the leaves: a sparse array is several.
+        # JAX flattens leaves further: a sparse array consists of several arrays.
         leaves, structure = jax.tree.flatten(flat, is_leaf=_is_none)
         arrays, static, constants = [], [], []
         for x in leaves:
@@ -101,7 +101,7 @@ def jit(fun):
                 static.append(x)
                 # True == 1 == 1.0 in Python, but not to a function that branches on them.
                 constants.append((len(arrays), type(x), id(x) if isinstance(x, keras.Variable) else x))
-        # It may branch on shapes, too.
+        # The function may branch on shapes and dtypes, too.
         key = (outline, structure, tuple(constants), tuple([jax.typeof(x) for x in arrays]))
         program = programs.get(key)
         if program is None:
@@ -118,9 +118,9 @@ def _is_none(x):
 
 
 def _values_of(variables):
-    """What reading the variables gives here, without a cast."""
+    """The values of the variables, not autocast."""
     if not (recording.is_recording() or state.in_scope()):
-        # Where nobody is to see it: reading by Keras takes microseconds for each.
+        # A shortcut if no tape or scope needs to see the reads: reading through Keras takes microseconds per variable.
         values = [v._value if type(v).value is Variable.value else None for v in variables]
         if not any(value is None for value in values):
             return values
@@ -138,8 +138,8 @@ _VALUE_ERRORS = (
 
 
 def depends_on_values(error):
-    # Keras refuses to draw random numbers without a seed in a trace, and only there; a method that arrays alone have
-    # is missing on what stands for them.
+    # Keras' refusal to draw random numbers without a seed ("[JAX RNG]") occurs only inside a trace. An `AttributeError`
+    # comes from a method that arrays have and tracers do not.
     return any(
         isinstance(e, _VALUE_ERRORS) or "[JAX RNG]" in str(e) or isinstance(e, AttributeError) and "Tracer" in str(e)
         for e in causes.of(error)

@@ -1,7 +1,8 @@
-"""Keras operations that, on JAX, need another formula, or may hand their argument back without an operation.
+"""Replaces Keras operations that, on JAX, may return their argument itself or have wrong derivatives.
 
-`reshape` to the same shape is one. A tape follows values by identity and could not tell the two apart: what
-was computed outside its recording would be followed, and a derivative by the result be one by the argument.
+`reshape` to the same shape returns its argument, for example. A tape follows values by identity and could not tell the
+result from the argument: it would follow what was computed while it was not recording, and a derivative by the result
+would be one by the argument. Such results are replaced by aliases.
 """
 
 import functools

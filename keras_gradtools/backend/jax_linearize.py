@@ -1,4 +1,4 @@
-"""A JAX record as a linear function: each operation is linearized once, and applied to tangents many times."""
+"""Forward mode on a JAX tape for many tangents: each recorded operation is linearized only once."""
 
 import jax
 
@@ -6,12 +6,12 @@ from keras_gradtools.backend import jax_programs, jax_sweep, jax_trace
 
 
 def linearize(part):
-    """Returns the pushforward of a `jax_sweep.Slice`, as a function of the tangents of its inputs."""
+    """Returns the forward mode of a `jax_sweep.Slice`, as a function of the tangents of its inputs."""
     try:
         if not part.steps or jax_trace.is_traced(part.arrays.values()):
             linear = _linear_steps(part, part.arrays, ())
             return lambda tangents: _push(part, linear, tangents)
-        # Compiled at the first time: who linearizes will push more than once.
+        # Compiled on the first call, because a linearization is made to be used several times.
         linear = jax_sweep.compiled_sweeps.run(_linear_steps, part, part.arrays, (), at_once=True)
     except (RuntimeError, ValueError) as error:
         jax_sweep.raise_if_deleted(part, error)
@@ -30,14 +30,14 @@ def linearize(part):
 
 
 def _linear_steps(part, arrays, _):
-    """Each step as a linear function of its active inputs, with all the work done that no tangent is needed for."""
+    """Each step as a linear function of the tangents of its active inputs. All other work is done here."""
     return [_linear(step.operation, *step.split(arrays)) for step in part.steps]
 
 
 def _linear(operation, fun, inputs):
     if not jax_programs.lacks_forward_mode(operation.primitive, operation.params):
         return jax.linearize(fun, *inputs)[1]
-    # Forward mode cannot pass a `custom_vjp` or its like; the pullback, being linear, can be pulled back itself.
+    # `custom_vjp` and similar operations have no forward mode. Their pullback is linear, so its own pullback is one.
     outputs, pullback = jax.vjp(fun, *inputs)
     _, push = jax.vjp(pullback, [jax.numpy.zeros_like(x) for x in outputs])
     return jax.tree_util.Partial(_apply, push)

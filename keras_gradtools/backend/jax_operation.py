@@ -1,4 +1,4 @@
-"""One operation that a JAX tape has recorded, in a form that can be carried out again."""
+"""An operation that a JAX tape has recorded, in a form that can be run again to differentiate it."""
 
 from jax._src import core
 
@@ -8,12 +8,13 @@ _WRITE_IN_PLACE = {"addupdate", "new_ref", "swap"}
 
 
 class Operation:
-    """One recorded operation: what to bind again, on which inputs, and what came out.
+    """A recorded operation: the primitive, its parameters, its inputs and its outputs.
 
-    `subfuns` are the functions of a custom derivative: `(fun, jvp)`, `(fun, fwd, bwd)`, else nothing.
-    Derivatives pass through `differentiable`, the inputs up to the first that is known to have none. `rule`
-    stands for the functions of a custom derivative of our own, by value; else it is None. The last `closed_over`
-    inputs are not given to the operation: it closes over them, and has no derivative by them.
+    `subfuns`: The functions of a custom derivative, `(fun, jvp)` or `(fun, fwd, bwd)`. Empty for other operations.
+    `differentiable`: The first inputs, through which derivatives pass. The others are known to have none.
+    `rule`: For a custom gradient of this package, a hashable object that stands for its functions. Otherwise None.
+    `closed_over`: How many of the last inputs are values that the operation closes over. They are not passed to it, and
+    a derivative by them is an error.
     """
 
     __slots__ = ("closed_over", "differentiable", "inputs", "outputs", "params", "primitive", "rule", "subfuns")
@@ -21,8 +22,8 @@ class Operation:
     def __init__(self, primitive, subfuns, params, inputs, outputs, rule=None, count=None, closed_over=()):
         if primitive.name in _WRITE_IN_PLACE:
             raise NotImplementedError(
-                "A GradientTape cannot follow a value into a `jax.Ref`. Received: one that is written into a Ref "
-                "inside a tape's block. Compile what the Ref is for: `jax.jit(function)`."
+                "A GradientTape cannot follow a value into a `jax.Ref`. Received: a value that is written into a Ref "
+                "inside a tape's block. Compile the function that uses the Ref: `jax.jit(function)`."
             )
         self.primitive = primitive
         self.subfuns = subfuns
@@ -34,7 +35,7 @@ class Operation:
         self.closed_over = len(closed_over)
 
     def bind(self, inputs):
-        """Carries the operation out again, under the current trace."""
+        """Runs the operation again, under the current trace."""
         if self.closed_over:
             for x in inputs[-self.closed_over :]:
                 jax_programs.closed_over_p.bind(x, by=jax_programs.named(self.primitive))
@@ -43,9 +44,9 @@ class Operation:
         return outputs if self.primitive.multiple_results else [outputs]
 
     def _bind_custom(self, inputs):
-        # A wrapped function notes the structure of its output once; here it runs a second time.
+        # A wrapped function stores the structure of its output and refuses to do so twice, but here it runs again.
         reset(self.subfuns)
-        # How `bind` takes functions differs from one JAX to the next; what it comes to does not.
+        # The arguments of `bind` differ between versions of JAX. Those of the method of the trace that it calls do not.
         with core.take_current_trace() as trace:
             process = trace.process_custom_jvp_call if len(self.subfuns) == 2 else trace.process_custom_vjp_call
             return process(self.primitive, *self.subfuns, inputs, **self.params)
@@ -59,7 +60,7 @@ def reset(subfuns):
 
 
 def with_closure(primitive, subfuns, params, inputs, outputs, constants, closed_over):
-    """An operation that takes in what its programs or its functions close over; None if that is nothing."""
+    """An `Operation` with the values that its programs or functions close over as inputs. None if there are none."""
     if not constants and not closed_over:
         return None
     if constants:

@@ -1,8 +1,8 @@
-"""JAX's programs (jaxprs): what is in them, and what they close over as an input.
+"""Inspects JAX's programs (jaxprs), and turns their constants into inputs.
 
-Whoever compiles a function, or gives one to `lax.scan`, gets a program in which an array of the closure is a constant.
-To a tape that follows the array, it is an input. `with_inputs` moves such constants, in whatever program inside the
-program they are, to the front of the inputs.
+In a function that is compiled, or passed to `lax.scan`, a closed-over array becomes a constant of the program, so JAX's
+derivative of the operation ignores it. If a tape follows the array, it must be an input instead. `with_inputs` moves
+such constants to the front of the inputs, also those of programs inside the program.
 """
 
 import weakref
@@ -23,9 +23,9 @@ mlir.register_lowering(closed_over_p, lambda _, x, by: [x])
 
 def _refuse(_, x, *, by):
     raise ValueError(
-        f"A derivative by a value that {by} closes over cannot be taken: only that by its arguments is known. "
-        f"Received: a closed-over value of shape {x.shape} and dtype {x.dtype}. Pass it as an argument; or, if it is "
-        "meant as a constant, close over `kg.stop_gradient(value)`."
+        f"A derivative by a value that {by} closes over cannot be taken: only derivatives by its arguments are known. "
+        f"Received: a closed-over value of shape {x.shape} and dtype {x.dtype}. Pass it as an argument. If it is meant "
+        "as a constant, close over `kg.stop_gradient(value)`."
     )
 
 
@@ -33,7 +33,7 @@ ad.defjvp(closed_over_p, _refuse)
 
 
 def named(primitive):
-    """What to call a primitive in an error."""
+    """The name of a primitive for error messages."""
     return {
         "custom_jvp_call": "a function under `jax.custom_jvp`",
         "custom_vjp_call": "a function under `jax.custom_vjp`",
@@ -42,7 +42,7 @@ def named(primitive):
 
 
 def programs_in(params):
-    """The programs among the parameters of an operation."""
+    """The programs in the parameters of an operation."""
     found = []
     for value in params.values():
         if isinstance(value, (ClosedJaxpr, Jaxpr)):
@@ -53,7 +53,7 @@ def programs_in(params):
 
 
 def programs_of(primitive, params):
-    """The same of an operation of this primitive, looking only at parameters that may hold programs: once for each."""
+    """`programs_in(params)`, faster: which parameters may hold programs is determined once per primitive."""
     names = _names.get(primitive)
     if names is None:
         holding = (name for name, value in params.items() if "jaxpr" in name or programs_in({name: value}))
@@ -65,7 +65,7 @@ _names: dict = {}
 
 
 def is_high(primitive, inputs, params, programs):
-    """Whether the primitive is one that JAX expands into others before anything is carried out."""
+    """Whether JAX expands this primitive into others before it runs them (a high-level primitive)."""
     rule = primitive.is_high
     if getattr(rule, "__func__", None) is core.Primitive.is_high or programs and type(primitive) is core.Primitive:
         return any(program.is_high for program in programs)
@@ -77,7 +77,7 @@ def _open(program):
 
 
 def _within(program):
-    """`program`, and all programs in it."""
+    """Yields `program` and all programs inside it."""
     yield program
     for equation in _open(program).eqns:
         for inner in programs_in(equation.params):
@@ -85,7 +85,7 @@ def _within(program):
 
 
 def constants(program):
-    """The arrays that `program`, or a program in it, has as constants: each once."""
+    """The distinct arrays that are constants of `program`, or of programs inside it."""
     found = _constants.get(program)
     if found is None:
         by_id = {id(x): x for inner in _within(program) for x in _own_constants(inner)}
@@ -104,7 +104,7 @@ def _own_constants(program):
 
 
 def lacks_forward_mode(primitive, params):
-    """Whether an operation, or one in a program of its, has a derivative of its own in reverse mode alone."""
+    """Whether an operation, or one inside its programs, has a custom derivative only for reverse mode."""
     if primitive.name == "call_hi_primitive":
         rules = params.get("_prim", params.get("prim"))
         while isinstance(rules, hijax.VmapOf):
@@ -118,8 +118,8 @@ def lacks_forward_mode(primitive, params):
 
 
 def text_of(program):
-    """A text that two programs share only if they compute the same; empty where the text does not tell."""
-    # Constants are not printed, and of a custom derivative or a callback only the name is.
+    """A text that is equal for two programs only if they compute the same. Empty if no text can ensure that."""
+    # The text of a program contains no constants, and only the names of custom derivatives and callbacks.
     if constants(program):
         return ""
     for inner in _within(program):
@@ -139,14 +139,14 @@ _HIDE_FUNCTIONS = {
 
 
 class Unknown(Exception):
-    """A constant that is to be an input is in a program of a primitive that nobody here knows."""
+    """A constant cannot be turned into an input, because the rules here do not support the program that holds it."""
 
 
 def constants_as_inputs(primitive, params, wanted):
-    """The parameters of an operation whose programs take some constants as inputs; `wanted` has them by id.
+    """Changes the parameters of an operation so that its programs take some constants as inputs.
 
-    Returns them with the constants to insert into the inputs of the operation, as pairs of a position and constants:
-    see `insert`. Raises `Unknown` where that cannot be done.
+    `wanted` maps ids to these constants. Returns the changed parameters, and a list of pairs of a position in the
+    inputs of the operation and the constants to insert there, see `insert`. Raises `Unknown` if that is not possible.
     """
 
     def found_in(program):
@@ -160,7 +160,7 @@ def constants_as_inputs(primitive, params, wanted):
 
 
 def insert(inputs, inserted, values):
-    """`inputs` with the values (by id) of the constants `inserted` before the positions that these say."""
+    """Inserts constants into `inputs`. `inserted`: from `constants_as_inputs`. `values`: the values of the ids."""
     inputs = list(inputs)
     for position, consts in reversed(inserted):
         inputs[position:position] = [values[id(x)] for x in consts]
@@ -168,7 +168,7 @@ def insert(inputs, inserted, values):
 
 
 def with_inputs(program, consts):
-    """`program` with its constants `consts`, at any depth, as inputs in front of those that it has."""
+    """Returns `program` with its constants `consts`, at any depth, as additional first inputs."""
     if not consts:
         return program
     places = {id(x): place for place, x in enumerate(constants(program))}
@@ -185,7 +185,7 @@ _lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def _lift(program, wanted):
     jaxpr, consts = _open(program), getattr(program, "consts", ())
     if any(isinstance(effect, JaxprInputEffect) for effect in jaxpr.effects):
-        raise Unknown  # these count inputs
+        raise Unknown  # such effects refer to inputs by position
     variables = {i: Var(core.typeof(x)) for i, x in wanted.items()}
     renamed = {v: variables[id(x)] for v, x in zip(jaxpr.constvars, consts, strict=False) if id(x) in wanted}
 
@@ -254,7 +254,7 @@ def _while(params, found_in):
 
 
 def _cond(params, found_in):
-    # All branches have the same inputs.
+    # All branches must have the same inputs.
     consts = list({id(x): x for branch in params["branches"] for x in found_in(branch)}.values())
     return {**params, "branches": tuple(with_inputs(branch, consts) for branch in params["branches"])}, [(1, consts)]
 

@@ -1,10 +1,11 @@
-"""Differentiating what a JAX tape has recorded: cut the part out that matters, sweep over it, compile that.
+"""Differentiates the operations that a JAX tape has recorded, in reverse or forward mode.
 
-Each recorded operation is differentiated by JAX, at its recorded inputs, and the results are chained here,
-backwards or forwards. Nothing is computed again that the block has computed: within a larger computation,
-a second copy of the block would have a backward pass of its own. Op by op that is slower than the block
-was, so from the second time on that the same structure is met the sweep is compiled, with every array as an
-argument; inside an enclosing `jax.jit` there is nothing to do, because the compiler sees it anyway.
+A `Slice` holds the operations between the sources and the targets. A sweep over it lets JAX differentiate each one at
+its recorded inputs, and chains the results. The user's function does not run again: an enclosing derivative would also
+differentiate that second run.
+
+Run eagerly, one operation at a time, a sweep is slower than the recorded block. So from the second time that the same
+structure occurs, it is compiled, with all arrays as arguments. Inside `jax.jit`, the enclosing program compiles it.
 """
 
 import collections
@@ -22,7 +23,7 @@ from keras_gradtools.backend import jax_operation, jax_programs, jax_trace
 
 
 class Step(typing.NamedTuple):
-    """One operation of a slice, between slots; `active` are the positions that a derivative passes through."""
+    """An operation of a slice. Inputs and outputs are slots. Derivatives pass through the `active` positions."""
 
     operation: jax_operation.Operation
     inputs: tuple
@@ -31,7 +32,7 @@ class Step(typing.NamedTuple):
     active_outputs: tuple
 
     def split(self, arrays):
-        """The operation as a function of its active inputs, which gives its active outputs; and those inputs."""
+        """Returns a function from the active inputs of the operation to its active outputs, and these inputs."""
         values = [arrays[slot] for slot in self.inputs]
 
         def fun(*active):
@@ -46,8 +47,8 @@ class Step(typing.NamedTuple):
 class Slice:
     """The recorded operations through which `targets` depend on `sources`.
 
-    Every value has a slot, a number: first the sources, each once, then whatever else the operations read
-    and make. `arrays` has the recorded values of the slots that are read.
+    Every value has a number, its slot. The distinct sources come first, then all other inputs and outputs of the
+    operations. `arrays` maps the slots that are read to their recorded values.
     """
 
     def __init__(self, tape, targets, sources):
@@ -76,7 +77,7 @@ class Slice:
         self.target_slots = [slots[id(t)] if id(t) in active else None for t in targets]
 
     def structure(self):
-        """A hashable key of everything but the arrays; TypeError if some parameter cannot be hashed."""
+        """A hashable key of everything except the arrays. Raises `TypeError` if some parameter cannot be hashed."""
         steps = tuple((*_weak_operation(step.operation), *step[1:]) for step in self.steps)
         key = (steps, len(self.inputs), tuple(self.target_slots))
         hash(key)
@@ -134,15 +135,15 @@ def push_batch(part, arrays, tangents):
     return _by_pieces(lambda rows: push(part, arrays, rows), part, tangents)
 
 
-# On a processor, the values of a sweep had better stay near its caches: measured on a conv net, ten rows of 8 MiB each
-# took 1.8 times as long at once as one by one. Small rows only lose by it, and many pieces would take long to compile.
+# On a CPU, the values of a sweep should fit into its caches: on a convolutional network, ten rows of 8 MiB each took
+# 1.8 times as long at once as one by one. Small rows are slower in pieces, and many pieces take long to compile.
 PIECE_BYTES = 2**24
 LEAST_BYTES = 2**20
 MOST_PIECES = 16
 
 
 def _by_pieces(sweep, part, stacks):
-    """Maps `sweep` over axis 0 of `stacks`: vectorized, on a processor for as many at once as its caches bear."""
+    """Maps `sweep` over axis 0 of `stacks`, vectorized. On a CPU, large stacks are split into pieces for its caches."""
     count = step = stacks[0].shape[0]
     outputs = (step.operation.outputs[i] for step in part.steps for i in step.active_outputs)
     row_bytes = sum(x.size * x.dtype.itemsize for x in outputs)
@@ -157,7 +158,7 @@ def _by_pieces(sweep, part, stacks):
 def _push_one(operation, fun, inputs, directions):
     if not jax_programs.lacks_forward_mode(operation.primitive, operation.params):
         return jax.jvp(fun, inputs, directions)[1]
-    # Forward mode cannot pass a `custom_vjp` or its like; the pullback, being linear, can be pulled back itself.
+    # `custom_vjp` and similar operations have no forward mode. Their pullback is linear, so its own pullback is one.
     outputs, pullback = jax.vjp(fun, *inputs)
     _, push = jax.vjp(pullback, [jax.numpy.zeros_like(x) for x in outputs])
     return push(tuple(directions))[0]
@@ -169,7 +170,7 @@ def add(sums, slots, values):
 
 
 def differentiate(mode, part, vectors):
-    """Runs `mode` (one of the functions above) on a slice, compiled where that pays."""
+    """Runs `mode`, such as `pull` or `push`, on a slice, compiled if the same structure has occurred before."""
     try:
         if not part.steps or jax_trace.is_traced([*part.arrays.values(), *vectors]):
             return mode(part, part.arrays, vectors)
@@ -180,23 +181,23 @@ def differentiate(mode, part, vectors):
 
 
 def raise_if_deleted(part, error):
-    """Says what happened, where `error` comes from a recorded array that is gone."""
+    """Raises a clearer error if a recorded array was deleted, which then caused `error`."""
     gone = [x for x in part.arrays.values() if isinstance(x, ArrayImpl) and x.is_deleted()]
     if gone:
         raise RuntimeError(
-            "This derivative needs a value that the tape's block has used and that is gone. Received: a recorded array "
-            f"of shape {gone[0].shape} and dtype {gone[0].dtype}, which was deleted since. On JAX, `fit`, "
-            "`train_on_batch` and other compiled steps take over the arrays of the variables that they update. Take "
-            "the derivative before, or record the block anew with the present values."
+            "This derivative needs a value that the tape's block has used and that no longer exists. Received: a "
+            f"recorded array of shape {gone[0].shape} and dtype {gone[0].dtype}, which was deleted since. On JAX, "
+            "`fit`, `train_on_batch` and other compiled steps delete the arrays of the variables that they update. "
+            "Take the derivative before, or record the block again with the current values."
         ) from error
 
 
 class _CompiledSweeps:
-    """Compiled sweeps by structure: bounded, and holding the user's functions weakly.
+    """A cache of compiled sweeps, by the structure of the slice. At most `most`, with weak references to functions.
 
-    A structure is compiled when it is met for the second time (or `at_once`), so that what runs once, or has a
-    function in it that is made anew every time, is never compiled in vain. The compiled function gets the slice at hand
-    only while it runs (it looks at it when JAX traces it, for every new shape): it keeps none alive.
+    A structure is compiled when it occurs for the second time (or with `at_once`). Compiling would be wasted on a sweep
+    that runs only once, or that contains a function which is created anew every time. The compiled function reads the
+    current slice from `_at_hand` while JAX traces it, for every new shape, so it keeps no slice alive.
     """
 
     def __init__(self, most):
@@ -231,7 +232,7 @@ class _CompiledSweeps:
         return compiled
 
     def entries(self):
-        """What is kept for each structure, oldest first: a compiled function, or None where it was met once."""
+        """The entries, oldest first: a compiled function, or None for a structure that has occurred once."""
         return list(self._entries.values())
 
     def clear(self):
@@ -252,7 +253,7 @@ def _weak_operation(operation):
 
 
 def _weak(value):
-    """Stands for a parameter in a key, without keeping the functions alive that it is made of."""
+    """Returns what represents a parameter in a key. It keeps no function alive."""
     if isinstance(value, tuple):
         return tuple(_weak(v) for v in value)
     if isinstance(value, WrappedFun):
@@ -268,10 +269,11 @@ def _weak(value):
 
 
 def _transforms(fun):
-    """What JAX does to a function of a custom derivative, as a part of a key.
+    """The transformations of a function with a custom derivative, for a key.
 
-    Some of it is made anew at every call. In JAX's own functions (relu) that tells nothing; in those of others
-    it keeps what closes over changing state from being compiled, once and for all, with the state of today.
+    Some contain functions that are created anew at every call. For JAX's own functions (relu) these make no difference
+    and are left out. For all others they stay, so that a function that closes over changing state is never found in the
+    cache: its program would have the former state compiled in.
     """
     if not getattr(fun.f, "__module__", "").startswith("jax."):
         return fun.transforms
@@ -281,5 +283,5 @@ def _transforms(fun):
     )
 
 
-# `lax.scan` and its like make a new program at every call: it is its text that stays the same.
+# `lax.scan` and similar functions make a new program at every call, but its text stays the same.
 _texts = weakref.WeakKeyDictionary()

@@ -1,19 +1,17 @@
-"""The JAX trace that a tape records with; with `jax_programs` and `jax_custom_calls`, what touches JAX's internals.
+"""The JAX trace by which a tape records operations.
 
-JAX has no tape, but every operation asks the *current trace* to carry it out. `TapeTrace` stands in that
-place while a tape is open: it has its parent carry the operation out, so that the values in the user's
-hands stay what they would have been (arrays, or the tracers of an enclosing `jax.jit`), and notes the
-operation on each tape that follows one of its inputs. Values are followed by identity, which holds only if
-no operation hands an input back as its output; where JAX does that, the output becomes an alias.
+JAX has no tape, but it asks the current trace to run every operation. While a tape is open, a `TapeTrace` is the
+current trace. It lets its parent run the operation, so the values that the user sees do not change: they are arrays, or
+tracers of an enclosing `jax.jit`. Then it adds the operation to each tape that follows one of the inputs. Tapes follow
+values by identity, so an operation must never return its input itself. If it does, the output is replaced by an alias.
 
-What an operation takes in need not be among its inputs. Programs (`jax.jit`, and loops around it) have the arrays that
-their Python closed over as constants: see `jax_programs`. What the functions of a custom derivative close over, a
-`ClosureTrace` sees while they run.
+An operation may also depend on values that it closes over. In programs (`jax.jit`, and loops around it) these are
+constants: see `jax_programs`. For functions of a custom derivative, a `ClosureTrace` observes them while they run.
 
-Tested with the oldest and the newest JAX that the package supports (`make test-versions`). What it relies
-on: `jax._src.core.Trace` with `process_primitive`, `process_custom_jvp_call`, `process_custom_vjp_call`,
-`stage_value` and `requires_low`; `Primitive.is_high` and `to_lojax`; `trace_ctx`; `parent_trace` of the other traces;
-`WrappedFun`; the constructor of `ArrayImpl`.
+Together with `jax_programs` and `jax_custom_calls`, this file uses most of JAX's private code: `jax._src.core.Trace`
+with `process_primitive`, `process_custom_jvp_call`, `process_custom_vjp_call`, `stage_value` and `requires_low`,
+`Primitive.is_high` and `to_lojax`, `trace_ctx`, `parent_trace` of other traces, `WrappedFun`, and the constructor of
+`ArrayImpl`. `make test-versions` tests it with the oldest and the newest supported JAX.
 """
 
 import contextlib
@@ -41,15 +39,15 @@ def alias(x):
     """Returns another object for the same value, without a copy."""
     if isinstance(x, core.Tracer):
         other = x._trace.process_primitive(alias_p, [x], {})
-        # Some tracers are only a cover for a value of the level below.
+        # Some tracers only wrap a value of the level below.
         return other if isinstance(other, core.Tracer) else alias(jax.numpy.asarray(other))
     return ArrayImpl(x.aval, x.sharding, x._arrays, committed=x._committed, _skip_checks=True)
 
 
 def recorded_alias(x, trace=None):
-    """Returns another object for the same value, and lets the tapes that follow `x` follow it too.
+    """Returns another object for the same value, which all tapes that follow `x` follow, too.
 
-    It is one of the level that `trace` records, if that is given, even where JAX traces a program inside.
+    With `trace`, the alias belongs to the level that `trace` records, even while JAX traces a program inside it.
     """
     with core.set_current_trace(trace or core.trace_ctx.trace):
         other = alias_p.bind(x)
@@ -57,9 +55,10 @@ def recorded_alias(x, trace=None):
 
 
 def needs_alias(x):
-    """Whether a tape might take `x` for another value: any array; a tracer only where a tape is open.
+    """Whether a tape could confuse `x` with another value: true of any array, and of a tracer if a tape is open.
 
-    Elsewhere nothing of ours may get into a program: exporters know JAX's own primitives alone.
+    Without an open tape, a traced program must not contain our alias primitive, because exporters support only JAX's
+    own primitives.
     """
     if isinstance(x, core.Tracer):
         return is_followable(x) and isinstance(core.trace_ctx.trace, TapeTrace)
@@ -71,24 +70,25 @@ def is_followable(x):
     return isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
 
 
-# By id, for the arrays that programs have for a variable that was read while JAX traced them: what lets tapes follow
-# such an array as the variable's. The program goes on with the array, and its Python does not run again.
+# If a variable is read while JAX traces a program, its array becomes a constant of the program, and the Python code
+# that reads the variable does not run again. For the id of each such array, this has a function that makes tapes follow
+# it as the value of the variable.
 reads_by_programs: dict = {}
 
 
 def is_tracing_program():
-    """Whether JAX traces a program, whose Python may not run again, inside the block of a tape."""
+    """Whether JAX traces a program inside the block of a tape. Its Python code may not run again."""
     return not isinstance(core.trace_ctx.trace, TapeTrace)
 
 
 class TapeTrace(core.Trace):
-    """Has `parent` carry out every operation, and notes it on the tapes that are recording."""
+    """Lets `parent` run every operation, and adds it to the tapes that are recording."""
 
     __slots__ = ("open_tapes", "parent", "tapes")
 
     def __init__(self, parent):
         super().__init__()
-        # High-level primitives come whole: what they are made of would not have their derivatives.
+        # Ask for high-level primitives before JAX expands them: the expansion would not have their derivatives.
         self.requires_low = False  # type: ignore[misc]
         self.parent = parent
         self.open_tapes = []
@@ -110,8 +110,8 @@ class TapeTrace(core.Trace):
         if is_high and self.parent.requires_low:
             outputs, closed_over = self._lowered(primitive, tracers, params)
         else:
-            # JAX's other traces may come here with this one as the current trace, and the parent then would come
-            # back to it with what the operation is made of: it would be recorded twice.
+            # Other traces may call this with this trace as the current one. Then the operations by which the parent
+            # runs the primitive would come back here, and be recorded in addition.
             outputs = _in_nobodys_place(self.parent.process_primitive, primitive, tracers, params)
         if primitive.multiple_results:
             return self._record(primitive, (), params, tracers, outputs, programs, closed_over)
@@ -135,7 +135,7 @@ class TapeTrace(core.Trace):
 
     def process_shard_map(self, *_, **__):
         raise NotImplementedError(
-            "A GradientTape cannot follow `jax.shard_map` that runs eagerly. Received: a call of it inside a tape's "
+            "A GradientTape cannot follow `jax.shard_map` when it runs eagerly. Received: a call of it inside a tape's "
             "block. Compile it: `jax.jit(jax.shard_map(...))`."
         )
 
@@ -169,7 +169,7 @@ class TapeTrace(core.Trace):
             fun = _observed(subfuns[0], observation := _Observation(self.tapes))
             outputs = [_distinct(x) for x in process(primitive, fun, *subfuns[1:], tracers, **params)]
             if not observation.has_run:
-                # The parent differentiates, and ran the rule instead.
+                # The parent differentiates, so it ran the rule instead of the function.
                 jax.make_jaxpr(fun.call_wrapped)(*tracers)
                 jax_operation.reset(subfuns[:1])
         return self._record(primitive, subfuns, params, tracers, outputs, (), list(observation.found.values()))
@@ -211,19 +211,19 @@ class TapeTrace(core.Trace):
 
 
 def _distinct(x):
-    """What a function with a derivative of its own has returned, which may be whatever it has at hand, as an array."""
+    """A result of a function with a custom derivative as a new array: it may be an input itself, or a number."""
     if isinstance(x, ArrayImpl):
         return alias(x)
     is_number = not isinstance(x, jax.Array) and (hasattr(x, "dtype") or isinstance(x, (int, float)))
     return jax.numpy.asarray(x) if is_number else x
 
 
-# The primitives without programs among their parameters, which are most: they need no looking into.
+# The primitives that are known to have no programs in their parameters, which are most of them.
 _plain: set = set()
 
 
 class ClosureTrace(TapeTrace):
-    """Notes which of the values that tapes follow are read while a function runs that they do not see into."""
+    """Notes which values that tapes follow are read by a function whose operations the tapes do not record."""
 
     __slots__ = ("observations",)
 
@@ -239,7 +239,7 @@ class ClosureTrace(TapeTrace):
 
 
 class _Observation:
-    """What one function closes over among the values that `tapes` follow."""
+    """The values followed by `tapes` that one function closes over."""
 
     def __init__(self, tapes):
         self.tapes = list(tapes)
@@ -254,7 +254,7 @@ class _Observation:
 
     @contextlib.contextmanager
     def __call__(self):
-        """Observes what runs in the block under the current trace."""
+        """A block in which operations that run under the current trace are observed."""
         self.has_run = True
         parent = core.trace_ctx.trace
         trace = _thread.eager_closure if parent is core.eval_trace else ClosureTrace(parent)
@@ -268,13 +268,13 @@ class _Observation:
 
 @lu.transformation2
 def _observed(fun, observation, *args):
-    # What is passed is another object than the same value where it is closed over.
+    # Aliases for the arguments, so that an argument that is also closed over can be told apart.
     with observation():
         return fun(*[alias(x) if observation.follows(x) else x for x in args])
 
 
 def _in_nobodys_place(process, *args, **kwargs):
-    """Calls `process` as if no trace were the current one; as JAX's own context manager, which can be interrupted."""
+    """Calls `process` without a current trace. Unlike JAX's context manager, it is safe against an interrupt."""
     before = core.trace_ctx.trace
     try:
         core.trace_ctx.set_trace(core.eval_trace)
@@ -285,7 +285,7 @@ def _in_nobodys_place(process, *args, **kwargs):
 
 class _Thread(threading.local):
     def __init__(self):
-        # One for all eager tapes of the thread: JAX keys caches by the current trace.
+        # One for all eager tapes of the thread, because the current trace is part of the keys of JAX's caches.
         self.eager = TapeTrace(core.eval_trace)
         self.eager_closure = ClosureTrace(core.eval_trace)
         self.custom_rule = (None, None)
@@ -295,10 +295,10 @@ _thread = _Thread()
 
 
 class custom_rule(Block):  # noqa: N801 - said of a block
-    """Says that the custom derivative called in the block is `rule`, and one by its first `count` inputs only.
+    """A block in which a called custom derivative is recorded as `rule`, with a derivative by its first `count` inputs.
 
-    JAX takes a gradient of None for a zero that stops; to a tape, which chains single operations, it would be
-    an array of zeros, and NaN once it meets an infinity.
+    A gradient of None stops at the other inputs in JAX. A tape chains single operations and would get an array of zeros
+    there, which becomes NaN where it meets an infinity.
     """
 
     def __init__(self, rule, count):
@@ -312,7 +312,7 @@ class custom_rule(Block):  # noqa: N801 - said of a block
 
 
 def trace_here():
-    """The trace that a tape has to record with here: the current one, if it is a tape's."""
+    """The trace that a new tape must use here: the current one if that is a `TapeTrace`, else a new or eager one."""
     current = core.trace_ctx.trace
     if isinstance(current, TapeTrace):
         return current
@@ -326,7 +326,7 @@ def enter(trace, tape):
 
 
 def leave(trace, tape):
-    """Gives the place back to the parent once the last tape has left, in whatever order they leave."""
+    """Makes the parent the current trace again when the last tape has left, in any order."""
     while tape in trace.open_tapes:
         trace.open_tapes.remove(tape)
     if not trace.open_tapes and core.trace_ctx.trace is trace:
@@ -334,13 +334,13 @@ def leave(trace, tape):
 
 
 def is_eager():
-    """Whether operations are carried out at once: outside of every transformation of JAX."""
+    """Whether operations run immediately, outside of all transformations of JAX."""
     current = core.trace_ctx.trace
     return (current.parent if isinstance(current, TapeTrace) else current) is core.eval_trace
 
 
 def follower():
-    """A function that tells whether a tape around here follows a value; None where no tape is recording."""
+    """A function that says whether a tape of an enclosing trace follows a value. None if no tape is recording."""
     levels, level = [], core.trace_ctx.trace
     while level is not None:
         levels.append(level)
@@ -350,7 +350,7 @@ def follower():
 
 
 def is_visible(x, trace):
-    """Whether `x` is a value of the level that `trace` records, or of one around it."""
+    """Whether `x` belongs to the level that `trace` records, or to one around it."""
     if not isinstance(x, core.Tracer):
         return True
     level = trace.parent

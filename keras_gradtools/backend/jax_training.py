@@ -1,15 +1,17 @@
-"""What a failing step of Keras' training on JAX leaves: the state as it was before the step, in the variables.
+"""Restores a model's variables when a step of Keras' training on JAX fails or is interrupted.
 
-While Keras trains, evaluates or predicts on JAX, the variables are empty, and their values are arrays that each step
-takes and gives back. So a step that raises would leave a model without weights: Keras knows no values before the first
-step is done; the arrays that a step was given are donated to its program, and gone once it runs; what it returned
-is lost if an interrupt comes before it was stored.
+While Keras trains, evaluates or predicts on JAX, the variables are empty. Their values are arrays that each step
+receives and returns. Without this file, an error or Ctrl-C could leave a model without weights, in three ways:
 
-Here the state is noted before the variables are emptied, a step's result as it returns, with no Python in between, and
-a copy of the state before a program runs for the first time, whose errors and interrupts may come at any point of it.
+- Keras stores no values before the first step has ended.
+- The arrays that a step receives are donated to its compiled program, and deleted when it runs.
+- The result of a step is lost if an interrupt comes before Keras has stored it.
 
-This file knows Keras' trainer for JAX: `_get_jax_state`, `_make_function`, `_jax_state`, `_jax_state_synced`
-and `jax_state_sync`; `tests/models/test_failed_steps.py` pins it.
+So the state is stored before the variables are emptied, and the result of each step as it returns, with no Python
+bytecode in between. Before a program runs for the first time, the state is copied, because it may fail at any point.
+
+This file uses private parts of Keras' trainer for JAX: `_get_jax_state`, `_make_function`, `_jax_state`,
+`_jax_state_synced` and `jax_state_sync`. `tests/models/test_failed_steps.py` checks them.
 """
 
 import functools
@@ -27,19 +29,19 @@ from keras_gradtools.keras_internals.jax_trainer import module as keras_trainer
 
 _METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
 
-# By the number of parts of the state, which are in the order of Keras' step functions.
+# The parts of the state by their number, in the order of Keras' train, test and predict steps.
 _STORES = {
     4: ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables"),
     3: ("trainable_variables", "non_trainable_variables", "metrics_variables"),
     2: ("trainable_variables", "non_trainable_variables"),
 }
 
-# For each trainer what its last step returned, in a list of one; of two where the older is about to go.
+# For each trainer, a list with the result of its last step. For a moment it may also hold the one before.
 _returned: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class _Thread(threading.local):
-    # The trainer whose step function is being made.
+    # The trainer whose step function is being compiled.
     trainer: typing.Any = None
 
 
@@ -51,26 +53,26 @@ def _returned_by(trainer):
 
 
 class _Step:
-    """A compiled step of a trainer that notes what it returns."""
+    """A compiled step of a trainer that stores its results."""
 
     def __init__(self, trainer, compiled):
         self._trainer = weakref.ref(trainer)
         self._compiled = compiled
         self._count_programs = getattr(compiled, "_cache_size", lambda: 0)
-        # Shapes of data for which JAX has a program that it calls with no Python in between.
+        # The shapes of data for which JAX has already compiled a program, so that a call runs no Python code.
         self._known: set = set()
 
     def __call__(self, state, data):
         leaves, structure = jax.tree.flatten(data)
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
-            # A loop over steps is being traced.
+            # Keras traces a loop over steps.
             return self._compiled(state, data)
         key = (structure, tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves))
         trainer = self._trainer()
         returned, count = _returned_by(trainer), self._count_programs()
         if key not in self._known:
             _note(trainer, jax.tree.map(_copy, state))
-        # No signal is handled between the return of the program and the list.
+        # `extend` with `starmap` runs in C: Python handles no signal between the return of the program and the append.
         returned.extend(itertools.starmap(self._compiled, ((state, data),)))
         del returned[:-1]
         if self._count_programs() == count:
@@ -88,7 +90,7 @@ def _copy(x):
 
 
 def _note(trainer, state):
-    """Makes `state` what `jax_state_sync` will put into the variables."""
+    """Stores `state` for `jax_state_sync`, which assigns it to the variables."""
     trainer._jax_state = _by_store(state)
     trainer._jax_state_synced = False
     _returned_by(trainer).clear()
@@ -99,7 +101,7 @@ def _by_store(state):
 
 
 def install():
-    # From 3.16 on Keras has another name for it, which the old one calls.
+    # Since Keras 3.16 it is called `state_sync`, and the old name calls the new one.
     sync_name = "state_sync" if hasattr(_Trainer, "state_sync") else "jax_state_sync"
     get_state, make_function, sync = _Trainer._get_jax_state, _Trainer._make_function, getattr(_Trainer, sync_name)
 
@@ -114,7 +116,7 @@ def install():
     @functools.wraps(make_function)
     def _make_function(self, step_function, *args, **kwargs):
         if hasattr(step_function, "lower"):
-            # Keras up to 3.15 hands a compiled function over.
+            # Keras up to 3.15 passes a function that is already compiled.
             step_function = _Step(self, step_function)
         _thread.trainer = self
         try:
@@ -136,7 +138,7 @@ def install():
     for name in _METHODS:
         setattr(_Trainer, name, _restoring(getattr(_Trainer, name)))
     if "out_shardings" in inspect.signature(make_function).parameters:
-        # Keras from 3.16 on compiles in `_make_function`.
+        # Since Keras 3.16, `_make_function` compiles the step.
         jit = keras_trainer.jit
 
         def jit_step(fun, **options):
@@ -154,12 +156,12 @@ def _restoring(method):
         except BaseException as error:
             self.jax_state_sync()
             self._jax_state = None
-            # Tracers of the step.
+            # It may hold tracers of the failed step.
             self._losses_override.clear()
             if any(_is_deleted(v._value) for v in self.variables):
                 error.add_note(
-                    "The compiled step failed while it ran on arrays that Keras had donated to it: the weights of "
-                    f"{self.name!r} are lost. Load them from a checkpoint."
+                    "The compiled step failed while it ran, and Keras had donated the arrays of the weights to it: the "
+                    f"weights of {self.name!r} are lost. Load them from a checkpoint."
                 )
             raise
 

@@ -1,10 +1,14 @@
-"""Operations of Keras whose usual formulas have wrong derivatives at single points, by other formulas.
+"""Replacements for Keras operations whose derivatives are wrong at single points, such as 0.
 
-- `i0` at 0: JAX's second derivative is 0 and TensorFlow's 1, for 1/2; torch's fourth one is wrong.
+Automatic differentiation takes the derivative of a formula, and the usual formula of these operations has a singularity
+or a branch there. Each function here takes the original operation and returns one with the same values, computed by a
+formula that has the right derivatives everywhere.
+
+- `i0` at 0: the second derivative is 1/2. JAX gives 0 and TensorFlow 1. torch's fourth derivative is wrong.
 - `sinc` at 0: TensorFlow's first derivative and torch's second one are NaN; JAX's first one is inaccurate nearby.
-- `logaddexp(x, x)`: TensorFlow's derivatives are 1 and 0, for 1/2 and 1/2.
-- `ldexp(x, n)`: JAX's and TensorFlow's derivative is 1 at x = 0, and torch's 0 for n < 0, for 2^n.
-- `nextafter(x, y)`: JAX and TensorFlow have no derivative, and torch's is 0 where both are equal, for 1.
+- `logaddexp(x, x)`: both derivatives are 1/2. TensorFlow gives 1 and 0.
+- `ldexp(x, n)`: the derivative is 2^n. JAX and TensorFlow give 1 at x = 0, and torch gives 0 for n < 0.
+- `nextafter(x, y)`: the derivative by x is 1. JAX and TensorFlow have none, and torch gives 0 where x = y.
 """
 
 import functools
@@ -15,13 +19,13 @@ from keras import ops
 
 
 def i0(original):
-    """The sum of (x^2 / 4)^k / (k!)^2 where that is short."""
+    """`i0` by the sum of (x^2 / 4)^k / (k!)^2 where |x| < 0.5, and by `original` elsewhere."""
     coefficients = [1 / math.factorial(k) ** 2 for k in range(12)]
     return _even(original, coefficients, lambda x: x / 2)
 
 
 def sinc(original):
-    """The sum of (-1)^k (pi x)^2k / (2k + 1)! where that is short."""
+    """`sinc` by the sum of (-1)^k (pi x)^2k / (2k + 1)! where |x| < 0.5, and by `original` elsewhere."""
     coefficients = [(-1) ** k / math.factorial(2 * k + 1) for k in range(12)]
     return _even(original, coefficients, lambda x: math.pi * x)
 
@@ -44,12 +48,12 @@ def _even(original, coefficients, scaled):
 
 
 def logaddexp(original):
-    """The larger number and `softplus` of the other's distance, which is the same function on both sides."""
+    """`a + softplus(b - a)` if a > b, else `b + softplus(a - b)`. Both have the derivatives 1/2 and 1/2 at a = b."""
     return _smooth_maximum(original, 1.0)
 
 
 def logaddexp2(original):
-    """The same in powers of 2."""
+    """`logaddexp` for powers of 2."""
     return _smooth_maximum(original, math.log(2))
 
 
@@ -67,13 +71,13 @@ def _smooth_maximum(original, base):
 
 
 def ldexp(original):
-    """The product with powers of 2 in floating point."""
+    """`x1 * 2**x2` as a product, which has the right derivative."""
 
     @functools.wraps(original)
     def call(x1, x2):
         value = original(x1, x2)
         exponent = ops.cast(ops.convert_to_tensor(x2), value.dtype)
-        # In two steps, since a power may be too large or too small where the product is not.
+        # In two steps, because 2**x2 may overflow or underflow where the product does not.
         half = ops.floor(exponent / 2)
         two = 2 * ops.ones_like(exponent)
         return ops.cast(ops.convert_to_tensor(x1), value.dtype) * ops.power(two, half) * ops.power(two, exponent - half)
@@ -82,7 +86,7 @@ def ldexp(original):
 
 
 def nextafter(original):
-    """The number itself and a constant."""
+    """x1 plus a constant, so that the derivative by x1 is 1."""
 
     @functools.wraps(original)
     def call(x1, x2):

@@ -1,4 +1,8 @@
-"""The calls of layers while a model runs: what each returned, and what a tape knows of it."""
+"""Observes the calls of layers while a model runs, with their outputs or under a tape.
+
+Keras has no hook for that, so `Layer.__call__` and `Operation.__call__` are replaced while a block here is open.
+Diagnostics use it to find the layer that causes a problem.
+"""
 
 import contextlib
 import itertools
@@ -15,7 +19,7 @@ from keras_gradtools.keras_internals.layers import Layer, Operation, get_keras_m
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer: what it was given, and what it returned as NumPy arrays, flat."""
+    """One call of a layer: its arguments, and its outputs as a flat list of NumPy arrays."""
 
     layer: Any
     args: tuple
@@ -24,11 +28,14 @@ class LayerCall(NamedTuple):
 
 
 class WatchedCall(NamedTuple):
-    """One call of a layer under a tape: aliases of its inputs, which no other layer has, and its outputs.
+    """One call of a layer under a tape.
 
-    `given` are all the tensors that it was given, and their masks.
-    `layer` may also be an operation in the graph of a functional model. `name` has the names of the layers around it,
-    but for the outermost. `key` stands for this call, and `parent` for the one around it.
+    `layer`: The layer, or an operation in the graph of a functional model.
+    `name`: The names of the enclosing layers except the outermost, and of this one, joined by "/".
+    `inputs`: Aliases of the floating-point inputs. Only this call received them.
+    `outputs`: What the layer returned.
+    `key`: A number for this call. `parent`: The key of the enclosing call, or -1.
+    `given`: All tensors in the arguments, and their masks.
     """
 
     layer: Any
@@ -53,12 +60,12 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def recorded(model):
-    """A block whose calls of layers of `model`, run eagerly in this thread, are put into a list as they end."""
+    """Yields a list to which each eager call of a layer of `model` on this thread is added when it ends."""
     calls: list = []
 
     def see(layer, args, kwargs, outputs):
         found = [array_of(y) for y in keras.tree.flatten(outputs) if y is not None]
-        # What a loop of the framework traces, the cell of a recurrent layer for example, has no values.
+        # Inside a loop that the framework traces, as for the cell of a recurrent layer, tensors have no values.
         if all(y is not None for y in found):
             calls.append(LayerCall(layer, args, kwargs, found))
 
@@ -68,9 +75,9 @@ def recorded(model):
 
 
 class seen(Block):  # noqa: N801 - said of a block
-    """A block in which `see(layer, args, kwargs, outputs)` is called as each call of a layer of `model` ends.
+    """A block in which `see(layer, args, kwargs, outputs)` is called after each call of a layer of `model`.
 
-    Only calls in this thread are seen. Keeping nothing of the outputs keeps the memory that of a call of the model.
+    Only calls on this thread are seen. If `see` keeps no outputs, the block takes no more memory than the model.
     """
 
     def __init__(self, model, see):
@@ -92,10 +99,10 @@ class seen(Block):  # noqa: N801 - said of a block
 
 
 class watched(Block):  # noqa: N801 - said of a block
-    """A block whose calls of layers, run eagerly in this thread, are put into the list `calls` as they end.
+    """A block in which each eager call of a layer on this thread is added to the list `calls` when it ends.
 
-    `record` is recording, and watches the floating-point inputs of each of them: an alias is passed on, so that what
-    comes out of the layer depends on it by way of the layer alone.
+    `record`, a tape that is recording, watches an alias of each floating-point input. The layer receives the alias, so
+    a derivative by it includes only the paths through this layer.
     """
 
     def __init__(self, record):
@@ -113,9 +120,9 @@ class watched(Block):  # noqa: N801 - said of a block
 
 
 class _Hooks:
-    """What stands in the place of Keras' `__call__` as long as some block, on whatever thread, needs it.
+    """Replaces Keras' `__call__` as long as a block on any thread needs it.
 
-    Each thread goes by its own `_thread`, so that for the others it does what Keras does.
+    The replacement reads the thread-local `_thread`, so on threads without a block it only calls the original.
     """
 
     _lock = threading.Lock()
@@ -153,7 +160,7 @@ class _Hooks:
     @staticmethod
     def _of_operation(_, original):
         def __call__(self, *args, **kwargs):
-            # A layer's call comes by here as well.
+            # A layer is an operation, too, and calls this method through `super()`.
             if _thread.calls is None or isinstance(self, Layer):
                 return original(self, *args, **kwargs)
             return _watched_call(original, self, args, kwargs)
@@ -162,7 +169,7 @@ class _Hooks:
 
 
 class in_single_precision(Block):  # noqa: N801 - said of a block
-    """A block in which layers that compute in half precision compute in single precision, in this thread."""
+    """A block in which layers with a half-precision policy compute in single precision, on this thread."""
 
     _NAME = "_dtype_policy"
     _lock = threading.Lock()
@@ -171,7 +178,7 @@ class in_single_precision(Block):  # noqa: N801 - said of a block
     def begin(self):
         with self._lock:
             self._blocks.add(id(self))
-            # What Keras asks; in the layers themselves, which other threads may be calling, nothing changes.
+            # Keras reads this attribute. The layers stay unchanged, because other threads may be calling them.
             setattr(Layer, self._NAME, property(_policy, _set_policy))
         _thread.is_single = True
 
@@ -205,7 +212,7 @@ def _watched_call(original, layer, args, kwargs):
     given += [mask for mask in map(get_keras_mask, given) if mask is not None]
     for i, leaf in enumerate(leaves):
         if _is_float_tensor(leaf) and len(leaf.shape):
-            # What a loop of the framework traces has no values.
+            # Inside a loop that the framework traces, tensors have no values.
             if array_of(leaf) is None:
                 return original(layer, *args, **kwargs)
             leaves[i] = backend.alias(leaf)
@@ -232,25 +239,25 @@ def _is_float_tensor(x):
 
 
 def path_of(layer):
-    """The path of a layer in its model, or its name where Keras has given it none."""
+    """The path of a layer in its model, or its name if it has no path."""
     return layer.path or layer.name
 
 
 def class_path(layer):
-    """The name of a layer's or operation's class, with its module where it is not one of Keras' own."""
+    """The public path of the class of a layer or operation, such as `keras.layers.Dense`."""
     cls = type(layer)
     kind = "layers" if isinstance(layer, Layer) else "ops"
     return f"keras.{kind}.{cls.__name__}" if is_keras_own(layer) else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_keras_own(layer):
-    """Whether a layer's or operation's class comes with Keras."""
+    """Whether the class of a layer or operation is part of Keras."""
     return type(layer).__module__.split(".")[0] == "keras"
 
 
 def array_of(x):
-    """A tensor as a NumPy array, without its gradient; None where a trace has no value for it."""
+    """A tensor as a NumPy array. None for a tensor without a value, inside a trace."""
     try:
         return ops.convert_to_numpy(ops.stop_gradient(x)) if ops.is_tensor(x) else np.asarray(x)
-    except Exception:  # each framework has its own for this
+    except Exception:  # each framework raises its own error for a tensor without a value
         return None

@@ -158,7 +158,7 @@ class TestArraysThatFitTakesOver:
             lambda: tape.batch_jacobian(y, data),
             lambda: pullback(jnp.ones((4, 1))),
         ):
-            with pytest.raises(RuntimeError, match=r"array of shape \(.*deleted since.*record the block anew"):
+            with pytest.raises(RuntimeError, match=r"array of shape \(.*deleted since.*record the block again"):
                 derivative()
         assert np.isfinite(before).all()
 
