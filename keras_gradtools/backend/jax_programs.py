@@ -37,7 +37,7 @@ def named(primitive):
     return {
         "custom_jvp_call": "a function under `jax.custom_jvp`",
         "custom_vjp_call": "a function under `jax.custom_vjp`",
-        "call_hi_primitive": "a primitive with a derivative of its own",
+        "call_hi_primitive": "a primitive with a custom derivative",
     }.get(primitive.name, f"a program of JAX's `{primitive.name}`")
 
 

@@ -1,4 +1,9 @@
-"""The kernels on TensorFlow, over its own tape."""
+"""The kernels on TensorFlow, built on `tf.GradientTape`.
+
+TensorFlow's tape does not follow Keras' `trainable` flags, and some of its gradients are wrong or missing. This file
+adds the first and installs the corrections of the other `tensorflow_*` files. `keras_gradtools.backend` lists what each
+kernel does.
+"""
 
 import contextlib
 import functools
@@ -71,10 +76,10 @@ LINEARIZES_ONCE = False
 
 
 class Tape(recording.Recording):
-    """`tf.GradientTape`, told by Keras which variables are trainable.
+    """A `tf.GradientTape` that watches the variables that are trainable in Keras.
 
-    The native tape is always persistent (whether a second call is allowed is decided above) and watches
-    accessed variables by itself, because a `tf.function` that was traced earlier reads them without Keras.
+    The native tape is always persistent: `tape.py` decides whether a second derivative is allowed. It also watches
+    accessed variables by itself, because a `tf.function` that was traced earlier reads them without calling Keras.
     """
 
     def __init__(self, watch_accessed_variables):
@@ -88,7 +93,7 @@ class Tape(recording.Recording):
     def _new_native(self):
         watch = self._watch_accessed_variables
         native = tf.GradientTape(persistent=True, watch_accessed_variables=watch)
-        # One that was never entered would take a derivative for the second one on a used tape.
+        # A native tape that was never entered has no `_tape`, and `gradient` would raise the error for a second call.
         made: list = []
         try:
             made.extend(map(pywrap_tfe.TFE_Py_TapeSetNew, (True,), (watch,)))
@@ -98,8 +103,9 @@ class Tape(recording.Recording):
         native._tape = tape_module.Tape(made[0])
         return native
 
-    # TensorFlow's set of recording tapes cannot be asked, and removing from it what is not in it is fatal. No signal
-    # is handled between a step here and its note: an odd number of notes says that the tape is in the set.
+    # TensorFlow does not say which tapes are in its set of recording tapes, and removing one that is not in the set
+    # crashes the process. So each change of the set is noted: an odd number of notes means that the tape is in the set.
+    # `extend` with `map` runs in C, so an interrupt cannot come between a change and its note.
 
     def _push(self):
         if len(self._notes) % 2 == 0:
@@ -147,12 +153,12 @@ class Tape(recording.Recording):
         self.custom_gradients = []
 
     def watched_variables(self):
-        """Those of Keras in the order in which they were met, then those that the native tape alone has seen."""
+        """The variables that Keras reported, in the order of their reads, then those that only the native tape saw."""
         watched = super().watched_variables()
         others = tensorflow_variables.owners((*self._seen_by_native, *self.native.watched_variables()))
         known = set(map(id, watched))
         for variable in others:
-            # The native tape goes by a flag of a variable of Keras' that may be stale.
+            # The native tape reads TensorFlow's `trainable` flag, which may be out of date for a Keras variable.
             if id(variable) not in known and not (isinstance(variable, keras.Variable) and not self.wants(variable)):
                 watched.append(variable)
                 known.add(id(variable))
@@ -162,7 +168,7 @@ class Tape(recording.Recording):
         if self in recording.active_tapes():
             self.native.watch(tensor)
         else:
-            # The native tape ignores what it is told while it is paused.
+            # The native tape ignores `watch` while it is paused.
             self._watch_later.append(tensor)
 
     def watch_variable(self, variable):
@@ -184,8 +190,8 @@ def _watch_read(variable, value, tapes):
     if not value.dtype.is_floating:
         return value
     for tape in tapes:
-        # The native tape goes by TensorFlow's `trainable` flag, which is the one of the day the variable was
-        # made: without this it would not see a layer that was unfrozen since.
+        # The native tape reads TensorFlow's `trainable` flag, which is set when the variable is created. Without this,
+        # it would not watch a layer that was unfrozen later.
         tape.native.watch(value)
         tape.note_read(variable, value, recording.is_lent(variable, value))
     return value
@@ -205,11 +211,11 @@ def _differentiable_moments(to_first_order):
 def _moments(to_first_order, x, axes, keepdims):
     """Mean and variance, differentiable to any order.
 
-    `tf.nn.moments`, which Keras' normalization layers use, takes the mean inside the variance for a constant.
-    That is exact to first order only: from the second on, derivatives would be silently wrong.
+    `tf.nn.moments`, which Keras' normalization layers use, takes the mean inside the variance for a constant. First
+    derivatives are right, but all higher ones are silently wrong.
     """
     if tf.executing_eagerly() and not recording.active_tapes():
-        # Not inside a graph, which may be called under a tape long after it was traced.
+        # The original is not used in a graph, because a tape may record a call of the graph later.
         return to_first_order(x, axes, keepdims)
     mean = tf.reduce_mean(x, axes, keepdims=True)
     variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=keepdims)
@@ -248,8 +254,8 @@ def pushforward(tape, targets, sources, tangents):
 
 
 def linearize(tape, targets, sources, is_symmetric=False):
-    # A pullback is linear in its cotangents, so that its own pullback is the pushforward. A nested
-    # `ForwardAccumulator` would be silently wrong, and none can be laid over a block that has already run.
+    # A pullback is linear in its cotangents, so its own pullback is the pushforward. A `ForwardAccumulator` cannot be
+    # used: it would have to be active while the block runs, and nested ones are silently wrong.
     _, values, places = tape.spread(sources, range(len(sources)))
     if not values:
         return lambda tangents: [None] * len(targets)
@@ -266,16 +272,17 @@ def linearize(tape, targets, sources, is_symmetric=False):
         return _dense(transposed.gradient([g for g, _ in connected], cotangents, output_gradients=upstream))
 
     def push_as_a_graph(tangents):
-        # The record's values are inputs of the graph, which computes what depends on the tangents, and no more.
+        # The recorded values are inputs of the graph, so it computes only what depends on the tangents.
         return linearize(tape, targets, sources)(tangents)
 
     return _CompiledWhenItPays(push, push_as_a_graph) if tf.executing_eagerly() and connected else push
 
 
 class _CompiledWhenItPays:
-    """Runs a function eagerly until that has taken about as long as tracing it would, and as a graph from then on.
+    """Runs a function eagerly for a total of `TRACING` seconds, and as a graph from then on.
 
-    A graph leaves out what eager backpropagation computes in vain, but tracing takes as long as many small products.
+    A graph omits operations that eager backpropagation computes unnecessarily, but tracing takes as long as many small
+    products. So it is only traced when tracing takes no longer than the eager calls so far.
     """
 
     TRACING = 0.3
@@ -283,7 +290,7 @@ class _CompiledWhenItPays:
     def __init__(self, eager, traced):
         self._eager = eager
         self._traced = tf.function(traced, autograph=False)
-        # One for each linearization, which is no mistake of the user's.
+        # There is one for each linearization, so TensorFlow's warning would be of no use.
         self._traced._omit_frequent_tracing_warning = True
         self._seconds = 0.0
 
@@ -333,7 +340,7 @@ def replica_results(fun, batch, variable):
 
 
 def _sharing_strategy(batch, variable):
-    """The strategy whose replicas share a batch; None where nobody does."""
+    """The strategy whose replicas share a batch. None if the batch is not shared."""
     strategy = getattr(variable._value, "distribute_strategy", None)
     if strategy is None or (tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()):
         return None
@@ -353,7 +360,7 @@ def _on_replicas(strategy, fun, batch):
 
 
 def train_function(model, step):
-    """What `fit` calls: a batch that Keras has split for replicas is put together again."""
+    """Joins a batch that Keras has split between replicas, and passes it to `step`."""
     strategy = model.distribute_strategy
 
     def whole(x):
@@ -382,12 +389,12 @@ def random_state():
 
 
 def with_random_state(state):
-    # Keras' seeds are variables here, so that whoever holds their values holds it all.
+    # On TensorFlow, the variables of Keras' seeds are the whole random state.
     return contextlib.nullcontext()
 
 
 def compiled(fun):
-    # Keras compiles the whole training step, and this with it.
+    # Keras compiles the whole training step, which includes `fun`.
     return fun
 
 
@@ -396,12 +403,12 @@ def assigns_at_once():
 
 
 def can_make_variables():
-    # The replicas of a strategy would each make their own.
+    # Each replica would create a variable of its own.
     return tf.distribute.get_strategy().num_replicas_in_sync == 1 or tf.distribute.in_cross_replica_context()
 
 
 def eagerly():
-    # Out of whatever graph is being built.
+    # Lifts the block out of the graph that is being built.
     return tf.init_scope()
 
 
@@ -413,7 +420,7 @@ def tried(fun):
 
 
 def modes_kept():
-    # The modes of this framework are those of graphs and traces, which end with what they are of.
+    # TensorFlow has no modes that outlive an error: a graph context ends with the function that is traced.
     return Block()
 
 
@@ -426,10 +433,10 @@ def map_chunks(fun, count, chunk_size):
         return chunks.loop(fun, count, chunk_size)
     number = -(-count // chunk_size)
     if not isinstance(count, int):
-        # The loop over the rest cannot run no times where shapes are unknown. A number past the last one gives zeros.
+        # With unknown shapes, `tf.map_fn` cannot loop over nothing. Indices past the last one only add rows to cut off.
         number = tf.maximum(number, 2)
     index = tf.reshape(tf.range(number * chunk_size), (number, chunk_size))
-    # The first one tells what comes out of the others, and they are not to run before it is done.
+    # The first chunk shows which results are None, and the shapes of the others. The rest must not run before it ends.
     first = fun(index[0])
     present = chunks.Present(fun)
     connected = [r for r in first if r is not None]
@@ -454,7 +461,7 @@ def per_example_gradients(fun, weights, examples, must_vectorize=False):
         found = pullback(tape, [value], weights, [tf.ones_like(value)])
         return [tf.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)] + [
             tf.identity(x)
-            for x in aux  # a tensor from outside is none of the vectorizer's graph
+            for x in aux  # without `identity`, a tensor from outside would not be in the vectorizer's graph
         ]
 
     if not must_vectorize:
@@ -466,13 +473,13 @@ def per_example_gradients(fun, weights, examples, must_vectorize=False):
 
 
 def _map_connected(fun, stacks):
-    """Maps `fun` over axis 0 of `stacks`, vectorized; a result that is None stays None."""
+    """Maps `fun` over axis 0 of `stacks`, vectorized. A result that is None stays None."""
     connected = []
 
     def present(rows):
         results = fun(rows)
         connected[:] = [r is not None for r in results]
-        # Something has to come out of the map, also where nothing is connected.
+        # The map must return something, even if nothing is connected.
         return [r for r in results if r is not None] or [rows[0]]
 
     mapped = iter(_map_rows(present, stacks))
@@ -486,11 +493,11 @@ def _map_rows(fun, stacks):
         with _without_the_log_of_the_vectorizer():
             return _vectorize(fun, stacks)
     except Exception as error:
-        # What the vectorizer raises has no class of its own: it has raised `TypeError`, `KeyError` and others.
+        # The vectorizer has no error class of its own: it raises `TypeError`, `KeyError` and others.
         if stacks[0].shape[0] is None:
             raise
         reason = str(error).strip() or type(error).__name__
-    # What `fun` itself raises, it raises here again, unchanged.
+    # If the error came from `fun` itself, it is raised again here.
     results = _row_by_row(fun, stacks)
     _warn_unvectorized(reason.splitlines()[-1].strip())
     return results
@@ -498,9 +505,10 @@ def _map_rows(fun, stacks):
 
 @contextlib.contextmanager
 def _without_the_log_of_the_vectorizer():
-    """Where it cannot, it prints the graph, a thousand lines of it, and our warning says it in one.
+    """Hides the vectorizer's log messages on this thread.
 
-    Where it has a loop of its own, it asks whoever reads that to mend it.
+    If it cannot vectorize, it prints the graph in a thousand lines, where our warning has one. If it falls back to a
+    loop, it asks the reader to fix TensorFlow.
     """
     thread = threading.get_ident()
 
@@ -522,7 +530,7 @@ def _row_by_row(fun, stacks):
     results = [tf.stack(column) for column in zip(*rows, strict=True)]
     if unrolled == count:
         return results
-    # A graph of every row would take long to trace.
+    # A graph with every row unrolled would take long to trace.
     signature = [tf.TensorSpec(r.shape[1:], r.dtype) for r in results]
     rest = tf.map_fn(fun, [s[unrolled:] for s in stacks], fn_output_signature=signature)
     return [tf.concat(pair, 0) for pair in zip(results, rest, strict=True)]
@@ -534,7 +542,7 @@ _MOST_UNROLLED = 8
 def _vectorize(fun, stacks):
     if not tf.executing_eagerly():
         return tf.vectorized_map(fun, stacks, warn=False)
-    # Eagerly it makes a function of its own at every call, which TensorFlow would warn of as retracing.
+    # Run eagerly, `vectorized_map` makes a new function at every call, and TensorFlow would warn about retracing.
     compiled = tf.function(lambda: tf.vectorized_map(fun, stacks, warn=False), autograph=False)
     compiled._omit_frequent_tracing_warning = True
     return compiled()
@@ -543,8 +551,8 @@ def _vectorize(fun, stacks):
 @functools.cache
 def _warn_unvectorized(reason):
     warnings.warn(
-        "TensorFlow cannot vectorize this computation, so a Jacobian is computed one row, a per-example gradient one "
-        f"example at a time, which is slower. TensorFlow said: {reason}",
+        "TensorFlow cannot vectorize this computation. Jacobians are computed row by row, and per-example gradients "
+        f"example by example, which is slower. TensorFlow said: {reason}",
         stacklevel=2,
     )
 
@@ -565,7 +573,7 @@ def custom_gradient(fun):
 
         def grad(*upstream, variables=()):
             gradients = grad_fn(*upstream)
-            # Variables that `fun` reads are constants of its gradient, on every backend.
+            # On every backend, `grad_fn` gives no gradient by the variables that `fun` reads.
             return (gradients, [None] * len(variables)) if variables else gradients
 
         return values, grad

@@ -1,4 +1,4 @@
-"""The dataclasses that `tf.nest` takes for containers: those with its two methods."""
+"""The containers of TensorFlow: dataclasses with the methods `__tf_flatten__` and `__tf_unflatten__` of `tf.nest`."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from keras_gradtools.nesting import Outline, Registry
 
 @dataclasses.dataclass
 class Leaves:
-    """A nesting as TensorFlow can return it from a graph, whatever containers it is of."""
+    """A nested structure that a `tf.function` can return, even with containers that TensorFlow does not know."""
 
     outline: Outline
     leaves: list

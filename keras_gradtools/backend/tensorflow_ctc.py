@@ -1,6 +1,7 @@
-"""The CTC loss, twice differentiable: TensorFlow's own has a second derivative of NaN.
+"""A CTC loss that can be differentiated twice. The second derivative of TensorFlow's own is NaN.
 
-TensorFlow goes by logarithms of zero for what no alignment reaches. Here these are very negative numbers.
+For states that no alignment reaches, TensorFlow uses the logarithm of zero, which is infinite. Here it is a very
+negative finite number.
 """
 
 import functools
@@ -13,12 +14,12 @@ _IMPOSSIBLE = -1e30
 
 
 def differentiable(original):
-    """Keras' `ctc_loss` for TensorFlow, with this loss in its place where it may be differentiated twice."""
+    """Returns Keras' `ctc_loss`, computed by this file under a tape and in graphs, and by `original` elsewhere."""
 
     @functools.wraps(original)
     def ctc_loss(target, output, target_length, output_length, mask_index=0):
         if tf.executing_eagerly() and not recording.active_tapes():
-            # Not inside a graph, which may be called under a tape long after it was traced.
+            # The original is not used in a graph, because a tape may record a call of the graph later.
             return original(target, output, target_length, output_length, mask_index)
         target, output, target_length, output_length = map(
             tf.convert_to_tensor, (target, output, target_length, output_length)
@@ -29,9 +30,9 @@ def differentiable(original):
 
 
 def _loss(target, output, target_length, output_length, blank):
-    """Minus the logarithm of the probability of all alignments (Graves et al., 2006, equations 5 to 8).
+    """The negative log-likelihood, summed over all alignments (Graves et al., 2006, equations 5 to 8).
 
-    `target` is of shape `(batch, labels)`, and `output`, the logits, of shape `(batch, time, classes)`.
+    `target` has shape `(batch, labels)`. `output` holds logits, with shape `(batch, time, classes)`.
     """
     if output.dtype not in (tf.float32, tf.float64):
         output = tf.cast(output, tf.float32)
@@ -39,10 +40,10 @@ def _loss(target, output, target_length, output_length, blank):
     impossible = tf.constant(_IMPOSSIBLE, output.dtype)
     batch, labels = tf.shape(target)[0], tf.shape(target)[1]
 
-    # A blank before each label, and one at the end.
+    # The states are a blank before each label, the label, and a blank at the end.
     states = tf.stack([tf.fill(tf.shape(target), blank), target], axis=-1)
     states = tf.concat([tf.reshape(states, [batch, 2 * labels]), tf.fill([batch, 1], blank)], 1)
-    # The blank between two labels can be left out, unless they are the same.
+    # The blank between two labels can be skipped, unless the labels are equal.
     skips = (states[:, 2:] != blank) & (states[:, 2:] != states[:, :-2])
     skips = tf.concat([tf.zeros([batch, tf.minimum(2, 2 * labels + 1)], tf.bool), skips], 1)
 
@@ -65,7 +66,7 @@ def _loss(target, output, target_length, output_length, blank):
     forward = tf.concat([first[None], every], 0)[-1]
     last = tf.stack([2 * target_length, tf.maximum(2 * target_length - 1, 0)], axis=1)
     found = tf.gather(forward, last, axis=1, batch_dims=1)
-    # Without a label there is no last one, and its state is the blank again.
+    # Without labels there is no last label, and index 0 is the blank, which is counted already.
     found = tf.where(tf.stack([target_length >= 0, target_length > 0], axis=1), found, impossible)
     loss = -tf.reduce_logsumexp(found, axis=1)
     return tf.where(loss < -_IMPOSSIBLE / 2, loss, tf.constant(float("inf"), loss.dtype))

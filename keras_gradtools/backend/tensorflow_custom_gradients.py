@@ -1,14 +1,16 @@
-"""Functions that TensorFlow differentiates by their arguments alone: `tf.recompute_grad` and `tf.custom_gradient`.
+"""Prevents missing gradients by closed-over tensors in `tf.recompute_grad` and `tf.custom_gradient`.
 
-Both lose the gradient by what a function closes over, without a word. The values that a stateless scope lends to Keras
-variables are such: a model built under `keras.RematScope` would have no gradient by its functional weights.
+TensorFlow differentiates both kinds of functions by their arguments only, and silently drops the gradient by tensors
+that they close over. The values that a stateless scope gives to Keras variables are such tensors, so a model built
+under `keras.RematScope` would have no gradient by its functional weights.
 
-- Rematerialization is no more than a saving of memory. Where derivatives of this package are taken, the function runs
-  as it is, which is right to any order. Everywhere else, as in the training step of Keras alone, it is rematerialized.
-- A custom gradient is its author's. Where a source would have no gradient for this reason, that is an error.
+- Rematerialization only saves memory. Where this package records, the function runs without it, and its derivatives are
+  right to any order. Elsewhere, as in Keras' own training step, it is rematerialized.
+- A custom gradient cannot be replaced, because only its author knows it. Where a source would have no gradient for this
+  reason, an error is raised.
 
-This is the one file that replaces functions in TensorFlow's `custom_gradient` module. All that is decorated goes
-through the two of them at each call, also what was decorated before this package was imported.
+Only this file replaces functions in TensorFlow's module `custom_gradient`. Decorated functions call the two replaced
+functions each time they run, even if they were decorated before this package was imported.
 """
 
 import functools
@@ -21,7 +23,7 @@ from keras_gradtools.backend import recording, state
 
 
 class ClosedOver:
-    """One call of a custom gradient under a tape: its arguments, its values as they were computed, and its results."""
+    """One call of a custom gradient under a tape: its arguments, the values computed inside it, and its results."""
 
     def __init__(self, name, args, values, results):
         self.name = name
@@ -31,8 +33,8 @@ class ClosedOver:
         self._graph = _graph()
 
     def hides(self, tape, targets, source):
-        """Whether a path from `source` to `targets` leads through the function, but through none of its arguments."""
-        # What is of the graph of a function that was traced under the tape has no values outside.
+        """Whether `targets` depend on `source` through this function, but not through its arguments."""
+        # Tensors of a graph that was traced under the tape have no values outside of it.
         return (
             self._graph is _graph()
             and _connected(tape, self.values, source)
@@ -46,24 +48,24 @@ def _graph():
 
 
 def require_connected(tape, targets, sources, gradients):
-    """Raises `ValueError` for a source whose gradient is None only because a custom gradient closes over it."""
+    """Raises `ValueError` if the gradient by a source is None only because a custom gradient closes over the source."""
     for source, gradient in zip(sources, gradients, strict=True):
         if gradient is not None or isinstance(source, tf.Variable):
-            # TensorFlow asks a custom gradient for those of the variables that it reads.
+            # TensorFlow asks a custom gradient for the gradients by the `tf.Variable`s that it reads.
             continue
         for call in tape.custom_gradients:
             if call.hides(tape.native, targets, source):
                 raise ValueError(
                     f"The gradient by a tensor is lost in {call.name!r}, a function under `tf.custom_gradient` that "
-                    "closes over it, or reads a variable that it stands for in a functionalized model. TensorFlow "
-                    "would give zeros. Pass the tensor as an argument, or hold it constant with "
-                    f"`kg.stop_gradient` if that is meant. Received: a source of shape {tuple(source.shape)} and "
-                    f"dtype {source.dtype.name}."
+                    "closes over the tensor, or over a variable whose value it is in a functionalized model. "
+                    "TensorFlow would give zeros. Pass the tensor as an argument, or use `kg.stop_gradient` if it is "
+                    f"meant as a constant. Received: a source of shape {tuple(source.shape)} and dtype "
+                    f"{source.dtype.name}."
                 )
 
 
 def constant_closure(fun):
-    """Marks a function under `tf.custom_gradient` to which what it closes over is a constant by contract."""
+    """Marks a function under `tf.custom_gradient` whose closed-over values are documented to be constants."""
     fun._closes_over_constants = True
     return fun
 
@@ -74,7 +76,7 @@ def _connected(tape, targets, source):
 
 
 def _rematerialized(fun):
-    """What `tf.recompute_grad` was given, if `fun` is the function that it made; else None."""
+    """The function that was passed to `tf.recompute_grad`, if that returned `fun`. Otherwise None."""
     if getattr(fun, "__qualname__", "") != "recompute_grad.<locals>.inner" or fun.__module__ != native.__name__:
         return None
     return fun.__closure__[fun.__code__.co_freevars.index("f")].cell_contents
@@ -119,7 +121,7 @@ def _warn_kept():
     warnings.warn(
         "On TensorFlow, `keras.RematScope`, `keras.remat` and `tf.recompute_grad` save no memory where keras_gradtools "
         "records: TensorFlow's rematerialization has no gradient by what a function closes over, and no second "
-        "derivative. Derivatives are right, and take the memory that they take without rematerialization.",
+        "derivative. Derivatives are right, but need as much memory as without rematerialization.",
         stacklevel=2,
     )
 

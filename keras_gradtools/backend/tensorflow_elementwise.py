@@ -1,11 +1,11 @@
-"""Elementwise functions whose derivatives TensorFlow gets wrong at single points, or lacks.
+"""Replaces elementwise functions whose derivatives in TensorFlow are wrong at single points, or missing.
 
 | function         | TensorFlow's derivative                                              |
 | ---------------- | -------------------------------------------------------------------- |
-| `celu`           | 2 at 0, for 1: 0 is taken for positive and for negative              |
-| `power`          | NaN at 0 from the order on at which the exponent is used up, for 0   |
+| `celu`           | 2 at 0, instead of 1: both branches count 0                          |
+| `power`          | NaN at 0 instead of 0, once the order exceeds the exponent           |
 | `hsv_to_rgb`     | zero                                                                 |
-| `softsign`       | no second one                                                        |
+| `softsign`       | no second derivative                                                 |
 """
 
 import functools
@@ -19,7 +19,10 @@ _registry = ops.gradient_registry._registry
 
 
 def _where_followed(original):
-    """Puts a function of a float tensor in the place of `original`, in blocks and in graphs, which blocks may call."""
+    """Decorates a replacement of `original` for float tensors, which is used under a tape and in graphs.
+
+    Graphs are included because a tape may record a call of the graph later.
+    """
 
     def decorator(fun):
         @functools.wraps(original)
@@ -45,7 +48,7 @@ def celu(original):
 
 
 def followed(mended):
-    """Lets `mended(original)` take the place of `original` in blocks and in graphs."""
+    """Makes a function that replaces `original` by `mended(original)`, under a tape and in graphs."""
 
     def replaced(original):
         return _where_followed(original)(mended(original))
@@ -56,7 +59,7 @@ def followed(mended):
 def _hsv_to_rgb(original):
     @_where_followed(original)
     def hsv_to_rgb(images, name=None):
-        """As TensorFlow's kernel computes it."""
+        """The values of TensorFlow's kernel, by operations that have gradients."""
         hue, saturation, value = tf.split(images, 3, axis=-1)
         sixths = 6 * hue
         ramps = [tf.abs(sixths - 3) - 1, 2 - tf.abs(sixths - 2), 2 - tf.abs(sixths - 4)]
@@ -73,7 +76,7 @@ def _pull_power(original):
         is_skipped = 0 in (getattr(op, "skip_input_indices", None) or ())
         if x.dtype.is_complex or is_skipped or (exponent is not None and exponent != 0):
             return original(op, upstream)
-        # The derivative of x^0 is 0, where 0 x^-1 is NaN at 0.
+        # At x = 0, the usual formula for the derivative of x^0, 0 x^-1, gives NaN instead of 0.
         by_x = upstream * y * tf.pow(x, tf.where(tf.equal(y, 0), tf.ones_like(y), y - 1))
         axes, _ = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(x), s1=tf.shape(y))
         return tf.reshape(tf.reduce_sum(by_x, axes), tf.shape(x)), original(op, upstream)[1]

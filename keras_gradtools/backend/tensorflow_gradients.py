@@ -1,14 +1,14 @@
-"""Gradients of single operations that TensorFlow gets wrong, or does not have.
+"""Replaces the gradients of TensorFlow operations that are wrong, and adds missing ones.
 
 | operation                  | what TensorFlow's own gradient is                                                   |
 | -------------------------- | ----------------------------------------------------------------------------------- |
-| `Cumprod`                  | wrong where an entry is zero, and with it the second derivative of `Prod` at two zeros |
-| `ImageProjectiveTransformV3` | another interpolation, along the inverse transform; none by the transform         |
+| `Cumprod`                  | wrong if an entry is zero; so is the second derivative of `Prod` with two zeros     |
+| `ImageProjectiveTransformV3` | an interpolation by the inverse transform, not the adjoint; none by the transform |
 | `ScaleAndTranslate`        | an error for an image in double precision                                           |
 | `Lu`, `XlaDynamicUpdateSlice`, `XlaDynamicSlice` | missing                                                       |
 
-The gradients here are made of operations that have right gradients of their own, so that they can be differentiated to
-any order. They are registered with TensorFlow, and hold eagerly, in graphs and under XLA.
+The gradients here consist of operations that have right gradients, so they can be differentiated to any order. They
+are registered with TensorFlow, and work eagerly, in graphs and under XLA.
 """
 
 import tensorflow as tf
@@ -37,7 +37,7 @@ def install():
 
 
 def _pulled_back(fun, inputs, upstream):
-    """The gradients of `fun(*inputs)`, zeros where it does not depend on an input."""
+    """The gradients of `fun(*inputs)` by `inputs`, for the cotangent `upstream`. Zeros for an unconnected input."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         inputs = [tf.identity(x) for x in inputs]
         tape.watch(inputs)
@@ -52,13 +52,13 @@ def _cumprod(op, upstream):
 
 
 def _products(x, axis, exclusive, reverse):
-    """`tf.math.cumprod` by products alone: TensorFlow's gradient divides by the factors."""
+    """`tf.math.cumprod` as products, without the division by the factors that TensorFlow's gradient contains."""
     order = _with_axis_first(x, axis)
     y = tf.transpose(x, order)
     y = tf.reverse(y, [0]) if reverse else y
     if exclusive:
         y = tf.concat([tf.ones_like(y[:1]), y[:-1]], 0)
-    # Each turn multiplies each entry by the product of the `width` factors before it.
+    # Each iteration multiplies each entry by the product of the `width` factors before it.
     if y.shape.rank is not None and y.shape[0] is not None:
         width = 1
         while width < y.shape[0]:
@@ -93,11 +93,11 @@ def _projective_transform(op, upstream):
     options = {name: op.get_attr(name).decode() for name in ("interpolation", "fill_mode")}
     size = tf.shape(upstream)[1:3]
     if fill_value is None:
-        # TensorFlow keeps what its own gradient needs, and the derivative by the images does not need it either.
+        # TensorFlow keeps only what its own gradient needs. The derivative by the images does not need this either.
         if options["fill_mode"] == "CONSTANT" and 1 not in (op.skip_input_indices or ()):
             raise NotImplementedError(
                 "The derivative of `affine_transform` by the transform depends on `fill_value`, which TensorFlow does "
-                "not keep. Received: fill_mode='constant'. Use fill_mode='nearest', 'reflect' or 'wrap'."
+                "not store. Received: fill_mode='constant'. Use fill_mode='nearest', 'reflect' or 'wrap'."
             )
         fill_value = 0.0
 
@@ -108,7 +108,7 @@ def _projective_transform(op, upstream):
 
 
 def _projected(images, transforms, size, fill_value, interpolation, fill_mode):
-    """What TensorFlow's kernel computes, by operations that have right gradients."""
+    """The values of TensorFlow's kernel, by operations that have right gradients."""
     dtype = images.dtype
     rows, columns = tf.meshgrid(tf.range(size[0]), tf.range(size[1]), indexing="ij")
     rows, columns = tf.cast(rows, tf.float32), tf.cast(columns, tf.float32)
@@ -117,7 +117,7 @@ def _projected(images, transforms, size, fill_value, interpolation, fill_mode):
     height, width = tf.shape(images)[1], tf.shape(images)[2]
     x = _mapped((a0 * columns + a1 * rows + a2) / projection, width, fill_mode)
     y = _mapped((b0 * columns + b1 * rows + b2) / projection, height, fill_mode)
-    # One transform may stand for all images.
+    # There may be one transform for all images.
     shape = tf.concat([tf.shape(images)[:1], size], 0)
     x, y = tf.broadcast_to(x, shape), tf.broadcast_to(y, shape)
     fill = tf.cast(fill_value, dtype)
@@ -137,12 +137,12 @@ def _projected(images, transforms, size, fill_value, interpolation, fill_mode):
 
 
 def _rounded(x):
-    # Halves away from zero, as the kernel has it, and not to the even number.
+    # Like the kernel, this rounds halves away from zero. `tf.round` would round them to even.
     return tf.stop_gradient(tf.sign(x) * tf.floor(tf.abs(x) + 0.5))
 
 
 def _mapped(coordinate, size, fill_mode):
-    """A coordinate outside the image as the one that `fill_mode` takes for it."""
+    """Maps a coordinate outside the image to the one that `fill_mode` uses instead."""
     size = tf.cast(size, coordinate.dtype)
     if fill_mode == "CONSTANT":
         return coordinate
@@ -165,7 +165,7 @@ def _scale_and_translate(original):
         image = op.inputs[0]
         if image.dtype == tf.float32:
             return original(op, upstream)
-        # The result is in single precision, whatever the image is, and so is the kernel of its gradient.
+        # The result always has single precision, and the kernel of the gradient exists only for it.
         options = {name: op.get_attr(name) for name in ("kernel_type", "antialias")}
         pulled = tf.raw_ops.ScaleAndTranslateGrad(
             grads=upstream,

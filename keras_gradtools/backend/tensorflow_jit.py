@@ -1,4 +1,8 @@
-"""`tf.function` with the contract of `kg.jit`: variables as state, which tapes see being read."""
+"""`kg.jit` on TensorFlow: a `tf.function` whose reads of Keras variables are seen by tapes.
+
+A graph runs without calling Keras, so a tape would not notice which variables it reads. Here the variables are noted
+while the function is traced, and reported to the tapes at each call.
+"""
 
 import functools
 
@@ -11,7 +15,7 @@ from keras_gradtools.backend.tensorflow_containers import Leaves
 
 
 def jit(fun):
-    # What a function assigns depends on whether a scope will drop it, and a graph does so or not once and for all.
+    # Inside a stateless scope, assignments are discarded. A graph either contains them or not, so there are two graphs.
     outside, inside = _Graph(fun), _Graph(fun)
 
     @functools.wraps(fun)
@@ -19,14 +23,14 @@ def jit(fun):
         args, kwargs = _floats_to_tensors(args), _floats_to_tensors(kwargs)
         if not state.in_scope():
             return outside(*args, **kwargs)
-        # A graph would read the variables themselves, whatever stands for them.
+        # A graph would read the variables themselves and not the values that the scope gives them.
         return fun(*args, **kwargs) if state.is_overridden() else inside(*args, **kwargs)
 
     return call
 
 
 class _Graph:
-    """`tf.function`, which tells the tapes what it is about to do: a graph runs without Keras."""
+    """A `tf.function` that reports the variables it reads, and custom gradients, to the tapes."""
 
     def __init__(self, fun):
         self._fun = fun
@@ -35,12 +39,12 @@ class _Graph:
         self._compiled = {}
 
     def _compiled_for(self, outline):
-        """The function of the leaves of arguments that are nested so: TensorFlow does not know all containers."""
+        """The `tf.function` for one nested structure. It takes leaves: TensorFlow does not know all containers."""
         compiled = self._compiled.get(outline)
         if compiled is None:
-            # Without AutoGraph, Python control flow on values fails here as it does on JAX, instead of differing.
+            # Without AutoGraph, Python control flow on values raises an error, as on JAX.
             compiled = tf.function(functools.partial(self._traced, outline), autograph=False)
-            # TensorFlow counts traces by the code of the function, which is the same one for all that is compiled here.
+            # TensorFlow counts traces by the code object, which all functions compiled here share, and would warn.
             compiled._omit_frequent_tracing_warning = True
             compiled = self._compiled.setdefault(outline, compiled)
         return compiled
@@ -65,7 +69,7 @@ class _Graph:
 
 
 def _floats_to_tensors(structure):
-    # A Python float would be a constant of the graph, and every new value a new trace.
+    # A Python float would be a constant of the graph, and each new value would cause a new trace.
     return nesting.map_structure(
         lambda x: tf.constant(x, keras.config.floatx()) if isinstance(x, float) else x, structure
     )
@@ -75,7 +79,7 @@ _WORDS = ("SymbolicTensor", "symbolic tf.Tensor", "is out of scope", "tf.functio
 
 
 def depends_on_values(error):
-    # Where Python or NumPy asks for a value, they say what they have met instead of one.
+    # Python and NumPy name the symbolic tensor in the error when they need a value.
     kinds = (NotImplementedError, TypeError, AttributeError, ValueError)
     return any(
         isinstance(e, tf.errors.OperatorNotAllowedInGraphError)

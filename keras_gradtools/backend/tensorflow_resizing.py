@@ -1,8 +1,8 @@
-"""Second derivatives of image resizing, of which TensorFlow knows only the first.
+"""Adds second derivatives of image resizing, which TensorFlow lacks.
 
-Resizing is linear in the image, so that the derivative of its gradient is resizing itself. TensorFlow raises
-`LookupError` there, and for bilinear resizing takes the second derivative for zero without a word, whatever else
-the model computes: the training gradient of an input-gradient penalty would silently lack a part.
+Resizing is linear in the image, so the derivative of its gradient is resizing itself. For most methods TensorFlow
+raises `LookupError` there. For bilinear resizing it silently gives zero, so the training gradient of an input-gradient
+penalty would lack a part.
 """
 
 import functools
@@ -14,9 +14,10 @@ _registry = ops.gradient_registry._registry
 
 
 def _pull_bilinear(op, grad):
-    """The gradient of `ResizeBilinear`, as TensorFlow has it, with a derivative of its own.
+    """TensorFlow's gradient of `ResizeBilinear`, as a custom gradient that has a derivative.
 
-    None can be registered for `ResizeBilinearGrad`: TensorFlow does not keep the inputs of what it takes for constant.
+    A gradient cannot be registered for `ResizeBilinearGrad`, because TensorFlow takes that operation for constant and
+    does not keep its inputs.
     """
     options = {name: op.get_attr(name) for name in ("align_corners", "half_pixel_centers")}
     image = op.inputs[0]
@@ -50,7 +51,7 @@ def _resized(resize, op, image, *options):
 
 
 def install():
-    """Adds what TensorFlow does not have, and keeps what it has."""
+    """Registers the gradients that TensorFlow does not have."""
     for name, push in {
         "ResizeNearestNeighborGrad": _push_nearest,
         "ResizeBicubicGrad": _push_bicubic,

@@ -1,4 +1,9 @@
-"""The kernels on torch: see `torch_tape` for how one records, `torch_graph` for what it has recorded."""
+"""The kernels on torch, built on autograd's graph.
+
+torch has no tape: `torch_tape` makes one from autograd's graph, and `torch_graph` finds the nodes that a tape has
+recorded. The other `torch_*` files correct operations that torch cannot differentiate twice. `keras_gradtools.backend`
+lists what each kernel does.
+"""
 
 import contextlib
 import functools
@@ -63,7 +68,7 @@ __all__ = [
     "with_random_state",
 ]
 
-# torch.compile cannot differentiate what it has compiled a second time.
+# What `torch.compile` has compiled can only be differentiated once.
 COMPILES_SECOND_ORDER = False
 HESSIAN_MODE = "reverse"
 LINEARIZES_ONCE = True
@@ -96,12 +101,12 @@ def _pull(tape, targets, sources, cotangents, run, is_recorded=None):
 
 
 class _Pullback:
-    """The pullback of a record, as a function of cotangents: the way through the graph is found once."""
+    """The pullback of a tape, as a function of cotangents. The part of the graph that it needs is found only once."""
 
     def __init__(self, tape, targets, sources):
         if get_device() == "meta":
-            # Keras first infers shapes without values, and cuts the graph at every operation: what is connected
-            # would seem not to be. At an error it infers them again with values.
+            # Keras first infers shapes on the device "meta", where it cuts the graph at every operation, so connected
+            # tensors would seem unconnected. After an error, it infers the shapes again with values.
             raise RuntimeError(
                 "A GradientTape cannot differentiate on the device 'meta', where Keras cuts the graph. Received: "
                 "a call inside `keras.device('meta')`. Use a device that has memory."
@@ -127,7 +132,7 @@ class _Pullback:
         results = [gradients.get(edge) for edge in self._source_edges]
         for i, source in enumerate(self._sources):
             for target, edge, u in zip(self._targets, self._target_edges, cotangents, strict=True):
-                # Derived by itself, also where this tape knows nothing of it.
+                # The derivative of a target by itself, even if this tape does not follow it.
                 if target is source and (edge is None or self._source_edges[i] is None):
                     results[i] = u if results[i] is None else results[i] + u
             if results[i] is None:
@@ -136,7 +141,7 @@ class _Pullback:
 
 
 def _dense(gradient):
-    # torch has zeros without memory, which not even `numpy()` can read. A clone is made of the usual ones.
+    # torch may return zero tensors without memory, which `numpy()` cannot read. A clone is an ordinary tensor.
     return gradient.clone() if gradient is not None and gradient._is_zerotensor() else gradient
 
 
@@ -145,10 +150,10 @@ def _native(edges):
 
 
 def _is_recorded(part, given):
-    """Whether a result is to be differentiated again: by a tape, or by torch itself outside of all tapes.
+    """Whether a result may be differentiated again, by another tape, or by torch itself outside of all tapes.
 
-    If only tapes have made anything require gradients, nobody could, and the result had better be plain:
-    torch refuses to turn a tensor that requires gradients into a NumPy array.
+    If tensors require gradients only because of tapes, it cannot be. Then the result must not require gradients,
+    because torch refuses to convert a tensor that does to a NumPy array.
     """
     return _may_be_recorded(lambda: part.is_used_outside() or torch_graph.is_used_outside(_nodes(given)))
 
@@ -172,7 +177,7 @@ def _run(outputs, inputs, upstream, is_recorded):
 
 
 def _run_last(outputs, inputs, upstream, is_recorded):
-    # Memory that is given back on the way is used again, which is a good part of the time.
+    # Freeing the graph during the pass saves time, because the memory is used again.
     return torch.autograd.grad(
         outputs, inputs, upstream, retain_graph=is_recorded, create_graph=is_recorded, allow_unused=True
     )
@@ -180,11 +185,11 @@ def _run_last(outputs, inputs, upstream, is_recorded):
 
 def _run_batch(outputs, inputs, upstream, is_recorded):
     if len(upstream[0]) == 1 or torch_levels.depth():
-        # One row needs no vectorizing. On a level the results would come out as tensors of the vectorized pass, inside
-        # those of the level.
+        # One row needs no vectorization. Inside a transform of `torch.func`, the results would be batched tensors of
+        # the vectorized pass, wrapped in tensors of that transform.
         return _run_rows(outputs, inputs, upstream, is_recorded)
     try:
-        # Not `torch.vmap` nor `torch.func`, which fail on convolutions in channels-last.
+        # Not by `torch.vmap` or `torch.func`, which fail on convolutions in the channels-last layout.
         vectorized = torch_levels.VectorizedPass()
         with vectorized, vectorized:
             return torch.autograd.grad(
@@ -210,8 +215,8 @@ def _run_rows(outputs, inputs, upstream, is_recorded):
 @functools.cache
 def _warn_unvectorized(reason):
     warnings.warn(
-        "torch cannot vectorize this computation, so a Jacobian is computed one row, a per-example gradient one "
-        f"example at a time, which is slower. torch said: {reason}",
+        "torch cannot vectorize this computation. Jacobians are computed row by row, and per-example gradients example "
+        f"by example, which is slower. torch said: {reason}",
         stacklevel=2,
     )
 
@@ -226,7 +231,7 @@ def pushforward_batch(tape, targets, sources, tangents):
 
 def linearize(tape, targets, sources, is_symmetric=False):
     if is_symmetric:
-        # One pullback instead of the pullback of one.
+        # For a symmetric matrix, the pullback is the pushforward, which would need a second pullback.
         _, values, _ = tape.spread(sources, sources)
         pull = _Pullback(tape, targets, values)
         return lambda tangents: tape.gather(sources, lambda _: pull(tangents, _run))
@@ -234,7 +239,7 @@ def linearize(tape, targets, sources, is_symmetric=False):
     return lambda tangents: linear.push(tangents, _run)
 
 
-# Rows of a Jacobian that are worth the search for one that is finite, at most.
+# NaN entries of a tangent are computed again only if there are at most this many. Each needs a row of the Jacobian.
 _MOST_ROWS = 1024
 
 
@@ -242,14 +247,14 @@ def _has_nan(x):
     try:
         return bool(torch.isnan(x).any())
     except RuntimeError:
-        return False  # it has no values, while it is traced
+        return False  # a tensor without values, while it is traced
 
 
 class _Linear:
-    """The pushforward of a record, as a function of tangents.
+    """The pushforward of a tape, as a function of tangents.
 
-    A pullback is linear in its cotangents, so that its own pullback is the pushforward: torch's forward mode
-    cannot be laid over a block that has already run.
+    A pullback is linear in its cotangents, so its own pullback is the pushforward. torch's forward mode cannot be used,
+    because it would have to be active while the block runs.
     """
 
     def __init__(self, tape, targets, sources):
@@ -281,10 +286,11 @@ class _Linear:
         return [self._mended(i, p, tangents, run) if p is not None and _has_nan(p) else p for i, p in enumerate(pushed)]
 
     def _mended(self, target, pushed, tangents, run):
-        """A tangent of one target with what the pullback says in the places where it is NaN.
+        """Replaces the NaN entries in the tangent of one target by entries from rows of the Jacobian.
 
-        torch masks where the gradient of an operation is singular and does not matter (`std` of equal numbers). The
-        pullback of that gradient runs into the masked infinity. A row of the Jacobian does not.
+        Where the gradient of an operation is singular but does not matter (`std` of equal numbers), torch masks it. The
+        pullback of that gradient meets the masked infinity and gives NaN. A row of the Jacobian, a single pullback,
+        does not.
         """
         output = self._outputs[target]
         is_stack = run is _run_batch
@@ -306,7 +312,7 @@ class _Linear:
 
 
 def alias(x):
-    # Without grad mode, the alias of what requires a gradient would be neither a leaf nor a part of a graph.
+    # Without grad mode, the alias of a tensor that requires gradients would not be connected to it.
     if torch.is_grad_enabled():
         return x.view_as(x)
     block = torch_graph.GradMode(True)
@@ -339,7 +345,7 @@ def replica_results(fun, batch, variable):
 
 def train_function(model, step):
     def function(data):
-        # As many batches as `steps_per_execution` says, or what is left of the epoch.
+        # `data` is a list of `steps_per_execution` batches, or fewer at the end of an epoch.
         for batch in data:
             logs = step(batch)
         return logs
@@ -351,13 +357,14 @@ def summed_over_processes(totals, count):
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return totals, count
-    # Only here, as it takes long to import.
+    # Imported here because the import is slow.
     from torch.distributed.tensor import DTensor
 
     if any(isinstance(total, DTensor) for total in totals):
         raise RuntimeError(
-            "Sums over processes take weights that each process holds as a whole. Received: weights that processes "
-            "share out (`keras.distribution.ModelParallel`). Use `keras.distribution.DataParallel`, or one process."
+            "Sums over processes need weights that each process holds as a whole. Received: weights that are split "
+            "between processes (`keras.distribution.ModelParallel`). Use `keras.distribution.DataParallel`, or one "
+            "process."
         )
     totals = [torch.as_tensor(total, device=get_device()).contiguous().clone() for total in totals]
     count = torch.tensor(count, dtype=torch.int64, device=totals[0].device)
@@ -367,15 +374,15 @@ def summed_over_processes(totals, count):
 
 
 def random_state():
-    # Keras' dropout without a seed, and whatever torch modules draw, goes by torch's own generators.
+    # Torch modules, and Keras' dropout without a seed, draw from torch's own generators.
     on_device = torch.cuda.get_rng_state() if get_device().startswith("cuda") else None
     return torch.get_rng_state(), on_device
 
 
 class with_random_state(Block):  # noqa: N801 - said of a block
-    """A block in which torch's generators are in a given state."""
+    """A block in which torch's random generators have a given state. Afterwards they have their former state."""
 
-    # The generators are those of all threads.
+    # All threads share the generators.
     _lock = threading.RLock()
 
     def __init__(self, state):
@@ -384,7 +391,7 @@ class with_random_state(Block):  # noqa: N801 - said of a block
         self._given: list = []
 
     def begin(self):
-        # No interrupt comes between what is done to the lock and its note.
+        # `extend` with `map` runs in C, so an interrupt cannot come between the change of the lock and its note.
         self._taken.extend(map(self._lock.acquire, (True,)))
         self._before = random_state()
         _set_random_state(self._state)
@@ -436,7 +443,7 @@ def map_chunks(fun, count, chunk_size):
 
 
 def per_example_gradients(fun, weights, examples, must_vectorize=False):
-    # A tape cannot follow what is inside `torch.vmap`, and `torch.func` goes by its own rules there.
+    # A tape cannot record inside `torch.vmap`, so the gradient is that of `torch.func`.
     mapped = torch.vmap(torch.func.grad(fun, has_aux=True), in_dims=(None, 0), randomness="same")
     try:
         if not _may_be_recorded(lambda: any(x.requires_grad for x in (*weights, *examples))):
@@ -468,8 +475,8 @@ def compiled(fun):
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
-        # With donated buffers, what was compiled could not be differentiated once for a direction and once more for
-        # the weights.
+        # Donated buffers allow only one backward pass, but a directional derivative takes one, and the gradient by the
+        # weights another one.
         with torch._functorch.config.patch(donated_buffer=False):
             return function(*args, **kwargs)
 
@@ -477,7 +484,7 @@ def compiled(fun):
 
 
 def jit(fun):
-    """Runs `fun` as it is: torch has no compiler for what is differentiated twice."""
+    """Runs `fun` uncompiled, because `torch.compile` does not support second derivatives."""
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
@@ -487,7 +494,7 @@ def jit(fun):
 
 
 def _floats_to_tensors(structure):
-    # As the compilers of the other backends give them to `fun`.
+    # `kg.jit` on the other backends passes floats to `fun` as tensors, too.
     return nesting.map_structure(
         lambda x: keras.ops.convert_to_tensor(x, keras.config.floatx()) if isinstance(x, float) else x, structure
     )

@@ -1,10 +1,9 @@
-"""Lets a checkpoint compute in the backward pass what it has computed in the forward pass.
+"""Makes a checkpoint compute the same values in the backward pass as in the forward pass under a tape.
 
-`keras.remat` and `torch.utils.checkpoint` call their function again when its derivative is taken. By then the block of
-the tape is over, and with it all that the function went by besides its arguments: the values that a stateless scope
-lent to variables, the precision and the mode of the call around, the unfused kernels, and which tensors require
-gradients. What a tape records is computed again under these. This is the one file that reaches into
-`torch.utils.checkpoint`.
+`keras.remat` and `torch.utils.checkpoint` call their function again when its derivative is taken. By then, the block of
+the tape has ended, and the function would see another context: other values of variables in a stateless scope, another
+precision and `training` mode, fused kernels, and tensors that do not require gradients. So a checkpoint that a tape
+records restores this context first. Only this file uses private parts of `torch.utils.checkpoint`.
 """
 
 import contextlib
@@ -19,10 +18,10 @@ from keras_gradtools.backend import recording
 from keras_gradtools.backend.state import StateScope
 from keras_gradtools.keras_internals.scopes import global_state
 
-# `torch.utils.checkpoint` is a module, and its function of the same name hides nothing here.
+# The module `torch.utils.checkpoint`, and not its function of the same name. `Any`, for mypy.
 _checkpoint: typing.Any = torch.utils.checkpoint
 _AMBIENT = ("stateless_scope", "autocast_scope", "current_call_ctx")
-# Up to this many elements, the value of a variable that is not trained is copied: a layer may assign to it.
+# Values of untrained variables are copied up to this many elements, because a layer may assign to them.
 _COPIED = 65536
 
 
@@ -34,12 +33,12 @@ _thread = _Thread()
 
 
 def is_recomputing():
-    """Whether this thread computes something again, that a tape has recorded."""
+    """Whether this thread is recomputing a checkpoint that a tape has recorded."""
     return _thread.depth > 0
 
 
 def install():
-    # In the generator, and not in `checkpoint`, of which others may hold a reference of their own.
+    # The generator is replaced and not `checkpoint`, which other modules may have imported by name.
     original = _checkpoint._checkpoint_without_reentrant_generator
 
     @functools.wraps(original)
@@ -57,7 +56,7 @@ def _recorded(original, fn, args, kwargs):
 
 
 class _ValuesRead(recording.ReadLog):
-    """Keeps as well the value that each variable had when it was first read."""
+    """A `ReadLog` that also keeps the value of each variable at its first read."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +64,7 @@ class _ValuesRead(recording.ReadLog):
 
     def note(self, variable, value):
         if id(variable) not in self.values:
-            # A seed and statistics are overwritten in place by the layers that read them.
+            # Layers overwrite seeds and statistics in place after they have read them.
             if not variable.trainable and value.numel() <= _COPIED:
                 value = value.detach().clone()
             self.values[id(variable)] = (variable, value, value._version, value.requires_grad)
@@ -73,7 +72,10 @@ class _ValuesRead(recording.ReadLog):
 
 
 class _Recomputation:
-    """`fn` as it was called under a tape: its arguments in the forward pass were `given`, and it has read `log`."""
+    """Calls `fn` again in the context of its call under a tape.
+
+    `given`: The arguments of the forward pass. `log`: A `_ValuesRead` with the variables that `fn` read then.
+    """
 
     def __init__(self, fn, given, log):
         self._fn, self._log = fn, log
@@ -107,7 +109,7 @@ class _Recomputation:
 
 
 def _requiring(tensor, is_required):
-    # Nothing but the flag counts: torch connects what was computed again by itself.
+    # Only the flag must be right. torch itself connects the recomputed tensors with the graph.
     return tensor if tensor.requires_grad == is_required else tensor.detach().requires_grad_(is_required)
 
 

@@ -1,4 +1,4 @@
-"""The pytrees of torch, in which users of it have their dataclasses."""
+"""The containers that are registered with torch as pytrees, such as users' dataclasses, for nested structures."""
 
 from torch.utils import _pytree as pytree
 

@@ -1,13 +1,17 @@
-"""The backward pass of torch's CTC loss, which has no derivative of its own, in operations that have."""
+"""The backward pass of torch's CTC loss as differentiable operations.
+
+torch cannot differentiate its own backward pass of this loss, so second derivatives would be an error. See
+`torch_formulas`, which uses this file.
+"""
 
 import torch
 
-# The logarithm of a probability of zero. With a finite number no derivative is NaN.
+# Stands for the logarithm of zero. It is finite, because an infinite one would make derivatives NaN.
 _NEVER = -1e30
 
 
 def backward(node):
-    """Returns the formula for the node of a CTC loss; see `torch_formulas`."""
+    """Returns the formula for the node of a CTC loss, as `torch_formulas.of` describes it."""
     log_probabilities, losses = node._saved_log_probs, node._saved_result0.detach()
     device = log_probabilities.device
     input_lengths = torch.as_tensor(node._saved_input_lengths, device=device).long()
@@ -27,7 +31,7 @@ def backward(node):
             if not likelihood.requires_grad:
                 return (None,)
             (expected,) = torch.autograd.grad(likelihood, alias, u, create_graph=True)
-        # As torch has it: by log-probabilities that come from a softmax, which each sum up to one.
+        # torch's convention: this gradient is right only if the log-probabilities come from a log-softmax.
         usual = torch.where(inside, torch.exp(log_probabilities) * u[:, None], 0.0) - expected
         return (torch.where(torch.isinf(losses)[:, None], unreachable, usual),)
 
@@ -35,7 +39,10 @@ def backward(node):
 
 
 def _states(targets, lengths, blank):
-    """The labels with blanks around each, `(batch, 2 length + 1)`, and which may follow the one two places before."""
+    """The labels with a blank before and after each, of shape `(batch, 2 * length + 1)`, and a mask of that shape.
+
+    The mask says which states can follow the state two places before, so that a path skips the blank between them.
+    """
     if targets.dim() == 1:
         rows = targets.split(lengths.tolist())
         targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=blank)
@@ -48,7 +55,7 @@ def _states(targets, lengths, blank):
 
 
 def _log_likelihood(log_probabilities, states, can_skip, input_lengths, target_lengths):
-    """Graves et al., "Connectionist temporal classification" (2006), section 4.1."""
+    """The forward algorithm of Graves et al., "Connectionist temporal classification" (2006), section 4.1."""
     count = states.shape[1]
     emitted = torch.gather(log_probabilities, 2, states.expand(len(log_probabilities), *states.shape))
     never = torch.full_like(emitted[0], _NEVER)

@@ -1,4 +1,9 @@
-"""Custom gradients on torch, differentiable to any order."""
+"""Custom gradients on torch that can be differentiated to any order.
+
+The gradient of a `torch.autograd.Function` can only be differentiated again if everything that its backward pass uses
+is connected to the graph. So `fun` runs in the ordinary graph, outside of the `Function`, which only replaces the
+gradient by `grad_fn`.
+"""
 
 import torch
 
@@ -9,8 +14,8 @@ def custom_gradient(fun):
     def differentiated(*tensors):
         if torch_levels.depth():
             raise torch_levels.custom_gradient_error(tensors)
-        # With aliases, a value that is returned unchanged is still not the argument. They stay attached to the
-        # graph, and with them what `grad_fn` holds: that is what makes its result differentiable again.
+        # Aliases, so that a value that `fun` returns unchanged is not the argument itself. They stay connected to the
+        # graph, and so does what `grad_fn` closes over. This makes its result differentiable again.
         with recording.ReadLog() as log:
             values, grad_fn = fun(*[t.view_as(t) for t in tensors])
         versions = [(v._value, v._value._version) for v in log.variables if v._value is not None]
@@ -23,7 +28,7 @@ def custom_gradient(fun):
 class _CustomGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad_fn, versions, values, *tensors):
-        # Kept only for torch's check that they were not overwritten in the meantime.
+        # Saved only so that torch checks that they were not overwritten.
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.grad_fn, ctx.versions = grad_fn, versions

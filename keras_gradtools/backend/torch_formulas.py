@@ -1,10 +1,12 @@
-"""Backward passes of torch that cannot be differentiated, or not rightly, in formulas that can.
+"""Replaces backward passes of torch that cannot be differentiated, or whose derivatives are wrong.
 
-torch differentiates the backward pass of a layer or batch normalization by a formula of its own, in which the mean and
-the deviation are constants: second derivatives are right, third ones are not, and nothing says so. Others have no
-second derivative at all. In a pass of a tape that is recorded, what such a node gives is computed anew, by
-differentiable operations from the tensors that it has saved, so that every further derivative is that of these
-operations. The forward pass stays fused, and so does a backward pass that nobody will differentiate.
+torch differentiates the backward pass of layer and batch normalization by a formula that takes the mean and the
+deviation for constants. Second derivatives are right, but third ones are silently wrong. Other operations have no
+second derivative.
+
+If the backward pass of a tape will be differentiated again, the gradients of such a node are computed again by
+differentiable operations, from the tensors that it has saved. The forward pass remains fused, and so do all other
+backward passes.
 """
 
 import functools
@@ -16,10 +18,10 @@ from keras_gradtools.backend import torch_ctc
 
 
 def of(nodes):
-    """Yields `(node, formula)` for those whose own backward pass cannot be trusted.
+    """Yields `(node, formula)` for each node whose own backward pass must be replaced.
 
-    `formula(upstream, gradients)` returns the gradients in place of those that the node has given. It reads what the
-    node has saved before the backward pass, in which a checkpoint gives each tensor once.
+    `formula(upstream, gradients)` returns what replaces the `gradients` of the node, for the cotangents `upstream`. The
+    saved tensors are read here, before the pass, because during the pass a checkpoint provides each tensor only once.
     """
     for node in nodes:
         kind = type(node)
@@ -29,7 +31,8 @@ def of(nodes):
         try:
             formula = read(node)
         except RuntimeError:
-            # Freed, overwritten or not computed again as before: the pass itself says so, if it comes by here.
+            # The saved tensors are freed, overwritten, or differ when recomputed. If the pass reaches the node, torch
+            # raises the error.
             continue
         if formula is not None:
             yield node, formula
@@ -53,14 +56,14 @@ def _layer_normalization_twice(node):
 
 
 def _layer_shape(x, shape):
-    # The axes with statistics of their own, and those that have a weight.
+    # The axes to normalize over, those to sum over for the gradient of the weight, and the weight's broadcast shape.
     own = x.dim() - len(shape)
     return tuple(range(own, x.dim())), tuple(range(own)), (*(1,) * own, *shape)
 
 
 def _batch_normalization(node):
     if not node._saved_training:
-        # By constant statistics it is linear.
+        # With constant statistics, the operation is linear, and torch's derivatives are right.
         return None
     x, weight = node._saved_input, node._saved_weight
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
@@ -86,7 +89,7 @@ def _batch_shape(x):
 
 
 def _normalized(u, x, weight, shape, deviation=None, eps=None):
-    """The backward pass of w (x - mean) / deviation + b, for the cotangent u: by x, w and b."""
+    """The gradients of w (x - mean) / deviation + b by x, w and b, for the cotangent u."""
     if u is None:
         return None, None, None
     over, by_weight, weight_shape = shape
@@ -95,7 +98,7 @@ def _normalized(u, x, weight, shape, deviation=None, eps=None):
     x = x - x.mean(over, keepdim=True)
     variance = torch.mean(x * x, over, keepdim=True)
     if eps is None:
-        # What was added to the variance was not saved, but what came of it: 1 / the deviation.
+        # The node saves 1 / deviation but not eps, so eps is computed from it.
         eps = (deviation.to(dtype) ** -2 - variance).detach()
     deviation = torch.rsqrt(variance + eps)
     x = x * deviation
@@ -114,7 +117,7 @@ def _summed(x, axes):
 
 
 def _weight_normalization(node):
-    """The vector v at the length g, with a norm for each index along the axis."""
+    """The weight g v / |v|, with one norm for each index along the axis."""
     v, g, axis = node._saved_v, node._saved_g, node._saved_dim
 
     def backward(upstream, _):
@@ -140,7 +143,7 @@ def _hard_sigmoid(node):
 
 
 def _log_cumulative_sum(node):
-    """The sum over j >= i of u_j exp(x_i - y_j). torch takes the logarithm of u, which is NaN in its derivatives."""
+    """The sum over j >= i of u_j exp(x_i - y_j). torch computes with the logarithm of u, whose derivatives are NaN."""
     x, y, axis = node._saved_self, node._saved_result, _signed(node._saved_dim)
 
     def backward(upstream, _):
@@ -156,7 +159,7 @@ def _log_cumulative_sum(node):
 
 
 def _signed(number):
-    # Nodes show their integers without a sign.
+    # Nodes return negative integers as unsigned ones.
     return number - 2**64 if number >= 2**63 else number
 
 
@@ -164,13 +167,13 @@ _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
 def _of_a_function(kind):
-    """For a `torch.autograd.Function` that is marked `once_differentiable`: an error where torch would give zeros."""
+    """For a `torch.autograd.Function` marked with `once_differentiable`: an error where torch would give zeros."""
     return _once if getattr(kind._forward_cls.backward, "__code__", None) is _ONCE else None
 
 
 def _once(node):
-    # torch does so itself where the cotangent can be differentiated. Where that is a constant, it forgets the tensors
-    # that were saved.
+    # torch raises this error itself if the cotangent requires gradients. If the cotangent is a constant, torch ignores
+    # that the gradient also depends on the saved tensors.
     refuse = torch._C._functions.DelayedError(
         b"trying to differentiate twice a function that was marked with @once_differentiable", 1
     )
@@ -180,7 +183,7 @@ def _once(node):
 
 
 def _attention(node):
-    """Softmax attention by its definition; with dropout only the fused kernel knows the mask."""
+    """Softmax attention by its definition. Not possible with dropout, because only the fused kernel knows the mask."""
     if node._saved_dropout_p:
         return None
     tensors = node._saved_query, node._saved_key, node._saved_value
@@ -200,7 +203,10 @@ def _attention(node):
 
 
 def _pulled_back(fun, tensors, gradients):
-    """The gradients by `tensors` of what `fun` gives for them, each by itself: one may be computed from another."""
+    """The gradients of `fun(*tensors)` by each of `tensors`, for the cotangents `gradients`.
+
+    They are taken by aliases, so that they do not include paths from one tensor to another in the graph.
+    """
     with torch.enable_grad():
         followed = [t is not None and t.requires_grad for t in tensors]
         aliases = [t.view_as(t) if f else t for t, f in zip(tensors, followed, strict=True)]

@@ -1,9 +1,9 @@
-"""Keeps Keras, while a tape is recording, from the fused kernels of torch that have no second derivative.
+"""Prevents Keras from using fused kernels without a second derivative while a tape is recording.
 
-Which kernel runs is decided in the forward pass: flash and memory-efficient attention, and cuDNN's recurrent
-layers. torch's own switches (`sdpa_kernel`, `cudnn.flags`) are those of the whole process, and other threads
-would see them. A `TorchFunctionMode` belongs to a thread, but costs microseconds for each operation and
-attribute under it; so it is laid around attention alone, and around wrapped torch modules, which may hold some.
+Flash and memory-efficient attention, and cuDNN's recurrent layers, have no second derivative, and torch chooses the
+kernel in the forward pass. Its own switches (`sdpa_kernel`, `cudnn.flags`) would affect all threads. A
+`TorchFunctionMode` affects only one thread, but costs microseconds for each operation and attribute. So it is only used
+around attention, and around wrapped torch modules, which may contain attention.
 """
 
 import functools
@@ -25,7 +25,7 @@ class _MathAttention(TorchFunctionMode):
         if func is _fused_attention:
             return _math_attention(*args, **kwargs)
         if func is _module_attention and not kwargs.get("need_weights", True):
-            # The mode is off in here, but whoever asks for the weights gets them from unfused operations.
+            # The mode is not active inside this function. If it must return the weights, it uses unfused operations.
             output, _ = func(*args, **{**kwargs, "need_weights": True})
             return output, None
         return func(*args, **kwargs)
@@ -61,7 +61,7 @@ def _with_reads(call):
     @functools.wraps(call)
     def read_and_call(self, *args, **kwargs):
         if recording.active_tapes():
-            # The module reads its parameters past Keras, and the tapes would not see it.
+            # A torch module reads its parameters without calling Keras, so the tapes would not see these reads.
             for variable in self.variables:
                 _ = variable.value
         return call(self, *args, **kwargs)
@@ -78,5 +78,5 @@ def _unless_recording(is_supported):
 
 
 def _is_recorded():
-    # What a checkpoint computes again in a backward pass has to take the kernels of the forward pass.
+    # A checkpoint must recompute with the same kernels as in the forward pass.
     return bool(recording.active_tapes()) or torch_checkpoint.is_recomputing()

@@ -1,8 +1,8 @@
-"""Autograd's graph as one tape sees it: which nodes it recorded, and a backward pass through no others.
+"""Finds the nodes of autograd's graph that a tape has recorded, and runs a backward pass through these only.
 
-Autograd keeps one graph and no tapes, but numbers the nodes of each thread in the order in which they were
-made. So a tape is a set of windows of these numbers. An edge is a pair `(node, output number)`, as in
-`next_functions`: it is where the gradient of one tensor arrives.
+Autograd has one graph and no tapes, but it numbers the nodes of each thread in the order of their creation. So a tape
+is a set of windows of these sequence numbers. An edge is a pair `(node, output number)`, as in `next_functions`. The
+gradient of one tensor arrives there.
 """
 
 import bisect
@@ -15,13 +15,13 @@ import torch
 from keras_gradtools.backend import torch_formulas, torch_levels
 from keras_gradtools.backend.blocks import Block
 
-# The number of every node that collects the gradient of a leaf.
+# The sequence number of all nodes that accumulate the gradient of a leaf.
 _LEAF = 2**64 - 1
 
 
 class _Thread(threading.local):
     def __init__(self):
-        # Unlike its `ident`, no later thread can have it.
+        # Identifies this thread. A later thread may have the same `ident`, but not this object.
         self.key = object()
         self.passes = []
 
@@ -30,7 +30,7 @@ _thread = _Thread()
 
 
 class GradMode(Block):
-    """torch's grad mode for the time of a block; torch's own context managers can be interrupted half-way."""
+    """A block with another grad mode. Unlike torch's context managers, it is safe against an interrupt."""
 
     def __init__(self, enabled):
         self._enabled, self._before = enabled, torch.is_grad_enabled()
@@ -43,7 +43,7 @@ class GradMode(Block):
 
 
 class Windows:
-    """The sequence numbers of what was made while a tape was recording, on each thread."""
+    """The sequence numbers of the nodes that were created while a tape was recording, for each thread."""
 
     def __init__(self):
         self._open = {}
@@ -60,17 +60,17 @@ class Windows:
             self._closed.setdefault(thread, []).append(range(start, torch.autograd._get_sequence_nr()))
 
     def renew(self, numbers):
-        """Counts nodes that torch makes only when they are asked for: they belong to what was recorded."""
+        """Adds the numbers of nodes of recorded tensors that torch creates only later, when `grad_fn` is read."""
         self._renewed.append(numbers)
 
     def are_of_another_thread(self):
         return any(thread is not _thread.key for thread in self._closed)
 
     def membership(self, inside):
-        """Returns `recorded(number) -> bool`, for the nodes that the calling thread may ask about.
+        """Returns `recorded(number) -> bool`, for nodes that the calling thread uses.
 
-        Threads number their nodes independently. As long as the tape is `inside` its block on one thread, what
-        another one has computed is none of its own, whatever the numbers; after that it can be handed over.
+        Threads number their nodes independently. While the tape is `inside` its block, another thread has recorded
+        nothing, whatever its numbers are. After the block, the tape can be used on another thread.
         """
         thread = _thread.key
         windows = list(self._closed.get(thread, []))
@@ -92,7 +92,7 @@ class Windows:
 
 
 def _merged(windows):
-    """The union of windows that may overlap, because several threads counted them."""
+    """The union of windows, which may overlap if they come from several threads."""
     merged = []
     for window in sorted(windows, key=lambda w: w.start):
         if merged and window.start <= merged[-1].stop:
@@ -103,22 +103,22 @@ def _merged(windows):
 
 
 def leaf_edge(tensor):
-    """The edge of a leaf that requires gradients: the one that an operation on it has."""
+    """The edge that an operation on `tensor`, a leaf that requires gradients, would have."""
     block = GradMode(True)
     with block, block, torch_levels.outside(tensor):
         return tensor.view_as(tensor).grad_fn.next_functions[0]
 
 
 class Slice:
-    """The part of the graph that leads from some nodes back to the edges of the gradients asked for.
+    """The part of the graph that is reached from some nodes through nodes of the tape.
 
-    `recorded` tells from its number whether the tape has a node, and `watched` gives for each watched edge
-    the number from which on it is watched.
+    `recorded(number)` says whether the tape has recorded a node. `watched` maps each watched edge to the sequence
+    number at which watching began.
 
-    - `boundaries`: the nodes outside, at which gradients must stop.
-    - `early`: for nodes that used a watched tensor before it was watched, the positions of those edges.
-    - `leaves`: the leaves that were met.
-    - `nodes`: all nodes that were met.
+    - `boundaries`: The first nodes that are not recorded. Gradients must stop there.
+    - `early`: For each node that used a tensor before it was watched, the positions of these edges.
+    - `leaves`: The nodes of all leaves that were reached.
+    - `nodes`: All nodes that were reached.
     """
 
     def __init__(self, roots, recorded, watched):
@@ -152,12 +152,12 @@ class Slice:
                     meet(following)
 
     def is_used_outside(self):
-        """Whether it hangs together with a leaf that requires gradients by itself, not because a tape made it."""
+        """Whether it leads to a leaf that requires gradients, but not only because of a tape."""
         return any(_requires_grad(leaf) for leaf in self.leaves) or is_used_outside(self.boundaries)
 
 
 def is_used_outside(nodes):
-    """As `Slice.is_used_outside`, for all that `nodes` were computed from."""
+    """As `Slice.is_used_outside`, for everything that `nodes` were computed from."""
     seen, stack = set(nodes), list(nodes)
     while stack:
         node = stack.pop()
@@ -176,7 +176,7 @@ def _requires_grad(leaf):
 
 
 def require_derivative(node):
-    """Raises if torch has no derivative of what `node` stands for: it would take it for zero, without a word."""
+    """Raises `RuntimeError` if `node` stands for an operation without derivative, which torch would silently omit."""
     if node._sequence_nr() != _LEAF or hasattr(node, "variable"):
         return
     try:
@@ -189,14 +189,14 @@ def require_derivative(node):
 
 
 def _no_derivative(words):
-    """What to say of an operation of torch's own for which it has said `words`; None if they say something else."""
+    """The error message for an operation without derivative, from torch's message `words`. None for other messages."""
     found = re.search(r"derivative for '?(?:aten::)?_?(\w+?)(_backward)?'? is not implemented", words)
     if found is None:
         return None
     operation, is_second = found.groups()
     return (
         f"torch has no {'second ' if is_second else ''}derivative of its operation `{operation}`. Received: torch's "
-        f"error {words!r}. Compute it from other operations, or give it a gradient by "
+        f"error {words!r}. Compute it from other operations, or give it a gradient with "
         "`keras_gradtools.custom_gradient`."
     )
 
@@ -204,13 +204,13 @@ def _no_derivative(words):
 def _differentiable_once(words):
     return (
         "A GradientTape was asked for a second derivative through a torch.autograd.Function that is marked with "
-        f"`once_differentiable`, and has none. Received: torch's error {words!r}. Write its backward pass in torch "
-        "operations without the mark, or use `keras_gradtools.custom_gradient`."
+        f"`once_differentiable`, and has none. Received: torch's error {words!r}. Write its backward pass in "
+        "differentiable torch operations and remove the mark, or use `keras_gradtools.custom_gradient`."
     )
 
 
 def reaches(node, recorded, watched):
-    """Whether something watched leads to `node` through recorded nodes."""
+    """Whether `node` depends on a watched tensor through recorded nodes."""
     seen, stack = {node}, [node]
     while stack:
         node = stack.pop()
@@ -227,7 +227,7 @@ def reaches(node, recorded, watched):
 
 
 def leads_to(node, recorded):
-    """Whether the first node behind `node` that is more than a view of something is recorded."""
+    """Whether following `node` back through nodes with one input, such as views, reaches a recorded node."""
     while True:
         following = [f for f, _ in node.next_functions if f is not None]
         if len(following) != 1:
@@ -238,11 +238,11 @@ def leads_to(node, recorded):
 
 
 class passing(Block):  # noqa: N801 - said of a block
-    """The time of a backward pass that stays inside `part`, a `Slice`, and runs on the calling thread alone.
+    """A block in which a backward pass stays inside `part`, a `Slice`, and runs on the calling thread only.
 
-    Other threads of the engine would number the nodes of a recorded pass on their own. The leaves require gradients
-    again, as when they were recorded: torch asks the tensors that it has saved (`linalg.solve`), and a checkpoint
-    computes with them once more. If it `is_recorded`, all that it does can be differentiated, to any order.
+    Other threads of autograd's engine would number the nodes of a recorded pass independently. The leaves require
+    gradients as when they were recorded, because torch checks that on saved tensors (`linalg.solve`), and a checkpoint
+    computes with them again. With `is_recorded`, the pass can be differentiated to any order.
     """
 
     def __init__(self, part, is_recorded):
@@ -266,12 +266,12 @@ class passing(Block):  # noqa: N801 - said of a block
         torch._C._set_multithreading_enabled(False)
 
     def _hook(self, register, hook):
-        # No interrupt comes between the two.
+        # `extend` with `map` runs in C, so an interrupt cannot come between registering a hook and keeping its handle.
         self._handles.extend(map(register, (hook,)))
 
     def end(self):
         torch._C._set_multithreading_enabled(self._was_multithreaded)
-        # torch vectorizes in a level of its own, which an interrupt may leave open.
+        # A vectorized pass opens a level of functorch, which an interrupt may leave open.
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._levels)
         for handle in self._handles:
             handle.remove()
@@ -287,17 +287,17 @@ class passing(Block):  # noqa: N801 - said of a block
             _raise_clear_error(error)
 
     def _is_this_pass(self):
-        # A pass of another tape may cross the same nodes meanwhile: on a thread of its own, or inside this one.
+        # Hooks are called in every pass. Another one may reach the same nodes, on another thread or inside this pass.
         return bool(_thread.passes) and _thread.passes[-1] is self
 
     def _stop(self, gradients):
-        # None and not zeros, which would become NaN where the derivative is infinite.
+        # None, because zeros would become NaN where a derivative is infinite.
         return (None,) * len(gradients) if self._is_this_pass() else None
 
     def _replace_by(self, formula, gradients, upstream):
         if not self._is_this_pass():
             return None
-        # No more than the pass has asked for.
+        # Only the gradients that this pass needs.
         replaced = formula(upstream, gradients)
         return tuple(r if g is not None else None for g, r in zip(gradients, replaced, strict=True))
 
@@ -313,7 +313,7 @@ def _raise_clear_error(error):
     if "inplace operation" in str(error):
         raise RuntimeError(
             "A tensor or variable that the tape's block has read was overwritten before the derivative was taken. "
-            "torch assigns to a variable in place, and the value that the derivative needs is gone. Take the "
+            "torch assigns to a variable in place, so the value that the derivative needs no longer exists. Take the "
             "derivative before `assign` (or the optimizer's step), or let the block read a copy: "
             f"`keras.ops.copy(variable)`. Received: torch's error about an inplace operation: {error}"
         ) from error
@@ -324,9 +324,9 @@ _borrowed_lock = threading.Lock()
 
 
 def borrow(tensor, holder, variable=None):
-    """Lets `tensor` require gradients until `holder` gives it back; does nothing if it does so by itself.
+    """Makes `tensor` require gradients until `holder` gives it back. Does nothing if it already does.
 
-    Several holders may borrow the same tensor. `variable` is the Keras variable that it is the value of.
+    Several holders may borrow the same tensor. `variable`: The Keras variable with this value, if there is one.
     """
     with _borrowed_lock:
         entry = _borrowed.get(id(tensor))
@@ -340,14 +340,14 @@ def borrow(tensor, holder, variable=None):
 
 
 def give_back(tensor, holder):
-    """Ends what `borrow` began, and does nothing where `holder` does not have the tensor."""
+    """Undoes `borrow`, when the last holder gives the tensor back. Does nothing if `holder` has not borrowed it."""
     with _borrowed_lock:
         entry = _borrowed.get(id(tensor))
         if entry is None:
             return
         _, holders, variable, was_trainable = entry
         if holders <= {id(holder)}:
-            # Keras sets the flag when a layer is frozen or unfrozen: that has priority.
+            # If the layer was unfrozen meanwhile, Keras has set the flag, and it must stay set.
             unfrozen = variable is not None and variable.trainable and not was_trainable
             torch_levels.require_grad(tensor, unfrozen)
             del _borrowed[id(tensor)]
@@ -356,7 +356,7 @@ def give_back(tensor, holder):
 
 
 class Borrowing(Block):
-    """The time in which some tensors require gradients."""
+    """A block in which some tensors require gradients."""
 
     def __init__(self, tensors):
         self._tensors = tensors

@@ -1,4 +1,8 @@
-"""Operations of Keras that cannot be vectorized, differentiated or followed by a tape as Keras writes them on torch."""
+"""Replaces Keras operations that, on torch, cannot be vectorized or recorded, or have wrong derivatives.
+
+Most replacements are only used while a tape is recording or a transform of `torch.func` runs, so that ordinary calls
+remain as fast as before.
+"""
 
 import functools
 
@@ -11,7 +15,7 @@ from keras_gradtools.keras_internals import backend_modules
 
 
 def install():
-    # Not all are in every supported Keras.
+    # Some of these functions do not exist in every supported Keras.
     for module, name, mended in (
         ("nn", "_maybe_convert_to_channels_last", _where_it_can),
         ("linalg", "cholesky_inverse", _of_the_triangle),
@@ -30,7 +34,7 @@ def install():
 
 
 def _is_differentiated():
-    """Whether a tape records, or a transform of `torch.func` runs, as it does for the gradients of examples."""
+    """Whether a tape is recording or a transform of `torch.func` is running, as for per-example gradients."""
     return bool(recording.active_tapes()) or torch_levels.depth() > 0
 
 
@@ -40,7 +44,7 @@ def _where_it_can(convert):
         try:
             return convert(tensor)
         except RuntimeError:
-            # The layout in memory changes the speed and no value, and `vmap` knows none.
+            # The memory layout only affects speed. Inside `vmap`, torch cannot change it.
             return tensor
 
     return call
@@ -49,7 +53,7 @@ def _where_it_can(convert):
 def _of_the_triangle(cholesky_inverse):
     @functools.wraps(cholesky_inverse)
     def call(x, upper=False):
-        # The value has only this half in it; torch's gradient has both.
+        # The value depends only on one triangle, but torch's gradient has entries in both.
         x = ops.convert_to_tensor(x)
         return cholesky_inverse(torch.triu(x) if upper else torch.tril(x), upper=upper)
 
@@ -63,7 +67,7 @@ def _of_any_rank(det):
         value = det(a)
         if not _is_differentiated() or not a.is_floating_point() or not bool((value == 0).any()):
             return value
-        # torch's gradient goes by the inverse, and is zero where there is none.
+        # torch computes the gradient from the inverse. For a singular matrix it gives zero.
         is_singular = (value == 0)[..., None, None]
         identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         regular, singular = torch.where(is_singular, identity, a), torch.where(is_singular, a, identity)
@@ -73,7 +77,7 @@ def _of_any_rank(det):
 
 
 def _determinant_by_products(a):
-    """By the algorithm of Faddeev and LeVerrier: products and traces alone, differentiable at any matrix."""
+    """The determinant by the algorithm of Faddeev and LeVerrier: products and traces, differentiable at any matrix."""
     n = a.shape[-1]
     identity = torch.eye(n, dtype=a.dtype, device=a.device)
     product, coefficient = torch.zeros_like(a), a.new_ones(a.shape[:-2])
@@ -86,7 +90,7 @@ def _determinant_by_products(a):
 def _of_a_copy(affine_transform):
     @functools.wraps(affine_transform)
     def call(images, transform, *args, **kwargs):
-        # Keras overwrites it.
+        # Keras overwrites `transform` in place.
         return affine_transform(images, ops.convert_to_tensor(transform).clone(), *args, **kwargs)
 
     return call
@@ -97,7 +101,7 @@ def _constant(floor_divide):
     def call(x1, x2):
         if not _is_differentiated():
             return floor_divide(x1, x2)
-        # Its derivative is zero, and torch has none.
+        # The derivative is zero, but torch has none and would raise an error.
         with torch.no_grad():
             return floor_divide(x1, x2)
 
@@ -118,7 +122,7 @@ def _where_differentiated(mended):
 
 
 def _recorded(grad):
-    """`keras.ops.grad`, which detaches its arguments and its result: to a tape around it that would be a constant."""
+    """`keras.ops.grad` that tapes can record. Keras detaches its arguments and result, so they would see a constant."""
 
     @functools.wraps(grad)
     def with_graph(f, argnums=0):
@@ -141,7 +145,7 @@ def _recorded(grad):
 
 
 def _places(argnums, count):
-    """The arguments to differentiate by; None for what Keras refuses in its own words."""
+    """The positions of the arguments to differentiate by. None if `argnums` is invalid: Keras raises the error."""
     numbers = (argnums,) if isinstance(argnums, int) else argnums
     if not isinstance(numbers, (list, tuple)) or not all(isinstance(i, int) and -count <= i < count for i in numbers):
         return None

@@ -1,4 +1,8 @@
-"""The tape on torch, whose graph has none: see `torch_graph` for what a tape has recorded of it."""
+"""The tape on torch, which has a graph but no tapes.
+
+A tape makes the watched tensors require gradients inside its block, and remembers which nodes of autograd's graph were
+created there. `torch_graph` finds these nodes again.
+"""
 
 import threading
 
@@ -9,7 +13,7 @@ from keras_gradtools.backend import recording, torch_graph, torch_levels
 
 class _Thread(threading.local):
     def __init__(self):
-        # For each tape inside its block, the grad mode before it was entered.
+        # Pairs of a tape inside its block and the grad mode from before it was entered.
         self.grad_modes = []
 
 
@@ -17,11 +21,11 @@ _thread = _Thread()
 
 
 class Tape(recording.Recording):
-    """Windows of sequence numbers, and the edges of what is watched.
+    """The windows of sequence numbers in which the tape recorded, and the edges of the watched tensors.
 
-    Inside the block the watched tensors require gradients, and grad mode is on: Keras builds, evaluates and
-    predicts without. Both are put back at the end of the block. The edges are kept from the time of
-    watching on, so that gradients can still be asked for then.
+    Inside the block, watched tensors require gradients, and grad mode is on, because Keras switches it off to build,
+    evaluate and predict. Both are restored at the end of the block. Each edge is stored when its tensor is watched, so
+    gradients can still be taken after the block.
     """
 
     def __init__(self, watch_accessed_variables):
@@ -54,9 +58,9 @@ class Tape(recording.Recording):
             )
         if self._windows.are_of_another_thread():
             raise RuntimeError(
-                "On torch, a GradientTape cannot go on recording on another thread than the one it began on, where the "
-                "graph is numbered anew. Received: a tape entered again elsewhere. Enter it on its own thread, or make "
-                "a new tape."
+                "On torch, a GradientTape cannot go on recording on another thread than the one it began on, because "
+                "torch numbers the operations of each thread independently. Received: a tape entered again on another "
+                "thread. Enter it on its first thread, or make a new tape."
             )
         super().begin()
         self._inside = True
@@ -84,7 +88,7 @@ class Tape(recording.Recording):
         if place == len(entries) - 1:
             torch.set_grad_enabled(before)
         else:
-            # The tape that was entered next is still inside its block: it restores what this one would have.
+            # A tape that was entered later is still inside its block. It now restores the mode from before this one.
             entries[place + 1][1] = before
         del entries[place]
 
@@ -104,7 +108,7 @@ class Tape(recording.Recording):
 
     def release(self):
         self._forget()
-        # The values that a stateless scope lent its variables may hold a graph.
+        # Values that a stateless scope gave to variables may hold a graph.
         self._read = {key: (variable, {}) for key, (variable, _) in self._read.items()}
 
     def watch(self, tensor, variable=None):
@@ -113,7 +117,7 @@ class Tape(recording.Recording):
         if not torch_levels.can_watch(tensor, self._level):
             if variable is None:
                 raise torch_levels.error(tensor)
-            # Many are read, and few are asked for: then it is an error.
+            # No error: many variables are read, and only to differentiate by one of them is an error.
             return
         if tensor.grad_fn is None:
             self._require_grad(tensor, variable)
@@ -121,7 +125,7 @@ class Tape(recording.Recording):
         else:
             edge = (tensor.grad_fn, tensor.output_nr)
             if torch_graph.reaches(tensor.grad_fn, self._recorded(), self._since):
-                # It is followed already, as a part of what it was computed from.
+                # It depends on another watched tensor, so the tape follows it already.
                 return
         self._watched[id(tensor)] = (tensor, edge, tensor._version if tensor.grad_fn is not None else None)
         self._since[edge] = torch.autograd._get_sequence_nr()
@@ -141,11 +145,12 @@ class Tape(recording.Recording):
     def note_results(self, results):
         for y in results:
             if isinstance(y, torch.Tensor) and y._is_view():
-                # Where its base was overwritten, torch tells its graph now, and not when somebody looks at it later.
+                # If the base of a view was overwritten, torch creates the view's graph when `grad_fn` is read. Reading
+                # it here puts that graph into this block.
                 _ = y.grad_fn
 
     def edges(self, targets, sources):
-        """The edges of `targets` and `sources`, None for what this tape does not follow."""
+        """The edges of `targets` and `sources`. None for a tensor that this tape does not follow."""
         target_edges, source_edges = list(map(self._edge, targets)), list(map(self._edge, sources))
         recorded = self._recorded()
 
@@ -155,7 +160,8 @@ class Tape(recording.Recording):
             if edge:
                 torch_graph.require_derivative(edge[0])
             if edge and tensor._is_view() and tensor._version and torch_graph.leads_to(edge[0], recorded):
-                # Made anew since the block, or after it by the user: the two cannot be told apart.
+                # Either torch has created the node of a view from the block only now, or the user has overwritten the
+                # view after the block. These two cases cannot be told apart.
                 raise _overwritten_error(tensor)
             return None
 
@@ -166,7 +172,7 @@ class Tape(recording.Recording):
         return list(map(target_edge, targets, target_edges)), list(map(source_edge, source_edges))
 
     def require_unchanged(self, source):
-        """Raises if `source`, which seems not to be connected, was overwritten since it was used."""
+        """Raises `RuntimeError` if `source`, which seems unconnected, was overwritten after it was watched."""
         _, _, version = self._watched.get(id(source), (None, None, None))
         if id(source) in self._renewed or version is not None and source._is_view() and source._version != version:
             raise _overwritten_error(source)
@@ -185,7 +191,7 @@ class Tape(recording.Recording):
         node = tensor.grad_fn
         stop = torch.autograd._get_sequence_nr()
         if stop > start:
-            # A view whose base was overwritten. It is a view of the new value, and torch has told its graph just now.
+            # A view whose base was overwritten. It is a view of the new value, and torch has just created its graph.
             self._windows.renew(range(start, stop))
             self._renewed[id(tensor)] = tensor
         return None if node is None else (node, tensor.output_nr)
@@ -196,9 +202,10 @@ class Tape(recording.Recording):
 
 def _overwritten_error(tensor):
     return RuntimeError(
-        "A GradientTape cannot follow a view of what was overwritten in place after it was taken. Received: a tensor "
-        f"of dtype {tensor.dtype} and shape {tuple(tensor.shape)}, a view whose value has changed. Compute without "
-        "in-place operations, or take a copy, `keras.ops.copy(x)`, in place of the view, inside the block."
+        "A GradientTape cannot follow a view of a tensor that was overwritten in place after the view was taken. "
+        f"Received: a tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)}, a view whose value has changed. "
+        "Compute without in-place operations, or take a copy, `keras.ops.copy(x)`, instead of the view, inside the "
+        "block."
     )
 
 
@@ -212,7 +219,7 @@ def _watch_read(variable, value, tapes):
 
 
 def grad_mode_outside():
-    """The grad mode outside of all tapes' blocks."""
+    """The grad mode from before the outermost block of a tape on this thread."""
     return _thread.grad_modes[0][1] if _thread.grad_modes else True
 
 

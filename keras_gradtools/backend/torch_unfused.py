@@ -1,8 +1,9 @@
-"""Fused operations of torch as what they are made of, for a block in which torch itself takes the derivatives.
+"""Replaces fused operations of torch by basic ones, in a block where `torch.func` takes the derivatives.
 
-`torch.func.grad` under `torch.vmap` differentiates layer and batch normalization rightly once, and wrongly twice, and
-some operations not twice at all. A tape mends its own backward passes (`torch_formulas`), not those. A
-`TorchFunctionMode` belongs to a thread, and costs microseconds for each operation, which is little in such a block.
+For layer and batch normalization, first derivatives by `torch.func.grad` under `torch.vmap` are right, but second ones
+are silently wrong. Some operations have no second derivative there. `torch_formulas` corrects these only in backward
+passes of a tape. Here a `TorchFunctionMode` replaces the operations, which affects only one thread and costs
+microseconds for each operation.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Unfused(TorchFunctionMode):
-    """A block in which they are computed so."""
+    """A block in which fused operations are replaced."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return _UNFUSED.get(func, func)(*args, **(kwargs or {}))
@@ -33,7 +34,7 @@ def _batch_norm(
     eps=1e-5,
 ):
     if not training or running_mean is not None:
-        # The statistics are constants, or to be updated: torch does either.
+        # torch does this: the statistics are constants, or must be updated.
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _normalized(input, (0, *range(2, input.dim())), eps, weight, bias, (-1, *(1,) * (input.dim() - 2)))
 
@@ -71,7 +72,7 @@ def _hard_sigmoid(input, inplace=False):  # noqa: A002
 
 
 def _weight_norm(v, g, dim=0):
-    # Without an axis, -1, the norm is that of all.
+    # `dim=-1` means one norm over all axes.
     over = [i for i in range(v.dim()) if i != dim]
     return v * (g / torch.sqrt(torch.sum(v * v, over, keepdim=True)))
 

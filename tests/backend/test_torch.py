@@ -844,7 +844,7 @@ def test_weights_that_processes_share_out_have_no_sums(monkeypatch, tmp_path):
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
         shared = distributed.tensor.distribute_tensor(torch.ones(2), mesh, [distributed.tensor.Shard(0)])
         monkeypatch.setattr(distributed, "get_world_size", lambda *args: 2)
-        with pytest.raises(RuntimeError, match="weights that processes share out .*ModelParallel.* Use"):
+        with pytest.raises(RuntimeError, match="weights that are split between processes .*ModelParallel.* Use"):
             backend.summed_over_processes([torch.ones(2), shared], 1)
     finally:
         monkeypatch.undo()
