@@ -8,24 +8,24 @@ in `tape.py` and above.
 | --------------------------------------------------------------- | -------------------------------------------------- |
 | `Tape(watch_accessed_variables)`                                | a tape, see `recording.Recording`                  |
 | `pullback(tape, targets, sources, cotangents)`                  | reverse mode: `sum_k J_k' u_k` for every source    |
-| `constant_pullback(tape, targets, sources, cotangents)`         | the same as constants: no second derivative        |
+| `constant_pullback(tape, targets, sources, cotangents)`         | the same, as constants                             |
 | `pullback_batch(tape, targets, sources, cotangents)`            | the same for a stack of cotangents along axis 0    |
 | `pushforward(tape, targets, sources, tangents)`                 | forward mode: `sum_i J_i v_i` for every target     |
 | `pushforward_batch(tape, targets, sources, tangents)`           | the same for a stack of tangents along axis 0      |
-| `linearize(tape, targets, sources, is_symmetric)`               | `tangents -> pushforward`, with shared work kept   |
+| `linearize(tape, targets, sources, is_symmetric)`               | `tangents -> pushforward`, for many tangents       |
 | `map_chunks(fun, count, chunk_size)`                            | `fun(indices)` for `0 ... count - 1` in chunks     |
 | `per_example_gradients(fun, weights, examples, must_vectorize)` | per-example gradients and auxiliary tensors        |
-| `jit(fun)`                                                      | `fun` compiled, with Keras variables as its state  |
-| `compiled(fun)`                                                 | `fun`, compiled only on torch: see below           |
-| `custom_gradient(fun)`                                          | `fun(*args) -> (value, grad_fn)` as one function   |
+| `jit(fun)`                                                      | `fun` compiled (not on torch), variables as state  |
+| `compiled(fun)`                                                 | `fun`, compiled only on torch, see below           |
+| `custom_gradient(fun)`                                          | a function with its own gradient, see below        |
 | `containers()`                                                  | the containers registered with the framework       |
 | `alias(x)`                                                      | a new tensor equal to `x`, as a recorded operation |
 | `settled(tensors)`                                              | tensors, detached if only tapes need their graph   |
 | `tried(fun)`                                                    | runs, or only traces, `fun()` to see its errors    |
 | `eagerly()`                                                     | a block that runs eagerly, even inside a trace     |
 | `assigns_at_once()`                                             | whether a training step assigns immediately        |
-| `can_make_variables()`                                          | False inside a replica of `tf.distribute`          |
-| `random_state()`                                                | the state of generators that are not Keras seeds   |
+| `can_make_variables()`                                          | whether variables can be created (not in replicas) |
+| `random_state()`                                                | the state of generators other than Keras' seeds    |
 | `with_random_state(state)`                                      | a block in which those generators have this state  |
 | `spread(x)`                                                     | `x`, distributed over the devices of a data layout |
 | `summed_over_replicas(fun, batch, variable)`                    | the sum of `fun(part)` over the replicas' parts    |
@@ -44,7 +44,9 @@ in `tape.py` and above.
 other side. Every cotangent has the shape and dtype of its target, every tangent those of its source, and the gradient
 of a variable those of the variable. All other tapes that are recording record the computation of the results.
 
-`compiled` exists because TensorFlow and JAX compile the whole training step, and with it what is called in it.
+`linearize` does the work that does not depend on the tangents only once. With `is_symmetric`, it may use a vjp in place
+of a jvp. `custom_gradient` takes `fun(*args) -> (value, grad_fn)`, and its gradients can be differentiated again.
+`compiled` is only needed on torch, because Keras compiles the whole training step on TensorFlow and JAX.
 """
 
 import importlib

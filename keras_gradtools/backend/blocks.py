@@ -1,8 +1,8 @@
 """`Block`, a context manager that always restores the state from before, even if Ctrl-C interrupts it.
 
 Python may raise `KeyboardInterrupt` between any two bytecodes, so also inside `__enter__` and `__exit__`. A usual
-context manager would then leave a tape recording, or a global mode changed. Everything here that changes global state
-is a `Block`.
+context manager would then leave a tape recording, or a global mode changed. Code that changes such state should use a
+`Block`.
 """
 
 

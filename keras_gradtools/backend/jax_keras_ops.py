@@ -1,8 +1,8 @@
 """Replaces Keras operations that, on JAX, may return their argument itself or have wrong derivatives.
 
 `reshape` to the same shape returns its argument, for example. A tape follows values by identity and could not tell the
-result from the argument: it would follow what was computed while it was not recording, and a derivative by the result
-would be one by the argument. Such results are replaced by aliases.
+result from the argument. It would follow values that were computed while it was not recording, and confuse derivatives
+with respect to the result and to the argument. So such results are replaced by aliases.
 """
 
 import functools

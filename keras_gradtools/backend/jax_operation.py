@@ -14,7 +14,7 @@ class Operation:
     `differentiable`: The first inputs, through which derivatives pass. The others are known to have none.
     `rule`: For a custom gradient of this package, a hashable object that stands for its functions. Otherwise None.
     `closed_over`: How many of the last inputs are values that the operation closes over. They are not passed to it, and
-    a derivative by them is an error.
+    differentiating with respect to them is an error.
     """
 
     __slots__ = ("closed_over", "differentiable", "inputs", "outputs", "params", "primitive", "rule", "subfuns")

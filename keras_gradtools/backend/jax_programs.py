@@ -23,9 +23,9 @@ mlir.register_lowering(closed_over_p, lambda _, x, by: [x])
 
 def _refuse(_, x, *, by):
     raise ValueError(
-        f"A derivative by a value that {by} closes over cannot be taken: only derivatives by its arguments are known. "
-        f"Received: a closed-over value of shape {x.shape} and dtype {x.dtype}. Pass it as an argument. If it is meant "
-        "as a constant, close over `kg.stop_gradient(value)`."
+        f"A derivative with respect to a value that {by} closes over cannot be taken: only those with respect to its "
+        f"arguments are known. Received: a closed-over value of shape {x.shape} and dtype {x.dtype}. Pass it as an "
+        "argument. If it is meant as a constant, close over `kg.stop_gradient(value)`."
     )
 
 
@@ -160,7 +160,10 @@ def constants_as_inputs(primitive, params, wanted):
 
 
 def insert(inputs, inserted, values):
-    """Inserts constants into `inputs`. `inserted`: from `constants_as_inputs`. `values`: the values of the ids."""
+    """Returns `inputs` with constants inserted.
+
+    `inserted` is a result of `constants_as_inputs`. `values` maps the ids of the constants to what is inserted.
+    """
     inputs = list(inputs)
     for position, consts in reversed(inserted):
         inputs[position:position] = [values[id(x)] for x in consts]

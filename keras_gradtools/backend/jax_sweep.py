@@ -102,7 +102,7 @@ def _between(operations, source_ids, targets):
 
 
 def pull(part, arrays, cotangents):
-    """Reverse mode: the gradient by each of the slice's inputs."""
+    """Reverse mode: the gradient of each input of the slice."""
     sums = {}
     add(sums, (slot for slot in part.target_slots if slot is not None), cotangents)
     for step in reversed(part.steps):

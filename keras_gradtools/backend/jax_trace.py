@@ -82,7 +82,7 @@ def is_tracing_program():
 
 
 class TapeTrace(core.Trace):
-    """Lets `parent` run every operation, and adds it to the tapes that are recording."""
+    """Lets `parent` run every operation, and adds it to each recording tape that follows one of its inputs."""
 
     __slots__ = ("open_tapes", "parent", "tapes")
 
@@ -295,10 +295,10 @@ _thread = _Thread()
 
 
 class custom_rule(Block):  # noqa: N801 - said of a block
-    """A block in which a called custom derivative is recorded as `rule`, with a derivative by its first `count` inputs.
+    """A block in which a custom derivative that is called is recorded as `rule`.
 
-    A gradient of None stops at the other inputs in JAX. A tape chains single operations and would get an array of zeros
-    there, which becomes NaN where it meets an infinity.
+    Only its first `count` inputs have a derivative. For the others, the rule returns None, at which JAX stops. But a
+    tape chains single operations, and would get an array of zeros, which becomes NaN where it meets an infinity.
     """
 
     def __init__(self, rule, count):

@@ -8,7 +8,7 @@ formula that has the right derivatives everywhere.
 - `sinc` at 0: TensorFlow's first derivative and torch's second one are NaN; JAX's first one is inaccurate nearby.
 - `logaddexp(x, x)`: both derivatives are 1/2. TensorFlow gives 1 and 0.
 - `ldexp(x, n)`: the derivative is 2^n. JAX and TensorFlow give 1 at x = 0, and torch gives 0 for n < 0.
-- `nextafter(x, y)`: the derivative by x is 1. JAX and TensorFlow have none, and torch gives 0 where x = y.
+- `nextafter(x, y)`: the x-derivative is 1. JAX and TensorFlow have none, and torch gives 0 where x = y.
 """
 
 import functools
@@ -86,7 +86,7 @@ def ldexp(original):
 
 
 def nextafter(original):
-    """x1 plus a constant, so that the derivative by x1 is 1."""
+    """x1 plus a constant, so that its derivative is 1."""
 
     @functools.wraps(original)
     def call(x1, x2):

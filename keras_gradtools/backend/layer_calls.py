@@ -1,7 +1,7 @@
 """Observes the calls of layers while a model runs, with their outputs or under a tape.
 
 Keras has no hook for that, so `Layer.__call__` and `Operation.__call__` are replaced while a block here is open.
-Diagnostics use it to find the layer that causes a problem.
+Checks and diagnostics use it to find the layer that causes a problem.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ class watched(Block):  # noqa: N801 - said of a block
     """A block in which each eager call of a layer on this thread is added to the list `calls` when it ends.
 
     `record`, a tape that is recording, watches an alias of each floating-point input. The layer receives the alias, so
-    a derivative by it includes only the paths through this layer.
+    a derivative with respect to it includes only the paths through this layer.
     """
 
     def __init__(self, record):
@@ -244,7 +244,7 @@ def path_of(layer):
 
 
 def class_path(layer):
-    """The public path of the class of a layer or operation, such as `keras.layers.Dense`."""
+    """The class of a layer or operation: `keras.layers.Dense`, or module and name if it is not part of Keras."""
     cls = type(layer)
     kind = "layers" if isinstance(layer, Layer) else "ops"
     return f"keras.{kind}.{cls.__name__}" if is_keras_own(layer) else f"{cls.__module__}.{cls.__qualname__}"

@@ -119,7 +119,7 @@ class Recording(Block):
     def values_read(self, variable):
         """The distinct values that readers of `variable` were given.
 
-        A value from a stateless scope that was computed from another of them is left out, because the gradient by that
+        A value from a stateless scope that was computed from another of them is left out, because the gradient of that
         other value already includes it.
         """
         _, values = self._read.get(id(variable), (None, {}))

@@ -1,8 +1,8 @@
 """The kernels on TensorFlow, built on `tf.GradientTape`.
 
-TensorFlow's tape does not follow Keras' `trainable` flags, and some of its gradients are wrong or missing. This file
-adds the first and installs the corrections of the other `tensorflow_*` files. `keras_gradtools.backend` lists what each
-kernel does.
+TensorFlow's tape ignores changes of Keras' `trainable` flags, and some of TensorFlow's gradients are wrong or missing.
+This file makes the tape follow the flags, and installs the corrections of the other `tensorflow_*` files.
+`keras_gradtools.backend` lists what each kernel does.
 """
 
 import contextlib
@@ -279,10 +279,10 @@ def linearize(tape, targets, sources, is_symmetric=False):
 
 
 class _CompiledWhenItPays:
-    """Runs a function eagerly for a total of `TRACING` seconds, and as a graph from then on.
+    """Runs a function eagerly until its calls have taken `TRACING` seconds in total, and as a graph from then on.
 
     A graph omits operations that eager backpropagation computes unnecessarily, but tracing takes as long as many small
-    products. So it is only traced when tracing takes no longer than the eager calls so far.
+    products. `TRACING` is about that time.
     """
 
     TRACING = 0.3
@@ -551,8 +551,8 @@ def _vectorize(fun, stacks):
 @functools.cache
 def _warn_unvectorized(reason):
     warnings.warn(
-        "TensorFlow cannot vectorize this computation. Jacobians are computed row by row, and per-example gradients "
-        f"example by example, which is slower. TensorFlow said: {reason}",
+        "TensorFlow cannot vectorize this computation. Jacobians are computed one row at a time, and per-example "
+        f"gradients one example at a time, which is slower. TensorFlow said: {reason}",
         stacklevel=2,
     )
 
@@ -573,7 +573,7 @@ def custom_gradient(fun):
 
         def grad(*upstream, variables=()):
             gradients = grad_fn(*upstream)
-            # On every backend, `grad_fn` gives no gradient by the variables that `fun` reads.
+            # On every backend, the variables that `fun` reads are constants of its gradient.
             return (gradients, [None] * len(variables)) if variables else gradients
 
         return values, grad

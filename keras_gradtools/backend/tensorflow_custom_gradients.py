@@ -1,8 +1,8 @@
-"""Prevents missing gradients by closed-over tensors in `tf.recompute_grad` and `tf.custom_gradient`.
+"""Prevents missing gradients of closed-over tensors in `tf.recompute_grad` and `tf.custom_gradient`.
 
-TensorFlow differentiates both kinds of functions by their arguments only, and silently drops the gradient by tensors
-that they close over. The values that a stateless scope gives to Keras variables are such tensors, so a model built
-under `keras.RematScope` would have no gradient by its functional weights.
+TensorFlow differentiates both kinds of functions with respect to their arguments only, and silently drops the gradient
+with respect to tensors that they close over. The values that a stateless scope gives to Keras variables are such
+tensors, so the weights of a functionalized model under `keras.RematScope` would have no gradient.
 
 - Rematerialization only saves memory. Where this package records, the function runs without it, and its derivatives are
   right to any order. Elsewhere, as in Keras' own training step, it is rematerialized.
@@ -48,15 +48,15 @@ def _graph():
 
 
 def require_connected(tape, targets, sources, gradients):
-    """Raises `ValueError` if the gradient by a source is None only because a custom gradient closes over the source."""
+    """Raises `ValueError` if a source has no gradient only because a custom gradient closes over it."""
     for source, gradient in zip(sources, gradients, strict=True):
         if gradient is not None or isinstance(source, tf.Variable):
-            # TensorFlow asks a custom gradient for the gradients by the `tf.Variable`s that it reads.
+            # TensorFlow asks a custom gradient for the gradients of the `tf.Variable`s that it reads.
             continue
         for call in tape.custom_gradients:
             if call.hides(tape.native, targets, source):
                 raise ValueError(
-                    f"The gradient by a tensor is lost in {call.name!r}, a function under `tf.custom_gradient` that "
+                    f"The gradient of a tensor is lost in {call.name!r}, a function under `tf.custom_gradient` that "
                     "closes over the tensor, or over a variable whose value it is in a functionalized model. "
                     "TensorFlow would give zeros. Pass the tensor as an argument, or use `kg.stop_gradient` if it is "
                     f"meant as a constant. Received: a source of shape {tuple(source.shape)} and dtype "
@@ -120,7 +120,7 @@ def _tensors(structure):
 def _warn_kept():
     warnings.warn(
         "On TensorFlow, `keras.RematScope`, `keras.remat` and `tf.recompute_grad` save no memory where keras_gradtools "
-        "records: TensorFlow's rematerialization has no gradient by what a function closes over, and no second "
+        "records: TensorFlow's rematerialization has no gradient of what a function closes over, and no second "
         "derivative. Derivatives are right, but need as much memory as without rematerialization.",
         stacklevel=2,
     )

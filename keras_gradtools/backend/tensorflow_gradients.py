@@ -3,7 +3,7 @@
 | operation                  | what TensorFlow's own gradient is                                                   |
 | -------------------------- | ----------------------------------------------------------------------------------- |
 | `Cumprod`                  | wrong if an entry is zero; so is the second derivative of `Prod` with two zeros     |
-| `ImageProjectiveTransformV3` | an interpolation by the inverse transform, not the adjoint; none by the transform |
+| `ImageProjectiveTransformV3` | an interpolation by the inverse transform, not the adjoint; none of the transform |
 | `ScaleAndTranslate`        | an error for an image in double precision                                           |
 | `Lu`, `XlaDynamicUpdateSlice`, `XlaDynamicSlice` | missing                                                       |
 
@@ -37,7 +37,7 @@ def install():
 
 
 def _pulled_back(fun, inputs, upstream):
-    """The gradients of `fun(*inputs)` by `inputs`, for the cotangent `upstream`. Zeros for an unconnected input."""
+    """The vjp of `fun` at `inputs` for the cotangent `upstream`. Zeros for an unconnected input."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         inputs = [tf.identity(x) for x in inputs]
         tape.watch(inputs)
@@ -93,11 +93,12 @@ def _projective_transform(op, upstream):
     options = {name: op.get_attr(name).decode() for name in ("interpolation", "fill_mode")}
     size = tf.shape(upstream)[1:3]
     if fill_value is None:
-        # TensorFlow keeps only what its own gradient needs. The derivative by the images does not need this either.
+        # TensorFlow keeps only what its own gradient needs. The gradient of the images does not need this either.
         if options["fill_mode"] == "CONSTANT" and 1 not in (op.skip_input_indices or ()):
             raise NotImplementedError(
-                "The derivative of `affine_transform` by the transform depends on `fill_value`, which TensorFlow does "
-                "not store. Received: fill_mode='constant'. Use fill_mode='nearest', 'reflect' or 'wrap'."
+                "The derivative of `affine_transform` with respect to the transform depends on `fill_value`, which "
+                "TensorFlow does not store. Received: fill_mode='constant'. Use fill_mode='nearest', 'reflect' or "
+                "'wrap'."
             )
         fill_value = 0.0
 

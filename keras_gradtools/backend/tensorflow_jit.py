@@ -44,7 +44,7 @@ class _Graph:
         if compiled is None:
             # Without AutoGraph, Python control flow on values raises an error, as on JAX.
             compiled = tf.function(functools.partial(self._traced, outline), autograph=False)
-            # TensorFlow counts traces by the code object, which all functions compiled here share, and would warn.
+            # TensorFlow counts traces per code object for this warning, and all functions compiled here share one.
             compiled._omit_frequent_tracing_warning = True
             compiled = self._compiled.setdefault(outline, compiled)
         return compiled

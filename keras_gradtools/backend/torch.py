@@ -215,8 +215,8 @@ def _run_rows(outputs, inputs, upstream, is_recorded):
 @functools.cache
 def _warn_unvectorized(reason):
     warnings.warn(
-        "torch cannot vectorize this computation. Jacobians are computed row by row, and per-example gradients example "
-        f"by example, which is slower. torch said: {reason}",
+        "torch cannot vectorize this computation. Jacobians are computed one row at a time, and per-example gradients "
+        f"one example at a time, which is slower. torch said: {reason}",
         stacklevel=2,
     )
 
@@ -475,7 +475,7 @@ def compiled(fun):
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
-        # Donated buffers allow only one backward pass, but a directional derivative takes one, and the gradient by the
+        # Donated buffers allow only one backward pass, but a directional derivative takes one, and the gradient of the
         # weights another one.
         with torch._functorch.config.patch(donated_buffer=False):
             return function(*args, **kwargs)

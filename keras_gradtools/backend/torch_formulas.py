@@ -89,7 +89,7 @@ def _batch_shape(x):
 
 
 def _normalized(u, x, weight, shape, deviation=None, eps=None):
-    """The gradients of w (x - mean) / deviation + b by x, w and b, for the cotangent u."""
+    """The vjp of w (x - mean) / deviation + b with respect to x, w and b, for the cotangent u."""
     if u is None:
         return None, None, None
     over, by_weight, weight_shape = shape
@@ -203,9 +203,9 @@ def _attention(node):
 
 
 def _pulled_back(fun, tensors, gradients):
-    """The gradients of `fun(*tensors)` by each of `tensors`, for the cotangents `gradients`.
+    """The vjp of `fun` at `tensors`, for the cotangents `gradients`.
 
-    They are taken by aliases, so that they do not include paths from one tensor to another in the graph.
+    It uses aliases, so that it does not include paths from one of the tensors to another in the graph.
     """
     with torch.enable_grad():
         followed = [t is not None and t.requires_grad for t in tensors]

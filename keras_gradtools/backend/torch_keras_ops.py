@@ -145,7 +145,7 @@ def _recorded(grad):
 
 
 def _places(argnums, count):
-    """The positions of the arguments to differentiate by. None if `argnums` is invalid: Keras raises the error."""
+    """The positions in `argnums`, as non-negative numbers. None if `argnums` is invalid: Keras raises the error."""
     numbers = (argnums,) if isinstance(argnums, int) else argnums
     if not isinstance(numbers, (list, tuple)) or not all(isinstance(i, int) and -count <= i < count for i in numbers):
         return None

@@ -79,10 +79,10 @@ def check(targets, sources):
 def error(tensor):
     return RuntimeError(
         "A GradientTape, and every transform of keras_gradtools, cannot differentiate inside `torch.vmap` or another "
-        "transform of `torch.func` by tensors that this transform does not follow: they would see constants. Received: "
-        f"a tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)} inside one. For per-example gradients, use "
-        "`keras_gradtools.per_example_grad(fun)` instead of `vmap` around `grad`. For other derivatives, use "
-        "`batch_jacobian`, `jacobian` or `hvp`, or use `torch.func.grad` inside as well."
+        "transform of `torch.func` with respect to tensors that it does not follow: they would see constants. "
+        f"Received: a tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)} inside one. For per-example "
+        "gradients, use `keras_gradtools.per_example_grad(fun)` instead of `vmap` around `grad`. For other "
+        "derivatives, use `batch_jacobian`, `jacobian` or `hvp`, or use `torch.func.grad` inside as well."
     )
 
 

@@ -117,7 +117,7 @@ class Tape(recording.Recording):
         if not torch_levels.can_watch(tensor, self._level):
             if variable is None:
                 raise torch_levels.error(tensor)
-            # No error: many variables are read, and only to differentiate by one of them is an error.
+            # No error: variables are watched when they are read, and most are never used as sources.
             return
         if tensor.grad_fn is None:
             self._require_grad(tensor, variable)

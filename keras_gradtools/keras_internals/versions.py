@@ -40,7 +40,7 @@ def warn_if_untested():
 
 
 def missing(what):
-    """The error for an internal that this Keras does not have."""
+    """The error for a private name that this Keras does not have."""
     return RuntimeError(f"{describe()} This Keras has no {what}, which is needed. {advice()}")
 
 
