@@ -1,4 +1,4 @@
-"""Jacobians out of a tape's record: in which direction, and how many rows or columns at a time."""
+"""Jacobians of recorded operations: in forward or reverse mode, and how many rows or columns at a time."""
 
 import functools
 import math
@@ -11,13 +11,13 @@ MODES = ("auto", "forward", "reverse")
 
 
 class Plan:
-    """How to compute the Jacobian of each of `targets` by each of `sources`.
+    """How to compute the Jacobian of each of `targets` with respect to each of `sources`.
 
-    In reverse mode each target is a part, whose unit cotangents are pulled back to every source; in forward mode
-    each source is one, whose unit tangents are pushed to every target. Behind `batch_axes`, all examples share
-    the same unit vectors, so that only the Jacobian of each example alone comes out.
+    In reverse mode each target is one part: its unit cotangents are carried back to every source. In forward mode each
+    source is one part: its unit tangents are carried forward to every target. With `batch_axes`, all examples
+    share the same unit vectors, so the result is the Jacobian of each example.
 
-    A plan holds no tensors where all shapes are known, and outlives the trace that it was made in.
+    If all shapes are known, a plan holds no tensors, and can be used after the trace in which it was made.
     """
 
     def __init__(self, targets, sources, mode, batch_axes=0):
@@ -26,27 +26,24 @@ class Plan:
         self._sources = [(_shape(s), validation.dtype_of(s)) for s in sources]
         self.forward = (self._cheaper() if mode == "auto" else mode) == "forward"
         along, across = (self._targets, self._sources)[:: -1 if self.forward else 1]
-        # What is empty has no derivative to compute, and no say in those of the rest.
+        # Empty tensors have no derivative to compute.
         self._across = [i for i, (shape, _) in enumerate(across) if not _is_empty(shape)]
         self.counts = [_count(shape[batch_axes:]) if self._across and not _is_empty(shape) else 0 for shape, _ in along]
 
     @property
     def is_static(self):
-        """Whether every dimension is known before the run."""
+        """Whether every dimension is known while tracing."""
         return all(isinstance(n, int) for shape, _ in (*self._targets, *self._sources) for n in shape)
 
     def _cheaper(self):
-        """Forward where there are fewer inputs than outputs; reverse where a dimension is not known."""
+        """Forward mode if there are fewer inputs than outputs. Reverse mode otherwise, or if a dimension is unknown."""
         outputs = [_count(shape[self.batch_axes :]) for shape, _ in self._targets]
         inputs = [_count(shape[self.batch_axes :]) for shape, _ in self._sources]
         known = all(isinstance(n, int) for n in (*outputs, *inputs))
         return "forward" if known and sum(inputs) < sum(outputs) else "reverse"
 
     def stack(self, tape, targets, sources, part, index=None):
-        """The rows (columns) with the numbers `index` of one part, on axis 0, None where nothing is connected.
-
-        All of them without `index`.
-        """
+        """The rows (or columns) `index` of one part, by default all, stacked on axis 0. None where unconnected."""
         along, across = (targets, sources)[:: -1 if self.forward else 1]
         rows = [None] * len(across)
         if isinstance(self.counts[part], int) and not self.counts[part]:
@@ -62,7 +59,7 @@ class Plan:
         return rows
 
     def stacks(self, tape, targets, sources, chunk_size):
-        """All rows (columns) of each part; None where there are none."""
+        """All rows (or columns) of each part, with None where unconnected."""
         stacks = []
         for part, count in enumerate(self.counts):
             fun = functools.partial(self.stack, tape, targets, sources, part)
@@ -73,7 +70,7 @@ class Plan:
         return stacks
 
     def blocks(self, stacks, zero):
-        """The Jacobians, a list for each target; where nothing is connected zeros, or None unless `zero`."""
+        """The Jacobians, one list per target. Unconnected pairs get zeros if `zero`, otherwise None."""
         batch_axes = self.batch_axes
         blocks = []
         for t, (target_shape, _) in enumerate(self._targets):
@@ -85,7 +82,7 @@ class Plan:
                     row.append(ops.zeros(shape, dtype=dtype) if zero or _is_empty(shape) else None)
                     continue
                 if self.forward:
-                    # As reverse mode has it: the direction changes no dtype.
+                    # Both modes return the dtype of the source.
                     stack = ops.cast(ops.moveaxis(stack, 0, -1), dtype)
                 elif batch_axes:
                     stack = ops.swapaxes(stack, 0, 1)
@@ -94,7 +91,7 @@ class Plan:
         return blocks
 
     def _units(self, index, like):
-        """The unit vectors of these numbers, in the shape of `like`; zero for a number past the last one."""
+        """The unit vectors with the numbers `index`, in the shape of `like`. A number past the end gives zeros."""
         shape = _shape(like)
         element = shape[self.batch_axes :]
         count = _count(element)
@@ -108,28 +105,28 @@ class Plan:
 
 
 def jacobians(tape, targets, sources, mode, chunk_size, zero, batch_axes=0):
-    """The Jacobian of each of `targets` by each of `sources`, a list of lists.
+    """The Jacobian of each of `targets` with respect to each of `sources`, as a list of lists.
 
-    Of shapes `target + source`, or of each example alone, `(batch, *target, *source)`. `tape` is the backend's.
+    Their shapes are `target + source`, or `(batch, *target, *source)` with `batch_axes=1`. `tape` is a backend tape.
     """
     plan = Plan(targets, sources, mode, batch_axes)
     return plan.blocks(plan.stacks(tape, targets, sources, chunk_size), zero)
 
 
 def _is_empty(shape):
-    # A dimension that only the run will know is a tensor, and compares as one.
+    # A dimension that is unknown while tracing is a tensor, which must not be compared in Python.
     return any(isinstance(n, int) and n == 0 for n in shape)
 
 
 def _count(shape):
-    """The number of elements: a tensor where only the run will know it."""
+    """The number of elements. A tensor if a dimension is unknown while tracing."""
     if all(isinstance(n, int) for n in shape):
         return math.prod(shape)
     return ops.prod(ops.stack([ops.cast(n, "int32") for n in shape]))
 
 
 def _shape(x):
-    """The shape, with tensors in the place of the dimensions that only the run will know."""
+    """The shape, with a tensor for each dimension that is unknown while tracing."""
     return tuple(ops.shape(x))
 
 
@@ -152,7 +149,7 @@ def checked_chunk_size(chunk_size):
 
 
 def rows_at_once(owner, chunk_size, parallel_iterations, experimental_use_pfor):
-    """The `chunk_size`, out of that and of the two arguments that TensorFlow has for it."""
+    """Returns the `chunk_size` that follows from it and from TensorFlow's two arguments for the same purpose."""
     validation.require_flag(owner, "experimental_use_pfor", experimental_use_pfor)
     chunk_size = checked_chunk_size(chunk_size)
     if parallel_iterations is not None:
@@ -176,8 +173,8 @@ def check_batch(name, target, source):
         if len(x.shape) < 2:
             raise ValueError(
                 f"{name} needs a {role} of shape (batch, ...) and of rank 2 or more. Received: "
-                f"{validation.describe(x)}. Add an axis with `keras.ops.expand_dims(x, -1)` where it is computed, or "
-                "use `jacobian`."
+                f"{validation.describe(x)}. Add an axis with `keras.ops.expand_dims(x, -1)` where the tensor is "
+                "computed, or use `jacobian`."
             )
     a, b = target.shape[0], source.shape[0]
     if a is not None and b is not None and a != b:

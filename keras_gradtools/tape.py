@@ -1,4 +1,4 @@
-"""The gradient tape: TensorFlow's contract, on every backend."""
+"""The gradient tape: TensorFlow's `GradientTape` API on every backend."""
 
 import contextlib
 import enum
@@ -11,34 +11,35 @@ from keras_gradtools.backend.blocks import Block
 
 
 class GradientTape:
-    r"""Records what a block of Keras code computes, so that it can be differentiated.
+    r"""Records the operations of a block of Keras code so that they can be differentiated.
 
-    Inside its block the tape follows every operation on what it watches: trainable Keras variables by
-    themselves, anything else after `watch`. Afterwards
+    Inside its block the tape records every operation on the tensors it watches. Trainable Keras variables are watched
+    automatically, anything else after a call of `watch`. The recorded operations can then be differentiated:
 
-    - `gradient` pulls cotangents $u$ back, $J^\top u$ (reverse mode; the gradient when $u = 1$),
-    - `jvp` pushes tangents $v$ forward, $J v$ (forward mode),
-    - `jacobian` and `batch_jacobian` give $J$ itself.
+    - `gradient` computes $J^\top u$ for cotangents $u$ (reverse mode; the gradient when $u = 1$),
+    - `jvp` computes $J v$ for tangents $v$ (forward mode),
+    - `jacobian` and `batch_jacobian` compute $J$ itself.
 
-    What was computed before the block, inside `stop_recording`, before `reset`, or after the block is a
-    constant. A gradient by a variable refers to the value that was read, whatever was assigned to it since.
-    Tapes nest, to any order of derivative: a `gradient` taken inside another tape's block is recorded by it.
+    Anything computed before or after the block, inside `stop_recording`, or before `reset` is a constant. The gradient
+    with respect to a variable is taken at the value that was read, even if another value has been assigned since.
+    Tapes can be nested for derivatives of any order: a tape records the `gradient` calls of other tapes in its block.
 
-    The tape works eagerly and inside compiled functions (`tf.function`, `jax.jit`, `fit`). On JAX the
-    block is recorded as it runs, and its derivative is compiled from the second time on; a function under `jax.jit`
-    may close over what is watched, but one with a derivative of its own (`jax.custom_jvp`, `jax.custom_vjp`) may not:
-    a derivative by it is an error there. On torch a
-    derivative is part of torch's own graph, so that `loss.backward()` works through it; where nobody will
-    differentiate it again, take it under `torch.no_grad()`, which saves time and memory.
+    The tape works eagerly and inside compiled functions (`tf.function`, `jax.jit`, `fit`).
+
+    - On JAX the block is recorded as it runs, and its derivative is compiled from the second run on. A function under
+      `jax.jit` may close over watched tensors. A function with a custom derivative (`jax.custom_jvp`,
+      `jax.custom_vjp`) may not: differentiating with respect to a tensor that it closes over raises an error.
+    - On torch a derivative is part of torch's own graph, so `loss.backward()` differentiates through it. If you will
+      not differentiate it again, compute it under `torch.no_grad()`, which saves time and memory.
 
     Args:
-        persistent: whether derivatives may be asked for more than once. A persistent tape also records
-            the calls made inside its own block.
-        watch_accessed_variables: whether trainable variables are watched as soon as they are read.
+        persistent: Whether derivatives can be computed more than once. A persistent tape also records the derivatives
+            that it computes inside its own block.
+        watch_accessed_variables: Whether to watch trainable variables as soon as they are read.
 
     Cost:
-        `gradient` costs about two evaluations of the block and `jvp` one to three; a Jacobian costs one
-        pullback for each element of the target (of one example, for `batch_jacobian`), vectorized.
+        `gradient` costs about two evaluations of the block, and `jvp` one to three. A Jacobian costs one vectorized
+        reverse-mode pass per element of the target (for `batch_jacobian`, per element of one example's target).
 
     Example:
 
@@ -88,7 +89,7 @@ class GradientTape:
             raise
 
     def __exit__(self, *exception):
-        # Twice, where an interrupt came in between: what is undone already stays so.
+        # An interrupt may have stopped the first attempt halfway. `_leave` can safely run again.
         try:
             self._leave()
         except BaseException:
@@ -96,7 +97,7 @@ class GradientTape:
             raise
 
     def __del__(self):
-        # An interrupt just as `__exit__` begins leaves the block open until the tape is dropped.
+        # An interrupt at the very start of `__exit__` leaves the block open until the tape is deleted.
         if getattr(self, "_inside", False) and self._thread == threading.get_ident():
             self._leave()
 
@@ -106,20 +107,20 @@ class GradientTape:
         self._inside = self._recording = False
 
     def watch(self, tensor):
-        """Follows `tensor`: a tensor, a `keras.Variable`, or any nesting of them.
+        """Watches `tensor`: a tensor, a `keras.Variable`, or a nested structure of them.
 
         Args:
-            tensor: real floating-point tensors or variables, of any shape. A variable that is not
-                trainable is followed from its next read on. Beside these, None and integers are passed over.
+            tensor: Real floating-point tensors or variables, of any shape. A non-trainable variable is watched
+                from its next read on. None and tensors of integers or booleans in the same structure are ignored.
 
         Raises:
-            ValueError: for anything else, naming what was received.
-            RuntimeError: outside the tape's block.
+            ValueError: For anything else.
+            RuntimeError: Outside the tape's block.
         """
         if not self._inside:
             raise RuntimeError(
                 "GradientTape.watch was called outside the tape's block. Call it inside `with tape:`, before "
-                "the computation that is to be differentiated."
+                "the computation to differentiate."
             )
         for x in vectors.watchable(tensor, "What a GradientTape watches"):
             if validation.is_variable(x):
@@ -128,25 +129,27 @@ class GradientTape:
                 self._tape.watch(x)
 
     def watched_variables(self):
-        """Returns a tuple of the `keras.Variable`s watched so far, in the order in which they were met.
+        """Returns the `keras.Variable`s watched so far as a tuple, in the order in which they were first watched.
 
-        On TensorFlow, raw `tf.Variable`s follow.
+        On TensorFlow, raw `tf.Variable`s come after them.
         """
         return tuple(self._tape.watched_variables())
 
     def stop_recording(self):
-        """Pauses this tape, and no other, for a `with` block: what is computed there is a constant to it.
+        """Returns a context manager that pauses this tape: operations inside the `with` block are not recorded.
+
+        Other tapes are not paused.
 
         Raises:
-            RuntimeError: if the tape is not recording.
+            RuntimeError: If the tape is not recording.
         """
         return _Pause(self)
 
     def reset(self):
-        """Throws the record away, and everything watched; the tape goes on recording from here.
+        """Discards the recorded operations and the list of watched tensors. Recording continues from here.
 
         Raises:
-            RuntimeError: outside the tape's block.
+            RuntimeError: Outside the tape's block.
         """
         if not self._inside:
             raise RuntimeError(
@@ -160,24 +163,25 @@ class GradientTape:
             self._resume()
 
     def gradient(self, target, sources, output_gradients=None, unconnected_gradients="none"):
-        r"""Returns the gradient of `target` by `sources`, $\sum_k (\partial y_k / \partial x)^\top u_k$.
+        r"""Computes the gradient of `target` with respect to `sources`, $\sum_k (\partial y_k / \partial x)^\top u_k$.
 
         Args:
-            target: a tensor or any nesting of tensors $y_k$, which are summed, as are their elements.
-            sources: what to differentiate by: tensors and variables in any nesting. Beside those that have a
-                derivative there may be None and integers, here and in `target`.
-            output_gradients: the cotangents $u_k$, in the structure and shapes of `target`; None stands
-                for ones.
-            unconnected_gradients: what to return for a source that `target` does not depend on: None
-                (`"none"`) or zeros (`"zero"`). A `tf.UnconnectedGradients` is taken as well.
+            target: A tensor $y$, or a nested structure of tensors $y_k$. Without `output_gradients`, the gradient of
+                the sum of all their elements is computed.
+            sources: Tensors and variables to differentiate with respect to, in any nested structure. It may also
+                contain None and tensors of integers or booleans, and so may `target`.
+            output_gradients: The cotangents $u_k$, in the structure and shapes of `target`. None stands for ones.
+            unconnected_gradients: What to return for a source that `target` does not depend on: None (`"none"`) or
+                zeros (`"zero"`). A `tf.UnconnectedGradients` is accepted too.
 
         Returns:
-            The structure of `sources`, each entry with its source's shape and dtype, None for None and integers.
+            The gradients in the structure of `sources`, each with the shape and dtype of its source, and None for
+            an entry that is not floating-point.
 
         Raises:
-            ValueError: for a target or source that is not a real floating-point tensor or variable, or an
-                unknown option.
-            RuntimeError: at the second call on a tape that is not persistent.
+            ValueError: If a target or source is not a real floating-point tensor or variable, or an option is
+                unknown.
+            RuntimeError: On the second call on a tape that is not persistent.
         """
         targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "gradient")
         cotangents = vectors.like(output_gradients, target, "output_gradients", "`target`", vectors.ones)
@@ -188,20 +192,20 @@ class GradientTape:
         return vectors.pack_as(sources, gradients)
 
     def jvp(self, target, sources, tangents, unconnected_gradients="none"):
-        r"""Returns the derivative of `target` along `tangents`, $\sum_i (\partial y / \partial x_i) v_i$.
+        r"""Computes the derivative of `target` along `tangents`, $\sum_i (\partial y / \partial x_i) v_i$.
 
         Args:
-            target: a tensor or any nesting of tensors.
-            sources: tensors and variables in any nesting.
-            tangents: the directions $v_i$, in the structure and shapes of `sources`; None stands for zeros.
-            unconnected_gradients: what to return for a target that depends on no source: None (`"none"`)
-                or zeros (`"zero"`).
+            target: A tensor or a nested structure of tensors.
+            sources: Tensors and variables in any nested structure.
+            tangents: The directions $v_i$, in the structure and shapes of `sources`. None stands for zeros.
+            unconnected_gradients: What to return for a target that does not depend on any source: None (`"none"`) or
+                zeros (`"zero"`).
 
         Returns:
-            The structure of `target`, each entry with its target's shape and dtype.
+            The derivatives in the structure of `target`, each with the shape and dtype of its target.
 
         Raises:
-            ValueError, RuntimeError: as `gradient`.
+            ValueError, RuntimeError: As `gradient`.
         """
         targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "jvp")
         tangents = vectors.like(tangents, sources, "tangents", "`sources`", vectors.zeros)
@@ -212,19 +216,22 @@ class GradientTape:
         return vectors.pack_as(target, pushed)
 
     def linearize(self, target, sources, unconnected_gradients="none"):
-        r"""Returns the linear map $v \mapsto \sum_i (\partial y / \partial x_i) v_i$: what needs no $v$ is done once.
+        r"""Returns the linear map $v \mapsto \sum_i (\partial y / \partial x_i) v_i$ as a function.
+
+        The work that does not depend on $v$ is done once, so many tangents cost less than with `jvp`.
 
         Args:
-            target: a tensor or any nesting of tensors.
-            sources: tensors and variables in any nesting.
-            unconnected_gradients: as for `jvp`.
+            target: A tensor or a nested structure of tensors.
+            sources: Tensors and variables in any nested structure.
+            unconnected_gradients: As for `jvp`.
 
         Returns:
-            A function of the tangents, in the structure and shapes of `sources`, that returns what `jvp` does. It can
-            be called after a tape that is not persistent was used, and keeps the record in memory.
+            A function that takes tangents in the structure and shapes of `sources`, and returns what `jvp` returns.
+            It can be called any number of times, also if the tape is not persistent, and keeps the recorded operations
+            in memory.
 
         Raises:
-            ValueError, RuntimeError: as `gradient`.
+            ValueError, RuntimeError: As `gradient`.
         """
         targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "linearize")
         with self._pulling(targets) as targets:
@@ -248,25 +255,25 @@ class GradientTape:
         chunk_size=None,
         mode="reverse",
     ):
-        r"""Returns the Jacobian of `target` by `sources`, $J_{k i} = \partial y_k / \partial x_i$.
+        r"""Computes the Jacobian of `target` with respect to `sources`, $J_{k i} = \partial y_k / \partial x_i$.
 
         Args:
-            target: one tensor, of any shape.
-            sources: tensors and variables in any nesting.
-            unconnected_gradients: as for `gradient`.
+            target: One tensor of any shape.
+            sources: Tensors and variables in any nested structure.
+            unconnected_gradients: As for `gradient`.
             parallel_iterations: TensorFlow's name for `chunk_size`.
-            experimental_use_pfor: whether directions are computed together, vectorized; if False, one at a time,
+            experimental_use_pfor: Whether to vectorize over directions. If False, they are computed one at a time,
                 whatever the `chunk_size`.
-            chunk_size: how many directions to compute at once; all by default. It bounds the memory and changes
-                no value.
-            mode: `"reverse"`, one pullback for each element of `target`; `"forward"`, one push for each element of
-                `sources`; or `"auto"`, whichever are fewer.
+            chunk_size: Number of directions to compute at once. By default all. Smaller chunks need less memory. The
+                result is the same.
+            mode: `"reverse"` (one cotangent per element of `target`), `"forward"` (one tangent per element of
+                `sources`), or `"auto"` (whichever needs fewer directions).
 
         Returns:
-            The structure of `sources`, each entry of shape `target.shape + source.shape`.
+            The Jacobians in the structure of `sources`, each of shape `target.shape + source.shape`.
 
         Raises:
-            ValueError, RuntimeError: as `gradient`.
+            ValueError, RuntimeError: As `gradient`.
         """
         target = self._checked_tensor(target, "jacobian")
         chunk_size = jacobians.rows_at_once(
@@ -289,32 +296,33 @@ class GradientTape:
         mode="reverse",
         check_independence=False,
     ):
-        r"""Returns the Jacobian of each example, $J_{b k i} = \partial y_{b k} / \partial x_{b i}$.
+        r"""Computes the Jacobian of each example, $J_{b k i} = \partial y_{b k} / \partial x_{b i}$.
 
-        It is right where the examples are independent of one another, which it does not see for itself and
-        `check_independence` does; it costs one pullback of the whole batch for each element of one example's target.
+        Correct only if the examples are independent. This is not checked unless `check_independence=True`. In reverse
+        mode it costs one backward pass of the whole batch per element of one example's target.
 
         Args:
-            target: one tensor of shape `(batch, ...)`.
-            source: tensors and variables of shape `(batch, ...)`, in any nesting.
-            unconnected_gradients: as for `gradient`, but of no effect: zeros are returned for a source that `target`
-                does not depend on, as TensorFlow does here.
+            target: One tensor of shape `(batch, ...)`.
+            source: Tensors and variables of shape `(batch, ...)`, in any nested structure.
+            unconnected_gradients: Checked as for `gradient`, but has no effect. A source that `target` does not depend
+                on gets zeros, as in TensorFlow.
             parallel_iterations: TensorFlow's name for `chunk_size`.
-            experimental_use_pfor: as for `jacobian`.
-            chunk_size: how many directions to compute at once, each for the whole batch; all by default. It
-                bounds the memory and changes no value.
-            mode: as for `jacobian`, counted in elements of one example.
-            check_independence: whether to look first, by six pullbacks, whether the target of an example depends on
-                the source of another one, and to raise an error if so. Not inside compiled functions. The tape
-                does not know which layer is the cause; `kg.diagnostics.batch_independence` does.
+            experimental_use_pfor: As for `jacobian`.
+            chunk_size: Number of directions to compute at once, each for the whole batch. By default all. Smaller
+                chunks need less memory. The result is the same.
+            mode: As for `jacobian`, counting the elements of one example.
+            check_independence: Whether to check first that no example's target depends on another example's source,
+                and to raise an error otherwise. The check costs six gradients and is not available inside compiled
+                functions. To find the layer that mixes the examples, use `kg.diagnostics.batch_independence`.
 
         Returns:
-            The structure of `source`, each entry of shape `(batch, *target.shape[1:], *source.shape[1:])`.
+            The Jacobians in the structure of `source`, each of shape
+            `(batch, *target.shape[1:], *source.shape[1:])`.
 
         Raises:
-            ValueError: if the batch sizes differ or a rank is below 2; with `check_independence`, if the examples
-                depend on one another; and as `gradient`.
-            RuntimeError: as `gradient`.
+            ValueError: If the batch sizes differ or a rank is below 2, if `check_independence` finds that the
+                examples depend on one another, and as `gradient`.
+            RuntimeError: As `gradient`.
         """
         validation.require_flag("batch_jacobian", "check_independence", check_independence)
         target = self._checked_tensor(target, "batch_jacobian")
@@ -344,9 +352,9 @@ class GradientTape:
 
     @contextlib.contextmanager
     def _pulling(self, targets):
-        """The time in which derivatives are computed; gives the targets as tensors."""
+        """The context in which derivatives are computed. Yields the targets as tensors."""
         if any(validation.is_variable(t) for t in targets):
-            # Reading a variable is what makes it the target of a tape that watches it.
+            # A watching tape sees a variable only when it is read.
             with contextlib.nullcontext() if self._inside else self:
                 targets = [ops.convert_to_tensor(t) for t in targets]
         if self._recording and not self._persistent:
@@ -359,12 +367,12 @@ class GradientTape:
     def _checked(self, target, sources, unconnected_gradients, method):
         if self._used_up():
             raise RuntimeError(
-                "This GradientTape has already been used: a tape gives derivatives once, unless it was made "
+                "This GradientTape has already been used: a tape computes derivatives once, unless it was made "
                 "with `kg.GradientTape(persistent=True)`."
             )
         unconnected = unconnected_gradients
         if isinstance(unconnected, enum.Enum):
-            unconnected = unconnected.value  # TensorFlow has an enum for it
+            unconnected = unconnected.value  # `tf.UnconnectedGradients`
         if not validation.is_one_of(unconnected, ("none", "zero")):
             raise ValueError(
                 "unconnected_gradients must be 'none' or 'zero'. "
@@ -378,13 +386,13 @@ class GradientTape:
         if nesting.is_nested(target):
             raise ValueError(
                 f"GradientTape.{method} takes one target tensor. Received: a {type(target).__name__}. Make the "
-                "tape persistent and call it once for each target, or concatenate them."
+                "tape persistent and call the method once for each target, or concatenate the targets."
             )
         return target
 
 
 class _Pause(Block):
-    """The time of `stop_recording`."""
+    """The context manager of `stop_recording`."""
 
     def __init__(self, tape):
         self._tape = tape

@@ -1,4 +1,4 @@
-"""First derivatives of functions: gradients, and products with the Jacobian from the left and the right."""
+"""First derivatives of functions: gradients, vector-Jacobian and Jacobian-vector products."""
 
 import functools
 import types
@@ -11,27 +11,28 @@ from keras_gradtools.transforms.taped_call import TapedCall, require_function, r
 def grad(fun, argnums=0, has_aux=False):
     r"""Turns a scalar function into its gradient, $\nabla f(x) = \partial f / \partial x$.
 
-    What `fun` assigns to Keras variables is dropped, and the variables that it reads are constants: give the
-    weights as arguments, or use a `GradientTape`, to differentiate by them.
+    The variables that `fun` reads are constants. To differentiate with respect to weights, pass them as arguments or
+    use a `GradientTape`. Assignments to Keras variables inside `fun` are discarded.
 
-    It is called as `keras.ops.grad` of Keras 3.16 is, which sums an output that is no scalar, where this is an error,
-    and has no second derivative on torch. docs/limits.md has all differences.
+    The signature is that of `keras.ops.grad` in Keras 3.16. That function sums an output that is not a scalar, where
+    this one raises an error, and has no second derivative on torch. docs/limits.md lists all differences.
 
     Args:
-        fun: a function that returns one scalar tensor; with `has_aux` a pair of it and anything else.
-        argnums: the position of the argument to differentiate by, or a tuple of positions. These arguments are
-            real floating-point tensors, variables, arrays or Python floats, in any nesting. Beside these, it may have
-            None, integers, booleans, strings and functions, which reach `fun` as they are.
-        has_aux: whether `fun` returns a pair `(value, aux)`.
+        fun: A function that returns one scalar tensor, or with `has_aux` a pair of a scalar tensor and anything else.
+        argnums: The position of the argument to differentiate with respect to, or a tuple of positions. These
+            arguments are real floating-point tensors, variables, arrays or Python floats, in any nested structure.
+            The structure may also contain None, integers, booleans, strings and functions, which are passed to `fun`
+            unchanged.
+        has_aux: Whether `fun` returns a pair `(value, aux)`.
 
     Returns:
-        A function with the arguments of `fun` that returns the gradient, in the structure and the shapes of the
-        argument (a tuple of them for a tuple of positions), zeros where nothing is connected, and None for what can
-        have no gradient; with `has_aux`, `(gradient, aux)`.
+        A function with the arguments of `fun` that returns the gradient, in the structure and shapes of the argument
+        (a tuple of gradients for a tuple of positions). Unconnected leaves get zeros, and leaves that cannot have a
+        gradient get None. With `has_aux` it returns `(gradient, aux)`.
 
     Raises:
-        ValueError: when called, if `fun` does not return a scalar, a position does not exist, or an argument has
-            no gradient.
+        ValueError: When called, if `fun` does not return a scalar, a position does not exist, or an argument has no
+            leaf that can have a gradient.
 
     Cost:
         About three evaluations of `fun`.
@@ -61,16 +62,16 @@ def value_and_grad(fun, argnums=0, has_aux=False):
     r"""Turns a scalar function into one that returns its value and its gradient, $(f(x), \nabla f(x))$.
 
     Args:
-        fun: as for `grad`.
-        argnums: as for `grad`.
-        has_aux: as for `grad`.
+        fun: As for `grad`.
+        argnums: As for `grad`.
+        has_aux: As for `grad`.
 
     Returns:
-        A function with the arguments of `fun` that returns `(value, gradient)`; with `has_aux`,
-        `((value, aux), gradient)`.
+        A function with the arguments of `fun` that returns `(value, gradient)`, or `((value, aux), gradient)` with
+        `has_aux`.
 
     Raises:
-        ValueError: as `grad`.
+        ValueError: As `grad`.
 
     Cost:
         About three evaluations of `fun`.
@@ -102,23 +103,24 @@ def _gradient(name, fun, args, kwargs, argnums, has_aux):
 
 
 def vjp(fun, *primals, has_aux=False):
-    r"""Evaluates a function, and prepares the product with its transposed Jacobian, $u \mapsto J^\top u$.
+    r"""Evaluates a function and returns its vector-Jacobian product as a function, $u \mapsto J^\top u$.
 
     Args:
-        fun: a function of `primals` that returns tensors, in any nesting.
-        *primals: real floating-point tensors, variables, arrays or Python floats, in any nesting.
-        has_aux: whether `fun` returns a pair `(out, aux)`.
+        fun: A function of `primals` that returns tensors in any nested structure.
+        *primals: Real floating-point tensors, variables, arrays or Python floats, in any nested structure.
+        has_aux: Whether `fun` returns a pair `(out, aux)`.
 
     Returns:
-        `(out, pullback)`, and `aux` as a third if `has_aux`. `pullback(cotangent)` takes the structure and
-        shapes of `out`, None for None and integers, and returns a tuple with one entry for each of `primals`. It can be
-        called again, and keeps the evaluation in memory until it is dropped.
+        `(out, pullback)`, or `(out, pullback, aux)` with `has_aux`. `pullback(cotangent)` takes a cotangent in the
+        structure and shapes of `out`, with None for entries of `out` that are not floating-point, and returns a tuple
+        with one entry per primal. It can be called any number of times, and keeps the recorded evaluation in memory
+        as long as it exists.
 
     Raises:
-        ValueError: if a primal has no gradient, or a cotangent not the structure and shape of `out`.
+        ValueError: If a primal cannot have a gradient, or a cotangent does not have the structure and shapes of `out`.
 
     Cost:
-        One evaluation of `fun` here, and about two in each pullback.
+        One evaluation of `fun`, and about two more for each call of `pullback`.
 
     Example:
 
@@ -143,23 +145,24 @@ def jvp(fun, primals, tangents, has_aux=False):
     r"""Evaluates a function and its derivative along a direction, $(f(x), J v)$.
 
     Args:
-        fun: a function of `primals` that returns tensors, in any nesting.
-        primals: a tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in
-            any nesting; beside these, what `grad` takes.
-        tangents: the direction $v$, a tuple in the structure and shapes of `primals`; None stands for zeros, and
-            is the tangent of what has no derivative.
-        has_aux: whether `fun` returns a pair `(out, aux)`.
+        fun: A function of `primals` that returns tensors in any nested structure.
+        primals: A tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
+            nested structure. Other leaves are allowed as for `grad`.
+        tangents: The direction $v$, a tuple in the structure and shapes of `primals`. None stands for zeros. Leaves
+            without a derivative must have None.
+        has_aux: Whether `fun` returns a pair `(out, aux)`.
 
     Returns:
-        `(out, tangent_out)`, and `aux` as a third if `has_aux`. `tangent_out` has the structure and shapes of
-        `out`, zeros where nothing is connected, None for None and integers.
+        `(out, tangent_out)`, or `(out, tangent_out, aux)` with `has_aux`. `tangent_out` has the structure and shapes
+        of `out`, with zeros for unconnected outputs and None for outputs that are not floating-point.
 
     Raises:
-        ValueError: if a primal has no gradient, or a tangent not the structure and shape of its primal.
+        ValueError: If a primal cannot have a gradient, or a tangent does not have the structure and shape of its
+            primal.
 
     Cost:
-        About three evaluations of `fun` where the framework has a forward mode that works (JAX), about five
-        where it takes two pullbacks.
+        About three evaluations of `fun` on JAX, which has a complete forward mode. About five on the other backends,
+        where forward mode is two reverse-mode passes.
 
     Example:
 
@@ -180,27 +183,28 @@ def jvp(fun, primals, tangents, has_aux=False):
 
 
 def linearize(fun, *primals, has_aux=False):
-    r"""Evaluates a function and prepares its derivative along many directions, $v \mapsto J v$.
+    r"""Evaluates a function and returns its derivative at that point as a linear function, $v \mapsto J v$.
 
     The work that does not depend on the direction is done once.
 
     Args:
-        fun: a function of `primals` that returns tensors, in any nesting.
-        *primals: real floating-point tensors, variables, arrays or Python floats, in any nesting.
-        has_aux: whether `fun` returns a pair `(out, aux)`.
+        fun: A function of `primals` that returns tensors in any nested structure.
+        *primals: Real floating-point tensors, variables, arrays or Python floats, in any nested structure.
+        has_aux: Whether `fun` returns a pair `(out, aux)`.
 
     Returns:
-        `(out, pushforward)`, and `aux` as a third if `has_aux`. `pushforward(*tangents)` takes a tangent for each of
-        `primals`, in its structure and shapes (None stands for zeros), and returns the structure of `out`. It keeps
-        the evaluation in memory until it is dropped.
+        `(out, pushforward)`, or `(out, pushforward, aux)` with `has_aux`. `pushforward(*tangents)` takes one tangent
+        per primal, in the structure and shapes of that primal (None stands for zeros), and returns the derivative in
+        the structure of `out`. It keeps the recorded evaluation in memory as long as it exists.
 
     Raises:
-        ValueError: if a primal has no gradient, or a tangent not the structure and shape of its primal.
+        ValueError: If a primal cannot have a gradient, or a tangent does not have the structure and shape of its
+            primal.
 
     Cost:
-        Here one evaluation of `fun`, and of its linearization, which JAX compiles. In each pushforward about one
-        evaluation on JAX, two elsewhere. Of a gradient, `linearize(grad(fun), x)`, it is the cheapest way to many
-        Hessian-vector products at one point.
+        One evaluation of `fun` and one of its linearization, which JAX compiles. Each call of `pushforward` costs about
+        one evaluation on JAX and two on the other backends. `linearize(grad(fun), x)` is the cheapest way to compute
+        many Hessian-vector products at one point.
 
     Example:
 
@@ -223,7 +227,7 @@ def linearize(fun, *primals, has_aux=False):
 
 
 def require_tuple(name, role, given):
-    """Returns `given` as a tuple, and raises `ValueError` if it is neither that nor a list."""
+    """Returns the tuple or list `given` as a tuple, and raises `ValueError` for anything else."""
     if isinstance(given, (tuple, list)):
         return tuple(given)
     what = validation.describe(given) if hasattr(given, "dtype") or not nesting.is_nested(given) else type(given)
@@ -234,7 +238,7 @@ def require_tuple(name, role, given):
 
 
 def _is_gradient(fun, count, has_aux):
-    """Whether `fun` is the gradient, by all of its arguments, that `grad` has made: its Jacobian is symmetric."""
+    """Whether `grad` made `fun`, with respect to all of its arguments. Its Jacobian is then a symmetric Hessian."""
     made = _differentiated_by.get(fun) if type(fun) is types.FunctionType else None
     if made is None or made[1] != has_aux:
         return False
@@ -242,5 +246,5 @@ def _is_gradient(fun, count, has_aux):
     return by in (0, -1) and count == 1 or isinstance(by, (tuple, list)) and tuple(by) == tuple(range(count))
 
 
-# Beside the functions and not on them: `functools.wraps` would hand an attribute on to what is no gradient.
+# Not an attribute of the functions: `functools.wraps` would copy it to functions that are not gradients.
 _differentiated_by: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""Jacobians of functions and models: full ones, and those of each example alone."""
+"""Jacobians of functions and models: full Jacobians and per-example Jacobians."""
 
 import functools
 from typing import Any, NamedTuple
@@ -21,32 +21,35 @@ from keras_gradtools.transforms.taped_call import (
 def jacobian(fun, argnums=0, mode="auto", chunk_size=None, has_aux=False):
     r"""Turns a function into its Jacobian, $J_{k i} = \partial f_k / \partial x_i$.
 
-    Called eagerly, it is compiled, and kept for the same `fun`, shapes and dtypes: `fun`'s Python does not run
-    again. The Keras variables that `fun` reads are read anew at each call; what else around it may change is told at
-    `jit` (`kg.GradientTape` has no such rule). A `fun` whose Python depends on values runs eagerly, with a
-    warning. On torch all of it runs eagerly. What `fun` assigns to variables is dropped.
+    An eager call is compiled. The compiled program is cached for the same `fun`, shapes and dtypes, and the Python code
+    of `fun` does not run again. The Keras variables that `fun` reads always have their current values. `jit` describes
+    which other captured values may change. (These rules do not concern `kg.GradientTape`.) If the Python code of `fun`
+    depends on the values of tensors, it runs eagerly, with a warning. On torch everything runs eagerly. Assignments to
+    variables inside `fun` are discarded.
 
     Args:
-        fun: a function that returns real floating-point tensors, in any nesting.
-        argnums: the position of the argument to differentiate by, or a tuple of positions. These arguments are
-            real floating-point tensors, variables, arrays or Python floats, in any nesting.
-        mode: `"reverse"`, one pullback for each output element; `"forward"`, one push for each input element; or
-            `"auto"`, whichever are fewer.
-        chunk_size: how many rows (columns) to compute at once; all by default. It bounds the memory and changes
-            no value; each chunk evaluates `fun` anew where it is compiled.
-        has_aux: whether `fun` returns a pair `(out, aux)`, with `aux` any nesting of tensors and anything else; what is
-            no tensor is what it was when `fun`'s Python ran.
+        fun: A function that returns real floating-point tensors in any nested structure.
+        argnums: The position of the argument to differentiate with respect to, or a tuple of positions. These
+            arguments are real floating-point tensors, variables, arrays or Python floats, in any nested structure.
+        mode: `"reverse"` (one cotangent per output element), `"forward"` (one tangent per input element), or `"auto"`
+            (whichever needs fewer directions).
+        chunk_size: Number of rows (or columns) to compute at once. By default all. Smaller chunks need less memory. The
+            result is the same. In a compiled Jacobian every chunk evaluates `fun` again.
+        has_aux: Whether `fun` returns a pair `(out, aux)`. `aux` is any nested structure of tensors and other values.
+            Values that are not tensors are those of the last time the Python code of `fun` ran.
 
     Returns:
-        A function with the arguments of `fun` that returns the Jacobian, or `(jacobian, aux)` if `has_aux`: in the
-        structure of what `fun` returns, each entry in the structure of the argument (a tuple of them for a tuple of
-        positions), of shape `(*out, *in)` and the dtype of the argument, zeros where nothing is connected.
+        A function with the arguments of `fun` that returns the Jacobian, or `(jacobian, aux)` with `has_aux`. The
+        Jacobian has the structure of the output of `fun`, in which each entry has the structure of the argument (a
+        tuple of such structures for a tuple of positions). Its leaves have the shape `(*out, *in)` and the dtype of the
+        argument, with zeros where the output does not depend on the argument.
 
     Raises:
-        ValueError: for an unknown option; when called, if a position does not exist or an argument has no gradient.
+        ValueError: For an unknown option. When called, if a position does not exist or an argument cannot have a
+            gradient.
 
     Cost:
-        `min(out, in)` vectorized gradients, about two evaluations of `fun` each.
+        `min(out, in)` vectorized gradients of about two evaluations of `fun` each.
 
     Example:
 
@@ -66,36 +69,37 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None, has_aux=False):
 def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, inputs=None, argnums=0, has_aux=False):
     r"""Turns a function of a batch into each example's Jacobian, $J_{b k i} = \partial f_{b k} / \partial x_{b i}$.
 
-    It is right where the examples are independent of one another, which it does not see for itself and
-    `check_independence` does, and costs one pullback of the whole batch for each element of *one* example's output. It
-    is compiled and kept as `jacobian` is: of a model the weights of the moment are used, and nothing is traced again.
+    Correct only if the examples are independent. This is not checked unless `check_independence=True`. It costs at most
+    one backward pass of the whole batch per element of *one* example's output. It is compiled and cached as for
+    `jacobian`. A model's current weights are used without tracing again.
 
     Args:
-        fun: a function or a Keras model that returns tensors of shape `(batch, ...)`, in any nesting.
-        mode: as for `jacobian`, counted in elements of one example.
-        chunk_size: how many directions to compute at once, each for the whole batch; all by default. It bounds the
-            memory and changes no value; each chunk evaluates `fun` anew where it is compiled.
-        check_independence: whether each call first asks `kg.diagnostics.batch_independence`, eagerly, and raises an
-            error with its report where the examples depend on one another.
-        inputs: the names (keys, or positions) of the inputs in the argument to differentiate by; all floating-point
-            ones by default. The others, integers and masks for instance, are carried along as they are.
-        argnums: the position of the argument to differentiate by, or a tuple of positions. These arguments are tensors
-            of shape `(batch, ...)`, in any nesting.
-        has_aux: as for `jacobian`.
+        fun: A function or a Keras model that returns tensors of shape `(batch, ...)` in any nested structure.
+        mode: As for `jacobian`, counting the elements of one example.
+        chunk_size: Number of directions to compute at once, each for the whole batch. By default all. Smaller chunks
+            need less memory. The result is the same. In a compiled Jacobian every chunk evaluates `fun` again.
+        check_independence: Whether each call first runs `kg.diagnostics.batch_independence` eagerly, and raises an
+            error with its report if the examples depend on one another.
+        inputs: The name (dict key or name of a model input) or position of the inputs to differentiate with respect to
+            within the argument, or a list of these. By default all floating-point inputs. All other inputs, such as
+            integers and masks, are passed on unchanged.
+        argnums: The position of the argument to differentiate with respect to, or a tuple of positions. These
+            arguments are tensors of shape `(batch, ...)` in any nested structure.
+        has_aux: As for `jacobian`.
 
     Returns:
-        A function with the arguments of `fun` that returns its Jacobian, or `(jacobian, aux)` if `has_aux`: in the
-        structure of what `fun` returns, each entry in the structure of the argument (a tuple of them for a tuple of
-        positions), of shape `(batch, *out, *in)`, zeros where nothing is connected, and None in the place of an input
-        that is carried along.
+        A function with the arguments of `fun` that returns the Jacobian, or `(jacobian, aux)` with `has_aux`. The
+        Jacobian has the structure of the output of `fun`, in which each entry has the structure of the argument (a
+        tuple of such structures for a tuple of positions). Its leaves have the shape `(batch, *out, *in)`, with zeros
+        where the output does not depend on the input. Inputs that are not differentiated get None.
 
     Raises:
-        ValueError: for an unknown option; when called, if the batch sizes differ, a rank is below 2, or there is no
-            input with a gradient; with `check_independence`, if the examples depend on one another, and inside a
+        ValueError: For an unknown option. When called, if the batch sizes differ, a rank is below 2, or no input can
+            have a gradient. With `check_independence`, if the examples depend on one another, or if called inside a
             compiled function.
 
     Cost:
-        `min(out, in)` vectorized gradients of the whole batch, with `out` and `in` the sizes of one example: time
+        `min(out, in)` vectorized gradients of the whole batch, where `out` and `in` are the sizes of one example. Time
         and memory are linear in the number of examples. `check_independence` adds six gradients.
 
     Example:
@@ -141,13 +145,13 @@ def _require_independence(fun, options, args, kwargs, chosen):
 
 
 def _picked(name, args, argnums):
-    """The argument to differentiate by, or a tuple of them if `argnums` is one."""
+    """The argument to differentiate with respect to, or a tuple of arguments if `argnums` is a tuple."""
     chosen = tuple(args[i] for i in argument_positions(name, argnums, len(args)))
     return chosen if isinstance(argnums, tuple) else chosen[0]
 
 
 def _placed(name, args, argnums, x):
-    """The arguments, with others in the place of those that are picked."""
+    """The arguments, with those at `argnums` replaced by `x`."""
     args = list(args)
     positions = argument_positions(name, argnums, len(args))
     for i, value in zip(positions, x if isinstance(argnums, tuple) else [x], strict=True):
@@ -164,7 +168,7 @@ def _options(name, argnums, mode, chunk_size, has_aux, **others):
 
 
 class Options(NamedTuple):
-    """What a Jacobian is computed with; a key."""
+    """The options of a Jacobian. Hashable, so that it can be part of a cache key."""
 
     name: str
     argnums: Any
@@ -177,7 +181,7 @@ class Options(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What is known of a Jacobian once its function was traced."""
+    """What Python knows about a Jacobian once its function has been traced."""
 
     plan: jacobians.Plan
     target: nesting.Places
@@ -186,7 +190,7 @@ class Note(NamedTuple):
 
 
 class Jacobian:
-    """One function's Jacobian (or its derivative's), compiled as a whole, or a chunk of it at a time."""
+    """The Jacobian of a function or of its derivative, compiled as a whole or one program per chunk."""
 
     def __init__(self, fun, options):
         self.fun = fun
@@ -214,7 +218,7 @@ class Jacobian:
         return (blocks, auxiliary.put_together(aux, note.aux)) if self.options.has_aux else blocks
 
     def _by_chunks(self, args, kwargs):
-        """Calls one program for each chunk: inside one, a compiler might well hold all of them at once."""
+        """Runs a separate program for each chunk. In a single program, the compiler might keep all chunks in memory."""
         options = self.options
         size = options.chunk_size
         stacks, counts, part = [], [0], 0
@@ -251,7 +255,7 @@ def _evaluated(options, fun, args, kwargs):
 
 
 def _called(options, fun, args, kwargs):
-    """The recorded call, and the places of what is differentiated by."""
+    """The recorded call, and the places of the leaves to differentiate with respect to."""
     argnums, chosen = options.argnums, options.chosen
     if chosen is None:
         call = TapedCall(options.name, fun, args, kwargs, argnums, options.has_aux)
@@ -262,7 +266,7 @@ def _called(options, fun, args, kwargs):
 
 
 def _derivative(options, fun):
-    """The gradient of a scalar function, and the Jacobian of any other one."""
+    """The derivative of `fun` as a function: the gradient if `fun` is scalar, otherwise the Jacobian."""
 
     def derivative(*args, **kwargs):
         call = TapedCall(options.name, fun, args, kwargs, options.argnums, options.has_aux)

@@ -1,4 +1,4 @@
-"""Gradients of each example alone."""
+"""Per-example gradients."""
 
 import functools
 import math
@@ -19,29 +19,29 @@ from keras_gradtools.transforms.taped_call import (
 def per_example_grad(fun, argnums=0, has_aux=False):
     r"""Turns the loss of a batch into the gradient for each example, $g_b = \nabla_\theta \ell(\theta, x_b)$.
 
-    `fun` is evaluated on each example as on a batch of one, all of them at once (`vmap`); where a backend cannot, one
-    after the other, with a warning. Layers that mix examples, such as BatchNormalization in training mode, see one
-    example only. What `fun` assigns to variables is dropped.
+    `fun` is called with each example as a batch of one, vectorized over all examples (`vmap`). If the backend cannot
+    vectorize `fun`, the examples are evaluated one by one, with a warning. Layers that mix examples, such as
+    BatchNormalization in training mode, see only one example. Assignments to variables inside `fun` are discarded.
 
     Args:
-        fun: a function `fun(weights, *batch)` that returns one scalar tensor, with `batch` tensors or arrays of
-            shape `(batch, ...)`, in any nesting.
-        argnums: 0, the weights: real floating-point tensors, variables, arrays or Python floats, in any nesting. A
-            position further on is that of the weights instead, and every other argument is a part of the batch.
-        has_aux: whether `fun` returns a pair `(value, aux)`.
+        fun: A function `fun(weights, *batch)` that returns one scalar tensor. Each argument in `batch` consists of
+            tensors or arrays of shape `(batch, ...)` in any nested structure.
+        argnums: The position of the weights, by default 0. Every other argument is part of the batch. The weights are
+            real floating-point tensors, variables, arrays or Python floats, in any nested structure.
+        has_aux: Whether `fun` returns a pair `(value, aux)`.
 
     Returns:
-        A function with the arguments of `fun` that returns the gradients, in the structure of the weights, each of
-        shape `(batch, *weight)`, zeros where nothing is connected; with `has_aux`, `(gradients, aux)`, where the
-        tensors in `aux` are those of all examples, stacked on axis 0. It runs eagerly; compile it with `jit`.
+        A function with the arguments of `fun` that returns the gradients in the structure of the weights, each of
+        shape `(batch, *weight)`, with zeros for unconnected weights. With `has_aux` it returns `(gradients, aux)`, in
+        which each tensor of `aux` is stacked over the examples on axis 0. The function runs eagerly. Compile it with
+        `jit`.
 
     Raises:
-        ValueError: when called, if `fun` does not return a scalar, the batch sizes differ, or the weights have no
-            gradient.
+        ValueError: When called, if `fun` does not return a scalar, the batch sizes differ, or the weights cannot have
+            a gradient.
 
     Cost:
-        About three evaluations of `fun` on the batch, and the memory of the result, the number of examples times the
-        weights.
+        About three evaluations of `fun` on the batch, and memory for one copy of the weights per example.
 
     Example:
 
@@ -97,7 +97,7 @@ def per_example_grad(fun, argnums=0, has_aux=False):
         if is_empty and not has_aux:
             return vectors.pack_as(weights, [ops.zeros((0, *w.shape), dtype=w.dtype) for w in flat_weights])
         if is_empty:
-            # A made-up example tells what is in `aux`.
+            # One dummy example shows the structure of `aux`.
             flat_batch = [ops.zeros((1, *x.shape[1:]), dtype=x.dtype) for x in flat_batch]
         found, tensors = backend.per_example_gradients(value, flat_weights, flat_batch)
         if is_empty:
@@ -111,7 +111,7 @@ def per_example_grad(fun, argnums=0, has_aux=False):
 def _example_tensor(x):
     if x is None:
         return None
-    return validation.as_tensor(x, "per_example_grad takes, beside the weights, tensors of shape (batch, ...)")
+    return validation.as_tensor(x, "per_example_grad takes, besides the weights, tensors of shape (batch, ...)")
 
 
 def _check_batch(batch):
@@ -119,6 +119,7 @@ def _check_batch(batch):
     known = {n for n in sizes if n is not None}
     if not sizes or "none" in known or len(known) > 1:
         raise ValueError(
-            "per_example_grad takes, beside the weights, tensors of shape (batch, ...) of one batch size. Received: "
-            f"the shapes {[tuple(x.shape) for x in batch]}. Close over what is not per example."
+            "per_example_grad takes, besides the weights, tensors of shape (batch, ...) of one batch size. Received: "
+            f"the shapes {[tuple(x.shape) for x in batch]}. Let the function close over values that are not per "
+            "example."
         )

@@ -1,4 +1,4 @@
-"""Second derivatives of functions: Hessians, and products with them and with the Gauss-Newton matrix."""
+"""Second derivatives of functions: Hessians, Hessian-vector products and Gauss-Newton-vector products."""
 
 import math
 import operator
@@ -15,29 +15,33 @@ from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, re
 def hessian(fun, argnums=0, chunk_size=None, has_aux=False):
     r"""Turns a function into its Hessian, $H_{k i j} = \partial^2 f_k / \partial x_i \partial x_j$.
 
-    Called eagerly, it is compiled and kept, as `jacobian` is.
+    An eager call is compiled and cached, as for `jacobian`.
 
     Args:
-        fun: a function that returns one scalar tensor, or real floating-point tensors in any nesting.
-        argnums: the position of the argument to differentiate by, or a tuple of positions. These arguments are
-            real floating-point tensors, variables, arrays or Python floats, in any nesting.
-        chunk_size: how many columns (rows) to compute at once; all by default. It bounds the memory and changes no
-            value; each chunk evaluates `fun` anew where it is compiled.
-        has_aux: as for `jacobian`.
+        fun: A function that returns one scalar tensor, or real floating-point tensors in any nested structure.
+        argnums: The position of the argument to differentiate with respect to, or a tuple of positions. These
+            arguments are real floating-point tensors, variables, arrays or Python floats, in any nested structure.
+        chunk_size: Number of columns (or rows) of the Hessian to compute at once. By default all. Smaller chunks need
+            less memory. The result is the same. In a compiled Hessian every chunk evaluates `fun` again.
+        has_aux: As for `jacobian`.
 
     Returns:
-        A function with the arguments of `fun` that returns the Hessian, or `(hessian, aux)` if `has_aux`. Of a scalar
-        by one tensor it is a tensor of shape `(*in, *in)`; by a nested argument (or several), the structure of it,
-        each entry again in that structure, of shape `(*in_i, *in_j)`: see `flatten_hessian`. Of anything else it is
-        in the structure of what `fun` returns, each entry such a Hessian, of shapes `(*out, *in_i, *in_j)`. Zeros
-        where nothing is connected.
+        A function with the arguments of `fun` that returns the Hessian, or `(hessian, aux)` with `has_aux`.
+
+        - One scalar output, one tensor argument: a tensor of shape `(*in, *in)`.
+        - One scalar output, a nested argument (or several): the structure of the argument, in which each entry has
+          that structure again, with leaves of shape `(*in_i, *in_j)`. `flatten_hessian` joins them into one matrix.
+        - Any other output: the structure of the output, in which each entry is such a Hessian, with leaves of shape
+          `(*out, *in_i, *in_j)`.
+
+        Unconnected arguments get zeros.
 
     Raises:
-        ValueError: as `jacobian`.
+        ValueError: As `jacobian`.
 
     Cost:
-        For each output, `n` vectorized products with the Hessian, about two gradients each; memory of `n` gradients for
-        each output, with `chunk_size` in the place of `n`.
+        For each output, `n` vectorized Hessian-vector products of about two gradients each, and the memory of `n`
+        gradients. With `chunk_size`, the memory of `chunk_size` gradients.
 
     Example:
 
@@ -54,39 +58,40 @@ def hessian(fun, argnums=0, chunk_size=None, has_aux=False):
     require_argnums("hessian", argnums)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
     validation.require_flag("hessian", "has_aux", has_aux)
-    # A derivative has more elements than its argument, unless it is that of a scalar.
+    # The derivative has at least as many elements as the argument, so forward mode never needs more directions.
     mode = "auto" if backend.HESSIAN_MODE == "reverse" else "forward"
     chunk_size = jacobians.checked_chunk_size(chunk_size)
     return Jacobian(fun, Options("hessian", argnums, mode, chunk_size, bool(has_aux), of_derivative=True)).as_function()
 
 
 class FlatHessian(NamedTuple):
-    """A Hessian as one matrix, and where in it the entries of the argument are."""
+    """A Hessian as one matrix, and the slice of rows and columns that belongs to each entry of the argument."""
 
     matrix: Any
     slices: Any
 
 
 def flatten_hessian(blocks):
-    r"""Joins the blocks of a Hessian by several tensors into one matrix of shape `(n, n)`.
+    r"""Joins the blocks of a Hessian with respect to several tensors into one matrix of shape `(n, n)`.
 
-    With $n_i$ the number of elements of the $i$-th tensor, its elements have the rows and columns from
-    $\sum_{j < i} n_j$ on, in the order of `keras.ops.reshape(x, -1)`.
+    The elements of the $i$-th tensor, in the order of `keras.ops.reshape(x, -1)`, have the rows and columns that
+    begin at $\sum_{j < i} n_j$, where $n_j$ is the number of elements of the $j$-th tensor.
 
     Args:
-        blocks: what `hessian` returns of a scalar function: for an argument of some nesting, that nesting of itself,
-            the block of the i-th and j-th tensors of shape `(*in_i, *in_j)`. None for what has no derivative is left
-            out.
+        blocks: What `hessian` returns for a scalar function: the structure of the argument, in which each entry has
+            that structure again. The block of the i-th and j-th tensors has the shape `(*in_i, *in_j)`. None, for
+            leaves without a derivative, is skipped.
 
     Returns:
-        A named tuple `(matrix, slices)`: the matrix, and a slice for each tensor, in the structure of the argument.
-        `keras.ops.reshape(vector[s], x.shape)` takes the part of `x` out of a vector of length `n`.
+        A named tuple `(matrix, slices)`: the matrix, and a slice for each tensor in the structure of the argument.
+        For the slice `s` of a tensor `x`, `keras.ops.reshape(vector[s], x.shape)` extracts the part of a vector of
+        length `n` that belongs to `x`.
 
     Raises:
-        ValueError: if `blocks` are not those of a Hessian.
+        ValueError: If `blocks` is not the Hessian of a scalar function.
 
     Cost:
-        A copy of the blocks.
+        One copy of the blocks.
 
     Example:
 
@@ -96,8 +101,8 @@ def flatten_hessian(blocks):
     >>> [[float(d) for d in row] for row in matrix], slices
     ([[10.0, 6.0], [6.0, 0.0]], {'a': slice(0, 1, None), 'b': slice(1, 2, None)})
 
-    Source: TensorFlow's guide "Advanced automatic differentiation", the "careful concatenation and slicing" that it
-    warns of.
+    Source: TensorFlow's guide "Advanced automatic differentiation", which notes that a Hessian matrix of several
+    tensors needs "careful concatenation and slicing".
     """
     argument = _like_the_argument(blocks)
     flat = [block for block in nesting.flatten(blocks) if block is not None]
@@ -122,9 +127,10 @@ def flatten_hessian(blocks):
 
 
 def _like_the_argument(blocks):
-    """A branch of `blocks` that is nested as the argument is, None where that has no derivative.
+    """The first branch of `blocks` that has the structure of the argument, with None for leaves without a derivative.
 
-    In each place of the argument there is such a branch, so that it is the first one of some depth.
+    Every leaf of the argument that has a derivative holds such a branch. Going down along first entries therefore
+    reaches one, and the comparison below recognizes it.
     """
     branch = blocks
     while branch is not None:
@@ -134,8 +140,8 @@ def _like_the_argument(blocks):
             return branch
         branch = next((entry for entry in nesting.entries(branch) if entry is not None), None)
     raise ValueError(
-        "flatten_hessian takes the blocks that `hessian` returns, a nesting of itself. Received: the structure "
-        f"{nesting.outline(blocks)}."
+        "flatten_hessian takes the blocks that `hessian` returns: the structure of the argument, whose entries have "
+        f"that structure again. Received: the structure {nesting.outline(blocks)}."
     )
 
 
@@ -144,32 +150,32 @@ def _half(block):
     half = shape[: len(shape) // 2]
     if not ops.is_tensor(block) or shape != half * 2:
         raise ValueError(
-            "flatten_hessian takes the blocks that `hessian` returns of a scalar function: on the diagonal of shape "
-            f"`(*in, *in)`. Received: {validation.describe(block)}."
+            "flatten_hessian takes the blocks that `hessian` returns for a scalar function, whose diagonal blocks have "
+            f"the shape `(*in, *in)`. Received: {validation.describe(block)}."
         )
     return half
 
 
 def hvp(fun, primals, tangents):
-    r"""Returns the product of a Hessian with a vector, $H v = \nabla (\nabla f \cdot v)$, without the Hessian.
+    r"""Computes a Hessian-vector product, $H v = \nabla (\nabla f \cdot v)$, without forming the Hessian.
 
     Args:
-        fun: a function of `primals` that returns one scalar tensor.
-        primals: a tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
-            nesting.
-        tangents: the vector $v$, a tuple in the structure and shapes of `primals`; None stands for
-            zeros, also for a whole primal.
+        fun: A function of `primals` that returns one scalar tensor.
+        primals: A tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
+            nested structure.
+        tangents: The vector $v$, a tuple in the structure and shapes of `primals`. None stands for zeros, also in
+            place of a whole primal.
 
     Returns:
-        A tuple in the structure and shapes of `primals`, zeros where nothing is connected.
+        A tuple in the structure and shapes of `primals`, with zeros for unconnected leaves.
 
     Raises:
-        ValueError: if `fun` does not return a scalar, a primal has no gradient, or a tangent not the structure and
-            shape of its primal.
+        ValueError: If `fun` does not return a scalar, a primal cannot have a gradient, or a tangent does not have the
+            structure and shape of its primal.
 
     Cost:
-        About two to three gradients: forward over reverse on JAX, reverse over reverse elsewhere, as measured in
-        docs/benchmarks.md. For many products at one point use `linearize(grad(fun), *primals)`.
+        About two to three gradients, as measured in docs/benchmarks.md: forward over reverse on JAX, reverse over
+        reverse on the other backends. For many products at one point use `linearize(grad(fun), *primals)`.
 
     Example:
 
@@ -189,36 +195,36 @@ def hvp(fun, primals, tangents):
     call = TapedCall("hvp", grad(fun, every), primals, argnums=every)
     if backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient:
         return call.push(tangents)
-    # A Hessian is its own transpose, if no custom gradient has made a field of it that is no gradient.
+    # A Hessian is symmetric, so a vector-Jacobian product of the gradient gives H v. With a custom gradient the
+    # field may not be the gradient of any function, and its Jacobian not symmetric.
     tangents = vectors.like(tangents, call.sources, "tangents", "`primals`", vectors.zeros)
     return call.pull(vectors.pack_as(call.sources, tangents), is_last=True)
 
 
 def ggnvp(model_fun, loss_fun, primals, tangents):
-    r"""Returns the product of the generalized Gauss-Newton matrix with a vector, $J^\top H_\ell J v$.
+    r"""Computes the product of the generalized Gauss-Newton matrix with a vector, $J^\top H_\ell J v$.
 
-    $J$ is the Jacobian of `model_fun` at `primals`, and $H_\ell$ the Hessian of `loss_fun` at its output. For a
-    loss that is convex in the output the matrix is positive semi-definite, and for the losses of an exponential
-    family it is the Fisher matrix.
+    $J$ is the Jacobian of `model_fun` at `primals`, and $H_\ell$ the Hessian of `loss_fun` at its output. If the loss
+    is convex in the output, the matrix is positive semi-definite. If the loss is the negative log-likelihood of an
+    exponential family in its natural parameters, the matrix is the Fisher matrix.
 
     Args:
-        model_fun: a function of `primals` that returns tensors, in any nesting.
-        loss_fun: a function of what `model_fun` returns that returns one scalar tensor.
-        primals: a tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
-            nesting.
-        tangents: the vector $v$, a tuple in the structure and shapes of `primals`; None stands for
-            zeros, also for a whole primal.
+        model_fun: A function of `primals` that returns tensors in any nested structure.
+        loss_fun: A function of the output of `model_fun` that returns one scalar tensor.
+        primals: A tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
+            nested structure.
+        tangents: The vector $v$, a tuple in the structure and shapes of `primals`. None stands for zeros, also in
+            place of a whole primal.
 
     Returns:
-        A tuple in the structure and shapes of `primals`, zeros where nothing is connected.
+        A tuple in the structure and shapes of `primals`, with zeros for unconnected leaves.
 
     Raises:
-        ValueError: if `loss_fun` does not return a scalar, a primal has no gradient, or a tangent not the structure
-            and shape of its primal.
+        ValueError: If `loss_fun` does not return a scalar, a primal cannot have a gradient, or a tangent does not have
+            the structure and shape of its primal.
 
     Cost:
-        About five thirds of a gradient of `loss_fun(model_fun(...))` on a backend that compiles, seven thirds on
-        torch.
+        About 5/3 gradients of `loss_fun(model_fun(...))` on TensorFlow and JAX, and about 7/3 on torch.
 
     Example:
 
