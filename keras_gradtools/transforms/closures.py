@@ -1,4 +1,4 @@
-"""What a function's Python has around it: a compiled program of it holds only as long as that stays the same."""
+"""The captured values of a function. A compiled program of the function is valid only while they stay the same."""
 
 import dis
 import functools
@@ -20,14 +20,14 @@ _INSTALLED = tuple({os.path.join(sysconfig.get_path(name), "") for name in ("std
 _PRIMITIVES = (bool, int, str, bytes, type(None))
 _PLAIN = frozenset((*_PRIMITIVES, float))
 _CONTAINERS = (tuple, list, dict, set, frozenset)
-# A program of what has more around it than this is not kept.
+# A function with more captured objects than this is not cached.
 _MOST = 1000
-# Of a longer list, only the layers, functions and containers in it.
+# In a longer list, only layers, functions and containers are compared.
 _MOST_ENTRIES = 100
 
 
 class Identity:
-    """Stands for an object in a key: equal for the same object only, and holding it weakly where that can be."""
+    """Stands for an object in a key. Equal only for the same object, which it holds weakly if possible."""
 
     __slots__ = ("_hash", "_object")
 
@@ -48,13 +48,13 @@ class Identity:
 
 
 class Surroundings(NamedTuple):
-    """What is around a function: `key`, for comparison, and where each part of it was found."""
+    """The captured values of a function: `key`, for comparison, and a label for where each part was found."""
 
     key: tuple
     labels: tuple
 
     def changed_since(self, before):
-        """The labels under which something else is found now."""
+        """The labels whose values differ from those in `before`."""
         now, then = self._by_label(), before._by_label()
         changed = (label for label in now.keys() | then.keys() if now.get(label) != then.get(label))
         return frozenset(label for label in changed if label is not None)
@@ -67,18 +67,25 @@ class Surroundings(NamedTuple):
 
 
 def surroundings(fun, ignored=frozenset(), reads=frozenset(), guards=None):
-    """The `Surroundings` of `fun`: what it closes over, its defaults, and the globals and attributes that it names.
+    """The captured values of `fun`: what it closes over, its defaults, and the globals and attributes that it names.
 
-    It goes through the functions and methods among them, not into those of installed packages. Of layers and models it
-    has what decides how they are called: their layers, the arguments that these were made with, what is trainable, the
-    precision. Of lists and dicts it has what is in them, of other objects the attributes that the functions read. What
-    a function assigns by itself tells nothing of its surroundings; nor does what is found under the labels `ignored`.
+    The walk enters the functions and methods among them, except those of installed packages.
 
-    Keras variables are inputs of a program, so that what they hold is not in it. What is in an array, in an object of
-    an installed package, or behind `getattr` is not seen. `reads` are names of attributes that are read of `fun`. The
-    places at which it was found are added to `guards`.
+    - Layers and models contribute what decides how they compute: their sublayers, the constructor arguments of these,
+      which variables are trainable, and the precision.
+    - Lists and dicts contribute their contents, other objects the attributes that the functions read.
+    - Names that a function assigns itself are skipped, and so are the labels in `ignored`.
+    - The values of Keras variables are inputs of a compiled program, and not part of the result.
+    - Changes inside an array, inside an object of an installed package, or behind `getattr` are not seen.
 
-    Raises `TypeError` where there is too much of it.
+    Args:
+        fun: The function.
+        ignored: Labels to skip.
+        reads: Names of attributes of `fun` that the code using it reads.
+        guards: The `Guards` to add each place to at which a value was found.
+
+    Raises:
+        TypeError: If `fun` captures too many objects.
     """
     walk = _Walk(ignored, guards or Guards())
     walk.add(fun, (), reads)
@@ -86,7 +93,7 @@ def surroundings(fun, ignored=frozenset(), reads=frozenset(), guards=None):
 
 
 def attributes_read_by(fun):
-    """The names of the attributes that the code of a function reads, and does not assign."""
+    """The names of the attributes that the code of a function reads but does not assign."""
     fun = getattr(fun, "__func__", fun)
     return _names(fun.__code__).reads if isinstance(fun, types.FunctionType) else frozenset()
 
@@ -108,7 +115,7 @@ class _Walk:
         return bool(self._ignored) and label in self._ignored
 
     def add(self, x, label, reads):
-        """Notes `x` and what is around it; `reads` are the attributes that the code which has it reads."""
+        """Notes `x` and what it contains or captures. `reads` are the attributes that the code using `x` reads."""
         if self._is_ignored(label):
             return
         if isinstance(x, (float, complex)):
@@ -118,14 +125,14 @@ class _Walk:
             self.note((type(x), x), label)
             return
         if isinstance(x, (types.FunctionType, types.ModuleType, keras.Layer)):
-            self.note(weakref.ref(x), label)  # as `Identity` of what is equal to nothing else
-        elif not isinstance(x, types.MethodType):  # made anew each time that it is looked up
+            self.note(weakref.ref(x), label)  # does what `Identity` does: these compare by identity
+        elif not isinstance(x, types.MethodType):  # Python makes a new method object for every lookup
             self.note(Identity(x), label)
         visit = (id(x), reads) if reads else id(x)
         if visit in self._seen:
             return
         if len(self._seen) > _MOST:
-            raise TypeError("There is too much around the function.")
+            raise TypeError("The function captures too many objects.")
         self._seen.add(visit)
         self._add_parts(x, label, reads)
 
@@ -160,7 +167,7 @@ class _Walk:
             self.add(part, (label, i), reads)
 
     def _add_function(self, fun, label):
-        module = fun.__globals__.get("__name__", "")  # what `functools.wraps` does not change
+        module = fun.__globals__.get("__name__", "")  # `functools.wraps` does not change this one
         ours = module.split(".")[0] == "keras_gradtools"
         if not ours and _is_library(module, fun.__code__.co_filename):
             return
@@ -173,7 +180,7 @@ class _Walk:
         self._add_all(
             [*(fun.__defaults__ or ()), *(fun.__kwdefaults__ or {}).values()], (label, "defaults"), names.reads
         )
-        # What the function assigns itself, such as a counter of its calls, tells nothing of its surroundings.
+        # Names that the function assigns itself, such as a counter of its calls, do not invalidate its program.
         for name, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
             if name in names.stored:
                 continue
@@ -210,9 +217,10 @@ class _Walk:
         self._add_all(inside, label, reads)
 
     def _add_layer(self, layer):
-        """By which rules it is called, without labels: a layer that is built by a first call is not to be ignored.
+        """Notes what decides how a layer computes. There may be hundreds, so its values are plain and in one list.
 
-        There may be hundreds: all of it is plain values in one list, and nothing is made that is kept.
+        It has no labels, because a label that changes is ignored from then on: a layer that is built in the first call
+        must still be compared afterwards.
         """
         if id(layer) in self._layers:
             return
@@ -231,7 +239,7 @@ class _Walk:
             self._add_object(layer, None, frozenset({"call"}))
 
     def _guard_layer(self, layer, rules, arguments):
-        """Few looks, as this is done for each layer at each call."""
+        """Adds as few guards as possible, since they are checked for each layer at each call."""
         values = vars(layer)
         attributes = _attributes_behind_rules(layer)
         if not attributes:
@@ -263,7 +271,7 @@ class _Walk:
         return None
 
     def _add_object(self, x, label, reads):
-        """The attributes among `reads`, and those that the methods among them read, with these methods."""
+        """Adds the attributes in `reads`, the methods among them, and the attributes that these methods read."""
         found, methods = _reads_of(type(x), reads)
         self._add_attributes(getattr(x, "__dict__", {}), type(x).__mro__, label, found)
         for name in methods:
@@ -288,7 +296,7 @@ class _Walk:
                 self._guard(vars(cls), name, label)
 
 
-# By class, what is known of its code; nothing in it holds the class.
+# What was found out about the code of each class. No value in it may hold the class strongly.
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -302,7 +310,7 @@ def _known_of(cls, key, find):
 
 
 def _reads_of(cls, names):
-    """What is read of an object if `names` are: those, and what its methods among them read in turn; these methods."""
+    """All attributes that are read from an object if `names` are, through its methods too, and these methods."""
     return _known_of(cls, names, lambda: _find_reads(cls, names))
 
 
@@ -321,14 +329,14 @@ def _find_reads(cls, names):
 
 
 def _functions_named(cls, name):
-    """The methods and properties of that name in the classes of an object, but for those of packages."""
+    """The methods and properties of that name in a class and its bases, except those of installed packages."""
     values = [vars(c)[name] for c in cls.__mro__ if name in vars(c) and not _is_library_type(c)]
     functions = [getattr(value, "fget", None) or getattr(value, "__func__", value) for value in values]
     return [fun for fun in functions if isinstance(fun, types.FunctionType)]
 
 
 def _rules_of(cls):
-    """Of a class of layers: what gets the rules of one, and the names of the arguments that decide what it computes."""
+    """For a layer class: a getter of the attributes, and the constructor arguments, that decide how it computes."""
     return _known_of(cls, None, lambda: _find_rules(cls))
 
 
@@ -341,14 +349,14 @@ def _find_rules(cls):
 
 
 def _attributes_behind_rules(layer):
-    """The attributes of a layer of which the properties that are its rules are made, if they are Keras' own."""
+    """The attributes behind the properties in `_rules_of`, or none if the layer overrides these properties."""
     properties = [name for name in ("trainable", "dtype_policy", "quantization_mode") if hasattr(keras.Layer, name)]
     attributes = "_trainable", "_dtype_policy"
     values = vars(layer)
     known = (
         all(getattr(type(layer), name) is getattr(keras.Layer, name) for name in properties)
         and not hasattr(type(layer), "lora_enabled")
-        and not isinstance(values.get("_dtype_policy"), keras.dtype_policies.DTypePolicyMap)  # it may change inside
+        and not isinstance(values.get("_dtype_policy"), keras.dtype_policies.DTypePolicyMap)  # is mutable
         and all(name in values for name in attributes)
     )
     return attributes if known else ()
@@ -358,10 +366,13 @@ _trainable = operator.attrgetter("trainable")
 
 
 class _Names(NamedTuple):
-    """What a piece of code, and what is defined in it, names.
+    """The names in a code object, including the functions defined in it.
 
-    The globals that it looks up, all outer names that it assigns, the attributes that it reads and does not assign, and
-    those that it assigns.
+    Attributes:
+        globals: The globals that it looks up.
+        stored: The global and nonlocal names that it assigns.
+        reads: The attributes that it reads but does not assign.
+        stored_attributes: The attributes that it assigns or deletes.
     """
 
     globals: tuple
@@ -398,7 +409,7 @@ def _is_library_module(name):
 
 @functools.lru_cache(maxsize=4096)
 def _is_library(name, file):
-    """Whether a module is a part of Python or of an installed package: what is in it stays what it is."""
+    """Whether a module is part of Python or of an installed package, whose contents are assumed not to change."""
     top = name.split(".")[0]
     return top in _LIBRARIES or top in ("builtins", "keras_gradtools") or (file or "").startswith(_INSTALLED)
 

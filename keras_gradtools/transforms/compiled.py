@@ -1,4 +1,4 @@
-"""Transforms that compile themselves: one program for each function, its surroundings, shapes and dtypes."""
+"""Cached compilation of transforms: one program for each function, its captured values, shapes and dtypes."""
 
 import collections
 import functools
@@ -18,15 +18,15 @@ from keras_gradtools.transforms.guards import Guards
 from keras_gradtools.transforms.taped_call import read
 
 MOST_PROGRAMS = 64
-# Of these, for the same arguments with something else closed over.
+# The most of these that differ only in the captured values.
 MOST_SURROUNDINGS = 4
 
 
 class Program:
     """`body(fun, ...)` compiled for one signature.
 
-    `body` returns what it computes and a note of what Python knew when it did. The function is held weakly: it
-    is needed while the program is traced, and who calls it has it.
+    `body` returns its result, and a note for what Python knows only while it traces. The function is held weakly. It is
+    needed only during tracing, when the caller holds it.
     """
 
     def __init__(self, fun, body):
@@ -54,13 +54,13 @@ class _Key(NamedTuple):
 
 
 class Programs:
-    """The programs of one function: bounded, the one that was used last at the end."""
+    """The cached programs of one function, at most `MOST_PROGRAMS`, with the most recently used one last."""
 
     def __init__(self):
         self.by_key = collections.OrderedDict()
         self.lock = threading.Lock()
         self._has_warned = False
-        # Where the function changes its own surroundings, by a list that it writes to.
+        # Labels of captured values that the function changes itself, such as a list that it appends to.
         self._ignored = frozenset()
         self._last = None
         self._guarded = None
@@ -69,7 +69,7 @@ class Programs:
         return closures.surroundings(fun, self._ignored)
 
     def guarded_surroundings(self, fun):
-        """The same, in less time if nothing has changed. For that, it holds the function and what is around it."""
+        """As `surroundings`, but faster if nothing has changed. Holds the function and its captured values strongly."""
         if self._guarded is not None and self._guarded[0].hold():
             return self._guarded[1]
         self._guarded = None
@@ -81,7 +81,7 @@ class Programs:
     def get(self, key, make):
         last = self._last
         if last is not None and last[0] == key:
-            return last[1]  # mostly; a key is long to hash
+            return last[1]  # the usual case; hashing a key takes longer
         with self.lock:
             program = self.by_key.pop(key, None)
             if program is None:
@@ -94,13 +94,16 @@ class Programs:
         return program
 
     def _forget_former_surroundings(self, key):
-        # A program holds the arrays that its function closed over when it was traced.
+        # A program holds the arrays that its function closed over when it was traced, so few are kept.
         former = [k for k in self.by_key if k[:-1] == key[:-1]]
         for k in former[: max(len(former) - MOST_SURROUNDINGS + 1, 0)]:
             del self.by_key[k]
 
     def has_traced(self, fun, key, before):
-        """Keeps a program that was traced with `before` around it where the next call will look for it."""
+        """Moves a new program to the key that the next call will use, if tracing has changed the captured values.
+
+        `before` are the captured values before the trace. From now on, what the trace has changed is ignored.
+        """
         after = self.surroundings(fun)
         if after.key == before.key:
             return
@@ -139,30 +142,31 @@ _DEPENDS_ON_VALUES = (
     "`keras.ops.cond` instead of `if`, and no `float(x)` or NumPy."
 )
 _TOO_MUCH = (
-    "it cannot be kept compiled, because what it closes over, and the functions that it calls, are more than can be "
-    "compared at each call. Pass arguments instead."
+    "its compiled program cannot be cached, because the function and those that it calls capture more values than can "
+    "be compared at each call. Pass them as arguments instead."
 )
 _functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def may_run():
-    """Whether a program may be used here at all."""
+    """Whether a compiled program may be used at this point."""
     return backend.may_compile() and not state.is_overridden()
 
 
 def run(name, fun, body, options, args, kwargs):
-    """Returns `body(fun, *args, **kwargs)`, a pair of a result and a note, by a program that is kept: see `prepare`."""
+    """Returns `body(fun, *args, **kwargs)`, a pair of a result and a note, from a cached program. See `prepare`."""
     return prepare(name, fun, body, options, args, kwargs)(args, kwargs)
 
 
 def prepare(name, fun, body, options, args, kwargs):
-    """Returns `body(fun, *args, **kwargs)` as a function of arguments that are like these, compiled where that can be.
+    """Returns `body(fun, *args, **kwargs)` as a function of `(args, kwargs)`, compiled if possible.
 
-    It runs as it is within another compilation, on a backend without a compiler, and where Keras variables stand
-    for other values. A `fun` whose Python depends on values, which tracing cannot follow, runs eagerly from then on,
-    and a warning says so. Any other error of a first call is raised, and the next call tries again.
+    The function that is returned is valid for arguments of the same structure, shapes and dtypes. It is not compiled
+    inside another compilation, on a backend without a compiler, or while a scope gives other values to Keras variables.
+    If the Python code of `fun` depends on the values of tensors, it cannot be traced: a warning is issued, and `fun`
+    runs eagerly from then on. Any other error of a first call is raised, and the next call tries again.
 
-    `options` are the constants of `body`, and which of those under this name it is, as a key.
+    `options` is the key that tells this `body` and its constants from the others with the same `name`.
     """
 
     def eager(args, kwargs):
@@ -194,7 +198,7 @@ def prepare(name, fun, body, options, args, kwargs):
         else:
             programs.has_traced(fun, key, around)
             return result
-        # Whatever is wrong without a compiler, too, is raised from here, without its traces.
+        # An error that also occurs without the compiler is raised from here, with a shorter traceback.
         result = eager(args, kwargs)
         programs.replace(key, _EAGER)
         programs.warn_once(name, fun, reason, _DEPENDS_ON_VALUES)
@@ -204,7 +208,7 @@ def prepare(name, fun, body, options, args, kwargs):
 
 
 def jitted(fun):
-    """`backend.jit(fun)`, a program for each signature and for the surroundings of `fun` at the time of the call."""
+    """`backend.jit(fun)`, with one program for each signature and for the captured values at the time of the call."""
     programs = Programs()
 
     @functools.wraps(fun, updated=())
@@ -213,7 +217,7 @@ def jitted(fun):
         leaves = nesting.flatten((args, kwargs) if kwargs else args)
         try:
             around = programs.guarded_surroundings(fun)
-            # Of tensors, the compiler knows shapes and dtypes by itself.
+            # The compiler itself distinguishes the shapes and dtypes of tensors.
             constants = [
                 closures.surroundings(x, reads=reads).key
                 for x in leaves
@@ -244,7 +248,7 @@ def jitted(fun):
 
 
 class _Eager:
-    """In the place of a program, for what cannot be traced."""
+    """Takes the place of a program if the function cannot be traced."""
 
 
 _EAGER = _Eager()
@@ -279,10 +283,10 @@ def _signature(fun, args, kwargs):
 
 def _leaf(x, reads):
     if isinstance(x, keras.KerasTensor):
-        raise TypeError("A symbolic tensor is no argument of a program.")
+        raise TypeError("A symbolic tensor cannot be an argument of a program.")
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return tuple(x.shape), validation.dtype_of(x)
     if isinstance(x, float):
         return float
-    hash(x)  # a constant of the program; TypeError, where it cannot be one
+    hash(x)  # a constant of the program must be hashable, else this raises TypeError
     return closures.surroundings(x, reads=reads).key

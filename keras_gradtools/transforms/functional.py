@@ -1,4 +1,4 @@
-"""Keras computations as functions that a compiler can take."""
+"""Compiling Keras computations, and turning models into pure functions."""
 
 import keras
 from keras import ops
@@ -10,31 +10,35 @@ from keras_gradtools.transforms.taped_call import require_function
 
 
 def jit(fun):
-    """Compiles `fun` with the backend's compiler: `tf.function`, `jax.jit`, and on torch not at all.
+    """Compiles `fun` with `tf.function` on TensorFlow and `jax.jit` on JAX. On torch `fun` runs eagerly.
 
-    Keras variables are state, on every backend: `fun` reads their current values at every call, and what it
-    assigns (BatchNormalization's statistics, the state of a dropout seed, the weights in a training step of
-    your own) is written back.
+    Keras variables are state on every backend. Each call of `fun` reads their current values and writes back what it
+    assigns: BatchNormalization's statistics, the state of a dropout seed, the weights in a custom training step.
 
-    It is traced anew, and the former program kept, when something around `fun` has changed: what it closes over, its
-    defaults, the globals and attributes that it names, what is in its lists and dicts; the same of the functions that
-    it names; of models, their layers, what is trainable in them, their precision and the arguments that they were made
-    with. Not seen is what is in an array that is changed in place, what is read by `getattr` or by the code of an
-    installed package, and what `fun` itself changes while it is traced. All that compiles here goes by this rule.
+    `fun` is traced again when one of its captured values has changed. The earlier program stays cached. Captured values
+    are
+
+    - what `fun` closes over, its defaults, the globals and attributes that it names, and the contents of its lists
+      and dicts,
+    - the same for the functions that it names,
+    - for models: their layers, the constructor arguments of these, which variables are trainable, and the precision.
+
+    Some changes are not seen: those inside an array that is modified in place, those of values that are read with
+    `getattr` or by the code of an installed package, and those that `fun` itself makes while it is traced. These rules
+    apply to everything that keras_gradtools compiles.
 
     Args:
-        fun: a function of tensors, in any nesting. Arrays and Python floats are inputs; anything else (an
-            integer, a bool, a string, None) is a constant, and another value of it another program. Its
-            Python runs only while it is traced, so its control flow must not depend on the values of
-            tensors.
+        fun: A function of tensors in any nested structure. Arrays and Python floats are inputs. Anything else (an
+            integer, a bool, a string, None) is a constant, and each value of it gets its own program. The Python code
+            of `fun` runs only while it is traced, so its control flow must not depend on the values of tensors.
 
     Returns:
-        A function with the signature of `fun`, which returns tensors in the nesting that `fun` returns.
+        A function with the signature of `fun`, which returns tensors in the structure that `fun` returns.
 
     Cost:
-        The first call for a new structure, shape or dtype of the arguments traces and compiles, which takes
-        from a tenth of a second to minutes. On torch, whose compiler cannot differentiate twice, `fun` runs
-        eagerly.
+        The first call with a new structure, shape or dtype of the arguments traces and compiles `fun`, which takes from
+        a tenth of a second to minutes. On torch nothing is compiled, because its compiler does not support second
+        derivatives.
 
     Example:
 
@@ -53,24 +57,28 @@ def jit(fun):
 
 
 def functionalize(model):
-    r"""Turns a model into a pure function of its weights, $f(\theta, x)$, so that every transform works on them.
+    r"""Turns a model into a pure function of its weights, $f(\theta, x)$, to which every transform can be applied.
 
     Args:
-        model: a built Keras model or layer.
+        model: A built Keras model or layer.
 
     Returns:
-        `(fun, weights)`. `weights` is a list of tensors, copies of the trainable variables in the order of
-        `model.trainable_variables`. `fun(weights, *inputs, training=False, return_losses=False)` calls the model with
-        these in their place, and returns its outputs; with `return_losses` also the losses that this call has added
-        and those of the regularizers, as `(outputs, losses)`. The other variables enter with the values of the
-        moment. What the call assigns (BatchNormalization's statistics, the state of a dropout seed) is dropped, so
-        that two calls draw the same mask (on torch if dropout has a seed); nothing is left in the model.
+        `(fun, weights)`.
+
+        - `weights` is a list of tensors, copies of the trainable variables in the order of `model.trainable_variables`.
+        - `fun(weights, *inputs, training=False, return_losses=False)` calls the model with these weights instead of its
+          own, and returns its outputs. With `return_losses` it returns `(outputs, losses)`, with the losses that this
+          call has added and those of the regularizers.
+
+        Non-trainable variables have their current values. Assignments made by the call (BatchNormalization's
+        statistics, the state of a dropout seed) are discarded, so the model does not change, and two calls draw the
+        same dropout mask (on torch only if dropout has a seed).
 
     Raises:
-        ValueError: if `model` is not a layer, or not built; when called, if `weights` do not fit.
+        ValueError: If `model` is not a layer or is not built. When called, if the shapes of `weights` do not match.
 
     Cost:
-        A copy of the weights here; a call costs what a call of the model does.
+        One copy of the weights. Each call costs one call of the model.
 
     Example:
 
@@ -87,8 +95,8 @@ def functionalize(model):
         raise ValueError(f"functionalize takes a Keras model or layer. Received: {validation.describe(model)}.")
     if not model.built:
         raise ValueError(
-            f"functionalize takes a built model. Received: {model.name!r}, which is not. Give it a keras.Input, or "
-            "call it on data once."
+            f"functionalize takes a built model. Received: {model.name!r}, which is not built. Give it a keras.Input, "
+            "or call it on data once."
         )
     variables = list(model.trainable_variables)
 
@@ -110,7 +118,7 @@ def _checked_weights(weights, variables):
             "A functionalized model takes a list of weights of the shapes "
             f"{[tuple(v.shape) for v in variables]}. Received: {shapes}."
         )
-    # As an assignment would take them; Keras itself would drop an imaginary part.
+    # Converted as an assignment would convert them. Keras itself would silently drop an imaginary part.
     return [
         w if ops.is_tensor(w) and validation.dtype_of(w) == v.dtype else vectors.real_tensor(w, v.dtype, "Each weight")
         for w, v in zip(given, variables, strict=True)

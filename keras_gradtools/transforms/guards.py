@@ -1,4 +1,4 @@
-"""Looking again at what was found around a function, in a fraction of the time that finding it took."""
+"""A quick check whether the captured values of a function are still the same."""
 
 import operator
 
@@ -6,10 +6,10 @@ _ABSENT = object()
 
 
 class Guards:
-    """Where a walk looked, and what it found there: as long as all of it is the same, so are the surroundings.
+    """Remembers where a function's captured values were found, so that later calls can check them quickly.
 
-    To look again at known places takes a fraction of the time of a walk. The places, and with them the function, are
-    held strongly.
+    Checking known places takes a fraction of the time of a new walk through the function. The places, and with them
+    the function, are held strongly.
     """
 
     def __init__(self):
@@ -22,16 +22,16 @@ class Guards:
         self._rules: list = []
 
     def at(self, mapping, name):
-        """What stands under a name, if anything."""
+        """Remembers the value of a name, or that it is absent."""
         self._found.append((mapping, name, mapping.get(name, _ABSENT)))
 
     def values(self, mapping, names):
-        """What stands under names that are there, in one look; equal values pass as the same."""
+        """Remembers the values of names that exist, which are read together. Equal values count as unchanged."""
         get = operator.itemgetter(*names)
         self._values.append((get, mapping, get(mapping)))
 
     def layers(self, layers):
-        """The entries of a list of layers."""
+        """Remembers the entries of a list of layers."""
         self._lists.append((layers, list(layers)))
 
     def cell(self, cell):
@@ -44,11 +44,11 @@ class Guards:
         self._functions.append((fun, fun.__code__, fun.__defaults__, fun.__kwdefaults__))
 
     def rules(self, compute, x):
-        """What `compute` returns for `x`, a plain value or several."""
+        """Remembers what `compute` returns for `x`: a plain value, or a tuple of them."""
         self._rules.append((compute, x, compute(x)))
 
     def hold(self):
-        """Whether everything is as it was found."""
+        """Whether everything is unchanged."""
         try:
             for mapping, name, x in self._found:
                 if mapping.get(name, _ABSENT) is not x:
@@ -73,7 +73,7 @@ class Guards:
             for compute, layer, result in self._rules:
                 if compute(layer) != result:
                     return False
-        # A cell was emptied, a dict changed meanwhile, a name is gone, values do not compare.
+        # A cell was emptied, a dict changed during iteration, a name is gone, or values cannot be compared.
         except (ValueError, RuntimeError, LookupError, TypeError):
             return False
         return True

@@ -329,7 +329,7 @@ def test_too_much_runs_eagerly_and_says_so(backend):
 
     functions = [multiply(n) for n in range(1200)]
     fun = kg.jit(lambda x: functions[3](x))
-    with pytest.warns(UserWarning, match="`kg.jit` runs <lambda> eagerly.* Pass arguments instead"):
+    with pytest.warns(UserWarning, match="`kg.jit` runs <lambda> eagerly.* Pass them as arguments instead"):
         close(fun(tensor(1.0)), 3.0)
 
 
