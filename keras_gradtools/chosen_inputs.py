@@ -1,4 +1,4 @@
-"""Which inputs of a model to differentiate by; the others are carried along."""
+"""Which inputs of a model to differentiate with respect to. The others are passed on unchanged."""
 
 import functools
 from typing import NamedTuple
@@ -7,42 +7,44 @@ import keras
 
 from keras_gradtools import nesting, validation
 
-_INDICES = "Where they are indices, differentiate by the output of the embedding: take the part of the model after it."
+_INDICES = (
+    "If they are indices, differentiate with respect to the embedding's output: use the part of the model after it."
+)
 
 
 class ChosenInputs(NamedTuple):
-    """The positions of some inputs among all of them, flat: a key, so that programs can be kept by it."""
+    """The positions of the chosen inputs in the flat list of all inputs. Hashable, for use in the cache of programs."""
 
     positions: tuple
     total: int
 
     def parts(self, x):
-        """The chosen inputs in a list."""
+        """The chosen inputs as a list."""
         leaves = nesting.flatten(x)
         return [leaves[i] for i in self.positions]
 
     def rest(self, x):
-        """All others in a list."""
+        """All other inputs as a list."""
         return [leaf for i, leaf in enumerate(nesting.flatten(x)) if i not in self.positions]
 
     def filled(self, x, parts):
-        """`x` with `parts` in the place of the chosen inputs."""
+        """`x` with the chosen inputs replaced by `parts`."""
         leaves = nesting.flatten(x)
         for i, part in zip(self.positions, parts, strict=True):
             leaves[i] = part
         return nesting.pack_as(x, leaves)
 
     def packed(self, x, values):
-        """`values`, one for each chosen input, nested as `x` is; None in the place of the others."""
+        """`values`, one for each chosen input, in the structure of `x`, with None for the other inputs."""
         return self.places(x).pack(values)
 
     def places(self, x):
-        """Where in `x` they are."""
+        """The `Places` of the chosen inputs in `x`."""
         return nesting.Places(nesting.outline(x), tuple(i in self.positions for i in range(self.total)))
 
     def function(self, fun, x):
-        """`fun` as a function of the chosen inputs alone, in a list."""
-        # Keras refuses tensors and arrays side by side.
+        """`fun` as a function of a list of the chosen inputs alone."""
+        # Keras refuses a mix of tensors and arrays.
         x = as_tensors(x)
 
         @functools.wraps(fun, updated=())
@@ -53,9 +55,9 @@ class ChosenInputs(NamedTuple):
 
 
 def as_tensors(inputs, expected="An input of a model must be a tensor or an array"):
-    """NumPy arrays as tensors; Keras does not convert what goes to a model's `call` everywhere.
+    """Converts NumPy arrays to tensors, because Keras does not do so in every call of a model.
 
-    `expected` begins the `ValueError` for what has no numbers.
+    The `ValueError` for values that are not numeric begins with `expected`.
     """
     if not nesting.flatten(inputs):
         raise ValueError(f"{expected}. Received: {validation.shown(inputs)}.")
@@ -63,7 +65,10 @@ def as_tensors(inputs, expected="An input of a model must be a tensor or an arra
 
 
 def checked_choice(owner, names):
-    """Returns `inputs` as a tuple of names and positions, or None for all; `ValueError` for anything else."""
+    """Returns the argument `inputs` as a tuple of names and positions, or None for all inputs.
+
+    Raises `ValueError` for anything else.
+    """
     if names is None:
         return None
     given = names if isinstance(names, (list, tuple)) else [names]
@@ -76,17 +81,17 @@ def checked_choice(owner, names):
 
 
 def model_inputs(model):
-    """What a model is known to take, nested as it takes it; None where it is only known by its calls."""
+    """The symbolic inputs of a model in the structure that it takes, or None if the model does not declare any."""
     if not getattr(model, "inputs", None):
         return None
-    # A model of a graph has them in the user's own nesting.
+    # For a functional model, `input` has the user's structure and `inputs` is flat.
     return model.inputs if isinstance(model, keras.Sequential) else model.input
 
 
 def choose(owner, model, inputs, names, advice=_INDICES):
-    """The `ChosenInputs` of those named, or of all that are floating-point.
+    """The `ChosenInputs` for `names` (from `checked_choice`), or for all floating-point inputs if it is None.
 
-    `names` are what `checked_choice` returned, and `advice` is for inputs that are indices.
+    An error message about inputs without a gradient ends with `advice`.
     """
     leaves = nesting.flatten(inputs)
     if names is None:
@@ -102,44 +107,45 @@ def choose(owner, model, inputs, names, advice=_INDICES):
 
 
 def choose_one(owner, model, inputs, names):
-    """The same where there must be one."""
+    """As `choose`, but raises `ValueError` unless it is exactly one input."""
     chosen = choose(owner, model, inputs, names)
     if len(chosen.positions) > 1:
         tensors = ", ".join(validation.describe(x) for x in chosen.parts(inputs))
         raise ValueError(
             f"{owner} moves one floating-point input. Received: {len(chosen.positions)} of them, {tensors}. Choose one "
-            "by `inputs`, its name or its position; the others stay as they are."
+            "by `inputs`, with its name or its position. The others stay as they are."
         )
     return chosen
 
 
 def require_examples(owner, chosen, x, rank=1):
-    """Raises `ValueError` unless the inputs fit together; returns the number of examples.
+    """Returns the batch size, and raises `ValueError` unless all inputs agree on it.
 
-    The chosen ones have a batch axis, and a `rank` or more; the others have that batch axis, or none.
+    The chosen inputs must have a batch axis and at least the given rank. The others must have the same batch axis, or
+    be scalars.
     """
     parts, rest = chosen.parts(x), [leaf for leaf in chosen.rest(x) if leaf is not None and len(leaf.shape)]
     sizes = {leaf.shape[0] for leaf in parts + rest if len(leaf.shape)}
     if len(sizes) != 1 or any(len(leaf.shape) < rank for leaf in parts):
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in parts + rest)
         raise ValueError(
-            f"{owner} expects floating-point examples of shape (batch, ...){', of rank 2 or more' * (rank > 1)}, and "
-            f"beside them inputs of that batch size or numbers. Received: the shapes {shapes}."
+            f"{owner} expects floating-point examples of shape (batch, ...){', of rank 2 or more' * (rank > 1)}. Other "
+            f"inputs must have the same batch size or be scalars. Received: the shapes {shapes}."
         )
     return sizes.pop()
 
 
 def no_gradient(owner, received, tensors, advice=_INDICES):
-    """The error where there is nothing to differentiate by."""
+    """The error for inputs that have no gradient."""
     return ValueError(
-        f"{owner} differentiates by floating-point inputs. Received: {received}, "
-        f"{', '.join(validation.describe(x) for x in tensors)}. Where the values are numbers, such as pixels, cast "
+        f"{owner} differentiates with respect to floating-point inputs. Received: {received}, "
+        f"{', '.join(validation.describe(x) for x in tensors)}. If the values are quantities, such as pixels, cast "
         f"them to 'float32' first. {advice}"
     )
 
 
 def _known(owner, known, names):
-    """The positions of the inputs of some names, out of the names of each."""
+    """The positions of the inputs with the given `names`, where `known` has the names of each input."""
     chosen = []
     for name in names:
         found = [i for i, of in enumerate(known) if name in of]
@@ -154,7 +160,7 @@ def _known(owner, known, names):
 
 
 def _names(model, inputs, leaves):
-    """For each flat input what it can be called by: its key, the name of the model's input, its position."""
+    """The names of each flat input: its dict keys, the name of the model's input, and its position."""
     symbolic = nesting.flatten(getattr(model, "inputs", None) or [])
     names: list[set] = [{i} for i in range(len(leaves))]
     for i, path in enumerate(nesting.paths(inputs)):

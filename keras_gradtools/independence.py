@@ -1,4 +1,4 @@
-"""Whether the examples of a batch depend on one another: what their gradients say, and the report of it."""
+"""Whether the examples of a batch depend on one another, as shown by gradients, and the report about it."""
 
 import dataclasses
 
@@ -7,27 +7,27 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 
-# Sums in another order differ by some epsilons; the smallest statistic of a batch matters by far more.
+# In epsilons. Sums in a different order differ by a few of them. Any statistic of a batch has a far larger effect.
 _ROUNDING = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchIndependence:
-    """What `kg.diagnostics.batch_independence` found; printed, plain sentences.
+    """What `kg.diagnostics.batch_independence` found. Its string form is a report in plain sentences.
 
     Attributes:
-        independent: whether no output of an example depends on the input of another one, but for rounding; None where
-            that cannot be told from these examples and weights, for the `reason`.
-        leak: the length of the gradients that cross from one example to another over that of those within an example;
-            0.0 where they are exactly zero, infinity where only those that cross are not.
-        layers: the names of the layers that mix the examples, in the order of their calls, with the names of the
-            models and layers around them inside the model, `"inner/batch_normalization"`; a model's own where it
-            mixes them between its layers. Empty where nothing mixes, or no layer is known.
-        classes: the class of each of them.
-        batch_size: the number of examples.
-        of: the name of the model or function.
-        reason: why it cannot be told; empty where it can.
-        training: whether the model was called in training mode; None where the call had no such argument.
+        independent: True if no example's output depends on another example's input, up to rounding. False if one does.
+            None if these examples and weights do not show it, for the `reason` given.
+        leak: The norm of the gradients between different examples, divided by the norm of the gradients within
+            examples. 0.0 if the former are exactly zero, infinity if only the latter are.
+        layers: The names of the layers that mix the examples, in call order, with the path inside the model, such as
+            `"inner/batch_normalization"`. If a model mixes them outside of its layers, its own name. Empty if nothing
+            mixes them or no layer is known.
+        classes: The class name of each of these layers.
+        batch_size: Number of examples.
+        of: Description of the model or function, with its name.
+        reason: Why `independent` is None, otherwise empty.
+        training: Whether the model was called in training mode. None if the call had no such argument.
     """
 
     independent: bool | None
@@ -45,13 +45,15 @@ class BatchIndependence:
             if not self.leak:
                 size = "no gradient crosses from one example to another"
             else:
-                size = f"what crosses from one example to another is rounding, {self.leak:.1g} of what stays within one"
-            return f"{tried}: the examples are independent; {size}. A batch Jacobian means what it says."
+                size = (
+                    f"the gradients between examples are rounding noise, {self.leak:.1g} times those within an example"
+                )
+            return f"{tried}: the examples are independent; {size}. A batch Jacobian is correct."
         if self.independent is None:
-            mixing = f" What {self._named()} mixes has no effect here." if self.layers else ""
+            mixing = f" The examples are mixed by {self._named()}, without an effect here." if self.layers else ""
             return (
-                f"{tried}: it cannot be told whether the examples are independent: {self.reason}.{mixing} Try it with "
-                "other weights, after some training for one, or other examples."
+                f"{tried}: it cannot be told whether the examples are independent: {self.reason}.{mixing} Try other "
+                "weights, for instance after some training, or other examples."
             )
         size = (
             "gradients cross from one example to another, and none stays within one"
@@ -60,18 +62,18 @@ class BatchIndependence:
         )
         return (
             f"{tried}: the output of an example depends on the input of others; {size}. {self._cause()} The batch "
-            "Jacobian of it has the right shape and no meaning: it sums what crosses. Use the whole `jacobian`, or "
-            f"{self._advice()}."
+            "Jacobian has the right shape but no meaning, because it sums over derivatives between examples. Use the "
+            f"full `jacobian`, or {self._advice()}."
         )
 
     def _cause(self):
         if not self.layers:
             if self.of == RECORD:
                 return (
-                    "A tape knows of no layers; `keras_gradtools.diagnostics.batch_independence` of the model names "
-                    "those that are the cause."
+                    "A tape does not know layers. `keras_gradtools.diagnostics.batch_independence` names the layers of "
+                    "a model that are the cause."
                 )
-            return "No layer is the cause: it is computed outside of layers."
+            return "No layer is the cause: the examples are mixed outside of layers."
         if len(self.layers) > 1:
             return f"The causes are {self._named()}."
         if self.of == f"the model {self.layers[0]!r}":
@@ -86,28 +88,29 @@ class BatchIndependence:
 
     def _advice(self):
         if self.training and any("Normalization" in cls for cls in self.classes):
-            return "call the model with training=False, in which BatchNormalization goes by its moving statistics"
+            return "call the model with training=False, so that BatchNormalization uses its moving statistics"
         if self.training:
-            return "leave out what mixes the examples; with training=False, some layers mix none"
+            return "remove what mixes the examples (some layers do not mix them with training=False)"
         if self.of == RECORD:
-            return "leave out what mixes the examples: BatchNormalization in training mode, for one"
-        return "leave out what mixes the examples"
+            return "remove what mixes the examples, such as BatchNormalization in training mode"
+        return "remove what mixes the examples"
 
 
 RECORD = "what the tape has recorded"
 
 
 def tolerance(dtype):
-    """The leak that is rounding."""
+    """The largest leak that counts as rounding."""
     dtype = validation.dtype_of(dtype) if hasattr(dtype, "dtype") else str(dtype)
     epsilon = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}.get(dtype, 2.0**-23)
     return min(_ROUNDING * epsilon, 0.1)
 
 
 def halves(batch_size, seed=0):
-    """Boolean arrays that choose half of the examples: in turn, the first ones, drawn ones; and the other half of each.
+    """Boolean arrays that each choose half of the examples: every other one, the first half, a random half.
 
-    Which are neighbours, far apart, or a pair in particular: some half has the one without the other.
+    The complement of each is included. So for most pairs of examples, whether neighbors or far apart, some half
+    contains one without the other.
     """
     index = np.arange(batch_size)
     in_turn, first = index % 2 == 0, index < batch_size / 2
@@ -116,21 +119,21 @@ def halves(batch_size, seed=0):
 
 
 def numbers(x):
-    """A tensor's values in double precision, or None where only a run will know them."""
+    """A tensor's values as a NumPy array, or None inside a compiled function. Half precision becomes float32."""
     try:
         return np.asarray(ops.convert_to_numpy(ops.cast(ops.stop_gradient(x), "float32" if _is_short(x) else x.dtype)))
-    except Exception:  # each framework has its own for this
+    except Exception:  # each framework raises its own class
         return None
 
 
 class Leak:
-    """The squares of what crosses and of what stays, summed up over halves."""
+    """The sums of squared derivatives between examples and within examples, accumulated over halves of the batch."""
 
     def __init__(self):
         self.crossing, self.within, self.is_finite = 0.0, 0.0, True
 
     def add(self, values, own):
-        """Adds the derivatives by all rows, of which `own` are those of the examples that they are derivatives of."""
+        """Adds derivatives with respect to all rows. `own` selects the rows of the examples that are differentiated."""
         rows = np.asarray(values, "float64").reshape(len(own), -1)
         self.is_finite = self.is_finite and bool(np.isfinite(rows).all())
         self.crossing += float((rows[~own] ** 2).sum())
@@ -138,7 +141,7 @@ class Leak:
 
     @property
     def is_zero(self):
-        """Whether nothing crosses, and nothing stays within either: what says nothing."""
+        """Whether all derivatives are zero, which shows nothing about independence."""
         return not self.crossing and not self.within
 
     @property
@@ -149,13 +152,13 @@ class Leak:
 
 
 def of_record(tape, targets, sources, batch_size, seed=0):
-    """The `Leak` of what a tape has recorded: the pullbacks of the outputs of some half of the examples.
+    """The `Leak` of recorded operations, from the gradients of the outputs of half of the examples at a time.
 
-    Of a tensor with more or fewer rows than examples, each example has its share of them, in their order.
+    The rows of a tensor are divided evenly among the examples, in order, if there are more or fewer rows than examples.
     """
     leak, random = Leak(), np.random.default_rng(seed)
     targets = [t for t in targets if len(t.shape)]
-    # Fewer rows than examples, or some that cannot be shared out, belong to no example.
+    # Sources whose rows cannot be divided evenly among the examples belong to no example.
     sources = [s for s in sources if s.shape[0] and s.shape[0] % batch_size == 0]
     owners = [_owners(t, batch_size) for t in targets]
     by = [_owners(s, batch_size) for s in sources]
@@ -172,7 +175,7 @@ def of_record(tape, targets, sources, batch_size, seed=0):
 
 
 def require_of_record(name, tape, targets, sources):
-    """Raises `ValueError` with a report if examples depend on one another in what a tape has recorded."""
+    """Raises `ValueError` with a report if examples depend on one another in the recorded operations of a tape."""
     require_values(name, targets)
     batch_size = require_batch(name, "a target", targets)
     leak = of_record(tape, targets, sources, batch_size)
@@ -183,7 +186,7 @@ def require_of_record(name, tape, targets, sources):
 
 
 def require_batch(name, role, tensors):
-    """Returns the number of examples of tensors of shape `(batch, ...)`; raises `ValueError` unless it is 2 or more."""
+    """Returns the batch size of tensors of shape `(batch, ...)`. Raises `ValueError` unless it is 2 or more."""
     sizes = {x.shape[0] if len(x.shape) else 0 for x in tensors}
     if len(sizes) != 1 or not all(len(x.shape) for x in tensors):
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
@@ -199,20 +202,20 @@ def require_batch(name, role, tensors):
 
 
 def require_finite(name, leak):
-    """Raises `ValueError` where gradients that are not finite say nothing."""
+    """Raises `ValueError` if a gradient is not finite, so that it shows nothing."""
     if not leak.is_finite:
         raise ValueError(
-            f"{name} goes by gradients, and some of them are not finite. Expected examples for which the model and its "
-            "gradient are finite."
+            f"{name} compares gradients, and some of them are not finite. Expected examples for which the model and "
+            "its gradient are finite."
         )
 
 
 def require_values(name, tensors):
-    """Raises `ValueError` inside a compiled function, where there are no values to judge by."""
+    """Raises `ValueError` inside a compiled function, where tensors have no values to compare."""
     if any(numbers(x) is None for x in nesting.flatten(tensors)):
         raise ValueError(
-            f"{name} judges by values, which are not known inside a compiled function. Call it eagerly, or "
-            "`keras_gradtools.diagnostics.batch_independence(model, x)` before, and leave `check_independence` out "
+            f"{name} compares values, which are not known inside a compiled function. Call it eagerly. Or call "
+            "`keras_gradtools.diagnostics.batch_independence(model, x)` first, and do not pass `check_independence` "
             "here."
         )
 

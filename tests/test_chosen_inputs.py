@@ -109,7 +109,7 @@ def test_several_floating_point_inputs_and_a_number_beside_them():
 
 @pytest.mark.parametrize("make", ["category", 0])
 def test_an_input_without_a_gradient_is_no_choice(make):
-    with pytest.raises(ValueError, match=r"batch_jacobian differentiates by floating-point inputs.*int32"):
+    with pytest.raises(ValueError, match=r"batch_jacobian differentiates with respect to floating-point inputs.*int32"):
         kg.batch_jacobian(conditional(), inputs=make)(EXAMPLES)
 
 
@@ -120,7 +120,7 @@ def test_choices_that_do_not_fit():
         kg.diagnostics.jacobian_spectrum(conditional(), EXAMPLES, inputs=True)
     with pytest.raises(ValueError, match="moves one floating-point input. Received: 2 of them.*`inputs`"):
         kg.attacks.fgsm(lambda z: z["a"] * z["b"], {"a": X, "b": X}, LABELS, 0.1, loss="mse")
-    with pytest.raises(ValueError, match=r"inputs of that batch size or numbers.*\(6, 3\), \(4,\)"):
+    with pytest.raises(ValueError, match=r"inputs must have the same batch size or be scalars.*\(6, 3\), \(4,\)"):
         kg.attacks.fgsm(conditional(), {"category": CATEGORY[:4], "x": X}, LABELS, 0.1)
 
 
@@ -179,7 +179,9 @@ def test_layers(inputs):
 def test_a_layer_of_several_floating_point_inputs_wants_a_choice():
     a, b = keras.Input((D,), name="a"), keras.Input((D,), name="b")
     model = keras.Model([a, b], a * b)
-    with pytest.raises(ValueError, match="BatchJacobian differentiates by one input. Received: 2.*`inputs`"):
+    with pytest.raises(
+        ValueError, match="BatchJacobian differentiates with respect to one input. Received: 2.*`inputs`"
+    ):
         kg.layers.BatchJacobian(model)([X, X])
     close(kg.layers.BatchJacobian(model, inputs="b")([X, 2 * X]), X[:, :, None] * np.eye(D))
 

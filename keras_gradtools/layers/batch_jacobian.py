@@ -1,4 +1,4 @@
-"""The Jacobian of a layer as the output of a layer."""
+"""A layer that returns the Jacobian of a wrapped layer."""
 
 import keras
 
@@ -8,32 +8,34 @@ from keras_gradtools.transforms.jacobians import batch_jacobian
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class BatchJacobian(Derivative):
-    r"""Returns the Jacobian of another layer at each example, $J_{b k i} = \partial y_{b k} / \partial x_{b i}$.
+    r"""Returns the Jacobian of a wrapped layer at each example, $J_{b k i} = \partial y_{b k} / \partial x_{b i}$.
 
-    A loss on it trains the wrapped layer: on known derivatives (Sobolev training), on what is left of an equation, on
-    its norm. It is saved and loaded with the model that it is in. It takes for granted that examples do not depend on
-    one another: see `kg.diagnostics.batch_independence`.
+    A loss on this output trains the wrapped layer: on known derivatives (Sobolev training), on the residual of an
+    equation, or on the norm of the Jacobian. The layer is saved and loaded with its model. It assumes that the examples
+    are independent, which `kg.diagnostics.batch_independence` checks.
 
     Args:
-        layer: a Keras layer or model of tensors of shape `(batch, ...)`, which returns one. It is shared, not copied.
-        return_outputs: whether to return the outputs of the layer as well, `(outputs, jacobian)`.
-        inputs: the name (key, or position) of the input to differentiate by, where `layer` takes several; the only
-            floating-point one by default. The others are carried along as they are.
-        **kwargs: those of `keras.layers.Layer`.
+        layer: A Keras layer or model that takes tensors of shape `(batch, ...)` and returns one such tensor. It is
+            shared, not copied.
+        return_outputs: Whether to return the pair `(outputs, jacobian)` instead of the Jacobian alone.
+        inputs: The name (or dict key) or position of the input to differentiate with respect to, if `layer` takes
+            several. By default its only floating-point input. The others are passed on unchanged.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: what `layer` takes.
-        training: passed on to `layer`.
+        inputs: The inputs of `layer`.
+        training: Passed on to `layer`.
 
     Returns:
-        A tensor of shape `(batch, *out, *in)`, with `in` the shape of the input to differentiate by.
+        A tensor of shape `(batch, *out, *in)`, where `in` is the shape of the input to differentiate with respect to.
 
     Raises:
-        ValueError: for options that do not fit, and for outputs, or an input to differentiate by, that are not
-            one tensor of rank 2 or more.
+        ValueError: For invalid options, and if the output or the input to differentiate with respect to is not one
+            tensor of rank 2 or more.
 
     Cost:
-        That of `kg.batch_jacobian`, and one call of the layer if its outputs or its state are asked for.
+        That of `kg.batch_jacobian`. One more call of the layer with `return_outputs`, and in training mode if the
+        layer has a state to update.
 
     Example:
 

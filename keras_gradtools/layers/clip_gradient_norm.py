@@ -7,23 +7,23 @@ from keras_gradtools import gradient_ops
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class ClipGradientNorm(keras.layers.Layer):
-    """Passes its inputs on, and shortens their gradient to a given l2 norm, as `clip_gradient_norm` does.
+    """Passes its inputs on and clips the L2 norm of their gradient, as `clip_gradient_norm` does.
 
     Args:
-        max_norm: a positive number.
-        **kwargs: those of `keras.layers.Layer`.
+        max_norm: The largest norm, a positive number.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a floating-point tensor of any shape.
+        inputs: A floating-point tensor of any shape.
 
     Returns:
         The inputs, unchanged.
 
     Raises:
-        ValueError: if `max_norm` is no positive finite number.
+        ValueError: If `max_norm` is not a positive finite number.
 
     Cost:
-        None forwards; backwards the gradient is read once more.
+        None in the forward pass. The backward pass reads the gradient once more.
 
     Example:
 
@@ -37,7 +37,7 @@ class ClipGradientNorm(keras.layers.Layer):
     >>> float(tape.gradient(y, v))
     2.0
 
-    Source: as `clip_gradient_norm`.
+    Source: As for `clip_gradient_norm`.
     """
 
     def __init__(self, max_norm, **kwargs):

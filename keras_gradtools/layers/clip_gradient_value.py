@@ -7,23 +7,23 @@ from keras_gradtools import gradient_ops
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class ClipGradientValue(keras.layers.Layer):
-    """Passes its inputs on, and clips each element of their gradient, as `clip_gradient_value` does.
+    """Passes its inputs on and clips each element of their gradient, as `clip_gradient_value` does.
 
     Args:
-        max_value: a positive number.
-        **kwargs: those of `keras.layers.Layer`.
+        max_value: The largest absolute value, a positive number.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a floating-point tensor of any shape.
+        inputs: A floating-point tensor of any shape.
 
     Returns:
         The inputs, unchanged.
 
     Raises:
-        ValueError: if `max_value` is no positive finite number.
+        ValueError: If `max_value` is not a positive finite number.
 
     Cost:
-        None forwards; backwards the gradient is read once more.
+        None in the forward pass. The backward pass reads the gradient once more.
 
     Example:
 
@@ -37,7 +37,7 @@ class ClipGradientValue(keras.layers.Layer):
     >>> [float(g) for g in tape.gradient(y, x)]
     [2.0, 4.0, -4.5]
 
-    Source: as `clip_gradient_value`.
+    Source: As for `clip_gradient_value`.
     """
 
     def __init__(self, max_value, **kwargs):

@@ -1,4 +1,4 @@
-"""A layer with a gradient of your own."""
+"""A layer with a custom gradient."""
 
 import keras
 
@@ -7,25 +7,25 @@ from keras_gradtools import gradient_ops
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class CustomGradient(keras.layers.Layer):
-    """Applies a function that comes with its gradient, as `custom_gradient` does.
+    """Applies a function that has a custom gradient, as `custom_gradient` does.
 
     Args:
-        fun: a function `fun(*tensors) -> (value, grad_fn)`, as `custom_gradient` takes it, undecorated. For
-            the layer to be saved, it is registered with `keras.saving.register_keras_serializable`.
-        **kwargs: those of `keras.layers.Layer`.
+        fun: A function `fun(*tensors) -> (value, grad_fn)` as for `custom_gradient`, without the decorator. To save the
+            layer, register the function with `keras.saving.register_keras_serializable`.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a tensor or a dict of tensors, which is the argument of `fun`, or a list or tuple of these, which are
-            its arguments.
+        inputs: The single argument of `fun` if it is a tensor or a dict of tensors. A list or tuple holds the
+            arguments of `fun`.
 
     Returns:
         The value of `fun`.
 
     Raises:
-        ValueError: as `custom_gradient`.
+        ValueError: As `custom_gradient`.
 
     Cost:
-        That of `fun`, and backwards of its `grad_fn`.
+        One call of `fun` in the forward pass, and one of its `grad_fn` in the backward pass.
 
     Example:
 
@@ -44,7 +44,7 @@ class CustomGradient(keras.layers.Layer):
     >>> round(float(tape.gradient(y, x)), 4)
     0.7311
 
-    Source: as `custom_gradient`.
+    Source: As for `custom_gradient`.
     """
 
     def __init__(self, fun, **kwargs):

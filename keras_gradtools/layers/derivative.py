@@ -1,4 +1,4 @@
-"""What layers whose output is a derivative of another one's have in common."""
+"""The base class of layers that return a derivative of a wrapped layer."""
 
 import keras
 
@@ -7,7 +7,7 @@ from keras_gradtools.backend.state import state_variables
 
 
 class Derivative(keras.layers.Wrapper):
-    """A layer that returns a derivative of the wrapped one, by one of its inputs, of each example."""
+    """Returns a derivative of the wrapped layer with respect to one of its inputs, for each example."""
 
     def __init__(self, layer, return_outputs=False, inputs=None, **kwargs):
         if not isinstance(layer, keras.Layer):
@@ -24,14 +24,14 @@ class Derivative(keras.layers.Wrapper):
         self.return_outputs = return_outputs
 
     def build(self, input_shape=None):
-        # Keras' own takes one shape for granted.
+        # `Wrapper.build` assumes a single input shape.
         if not self.layer.built:
             self.layer.build(input_shape)
             self.layer.built = True
         self.built = True
 
     def call(self, inputs, training=None):
-        # What the layer assigns, statistics and seeds, is that of this call; inside the derivative it is dropped.
+        # The derivative discards what the layer assigns (statistics, seeds), so this call updates the state.
         outputs = None
         if self.return_outputs or (training and state_variables(self.layer)):
             outputs = self._value_at(inputs, training)
@@ -47,18 +47,18 @@ class Derivative(keras.layers.Wrapper):
         chosen = chosen_inputs.choose(type(self).__name__, self.layer, inputs, self._inputs)
         if len(chosen.positions) > 1:
             raise ValueError(
-                f"{type(self).__name__} differentiates by one input. Received: {len(chosen.positions)} floating-point "
-                f"ones, {', '.join(validation.describe(x) for x in chosen.parts(inputs))}. Choose one by `inputs`, its "
-                "name or its position; the others are carried along."
+                f"{type(self).__name__} differentiates with respect to one input. Received: {len(chosen.positions)} "
+                f"floating-point inputs, {', '.join(validation.describe(x) for x in chosen.parts(inputs))}. Choose one "
+                "by `inputs`, with its name or its position. The others are passed on unchanged."
             )
         return chosen
 
     def derivative(self, fun, x):
-        """The derivative of a function of the input, by transforms."""
+        """Returns the derivative of `fun`, a function of the input, at `x`."""
         raise NotImplementedError
 
     def derivative_spec(self, inputs, outputs):
-        """The shape of the derivative."""
+        """Returns the shape of the derivative."""
         raise NotImplementedError
 
     def compute_output_spec(self, inputs, training=None):

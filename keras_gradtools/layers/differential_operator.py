@@ -1,11 +1,11 @@
-"""What layers that return the Laplacian or the divergence of another one have in common."""
+"""The base class of layers that return the Laplacian or the divergence of a wrapped layer."""
 
 from keras_gradtools.layers.derivative import Derivative
 from keras_gradtools.transforms.differential_operators import checked_axes, require_axes
 
 
 class DifferentialOperator(Derivative):
-    """A derivative of a layer of points, along some of their axes."""
+    """Returns a differential operator of the wrapped layer along some axes of its input points."""
 
     def __init__(self, layer, axes=None, return_outputs=False, inputs=None, **kwargs):
         super().__init__(layer, return_outputs, inputs, **kwargs)

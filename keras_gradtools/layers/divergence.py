@@ -1,4 +1,4 @@
-"""The divergence of a layer as the output of a layer."""
+"""A layer that returns the divergence of a wrapped layer."""
 
 import keras
 
@@ -8,32 +8,33 @@ from keras_gradtools.transforms.differential_operators import divergence
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class Divergence(DifferentialOperator):
-    r"""Returns the divergence of another layer at each example, $\sum_k \partial y_{b k} / \partial x_{b i_k}$.
+    r"""Returns the divergence of a wrapped layer at each example, $\sum_k \partial y_{b k} / \partial x_{b i_k}$.
 
-    For physics-informed networks: a loss on it trains the wrapped layer, towards an incompressible flow, say. It is
-    saved and loaded with the model that it is in.
+    For physics-informed networks: a loss on this output trains the wrapped layer, for example towards an incompressible
+    flow. The layer is saved and loaded with its model.
 
     Args:
-        layer: a Keras layer or model of points, of shape `(batch, n)`, that returns vectors of shape `(batch, m)`. It
-            is shared, not copied.
-        axes: the input that belongs to each of the m outputs, a list of numbers; all n by default.
-        return_outputs: whether to return the outputs of the layer as well, `(outputs, divergence)`.
-        inputs: the name (key, or position) of the input to differentiate by, where `layer` takes several; the only
-            floating-point one by default. The others are carried along as they are.
-        **kwargs: those of `keras.layers.Layer`.
+        layer: A Keras layer or model that takes points of shape `(batch, n)` and returns vectors of shape `(batch, m)`.
+            It is shared, not copied.
+        axes: The index of the input $i_k$ for each of the m outputs, as a list. By default all n inputs in order.
+        return_outputs: Whether to return the pair `(outputs, divergence)` instead of the divergence alone.
+        inputs: The name (or dict key) or position of the input to differentiate with respect to, if `layer` takes
+            several. By default its only floating-point input. The others are passed on unchanged.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a tensor of shape `(batch, n)`, or what else `layer` takes.
-        training: passed on to `layer`.
+        inputs: A tensor of shape `(batch, n)`, or the several inputs of `layer`.
+        training: Passed on to `layer`.
 
     Returns:
         A tensor of shape `(batch, 1)`.
 
     Raises:
-        ValueError: for options and shapes that do not fit.
+        ValueError: For invalid options, and shapes that do not match.
 
     Cost:
-        That of `kg.divergence`, and one call of the layer if its outputs or its state are asked for.
+        That of `kg.divergence`. One more call of the layer with `return_outputs`, and in training mode if the layer
+        has a state to update.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""A layer that penalizes the gradient of another one's output by its input."""
+"""A layer that penalizes the gradient of a wrapped layer's output with respect to its input."""
 
 from typing import Any
 
@@ -16,39 +16,39 @@ NAME = "InputGradientPenalty"
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class InputGradientPenalty(keras.layers.Wrapper):
-    r"""Wraps a layer, and adds a penalty on the gradient of its output by its input to the loss.
+    r"""Wraps a layer and adds a penalty on the gradient of its output with respect to its input to the loss.
 
     $$\text{weight} \cdot \frac1N \sum_i \text{pen}(g_i), \qquad g_i = \frac{\partial y_i}{\partial x_i}, \qquad
       \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl| \lVert g \rVert - \text{center} \bigr|$$
 
-    where $x_i$ is one example of the layer's input and $y_i$ its output: by default all of it, so that $g_i$ is the
-    Jacobian as one vector. It is for a part of a model, and needs no labels: the head behind an embedding, an encoder
-    (a contractive autoencoder), a critic inside a larger model. The penalty is added with `add_loss` in training mode;
-    in inference mode the layer is the wrapped one. Examples and time steps that the input's or the output's mask calls
-    padding do not count.
+    where $x_i$ is one example of the layer's input and $y_i$ its output. By default $g_i$ is the whole Jacobian as
+    one vector. Use it for a part of a model, such as the head after an embedding, an encoder (a contractive
+    autoencoder), or a critic inside a larger model. It needs no labels. In training mode the penalty is added with
+    `add_loss`. In inference mode the layer behaves like the wrapped one. Examples and time steps that the mask of the
+    input or of the output marks as padding are not penalized.
 
     Args:
-        layer: a Keras layer or model of one tensor, or of several in a list or dict. It is shared, not copied.
-        weight: how much the penalty counts, a number of 0 or more, or a
-            `keras.optimizers.schedules.LearningRateSchedule` of the training steps.
-        target: `"outputs"`, or a function of the layer's output that returns one number for each example, of shape
+        layer: A Keras layer or model that takes one tensor, or several in a list or dict. It is shared, not copied.
+        weight: The factor of the penalty, a non-negative number or a
+            `keras.optimizers.schedules.LearningRateSchedule` evaluated at the number of training steps.
+        target: `"outputs"`, or a function of the layer's output that returns one number per example, of shape
             `(batch,)`.
-        norm, squared, center, method, step_size, projections, frozen_statistics, every, seed: as for
+        norm, squared, center, method, step_size, projections, frozen_statistics, every, seed: As for
             `kg.models.InputGradientRegularized`.
-        **kwargs: those of `keras.layers.Layer`.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: what `layer` takes, of shape `(batch, ...)`.
-        training: whether the penalty is added; passed on to `layer`.
+        inputs: The inputs of `layer`, of shape `(batch, ...)`.
+        training: Whether to add the penalty. Passed on to `layer`.
 
     Returns:
-        What `layer` returns.
+        The output of `layer`.
 
     Raises:
-        ValueError: for options that do not fit (each is named), or if no input is floating-point.
+        ValueError: For an invalid option, which is named, or if no input is floating-point.
 
     Cost:
-        In training, as `kg.regularization.input_gradient_penalty` on this part of the model.
+        In training, that of `kg.regularization.input_gradient_penalty` on this part of the model.
 
     Example:
 
@@ -85,8 +85,8 @@ class InputGradientPenalty(keras.layers.Wrapper):
         validation.require_seed(NAME, seed, may_be_none=True)
         if validation.is_one_of(target, ("loss",)):
             raise ValueError(
-                f"{NAME} expects 'outputs' or a function of the output as `target`. Received: target='loss', which a "
-                "layer does not know. Use keras_gradtools.models.InputGradientRegularized for the loss of a model."
+                f"{NAME} expects 'outputs' or a function of the output as `target`. Received: target='loss', but a "
+                "layer does not know the loss. Use keras_gradtools.models.InputGradientRegularized for that."
             )
         penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
         strength = Strength(NAME, weight, every)
@@ -128,7 +128,7 @@ class InputGradientPenalty(keras.layers.Wrapper):
         return record.outputs
 
     def compute_output_spec(self, inputs, training=None):
-        # The output is the layer's, whatever is added to the loss.
+        # The penalty changes the loss, not the output.
         return self.layer.compute_output_spec(inputs)
 
     def compute_mask(self, inputs, previous_mask):

@@ -1,4 +1,4 @@
-"""The Laplacian of a layer as the output of a layer."""
+"""A layer that returns the Laplacian of a wrapped layer."""
 
 import keras
 
@@ -8,31 +8,32 @@ from keras_gradtools.transforms.differential_operators import laplacian
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class Laplacian(DifferentialOperator):
-    r"""Returns the Laplacian of another layer at each example, $\sum_i \partial^2 y_{b k} / \partial x_{b i}^2$.
+    r"""Returns the Laplacian of a wrapped layer at each example, $\sum_i \partial^2 y_{b k} / \partial x_{b i}^2$.
 
-    For physics-informed networks: a loss on it trains the wrapped layer. It is saved and loaded with the model that it
-    is in.
+    For physics-informed networks: a loss on this output trains the wrapped layer. The layer is saved and loaded with
+    its model.
 
     Args:
-        layer: a Keras layer or model of points, of shape `(batch, n)`. It is shared, not copied.
-        axes: over which of the n inputs the sum goes, a list of numbers; all by default.
-        return_outputs: whether to return the outputs of the layer as well, `(outputs, laplacian)`.
-        inputs: the name (key, or position) of the input to differentiate by, where `layer` takes several; the only
-            floating-point one by default. The others are carried along as they are.
-        **kwargs: those of `keras.layers.Layer`.
+        layer: A Keras layer or model that takes points of shape `(batch, n)`. It is shared, not copied.
+        axes: The indices of the inputs to sum over, as a list. By default all n inputs.
+        return_outputs: Whether to return the pair `(outputs, laplacian)` instead of the Laplacian alone.
+        inputs: The name (or dict key) or position of the input to differentiate with respect to, if `layer` takes
+            several. By default its only floating-point input. The others are passed on unchanged.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a tensor of shape `(batch, n)`, or what else `layer` takes.
-        training: passed on to `layer`.
+        inputs: A tensor of shape `(batch, n)`, or the several inputs of `layer`.
+        training: Passed on to `layer`.
 
     Returns:
-        A tensor of the shape of what `layer` returns.
+        A tensor with the shape of the output of `layer`.
 
     Raises:
-        ValueError: for options that do not fit, inputs of another rank, and axes that do not exist.
+        ValueError: For invalid options, inputs of another rank, and axes that do not exist.
 
     Cost:
-        That of `kg.laplacian`, and one call of the layer if its outputs or its state are asked for.
+        That of `kg.laplacian`. One more call of the layer with `return_outputs`, and in training mode if the layer has
+        a state to update.
 
     Example:
 

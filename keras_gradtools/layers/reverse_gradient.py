@@ -7,31 +7,30 @@ from keras_gradtools import gradient_ops
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class ReverseGradient(keras.layers.Layer):
-    """Passes its inputs on, and multiplies their gradient by `-scale`, as `reverse_gradient` does.
+    """Passes its inputs on and multiplies their gradient by `-scale`, as `reverse_gradient` does.
 
-    Between a feature extractor and a classifier of domains, it has the classifier minimize the loss that the
-    extractor maximizes.
+    Placed between a feature extractor and a domain classifier, it makes the extractor maximize the loss that the
+    classifier minimizes.
 
-    The scale is a weight that is not trained: it is saved with the others, and a callback that assigns
-    `layer.scale = value` changes it during `fit` without compiling anything again. As with every variable that
-    a callback assigns, it must reach the model through `self.model` first, because on JAX that is what brings
-    the variables up to date.
+    The scale is a non-trainable weight, so it is saved with the model, and a callback can change it during `fit` with
+    `layer.scale = value`, without recompilation. As for any variable that a callback assigns, the callback must access
+    `self.model` first, because on JAX that brings the variables up to date.
 
     Args:
-        scale: a finite number, the scale to start with.
-        **kwargs: those of `keras.layers.Layer`.
+        scale: The initial scale, a finite number.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a floating-point tensor of any shape.
+        inputs: A floating-point tensor of any shape.
 
     Returns:
         The inputs, unchanged.
 
     Raises:
-        ValueError: if `scale` is no finite number.
+        ValueError: If `scale` is not a finite number.
 
     Cost:
-        None forwards; backwards the gradient is read once more.
+        None in the forward pass. The backward pass reads the gradient once more.
 
     Example:
 
@@ -46,13 +45,13 @@ class ReverseGradient(keras.layers.Layer):
     >>> float(tape.gradient(y, x))
     -3.0
 
-    Source: as `reverse_gradient`; equation 14 there is a schedule for the scale.
+    Source: As for `reverse_gradient`. Equation 14 there is a schedule for the scale.
     """
 
     def __init__(self, scale=1.0, **kwargs):
         super().__init__(**kwargs)
         self._initial_scale = gradient_ops.require_number(scale, "scale")
-        # Not in the layer's own dtype, which may be of half precision.
+        # The layer's own dtype may be half precision.
         self._scale = self.add_weight(
             shape=(),
             initializer=keras.initializers.Constant(self._initial_scale),
@@ -65,7 +64,7 @@ class ReverseGradient(keras.layers.Layer):
 
     @property
     def scale(self):
-        """The `keras.Variable` that holds the scale; a number can be assigned to it."""
+        """The `keras.Variable` that holds the scale. A number can be assigned to this attribute."""
         return self._scale
 
     @scale.setter

@@ -7,23 +7,23 @@ from keras_gradtools import gradient_ops
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class ScaleGradient(keras.layers.Layer):
-    """Passes its inputs on, and multiplies their gradient by a fixed number, as `scale_gradient` does.
+    """Passes its inputs on and multiplies their gradient by a constant, as `scale_gradient` does.
 
     Args:
-        scale: a finite number.
-        **kwargs: those of `keras.layers.Layer`.
+        scale: The factor, a finite number.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a floating-point tensor of any shape.
+        inputs: A floating-point tensor of any shape.
 
     Returns:
         The inputs, unchanged.
 
     Raises:
-        ValueError: if `scale` is no finite number.
+        ValueError: If `scale` is not a finite number.
 
     Cost:
-        None forwards; backwards the gradient is read once more.
+        None in the forward pass. The backward pass reads the gradient once more.
 
     Example:
 
@@ -37,7 +37,7 @@ class ScaleGradient(keras.layers.Layer):
     >>> float(tape.gradient(y, x))
     3.0
 
-    Source: as `scale_gradient`.
+    Source: As for `scale_gradient`.
     """
 
     def __init__(self, scale, **kwargs):

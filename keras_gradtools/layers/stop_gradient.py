@@ -9,10 +9,10 @@ from keras_gradtools import gradient_ops
 class StopGradient(keras.layers.Layer):
     """Passes its inputs on as constants, as `stop_gradient` does.
 
-    What lies before it is not trained by what comes after it.
+    The layers before it receive no gradient through it.
 
     Call arguments:
-        inputs: tensors of any shape and dtype, in any nesting.
+        inputs: Tensors of any shape and dtype, in any nested structure.
 
     Returns:
         The inputs, unchanged.
@@ -33,7 +33,7 @@ class StopGradient(keras.layers.Layer):
     >>> float(tape.gradient(y, x))
     18.0
 
-    Source: as `stop_gradient`.
+    Source: As for `stop_gradient`.
     """
 
     def __init__(self, **kwargs):

@@ -1,4 +1,4 @@
-"""A layer with the values of a function and the gradient of the identity."""
+"""A layer that applies a function and passes the gradient through unchanged."""
 
 import keras
 
@@ -7,24 +7,24 @@ from keras_gradtools import gradient_ops
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class StraightThrough(keras.layers.Layer):
-    """Applies a function, and passes the gradient on as if it had not, as `straight_through` does.
+    """Applies a function and passes the gradient through unchanged, as `straight_through` does.
 
     Args:
-        fun: a function of one tensor that keeps its shape. For the layer to be saved, it is one of
-            `keras.activations` or registered with `keras.saving.register_keras_serializable`.
-        **kwargs: those of `keras.layers.Layer`.
+        fun: A function of one tensor that keeps its shape. To save the layer, use one of `keras.activations` or a
+            function registered with `keras.saving.register_keras_serializable`.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: a floating-point tensor of any shape.
+        inputs: A floating-point tensor of any shape.
 
     Returns:
-        `fun(inputs)`, in the dtype of the inputs.
+        `fun(inputs)` in the dtype of the inputs.
 
     Raises:
-        ValueError: if `fun` is no function.
+        ValueError: If `fun` is not a function.
 
     Cost:
-        That of `fun`; nothing backwards.
+        One call of `fun` in the forward pass. The backward pass costs nothing.
 
     Example:
 
@@ -38,7 +38,7 @@ class StraightThrough(keras.layers.Layer):
     >>> float(y), float(tape.gradient(y, x))
     (9.0, 6.0)
 
-    Source: as `straight_through`.
+    Source: As for `straight_through`.
     """
 
     def __init__(self, fun, **kwargs):

@@ -1,4 +1,4 @@
-"""Trying out whether the examples of a batch depend on one another in a function, and which layers are the cause."""
+"""Tests whether a function mixes the examples of a batch, and finds the layers that are the cause."""
 
 import keras
 import numpy as np
@@ -10,15 +10,15 @@ from keras_gradtools.backend.state import StateScope
 from keras_gradtools.independence import BatchIndependence, Leak
 from keras_gradtools.transforms.taped_call import read
 
-# Of numbers that are computed twice.
+# Relative tolerance for values that are computed twice.
 _REPEATED = 1e-5
 
 
 def examine(name, fun, x, args=(), kwargs=None, seed=0, chosen=None):
-    """The `BatchIndependence` of `fun(x, *args, **kwargs)`, in `x`, whose leaves have the shape `(batch, ...)`.
+    """The `BatchIndependence` of `fun(x, *args, **kwargs)` in `x`, whose leaves have the shape `(batch, ...)`.
 
-    Floating-point leaves are judged by pullbacks, all others by what comes out when examples change places. With
-    `chosen`, the `ChosenInputs`, these alone are judged.
+    Floating-point leaves are tested by gradients, all others by how the outputs change when examples are exchanged.
+    With `chosen`, a `ChosenInputs`, only these leaves are tested.
     """
     kwargs = kwargs or {}
     leaves = [leaf if leaf is None else _tensor(name, leaf) for leaf in nesting.flatten(x)]
@@ -27,7 +27,8 @@ def examine(name, fun, x, args=(), kwargs=None, seed=0, chosen=None):
         raise ValueError(f"{name} expects examples. Received: x={validation.shown(x)}.")
     independence.require_values(name, [leaves[i] for i in judged])
     batch_size = independence.require_batch(name, "inputs", [leaves[i] for i in judged])
-    # Of seeds, the scope around each call drops the next state; what the framework draws from is put back.
+    # Every call must draw the same random numbers. The scope around each call discards the new states of Keras seeds,
+    # and this restores the state of the framework's own generator.
     random_state = backend.random_state()
 
     def called(leaves):
@@ -50,7 +51,7 @@ def examine(name, fun, x, args=(), kwargs=None, seed=0, chosen=None):
 
 
 def _leak_of(name, called, leaves, judged, batch_size, seed):
-    """What crosses between examples, the dtype to judge it by, and why it says nothing, if so."""
+    """The `Leak`, the dtype that sets its tolerance, and the reason if it shows nothing (otherwise empty)."""
     floats, others = judged
     leak, reason = Leak(), ""
     outputs = []
@@ -70,24 +71,24 @@ def _leak_of(name, called, leaves, judged, batch_size, seed):
         unreached = _count_unreached(record, outputs, sources, leak, seed)
         if unreached:
             some = "" if unreached == len(outputs) else f" of {unreached} of the {len(outputs)} outputs"
-            reason = f"the gradient{some} is zero everywhere, as behind a layer whose weights are zero"
+            reason = f"the gradient{some} is zero everywhere, for instance because a layer's weights are zero"
     if others:
         outputs, repeats = _exchange(name, called, leaves, others, batch_size, seed, leak)
         reason = ""
         if not repeats:
             leak = Leak()
             reason = (
-                "two calls with the same examples differ, since it draws random numbers that no seed repeats; those of "
-                "keras.random with a keras.random.SeedGenerator are repeated"
+                "two calls with the same examples differ, because random numbers are drawn that cannot be repeated; "
+                "those of keras.random with a keras.random.SeedGenerator can"
             )
         elif leak.is_zero:
-            reason = "no output changes when examples change places, as behind a layer whose weights are zero"
+            reason = "no output changes when examples change places, for instance because a layer's weights are zero"
     dtype = min((validation.dtype_of(y) for y in outputs), key=independence.tolerance, default="float32")
     return leak, dtype, reason
 
 
 def _count_unreached(record, outputs, sources, leak, seed):
-    """How many of the outputs have a gradient of zero by all sources."""
+    """The number of outputs whose gradient with respect to all sources is zero."""
     if len(outputs) == 1 or leak.is_zero:
         return len(outputs) if leak.is_zero else 0
     random, count = np.random.default_rng(seed), 0
@@ -99,7 +100,7 @@ def _count_unreached(record, outputs, sources, leak, seed):
 
 
 def _exchange(name, called, leaves, others, batch_size, seed, leak):
-    """Adds to `leak` what changes in the outputs of a half of the examples when the rest of them is replaced."""
+    """Adds to `leak` how the outputs change when half of the examples keep their inputs and the others are replaced."""
 
     def outputs_of(leaves):
         scope = StateScope()
@@ -119,7 +120,7 @@ def _exchange(name, called, leaves, others, batch_size, seed, leak):
 
 
 def _with_others_replaced(leaves, others, half):
-    """The leaves, those at `others` with another example in the place of each that is not in the half."""
+    """The leaves, where those at `others` have another example in place of each example outside the half."""
     places = np.arange(len(half))
     rows = np.where(half, places, np.roll(places, 1)).astype("int32")
     return [ops.take(leaf, rows, axis=0) if i in others else leaf for i, leaf in enumerate(leaves)]
@@ -139,9 +140,10 @@ def _mixing_layers(called, leaves, batch_size, seed):
 
 
 def _layers_that_change_others(called, leaves, others, batch_size, seed):
-    """The same of what no gradient knows of, masks for one: what a layer returns for the examples of a half changes.
+    """The names and classes of the innermost layers that mix examples without a gradient, for instance by a mask.
 
-    And what it is given for these does not, though all others are replaced.
+    When all examples outside of a half are replaced, such a layer's outputs for the examples of the half change,
+    although its inputs for them do not.
     """
     _, before = _watched(called, leaves)
     for half in independence.halves(batch_size, seed):
@@ -157,7 +159,7 @@ def _layers_that_change_others(called, leaves, others, batch_size, seed):
 
 
 def _watched(called, leaves):
-    """A record of a call, and the calls of layers in it."""
+    """The tape that has recorded a call, and the layer calls in it."""
     record = backend.Tape(watch_accessed_variables=False)
     scope, watched = StateScope(), layer_calls.watched(record)
     with scope, scope, record, record, watched, watched:
@@ -166,14 +168,14 @@ def _watched(called, leaves):
 
 
 def _innermost(mixing):
-    # What is around a layer that mixes mixes as well, and is not the cause.
+    # A layer that contains a mixing layer mixes as well, but is not the cause.
     around = {call.parent for call in mixing}
     found = {call.name: layer_calls.class_path(call.layer) for call in mixing if call.key not in around}
     return list(found.items())
 
 
 def _changed(before, after, half):
-    """Whether some tensors differ in the rows of the examples of a half, or as a whole where they have no such rows."""
+    """Whether some tensors differ in the rows of half of the examples, or anywhere if they have no rows per example."""
     for a, b in zip(before, after, strict=False):
         a, b = layer_calls.array_of(a), layer_calls.array_of(b)
         if a is None or b is None or a.shape != b.shape:

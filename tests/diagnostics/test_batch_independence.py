@@ -346,7 +346,7 @@ def test_the_report_in_words():
     text = str(kg.diagnostics.batch_independence(model, x))
     assert "independent" in text and "no gradient crosses" in text
     rounded = kg.diagnostics.batch_independence(vectors(BackAndForth()), x)
-    assert ("is rounding" in str(rounded)) == (rounded.leak > 0)
+    assert ("rounding noise" in str(rounded)) == (rounded.leak > 0)
 
 
 class TestWhatCannotBeTold:
@@ -365,7 +365,7 @@ class TestWhatCannotBeTold:
         assert report.independent is None and report.leak == 0.0 and report.layers == ("bn",)
         text = str(report)
         assert "cannot be told" in text and "the gradient is zero everywhere" in text and f"'bn' ({NORM})" in text
-        assert "means what it says" not in text
+        assert "is correct" not in text
         # Once it is trained, it can be told.
         model.get_layer("zeros").kernel.assign(np.ones((D, 2)) * [1.0, -1.0])
         assert kg.diagnostics.batch_independence(model, x, training=True).independent is False

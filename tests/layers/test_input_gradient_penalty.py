@@ -456,7 +456,7 @@ def test_copies(weight, options, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: linear(target="loss"), "Received: target='loss', which a layer does not know"),
+        (lambda: linear(target="loss"), "Received: target='loss', but a layer does not know"),
         (lambda: linear(target="output"), "expects 'loss', 'outputs' or a function as `target`"),
         (lambda: linear(-1.0), "Received: weight=-1.0"),
         (lambda: linear(norm=3), "Received: norm=3"),
@@ -466,7 +466,7 @@ def test_copies(weight, options, tmp_path):
         (lambda: linear(target=lambda y: y)(X, training=True), "must return one number for each example"),
         (
             lambda: InputGradientPenalty(layers.Embedding(3, 2), 0.1)(np.ones((N, 2), "int32"), training=True),
-            "differentiates by floating-point inputs",
+            "differentiates with respect to floating-point inputs",
         ),
     ],
 )

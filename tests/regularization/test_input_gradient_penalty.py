@@ -962,7 +962,9 @@ def test_a_function_of_another_shape(method, returned):
 @pytest.mark.parametrize("method", ["exact", "finite_difference"])
 def test_inputs_without_a_gradient(method):
     model = keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(3, 2), layers.Flatten()])
-    with pytest.raises(ValueError, match="differentiates by floating-point inputs. Received: inputs without"):
+    with pytest.raises(
+        ValueError, match="differentiates with respect to floating-point inputs. Received: inputs without"
+    ):
         penalty_of(model, np.ones((N, T), "int32"), target="outputs", method=method)
     model, _ = several_inputs()
     x = {"a": A.astype("float32"), "b": B.astype("float32"), "i": INDICES}

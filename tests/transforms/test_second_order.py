@@ -289,7 +289,7 @@ class TestThirdOrder:
         (lambda: kg.ggnvp(ops.tanh, 3, (1.0,), (1.0,)), "ggnvp takes a function"),
         (lambda: kg.linearize(ops.tanh, 1.0)[1](1.0, 2.0), "tangents must have the structure"),
         (lambda: kg.flatten_hessian([np.ones(2)]), "takes the blocks that `hessian` returns"),
-        (lambda: kg.flatten_hessian([tensor(np.ones((2, 2))), tensor(np.ones((2, 2)))]), "whose entries have that structure again"),
+        (lambda: kg.flatten_hessian([tensor(np.ones((2, 2))), tensor(np.ones((2, 2)))]), "have that structure again"),
         (lambda: kg.flatten_hessian(tensor(np.ones((2, 3)))), "whose diagonal blocks have the shape"),
     ],
 )
