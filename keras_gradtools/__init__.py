@@ -1,4 +1,4 @@
-"""Advanced gradient utilities for Keras 3, the same on TensorFlow, JAX and PyTorch."""
+"""Advanced gradient utilities for Keras 3 on TensorFlow, JAX and PyTorch."""
 
 from keras_gradtools import (
     attacks,

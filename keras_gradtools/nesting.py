@@ -1,8 +1,8 @@
-"""Nestings: what their leaves are, and the way from the leaves back.
+"""Nested structures: flattening them into leaves, and packing leaves again.
 
-Lists, tuples and dicts are walked here, which is faster than any registry does it. All other containers are asked of
-two registries: that of the framework, in which its users have their dataclasses, and that of `optree`, which is that of
-`keras.tree` on two backends. What neither knows is a leaf. So is None, as `keras.tree` has it.
+Lists, tuples and dicts are handled here, which is faster than with any registry. Other containers are looked up in
+two registries: that of the framework, in which users may register their dataclasses, and that of `optree`, which
+`keras.tree` uses on two backends. What neither knows is a leaf. None is a leaf too, as in `keras.tree`.
 """
 
 import collections
@@ -16,12 +16,12 @@ import optree
 
 
 class Registry(NamedTuple):
-    """What opens containers, one level at a time.
+    """Opens containers, one level at a time.
 
     Attributes:
-        knows: whether a value is a container of it; that goes by its type alone.
-        open: the entries of a container, and what else there is to it, for comparison and for `close`.
-        close: the container again, of that and other entries.
+        knows: A function that says whether a value is a container of this registry. Depends only on its type.
+        open: A function that returns the entries of a container, and its metadata for comparison and for `close`.
+        close: A function that makes a container from metadata and entries.
     """
 
     knows: Callable
@@ -30,34 +30,34 @@ class Registry(NamedTuple):
 
 
 def use_registry(load):
-    """Has containers that `load()`, a `Registry`, knows be opened by it; it is called when there is need."""
+    """Adds a registry for containers. `load()` returns the `Registry`, and is called only when it is needed."""
     _registries.insert(0, load)
 
 
 def flatten(structure):
-    """The leaves of a nesting, in a list; those of a dict in the order of its keys."""
+    """The leaves of a nested structure as a list. Dict entries are in the order of their sorted keys."""
     leaves: list = []
     _extend(leaves, structure)
     return leaves
 
 
 def pack_as(structure, flat):
-    """The nesting with other leaves, which may be nestings."""
+    """The structure with other leaves, which may themselves be nested structures."""
     return outline(structure).pack(flat)
 
 
 def map_structure(fun, structure):
-    """The nesting with `fun` of each leaf."""
+    """The structure with `fun` applied to each leaf."""
     return pack_as(structure, [fun(x) for x in flatten(structure)])
 
 
 def is_nested(x):
-    """Whether something is a container."""
+    """Whether `x` is a container."""
     return _kind(x) is not None
 
 
 def paths(structure):
-    """For each leaf the keys of dicts, the names of fields of named tuples, and the positions that lead to it."""
+    """The path to each leaf: a tuple of dict keys, field names of named tuples, and positions."""
     kind = _kind(structure)
     if kind is None:
         return [()]
@@ -70,47 +70,48 @@ def paths(structure):
 
 
 def entries(x):
-    """What is in a container, in the order of `flatten`; nothing for a leaf."""
+    """The entries of a container in the order of `flatten`. Empty for a leaf."""
     kind = _kind(x)
     return [] if kind is None else list(_opened(kind, x)[1])
 
 
 def same_structure(a, b):
-    """Whether two nestings are the same, but for their leaves."""
+    """Whether two nested structures differ at most in their leaves."""
     return outline(a).describes(b)
 
 
 def outline(structure):
-    """The `Outline` of a nesting."""
+    """The `Outline` of a nested structure."""
     return Outline(_outlined(structure, []))
 
 
 def split(structure):
-    """The `Outline` of a nesting, and its leaves in a list."""
+    """The `Outline` of a nested structure, and its leaves as a list."""
     leaves: list = []
     return Outline(_outlined(structure, leaves)), leaves
 
 
 class Outline(NamedTuple):
-    """A nesting without its leaves; equal, as a key, for the same containers with the same constants in them."""
+    """A nested structure without its leaves. Hashable, and equal for the same containers with the same metadata."""
 
-    # None for a leaf; else the kind of the container, what it is beside its entries, and theirs.
+    # None for a leaf. Otherwise the kind of the container, its metadata, and the nodes of its entries.
     node: Any
 
     def pack(self, flat):
-        """The nesting of this outline with the given leaves, which may be nestings."""
+        """The structure of this outline with the given leaves, which may themselves be nested structures."""
         return _packed(self.node, iter(flat))
 
     def matched(self, given, any_sequence=False):
-        """What `given` has at the leaves, None where it has that for a branch; None if it is nested otherwise.
+        """The values of `given` at the leaves of this outline, or None if `given` has another structure.
 
-        With `any_sequence`, a list, a tuple and a named tuple of the same length are nested alike.
+        If `given` has None for a whole branch, each leaf of that branch gets None. With `any_sequence`, lists, tuples
+        and named tuples of the same length count as the same container.
         """
         found: list = []
         return found if _match(self.node, given, found, True, any_sequence) else None
 
     def describes(self, given):
-        """Whether `given` is nested in this way."""
+        """Whether `given` has this structure."""
         return _match(self.node, given, [])
 
     def __str__(self):
@@ -118,19 +119,19 @@ class Outline(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Some of the leaves of a nesting, without these leaves: a key, as an outline is."""
+    """The places of some of the leaves of a nested structure, without the leaves. Hashable, like an outline."""
 
     outline: Outline
     are_taken: tuple
 
     def pack(self, flat):
-        """The nesting with the entries of `flat` in these places, and None in all others."""
+        """The structure with the entries of `flat` in these places, and None in all others."""
         taken = iter(flat)
         return self.outline.pack([next(taken) if is_taken else None for is_taken in self.are_taken])
 
 
 class _Constants:
-    """What a registered container has beside its entries; equal if it says so, and only by its kind if hashed."""
+    """The metadata of a registered container. All have the same hash, because it may not be hashable."""
 
     __slots__ = ("value",)
 
@@ -138,21 +139,21 @@ class _Constants:
         self.value = value
 
     def __hash__(self):
-        return 0  # there may be lists in it
+        return 0
 
     def __eq__(self, other):
         try:
             return self.value is other.value or bool(self.value == other.value)
-        except Exception:  # arrays do not tell whether they are equal
+        except Exception:  # for instance if the metadata contains arrays
             return False
 
 
-# Of these types exactly: a subclass, such as a named tuple, is made in its own way.
+# Exactly these types: a subclass, such as a named tuple, has its own constructor.
 _PLAIN = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict)
-# Whose classes stay.
+# Packages whose classes are never garbage-collected, so that they can be held strongly.
 _FRAMEWORKS = ("builtins", "numpy", "jax", "jaxlib", "tensorflow", "torch", "keras")
-# What no registry is asked for, and is found by its type from then on. Another object's class may be registered later.
+# Always leaves, so their types are remembered. A class that is none of these may still be registered later.
 _LEAVES = (type(None), str, bytes, numbers.Number, keras.Variable, keras.KerasTensor, keras.Layer)
 
 
@@ -169,12 +170,12 @@ def _optree():
 
 
 _registries: list[Callable] = [_optree]
-_kinds: dict = {cls: cls for cls in _PLAIN}  # plain types, and those of tensors
+_kinds: dict = {cls: cls for cls in _PLAIN}  # plain containers, and leaf types of the frameworks
 _kinds_of_others: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _kind(x):
-    """What opens a container: its type, if that is plain, or a registry; None for a leaf."""
+    """What opens a container: its type if that is in `_PLAIN`, otherwise a registry. None for a leaf."""
     cls = type(x)
     if cls in _kinds:
         return _kinds[cls]
@@ -211,7 +212,7 @@ def _extend(leaves, structure):
 
 
 def _opened(kind, x):
-    """What a container is beside its entries, and these."""
+    """The metadata and the entries of a container."""
     if kind is list or kind is tuple:
         return None, x
     if kind is dict or kind is collections.defaultdict:
@@ -254,7 +255,7 @@ def _packed(node, leaves):
 
 
 def _match(node, given, found, none_for_all=False, any_sequence=False):
-    """Puts what `given` has at the leaves into `found`; False where the two differ."""
+    """Adds the values of `given` at the leaves to `found`. False if the structures differ."""
     kind = _kind(given)
     if node is None:
         found.append(given)
@@ -289,7 +290,7 @@ def _count(node):
 
 
 def _written(node):
-    """As Python writes the container, with stars for the leaves."""
+    """The container as Python writes it, with `'*'` for each leaf."""
     if node is None:
         return "'*'"
     kind, constants, entries = node

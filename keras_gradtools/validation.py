@@ -1,4 +1,4 @@
-"""What the public functions accept, and the words in which they refuse the rest."""
+"""Checks of the arguments of public functions, and their error messages."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from keras_gradtools import nesting
 
 
 def describe(x):
-    """Names a value for an error message: its kind, dtype and shape where it has them."""
+    """Describes a value for an error message, by its kind, dtype and shape if it has them."""
     if isinstance(x, keras.Variable):
         return f"the keras.Variable {x.path!r} of dtype {x.dtype} and shape {tuple(x.shape)}"
     if isinstance(x, keras.KerasTensor):
@@ -24,12 +24,12 @@ def describe(x):
     return f"{shown:.80} (of type {type(x).__module__}.{type(x).__qualname__})"
 
 
-# Entries of a container that an outline has.
+# The most entries of a container that an error message shows.
 _ENTRIES = 5
 
 
 def _outline(x):
-    """A container as Python writes it, with dtypes and shapes in the place of the tensors and arrays in it."""
+    """A container as Python writes it, with the dtype and shape of each tensor and array in it."""
     if isinstance(x, dict):
         shown = [f"{key!r}: {_outline(value)}" for key, value in list(x.items())[:_ENTRIES]]
         return f"{{{', '.join(shown)}{', ...' if len(x) > _ENTRIES else ''}}}"
@@ -45,7 +45,7 @@ def _outline(x):
 
 
 def dtype_of(x):
-    """The dtype as Keras spells it, or as the framework does where Keras has no word for it."""
+    """The name of the dtype in Keras, or in the framework if Keras has no name for it."""
     return _spelled(x.dtype)
 
 
@@ -63,23 +63,23 @@ def name_of(fun):
 
 
 def is_number(x):
-    """Whether `x` is a real Python number; a bool is none."""
+    """Whether `x` is a real Python number and not a bool."""
     return isinstance(x, numbers.Real) and type(x) is not bool
 
 
 def is_count(x, least=1):
-    """Whether `x` is an integer of Python or NumPy, and `least` or more; a bool is none."""
-    # NumPy's bool is no `Integral`.
+    """Whether `x` is an integer of Python or NumPy of at least `least`, and not a bool."""
+    # NumPy's bool is not an `Integral`.
     return isinstance(x, numbers.Integral) and not isinstance(x, bool) and bool(x >= least)  # type: ignore[unreachable]
 
 
 def is_one_of(x, choices):
-    """Whether `x` is one of some strings, numbers and None; what has another kind of equality is none of them."""
+    """Whether `x` is one of `choices` (strings, numbers or None). False for other types, such as arrays."""
     return (x is None or isinstance(x, (str, numbers.Real))) and not isinstance(x, bool) and x in choices
 
 
 def shown(x):
-    """What was received, for a message: as it is written where that is short, else its kind, dtype and shape."""
+    """A received value for an error message: its `repr` if it is plain, otherwise its kind, dtype and shape."""
     parts = x if isinstance(x, (list, tuple)) else [x]
     is_plain = all(part is None or isinstance(part, (str, numbers.Number)) for part in parts)
     return f"{x!r:.80}" if is_plain else describe(x)
@@ -96,9 +96,9 @@ def has_derivative(x):
 
 
 def is_constant(x):
-    """Whether `x` has no derivative by its kind, so that it may stand in a nesting beside what has one.
+    """Whether `x` is of a kind that has no derivative, and that may be in a structure next to leaves that have one.
 
-    That is None, a string, an integer, a bool, an array of these, and a function.
+    These are None, strings, integers, booleans, arrays of them, and functions.
     """
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return not isinstance(x, keras.KerasTensor) and dtype_of(x).startswith(("int", "uint", "bool", "str", "key"))
@@ -112,7 +112,7 @@ def _is_real_floating(dtype):
 
 
 def is_any_variable(x):
-    """Whether `x` is a Keras variable, or one of the framework itself, which TensorFlow has."""
+    """Whether `x` is a Keras variable or a `tf.Variable`."""
     return is_variable(x) or (keras.ops.is_tensor(x) and hasattr(x, "assign"))
 
 
@@ -120,7 +120,7 @@ def require_differentiable(x, role, hint=""):
     """Raises `ValueError` unless `x` is a real floating-point tensor or Keras variable."""
     if not (is_variable(x) or keras.ops.is_tensor(x)):
         raise ValueError(
-            f"{role} must be a tensor of the backend or a keras.Variable (or a nesting of these). "
+            f"{role} must be a tensor of the backend or a keras.Variable (or a nested structure of these). "
             f"Received: {describe(x)}.{hint or _conversion_hint(x)}"
         )
     dtype = dtype_of(x)
@@ -135,7 +135,7 @@ def require_differentiable(x, role, hint=""):
 
 
 def require_some_differentiable(leaves, role):
-    """Raises `ValueError` unless one of the leaves has a derivative, and none is of a kind that cannot be told."""
+    """Raises `ValueError` unless a leaf has a derivative, and every other leaf is of a kind that has none."""
     for x in leaves:
         if not is_constant(x):
             require_differentiable(x, role)
@@ -144,7 +144,7 @@ def require_some_differentiable(leaves, role):
 
 
 def as_tensors(owner, name, x):
-    """Returns `x`, arrays in any nesting, as tensors; `ValueError` for what has no numbers."""
+    """Returns `x`, a nested structure of arrays, as tensors. Raises `ValueError` for values that are not numeric."""
     leaves = nesting.flatten(x)
     if not leaves:
         raise ValueError(f"{owner} expects tensors or arrays as `{name}`. Received: {name}={shown(x)}.")
@@ -152,13 +152,13 @@ def as_tensors(owner, name, x):
 
 
 def as_tensor(x, expected, dtype=None, may_be_complex=False):
-    """Returns `x` as a tensor; a `ValueError` that begins with what was `expected` for what has no real numbers."""
+    """Returns `x` as a tensor. Raises `ValueError`, beginning with `expected`, if it is not an array of real numbers."""
     if not keras.ops.is_tensor(x):
         if isinstance(x, keras.KerasTensor):
             raise ValueError(f"{expected}. Received: {describe(x)}. A symbolic tensor has no values.")
         try:
             x_given, x = x, keras.ops.convert_to_tensor(x, dtype=dtype)
-        except Exception:  # each framework has its own for what it cannot convert
+        except Exception:  # each framework raises its own class
             raise ValueError(f"{expected}. Received: {shown(x)}.") from None
         if dtype_of(x) == "string":
             raise ValueError(f"{expected}. Received: {shown(x_given)}.")
@@ -168,12 +168,12 @@ def as_tensor(x, expected, dtype=None, may_be_complex=False):
 
 
 def as_array(x, expected):
-    """Returns `x` as a NumPy array; a `ValueError` that begins with what was `expected` for what is not numeric."""
+    """Returns `x` as a NumPy array. Raises `ValueError`, beginning with `expected`, if it is not numeric."""
     found = None
     if x is not None and not isinstance(x, keras.KerasTensor):
         try:
             found = keras.ops.convert_to_numpy(x) if keras.ops.is_tensor(x) or is_variable(x) else np.asarray(x)
-        except Exception:  # each framework has its own for what it cannot convert
+        except Exception:  # each framework raises its own class
             found = None
     if found is None or (found.dtype.kind not in "fiub" and dtype_of(found) != "bfloat16"):
         raise ValueError(f"{expected}. Received: {shown(x)}.")
@@ -187,14 +187,14 @@ def require_flag(owner, name, x):
 
 
 def require_count(owner, name, x, least=1):
-    """Raises `ValueError` unless `x` is an integer, and `least` or more."""
+    """Raises `ValueError` unless `x` is an integer of at least `least`."""
     if not is_count(x, least):
         what = "a positive integer" if least == 1 else f"an integer of {least} or more"
         raise ValueError(f"{owner} expects {what} as `{name}`. Received: {name}={shown(x)}.")
 
 
 def require_seed(owner, seed, may_be_none=False, may_be_generator=False):
-    """Raises `ValueError` unless `seed` is an integer of 0 or more, or what else may be one."""
+    """Raises `ValueError` unless `seed` is an integer of 0 or more, or one of the alternatives that are allowed."""
     if is_count(seed, 0) or (may_be_none and seed is None):
         return
     if may_be_generator and isinstance(seed, keras.random.SeedGenerator):
@@ -211,12 +211,12 @@ def require_positive(owner, name, x):
         raise ValueError(f"{owner} expects a positive number as `{name}`. Received: {name}={shown(x)}.")
 
 
-# Names by which `compile` chooses a cross-entropy that suits the labels.
+# Names for which `compile` chooses the cross-entropy that fits the labels.
 LOSSES_BY_THE_LABELS = ("crossentropy", "ce")
 
 
 def require_loss(owner, loss):
-    """Raises `ValueError` unless `loss` is what `keras.Model.compile` takes for one; None is that of the model."""
+    """Raises `ValueError` unless `keras.Model.compile` accepts `loss`. None stands for the loss of the model."""
     for each in keras.tree.flatten(loss) if isinstance(loss, (dict, list, tuple)) else [loss]:
         is_loss = each is None or (callable(each) and not isinstance(each, keras.KerasTensor))
         if isinstance(each, str):
@@ -226,13 +226,13 @@ def require_loss(owner, loss):
                 is_loss = False
         if not is_loss:
             raise ValueError(
-                f"{owner} expects as `loss` what `compile` takes: the name of a Keras loss, a keras.losses.Loss, or a "
+                f"{owner} expects a `loss` as for `compile`: the name of a Keras loss, a keras.losses.Loss, or a "
                 f"function (y_true, y_pred). Received: loss={shown(each)}."
             )
 
 
 def require_data(owner, data):
-    """Raises `ValueError` for what can be no data set: arrays in a tuple, or what goes through batches."""
+    """Raises `ValueError` unless `data` is a tuple of arrays or an iterable of batches."""
     is_array = hasattr(data, "shape") or isinstance(data, (str, bytes, dict, set, frozenset))
     is_batches = hasattr(data, "__iter__") or isinstance(data, keras.utils.PyDataset)
     if is_array or not is_batches:
@@ -243,14 +243,15 @@ def require_data(owner, data):
 
 
 def require_variables(owner, variables):
-    """Raises `ValueError` unless `variables` are Keras variables in a nesting, a layer, or None."""
+    """Raises `ValueError` unless `variables` is a nested structure of Keras variables, a layer, or None."""
     if variables is None or isinstance(variables, keras.Layer):
         return
     leaves = nesting.flatten(variables)
     wrong = [x for x in leaves if not is_variable(x)]
     if wrong or not leaves:
         raise ValueError(
-            f"{owner} expects as `variables` keras.Variables of the model, in any nesting, or one of its layers. "
+            f"{owner} expects as `variables` keras.Variables of the model, in any nested structure, or one of its "
+            "layers. "
             f"Received: {describe(wrong[0]) if wrong else describe(variables)}."
         )
 
@@ -276,13 +277,16 @@ def _conversion_hint(x):
 
 
 def require_same_structure(given, expected, role, of):
-    """Raises `ValueError` unless `given` is nested as `expected` is."""
+    """Raises `ValueError` unless `given` has the structure of `expected`."""
     if not nesting.same_structure(expected, given):
         raise _another_structure(given, expected, role, of)
 
 
 def matched(given, expected, role, of):
-    """The leaves of `given` that belong to those of `expected`, None for all below a None; `ValueError` if unlike."""
+    """The leaves of `given` in the structure of `expected`. A None may stand for a whole branch.
+
+    Raises `ValueError` if the structures differ.
+    """
     leaves = nesting.outline(expected).matched(given)
     if leaves is None:
         raise _another_structure(given, expected, role, of)

@@ -1,7 +1,7 @@
-"""Tangents and cotangents: what was given for them, as flat tensors that match their counterparts.
+"""Tangents and cotangents as flat lists of tensors that match the tensors they belong to.
 
-Of a nesting, they are of the leaves that have a derivative: real floating-point tensors and variables. In the places of
-all others, None and counters and masks, what is given and returned has None.
+Only the leaves of a nested structure that have a derivative (real floating-point tensors and variables) have a tangent
+or cotangent. All other leaves, such as None, counters and masks, have None in its place.
 """
 
 import keras
@@ -22,9 +22,10 @@ def differentiable(reference):
 
 
 def watchable(reference, role):
-    """As `differentiable`; `ValueError` if there is none, or anything but None, integers and booleans beside it.
+    """As `differentiable`, but raises `ValueError` for leaves that a tape cannot watch.
 
-    An array or a Python number is refused: what is computed from it, a tape does not see.
+    There must be a leaf that has a derivative. All other leaves must be None or tensors of integers or booleans. Arrays
+    and Python numbers are refused, because a tape does not see what is computed from them.
     """
     leaves = nesting.flatten(reference)
     found = [x for x in leaves if validation.has_derivative(x)]
@@ -36,18 +37,21 @@ def watchable(reference, role):
 
 
 def replaced(reference, tensors):
-    """The nesting of `reference` with other tensors for its leaves that have a derivative."""
+    """The structure of `reference` with its leaves that have a derivative replaced by `tensors`."""
     given = iter(tensors)
     return nesting.map_structure(lambda x: next(given) if validation.has_derivative(x) else x, reference)
 
 
 def pack_as(reference, derivatives):
-    """The nesting of `reference` with `derivatives` for its leaves that have one, and None for the others."""
+    """The structure of `reference` with `derivatives` for its leaves that have one, and None for the others."""
     return places(reference).pack(derivatives)
 
 
 def like(given, reference, role, of, default):
-    """Flattens `given` as tensors that match those of `reference` with a derivative, `default` where it is None."""
+    """Flattens `given` into tensors, one for each leaf of `reference` that has a derivative.
+
+    None is replaced by `default` of that leaf.
+    """
     flat_reference = nesting.flatten(reference)
     if given is None:
         return [default(r) for r in flat_reference if validation.has_derivative(r)]
@@ -66,7 +70,7 @@ def like(given, reference, role, of, default):
 
 
 def _require_nothing(given, counterpart, role, of):
-    # JAX has arrays without content for this.
+    # An itemsize of 0 is that of JAX's `float0`, its dtype for the tangents of integers.
     if given is not None and getattr(getattr(given, "dtype", None), "itemsize", None) != 0:
         raise ValueError(
             f"Each entry of {role} must be None where its counterpart in {of} has no derivative. Received: "
@@ -81,10 +85,9 @@ def _tensor(given, like, role):
 
 
 def real_tensor(given, dtype, role):
-    """Returns `given` as a tensor of `dtype`, and raises `ValueError` unless it is of real numbers.
+    """Returns `given` as a tensor of `dtype`, and raises `ValueError` unless it holds real numbers.
 
-    Integers and booleans are numbers; a cast to fewer digits is the framework's own. What is complex, a string or
-    an object would lose more than digits.
+    Integers and booleans count as numbers. A loss of precision in the conversion is accepted, as in the framework.
     """
     kind = _kind(given)
     if kind is not None and kind.startswith("complex"):
@@ -101,7 +104,7 @@ def real_tensor(given, dtype, role):
 
 
 def _kind(given):
-    """The name of a dtype that stands for what `given` holds; None where that is no array of numbers."""
+    """The name of the dtype of `given`, or of the array NumPy makes of it. None if it cannot be an array."""
     if isinstance(given, keras.KerasTensor):
         return None
     if hasattr(given, "dtype") and hasattr(given, "shape"):
@@ -114,7 +117,7 @@ def _kind(given):
 
 def zeros(x):
     """Zeros in the shape and dtype of a tensor or variable."""
-    # A variable is not read for this: a tape around would watch it.
+    # Reading a variable would make an enclosing tape watch it.
     return ops.zeros(x.shape, dtype=x.dtype) if validation.is_any_variable(x) else ops.zeros_like(x)
 
 

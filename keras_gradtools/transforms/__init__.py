@@ -1,4 +1,4 @@
-"""Functions of functions: what takes a Keras computation and gives another."""
+"""Transforms: they take a function of a Keras computation and return another function, such as its gradient."""
 
 from keras_gradtools.transforms.differential_operators import divergence, laplacian
 from keras_gradtools.transforms.first_order import grad, jvp, linearize, value_and_grad, vjp

@@ -1,4 +1,4 @@
-"""What a function returns beside its value, with `has_aux`: any nesting of tensors and of anything else."""
+"""The auxiliary output of a function, with `has_aux`: a nested structure of tensors and other values."""
 
 from keras import ops
 
@@ -6,14 +6,14 @@ from keras_gradtools import nesting, validation
 
 
 class _Tensor:
-    """In the place of a tensor."""
+    """Takes the place of a tensor."""
 
 
 _TENSOR = _Tensor()
 
 
 def split(name, returned):
-    """Returns `(value, aux)`, and raises `ValueError` if the function under `name` has returned no such pair."""
+    """Returns `(value, aux)`. Raises `ValueError` if the function under `name` did not return a pair."""
     if isinstance(returned, (tuple, list)) and len(returned) == 2:
         return returned
     raise ValueError(
@@ -23,18 +23,18 @@ def split(name, returned):
 
 
 def held(aux):
-    """`aux`, with the values that variables have now in their place: a backend may hand out what changes later."""
+    """`aux` with its variables replaced by copies of their current values, which would otherwise change later."""
     return nesting.map_structure(lambda x: ops.copy(x) if validation.is_any_variable(x) else x, aux)
 
 
 def take_apart(aux):
-    """The tensors of `aux`, which a compiler can return, and the rest of it, which Python knows once it was traced."""
+    """The tensors of `aux`, which a compiled program can return, and the rest, which is known after tracing."""
     leaves = nesting.flatten(aux)
     tensors = [x for x in leaves if ops.is_tensor(x)]
     return tensors, (nesting.outline(aux), [_TENSOR if ops.is_tensor(x) else x for x in leaves])
 
 
 def put_together(tensors, rest):
-    """What `take_apart` has taken apart."""
+    """The inverse of `take_apart`."""
     given, (outline, leaves) = iter(tensors), rest
     return outline.pack([next(given) if x is _TENSOR else x for x in leaves])

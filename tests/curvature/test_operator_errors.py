@@ -220,7 +220,7 @@ def test_no_loss(cls):
 @pytest.mark.parametrize("loss", ["mean_squared_eror", 3, object(), ["mse", "mze"], {"out": 1.0}], ids=repr)
 def test_no_such_loss(cls, loss):
     # As it is made, and not at the first product.
-    with refused(f"{cls.__name__} expects as `loss` what `compile` takes: .* Received: loss="):
+    with refused(f"{cls.__name__} expects a `loss` as for `compile`: .* Received: loss="):
         made(cls, loss=loss)
 
 
@@ -238,7 +238,7 @@ def test_a_cross_entropy_that_is_chosen_by_the_labels(cls):
 def test_a_compiled_loss_that_there_is_not():
     model = keras.Sequential([keras.Input((D,)), layers.Dense(K)])
     model.compile("sgd", "mean_squared_eror")
-    with refused("Hessian expects as `loss` what `compile` takes: .* Received: loss='mean_squared_eror'"):
+    with refused("Hessian expects a `loss` as for `compile`: .* Received: loss='mean_squared_eror'"):
         made(Hessian, model, None)
 
 
