@@ -1,4 +1,4 @@
-"""Functions with a gradient of your own."""
+"""Functions with a custom gradient."""
 
 import functools
 import numbers
@@ -14,45 +14,44 @@ from keras_gradtools.validation import name_of
 
 
 def custom_gradient(fun):
-    r"""Gives a function a gradient of your own, $\partial y / \partial x \cdot u := \mathrm{grad\_fn}(u)$.
+    r"""Defines the gradient of a function yourself, $\partial y / \partial x \cdot u := \mathrm{grad\_fn}(u)$.
 
-    `fun` returns its value together with the function that pulls a gradient $u$ of the value back to the
-    arguments. Written in `keras.ops`, it works alike on every backend, compiled and in `fit`, and is
-    differentiated once more through what `grad_fn` computes.
+    `fun` returns its value, and a function that maps the gradient $u$ of the value to the gradients of the arguments.
+    If both use only `keras.ops`, the result works the same on every backend, compiled and in `fit`. Higher derivatives
+    are those of the operations in `grad_fn`.
 
     Args:
-        fun: a function `fun(*args, **kwargs) -> (value, grad_fn)`.
+        fun: A function `fun(*args, **kwargs) -> (value, grad_fn)`.
 
             Positional arguments that are floating-point tensors, variables, arrays or Python floats, alone or in any
-            nesting, reach it as tensors, and have a gradient. Anything else (integers, booleans, strings, None), and
-            every keyword argument, reaches it as it is, and has none: it is a constant.
+            nested structure, are passed to it as tensors and have a gradient. All other positional arguments (integers,
+            booleans, strings, None) and all keyword arguments are passed unchanged. They are constants.
 
-            `value` is a tensor or any nesting of tensors and None.
+            `value` is a tensor, or a nested structure of tensors and None.
 
-            `grad_fn(upstream)` is given the gradient of `value`, in its structure; of a tuple or list it is
-            given those of the entries one by one, `grad_fn(*upstreams)`. Where the value is not
-            floating-point, that is None. It returns one gradient for each positional argument (for a single one, just
-            that gradient), of the argument's shape, or in its structure where it is nested; each is cast to the dtype
-            of its tensor. None stands for zeros, also for a nested argument as a whole; what stands for an argument
-            without a gradient is ignored.
+            `grad_fn(upstream)` receives the gradient of `value`, in its structure. If `value` is a tuple or list, it
+            receives the gradients of the entries as separate arguments, `grad_fn(*upstreams)`. An entry that is not
+            floating-point gets None. `grad_fn` returns one gradient per positional argument (not in a tuple if there
+            is only one argument), in the structure and shape of the argument. Each is cast to the dtype of its tensor.
+            None stands for zeros, also for a whole nested argument. The gradients of constant arguments are ignored.
 
-            Variables, and tensors that `fun` has not been given as positional arguments, are constants to it:
-            pass those that are to have a gradient.
+            Variables and tensors that `fun` uses without receiving them as positional arguments are constants. Pass
+            them as arguments if they should have a gradient.
 
     Returns:
-        A function with the arguments of `fun`, which returns its `value`.
+        A function with the arguments of `fun` that returns its `value`.
 
     Raises:
-        ValueError: if `fun` is no function, if it returns no pair of a value and a function, or `grad_fn`
-            not one gradient of the right structure and shape for each argument; if no argument can have a gradient,
-            or one is symbolic or complex.
+        ValueError: If `fun` is not a function or does not return a pair of a value and a function, if `grad_fn` does
+            not return one gradient of the right structure and shape per argument, if no argument can have a gradient,
+            or if an argument is symbolic or complex.
 
     Cost:
-        That of `fun`, and of `grad_fn` for each pullback.
+        One call of `fun`, and one of `grad_fn` for each gradient.
 
     Example:
 
-    The derivative of $\log(1 + e^x)$ as TensorFlow computes it is NaN for large $x$; this one is not.
+    TensorFlow's own derivative of $\log(1 + e^x)$ is NaN for large $x$. This one is not.
 
     >>> import keras_gradtools as kg
     >>> from keras import ops
@@ -87,7 +86,7 @@ def custom_gradient(fun):
 
 
 class _Argument:
-    """One positional argument: its leaves, the numbers of those among them that have a gradient, and their nesting."""
+    """One positional argument: its leaves, the indices of the leaves that have a gradient, and its structure."""
 
     def __init__(self, x):
         self.is_nested = nesting.is_nested(x)
@@ -96,20 +95,20 @@ class _Argument:
         self._outline = nesting.outline(x)
 
     def take_tensors(self):
-        """The leaves that have a gradient, as tensors; what stays here is constant."""
+        """Removes and returns the leaves that have a gradient, as tensors. The other leaves stay here as constants."""
         taken = [self._leaves[i] for i in self.numbers]
         self._leaves = [None if i in self.numbers else _as_constant(x) for i, x in enumerate(self._leaves)]
         return [ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None) for x in taken]
 
     def filled(self, tensors):
-        """The argument again, with the next of the iterator `tensors` in the places of those that were taken."""
+        """The argument, with the leaves that were taken replaced by the next entries of the iterator `tensors`."""
         leaves = list(self._leaves)
         for i in self.numbers:
             leaves[i] = next(tensors)
         return self._outline.pack(leaves)
 
     def gradients(self, fun, position, given):
-        """Those of the leaves that have one, out of what `grad_fn` returned for the argument."""
+        """The gradients of the leaves that have one. `given` is what `grad_fn` returned for this argument."""
         if not self.is_nested or not self.numbers:
             return [given] * len(self.numbers)
         found = self._outline.matched(given, any_sequence=True)
@@ -121,12 +120,12 @@ class _Argument:
         return [found[i] for i in self.numbers]
 
     def has_structure_of(self, given):
-        """Whether `given`, of several entries or one, is nested as this argument is."""
+        """Whether this argument is nested and `given` has its structure."""
         return self.is_nested and self._outline.matched(given, any_sequence=True) is not None
 
 
 class _Result:
-    """How the value is nested, and where in it None is."""
+    """The structure of the value, including the places of None."""
 
     def __init__(self, value):
         self._outline = nesting.outline(value)
@@ -138,7 +137,7 @@ class _Result:
 
 
 def _differentiated(fun, tensors, arguments, kwargs):
-    """Calls `fun` with its arguments, as a function of tensors that the backend differentiates by `grad_fn`."""
+    """Calls `fun` with its arguments, as a function of `tensors` whose gradient the backend takes from `grad_fn`."""
     result: Any = None
 
     def run(*tensors):
@@ -166,7 +165,7 @@ def _differentiated(fun, tensors, arguments, kwargs):
 
 
 def _split(fun, args, kwargs):
-    """The tensors that have a gradient, and all positional arguments without them."""
+    """The tensors that have a gradient, and the positional arguments with these taken out."""
     leaves = nesting.flatten((args, kwargs))
     if any(isinstance(x, keras.KerasTensor) for x in leaves):
         raise ValueError(
@@ -192,7 +191,7 @@ def _split(fun, args, kwargs):
 
 
 def _as_constant(x):
-    # A framework would take a tensor that is handed past it for a constant, or refuse it: JAX does the latter.
+    # A framework treats a tensor that is not one of its inputs as a constant, or refuses it (JAX). This makes it one.
     return ops.stop_gradient(x) if ops.is_tensor(x) and _is_floating(x) else x
 
 
@@ -205,7 +204,7 @@ def _is_floating(x):
 
 
 def distinct(y, given):
-    """Returns `y`, as an object of its own: JAX may hand an argument back, and a tape could not tell the two apart."""
+    """Returns `y`, copied if it is one of `given`: JAX may return an argument itself, which a tape would confuse."""
     return ops.copy(y) if any(y is x for x in given) else y
 
 
@@ -251,7 +250,7 @@ def _checked_count(fun, gradients, arguments):
     raise ValueError(
         f"The grad_fn of {name_of(fun)!r} must return {count} gradient{'s' if count > 1 else ''}, one for each "
         f"positional argument{', in its structure' if any(a.is_nested for a in arguments) else ''}. Received: "
-        f"{received}. Return None for an argument that is to have none."
+        f"{received}. Return None for an argument without a gradient."
     )
 
 

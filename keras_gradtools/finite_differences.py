@@ -1,4 +1,4 @@
-"""A function seen from outside: its values in double precision, and its slopes by central differences."""
+"""Central differences of a function, computed from its values in double precision."""
 
 import typing
 
@@ -11,8 +11,8 @@ from keras_gradtools.backend.state import StateScope
 from keras_gradtools.transforms.first_order import require_tuple
 from keras_gradtools.transforms.taped_call import require_function
 
-# The distance of 1 to the next number; the step that the search begins with, a power of two near the fifth root of
-# that, where the error of the stencil (about h^4 f''''' / 30) meets the rounding (about eps f / h); and rtol.
+# For each dtype the machine epsilon, the first step of the search, and rtol. The step is a power of two near the fifth
+# root of epsilon, where the error of the stencil (about h^4 f''''' / 30) equals the rounding (about eps f / h).
 _PRECISIONS = {
     "float64": (2.0**-52, 2.0**-9, 1e-6),
     "float32": (2.0**-23, 2.0**-4, 1e-3),
@@ -20,16 +20,16 @@ _PRECISIONS = {
     "bfloat16": (2.0**-7, 2.0**-1, 1e-1),
 }
 _HALVINGS = 10
-# How many times its standard deviation (a little less) the rounding may be off.
+# The tolerance for rounding, in multiples of its measured size, which is a little less than its standard deviation.
 SAFETY = 8
-# The least size of an argument that is zero.
+# The smallest size that is assumed for an argument of zeros.
 _SMALLEST_FOR_ZEROS = 2.0**-7
-# What a derivative by the arguments is called in messages.
+# What the derivative with respect to the arguments is called in messages.
 GRADIENT = "gradient by argument"
 
 
 class Settings(typing.NamedTuple):
-    """What all checks are given; the random numbers go on from one order to the next."""
+    """The options that all checks share, and their random generator, which all orders of a check use in turn."""
 
     check: str
     rtol: float | None
@@ -43,14 +43,14 @@ class Settings(typing.NamedTuple):
             if x is not None and not (validation.is_number(x) and 0 <= x < np.inf and (x or name != "step")):
                 raise ValueError(
                     f"The {name} of `{check}` must be a {'positive' if name == 'step' else 'non-negative'} number, "
-                    f"or None. Received: {name}={validation.shown(x)}. None chooses it by the dtypes."
+                    f"or None. Received: {name}={validation.shown(x)}. None chooses it automatically."
                 )
         validation.require_seed(check, seed)
         return cls(check, rtol, atol, step, np.random.default_rng(seed))
 
 
 class Leaves:
-    """The tensors of a nesting that have a derivative as one vector in double precision, and back."""
+    """Converts the tensors of a nested structure that have a derivative to one vector in double precision, and back."""
 
     def __init__(self, check, structure, kind):
         self._structure, self._kind = structure, kind
@@ -78,7 +78,7 @@ class Leaves:
         return vectors.replaced(self._structure, self._tensors(vector))
 
     def pack_direction(self, vector):
-        """As `pack`, with None in the place of what has no derivative."""
+        """As `pack`, with None for leaves that have no derivative."""
         return self._places.pack(self._tensors(vector))
 
     def _tensors(self, vector):
@@ -92,14 +92,15 @@ class Leaves:
         return [x for x, is_taken in zip(leaves, self._places.are_taken, strict=True) if is_taken]
 
     def largest(self, vector):
-        """For each element the largest absolute value in its tensor: what its rounding is relative to."""
+        """For each element the largest absolute value in its tensor, to which its rounding is relative."""
         parts = [np.full(part.shape, part.max(initial=0)) for part in self.split(np.abs(vector))]
         return np.concatenate([np.zeros(0), *parts])
 
     def typical(self, vector):
-        """For each element the size of its tensor: a power of two near the root of the mean square.
+        """For each element the size of its tensor: a power of two near the root mean square.
 
-        A tensor of zeros, as a new bias, goes by the smallest of the others.
+        A tensor of zeros, such as a new bias, gets the smallest size of the others, limited to the range from
+        `_SMALLEST_FOR_ZEROS` to 1.
         """
         parts = self.split(vector)
         roots = [np.sqrt(np.mean(np.square(part))) if part.size else 0.0 for part in parts]
@@ -109,7 +110,7 @@ class Leaves:
         return np.concatenate([np.zeros(0), *map(np.full, [part.shape for part in parts], sizes)])
 
     def split(self, vector):
-        """The parts of a vector, or of the rows of a matrix, that belong to each tensor."""
+        """The part of a vector, or of the rows of a matrix, that belongs to each tensor."""
         return np.split(vector, np.cumsum(self.sizes))[:-1]
 
     def name(self, i):
@@ -125,7 +126,7 @@ class Leaves:
 
 
 class Point:
-    """A function at a point, seen from outside: what it returns there and nearby, in double precision."""
+    """The values of a function at a point and near it, in double precision."""
 
     def __init__(self, settings, fun, primals, returns="output"):
         check = settings.check
@@ -134,7 +135,7 @@ class Point:
         self.fun, self.settings = fun, settings
         self.inputs = Leaves(check, primals, "argument")
         self.start = self.inputs.vector(primals)
-        # What a step is measured by: a function of small numbers varies on a small scale.
+        # Steps are relative to these sizes, because a function of small numbers varies on a small scale.
         self._sizes = self.inputs.typical(self.start)
         returned = self._call(self.start)
         self.outputs = Leaves(check, returned, returns)
@@ -152,8 +153,8 @@ class Point:
             i = int(np.argmax(np.nan_to_num(np.abs(value - again), nan=np.inf)))
             raise ValueError(
                 f"The function under `{check}` must give the same finite values when it is called again. Received: "
-                f"{value[i]:g} and {again[i]:g} at {self.outputs.name(i)}. Move the point, or draw its random numbers "
-                "from a `keras.random.SeedGenerator`, which the checks hold still."
+                f"{value[i]:g} and {again[i]:g} at {self.outputs.name(i)}. Choose another point, or draw random "
+                "numbers from a `keras.random.SeedGenerator`, whose state the checks keep fixed."
             )
         self._noise = np.maximum(self._noise, self._measured_noise())
 
@@ -166,12 +167,12 @@ class Point:
             return self.fun(*self.inputs.pack(vector))
 
     def _measured_noise(self):
-        # The fourth difference of seven neighbours leaves of a smooth function the rounding, sqrt(70) times as large
-        # (Hamming, "Introduction to Applied Numerical Analysis", section 6.4). The dtype alone tells too little: a
-        # sum over a normalized batch is zero, and its terms are not.
+        # The fourth differences of seven neighboring values of a smooth function are its rounding errors times sqrt(70)
+        # (Hamming, "Introduction to Applied Numerical Analysis", section 6.4). The dtype alone does not determine the
+        # rounding: a sum over a normalized batch is zero, but its terms are not.
         h = self._first_step / 256
-        # Keras may compute in a lower precision than float64, whose rounding steps of few bits can miss. In the
-        # coarser dtypes other steps would be rounded themselves.
+        # With float64 arguments Keras may still compute in a lower precision. Steps of few bits could miss the rounding
+        # of that, so the direction is not rounded. With coarser dtypes, such steps would be rounded themselves.
         fine = set(self.inputs.dtypes) == {"float64"}
         v = self._sizes * self.settings.random.normal(size=self.start.size) if fine else self.direction()
         h *= self._unit(v)
@@ -189,7 +190,7 @@ class Point:
         )
 
     def _unit(self, v):
-        """By how much `v` can be multiplied until it moves some argument by its size; a power of two."""
+        """The factor, a power of two, by which `v` can be multiplied before it moves an argument by its size."""
         moved = [part[part != 0] for part in self.inputs.split(v)]
         lengths = [np.sqrt(np.mean(np.square(part))) if part.size else 0.0 for part in moved]
         sizes = [part[0] if part.size else 0.0 for part in self.inputs.split(self._sizes)]
@@ -200,12 +201,12 @@ class Point:
         return self._draw(sum(self.outputs.sizes))
 
     def _draw(self, size):
-        # Few bits, so that x + h v is exact in most cases; and no element so small that it checks nothing.
+        # Few bits, so that x + h v is usually exact, and no element so small that it would check nothing.
         v = np.round(8 * self.settings.random.normal(size=size)) / 8
         return np.where(v == 0, 0.125, v)
 
     def slope(self, v):
-        """The derivative along `v`, each element with the step at which two estimates agree best, and its rounding."""
+        """The derivative along `v`, and its rounding error. Each element uses the step with the best agreement."""
         h = self.settings.step or self._first_step * self._unit(v)
         far, _ = self._across(2 * h * v)
         estimates = []
@@ -219,7 +220,7 @@ class Point:
                     break
                 far, h = near, h / 2
         slopes, noises, doubts = np.array(estimates).transpose(1, 0, 2)
-        # The last of them where none is sure.
+        # On a tie, the smallest step.
         best = len(doubts) - 1 - np.argmin(doubts[::-1], axis=0)
         every = np.arange(slopes.shape[1])
         return slopes[best, every], SAFETY * noises[best, every]
@@ -229,7 +230,7 @@ class Point:
         return after - before, self.outputs.largest(np.maximum(np.abs(after), np.abs(before)))
 
     def require_close(self, what, ours, theirs, noise, name, scale=0.0, source="central differences"):
-        """Raises `AssertionError` about the worst element, unless all are equal within the tolerance."""
+        """Raises `AssertionError`, naming the worst element, unless all are equal within the tolerance."""
         error, tolerance = self._error(ours, theirs, noise, scale)
         wrong = ~(error <= tolerance)
         if not wrong.any():
@@ -238,16 +239,15 @@ class Point:
             excess = np.where(wrong, np.nan_to_num(error / np.maximum(tolerance, 1e-300), nan=np.inf), -1)
         i = int(np.argmax(excess))
         raise AssertionError(
-            f"{self.settings.check}: the derivative of {what} is wrong, or what it is compared with is.\n"
+            f"{self.settings.check}: the derivative of {what} is wrong, or the value it is compared with.\n"
             f"Worst: {name(i)}\n"
             f"  keras_gradtools:     {ours[i]:.9g}\n"
             f"  {f'{source}:':<20} {theirs[i]:.9g}\n"
             f"  difference:          {error[i]:.3g}, tolerance {tolerance[i]:.3g} "
             f"({wrong.sum()} of {wrong.size} compared are wrong)\n"
-            "Correct the custom gradient on the way to this element, if there is one, or look for a `stop_gradient`, "
-            "a `round`, or a kink or a pole near the point. Pass `step` if the function varies on a scale below "
-            f"{self._first_step:g} of the size of its arguments, and `rtol` or `atol` if it is less precise than its "
-            "dtypes."
+            "Possible causes are a wrong custom gradient, a `stop_gradient`, a `round`, or a kink or pole near the "
+            f"point. Pass `step` if the function varies on a scale below {self._first_step:g} times the size of its "
+            "arguments, and `rtol` or `atol` if it is less precise than its dtypes."
         )
 
     def _error(self, ours, theirs, noise, scale):
@@ -263,5 +263,5 @@ def _tensor(x):
     try:
         return ops.convert_to_tensor(x, dtype=keras.config.floatx() if isinstance(x, float) else None)
     except (ValueError, TypeError, RuntimeError):
-        # Refused, with its place in the nesting, by whoever asks for a tensor.
+        # `Leaves` raises an error that names its place.
         return x

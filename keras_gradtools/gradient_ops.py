@@ -1,4 +1,4 @@
-"""Functions that leave their argument as it is, and change its gradient: stopped, clipped, scaled, reversed."""
+"""Functions that return their argument unchanged but stop, clip, scale or reverse its gradient."""
 
 import functools
 import math
@@ -16,14 +16,14 @@ def stop_gradient(x):
     r"""Returns `x` as a constant, $\partial\,\mathrm{stop}(x) / \partial x = 0$.
 
     Args:
-        x: tensors and variables of any shape and dtype, in any nesting. Beside these, None, integers, strings and
-            functions stay as they are.
+        x: Tensors and variables of any shape and dtype, in any nested structure. None, integers, strings and functions
+            in the same structure are returned unchanged.
 
     Returns:
-        The structure of `x`, with the same values; for each variable the value that it has now.
+        The same structure with the same values. A variable is replaced by its current value.
 
     Raises:
-        ValueError: if an entry is neither a tensor nor a variable.
+        ValueError: For any other entry.
 
     Cost:
         None.
@@ -54,23 +54,22 @@ def stop_gradient(x):
 
 
 def clip_gradient_norm(x, max_norm):
-    r"""Returns `x`, and shortens its gradient $u$ to $u \cdot \min(1, m / \lVert u \rVert_2)$.
+    r"""Returns `x` and clips the norm of its gradient $u$: $u \cdot \min(1, m / \lVert u \rVert_2)$.
 
-    The norm is that of the whole tensor, the batch axis included, and is taken in float32 where $u$ has half
-    precision.
+    The norm is that of the whole tensor, including the batch axis. For half precision it is computed in float32.
 
     Args:
-        x: a real floating-point tensor or variable, of any shape.
-        max_norm: $m$, a positive number.
+        x: A real floating-point tensor or variable of any shape.
+        max_norm: The largest norm $m$, a positive number.
 
     Returns:
         A tensor with the values, shape and dtype of `x`.
 
     Raises:
-        ValueError: if `x` is no real floating-point tensor, or `max_norm` no positive finite number.
+        ValueError: If `x` is not a real floating-point tensor, or `max_norm` not a positive finite number.
 
     Cost:
-        No evaluation; each pullback reads the gradient once more.
+        None in the forward pass. The backward pass reads the gradient once more.
 
     Example:
 
@@ -93,32 +92,32 @@ def clip_gradient_norm(x, max_norm):
 def _clip_norm(x, max_norm):
     def grad_fn(upstream):
         u = ops.cast(upstream, max_norm.dtype)
-        # In the unit of 1, squares of large gradients overflow and those of small ones vanish.
+        # Without this scaling, the squares of large gradients overflow and those of small ones underflow.
         largest = ops.max(ops.abs(u), initial=0)
         unit = ops.where(largest > 1e15, 1e25, ops.where(largest < 1e-15, 1e-25, 1.0))
         unit = ops.cast(unit, u.dtype)
         squares = ops.sum(ops.square(u / unit))
-        norm = ops.sqrt(ops.where(squares > 0, squares, 1))  # its derivative at zero would be NaN
+        norm = ops.sqrt(ops.where(squares > 0, squares, 1))  # the derivative of the square root at 0 would be NaN
         return ops.where(norm > max_norm / unit, u / unit * (max_norm / norm), u), None
 
     return x, grad_fn
 
 
 def clip_gradient_value(x, max_value):
-    r"""Returns `x`, and clips each element of its gradient $u$ to $\min(\max(u, -m), m)$.
+    r"""Returns `x` and clips each element of its gradient $u$: $\min(\max(u, -m), m)$.
 
     Args:
-        x: a real floating-point tensor or variable, of any shape.
-        max_value: $m$, a positive number.
+        x: A real floating-point tensor or variable of any shape.
+        max_value: The largest absolute value $m$, a positive number.
 
     Returns:
         A tensor with the values, shape and dtype of `x`.
 
     Raises:
-        ValueError: if `x` is no real floating-point tensor, or `max_value` no positive finite number.
+        ValueError: If `x` is not a real floating-point tensor, or `max_value` not a positive finite number.
 
     Cost:
-        No evaluation; each pullback reads the gradient once more.
+        None in the forward pass. The backward pass reads the gradient once more.
 
     Example:
 
@@ -140,28 +139,28 @@ def clip_gradient_value(x, max_value):
 def _clip_value(x, limit):
     def grad_fn(upstream):
         u = ops.cast(upstream, limit.dtype)
-        # Not `ops.clip`: its derivative at the limit itself differs between the backends.
+        # Not `ops.clip`: its derivative at the limit differs between backends.
         return ops.where(u > limit, limit, ops.where(u < -limit, -limit, u)), None
 
     return x, grad_fn
 
 
 def scale_gradient(x, scale):
-    r"""Returns `x`, and multiplies its gradient $u$ by a factor, $s \cdot u$.
+    r"""Returns `x` and multiplies its gradient $u$ by a factor, $s \cdot u$.
 
     Args:
-        x: a real floating-point tensor or variable, of any shape.
-        scale: $s$, a finite number, or a scalar tensor or `keras.Variable`, which a schedule can change. It
+        x: A real floating-point tensor or variable of any shape.
+        scale: The factor $s$, a finite number, or a scalar tensor or `keras.Variable`, which a schedule can change. It
             has no gradient itself.
 
     Returns:
         A tensor with the values, shape and dtype of `x`.
 
     Raises:
-        ValueError: if `x` is no real floating-point tensor, or `scale` no real scalar.
+        ValueError: If `x` is not a real floating-point tensor, or `scale` not a real scalar.
 
     Cost:
-        No evaluation; each pullback reads the gradient once more.
+        None in the forward pass. The backward pass reads the gradient once more.
 
     Example:
 
@@ -175,7 +174,7 @@ def scale_gradient(x, scale):
     3.0
 
     Source: Silver et al., "A general reinforcement learning algorithm that masters chess, shogi, and Go"
-    (2018) and its successor MuZero (Schrittwieser et al. 2020, appendix G), which scale gradients so.
+    (2018) and its successor MuZero (Schrittwieser et al. 2020, appendix G), which scale gradients in this way.
     """
     return _scale(*_with_number(x, require_scale(scale, "scale_gradient"), "scale_gradient"))
 
@@ -186,23 +185,23 @@ def _scale(x, scale):
 
 
 def reverse_gradient(x, scale=1.0):
-    r"""Returns `x`, and reverses its gradient $u$ to $-s \cdot u$.
+    r"""Returns `x` and reverses its gradient $u$ to $-s \cdot u$.
 
-    Between a feature extractor and a classifier of domains, it has the classifier minimize the loss that the
-    extractor maximizes.
+    Placed between a feature extractor and a domain classifier, it makes the extractor maximize the loss that the
+    classifier minimizes.
 
     Args:
-        x: a real floating-point tensor or variable, of any shape.
-        scale: $s$, as for `scale_gradient`.
+        x: A real floating-point tensor or variable of any shape.
+        scale: The factor $s$, as for `scale_gradient`.
 
     Returns:
         A tensor with the values, shape and dtype of `x`.
 
     Raises:
-        ValueError: as `scale_gradient`.
+        ValueError: As `scale_gradient`.
 
     Cost:
-        No evaluation; each pullback reads the gradient once more.
+        None in the forward pass. The backward pass reads the gradient once more.
 
     Example:
 
@@ -224,19 +223,19 @@ def reverse_gradient(x, scale=1.0):
 def straight_through(fun):
     r"""Gives `fun` the gradient of the identity, $\partial y / \partial x \cdot u := u$.
 
-    So a step, a rounding or a sign, whose own gradient is zero, lets the gradient through.
+    It lets gradients through functions such as step, round and sign, whose own gradient is zero.
 
     Args:
-        fun: a function of one tensor that keeps its shape. What it returns is cast to the dtype of `x`.
+        fun: A function of one tensor that keeps its shape. Its result is cast to the dtype of `x`.
 
     Returns:
         A function of one real floating-point tensor or variable, with the values of `fun`.
 
     Raises:
-        ValueError: if `fun` is no function or changes the shape, or `x` is no real floating-point tensor.
+        ValueError: If `fun` is not a function or changes the shape, or `x` is not a real floating-point tensor.
 
     Cost:
-        That of `fun`; a pullback costs nothing.
+        One call of `fun`. The backward pass costs nothing.
 
     Example:
 
@@ -272,7 +271,7 @@ def straight_through(fun):
 
 
 def require_limit(limit, name):
-    """Returns `limit` if it is a positive finite number, and raises `ValueError` otherwise."""
+    """Returns `limit` as a float. Raises `ValueError` unless it is a positive finite number."""
     if validation.is_number(limit) and 0 < limit < math.inf:
         return float(limit)
     raise ValueError(
@@ -282,14 +281,14 @@ def require_limit(limit, name):
 
 
 def require_number(number, name):
-    """Returns `number` if it is a finite one, and raises `ValueError` otherwise."""
+    """Returns `number` as a float. Raises `ValueError` unless it is a finite number."""
     if validation.is_number(number) and math.isfinite(number):
         return float(number)
     raise ValueError(f"{name} must be a finite number. Received: {name}={validation.describe(number)}.")
 
 
 def require_scale(scale, role):
-    """Returns `scale` if it is a finite number, or a real scalar tensor or variable; otherwise `ValueError`."""
+    """Returns `scale`. Raises `ValueError` unless it is a finite number, or a real scalar tensor or variable."""
     if validation.is_number(scale) and math.isfinite(scale):
         return float(scale)
     if ops.is_tensor(scale) or validation.is_variable(scale):
@@ -298,7 +297,7 @@ def require_scale(scale, role):
             return scale
     raise ValueError(
         f"The scale of {role} must be a finite number, or a real scalar tensor or keras.Variable. Received: "
-        f"{validation.describe(scale)}. For a factor for each element, write a custom_gradient."
+        f"{validation.describe(scale)}. For a different factor per element, write a custom_gradient."
     )
 
 
@@ -312,7 +311,7 @@ def _checked_tensor(x, role):
 
 
 def _with_number(x, number, role):
-    """`x` as a tensor, and `number` as a constant in the precision that its gradient is computed in."""
+    """`x` as a tensor, and `number` as a constant in the precision in which the gradient is computed."""
     x = _checked_tensor(x, role)
     dtype = "float64" if validation.dtype_of(x) == "float64" else "float32"
     if isinstance(number, float):

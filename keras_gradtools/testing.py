@@ -1,4 +1,4 @@
-"""Checks of derivatives by central differences, for the tests of layers and functions with gradients of their own."""
+"""Checks of derivatives against central differences, for tests of layers and functions with custom gradients."""
 
 import numpy as np
 
@@ -8,41 +8,41 @@ from keras_gradtools.transforms.first_order import grad, jvp, require_tuple, vjp
 from keras_gradtools.transforms.second_order import hvp
 from keras_gradtools.transforms.taped_call import require_function
 
-# Up to how many elements a gradient is checked whole, and how many of a larger one are drawn.
+# A gradient of at most `_WHOLE` elements is checked at every element, a larger one at `_DRAWN` random elements.
 _WHOLE = 32
 _DRAWN = 16
 
 
 def check_jvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, seed=0):
-    r"""Checks the forward mode against central differences along one direction.
+    r"""Checks forward mode against central differences along one direction.
 
-    $J v \approx (f(x - 2 h v) - 8 f(x - h v) + 8 f(x + h v) - f(x + 2 h v)) / 12 h$, each element of it.
+    Each element is compared: $J v \approx (f(x - 2 h v) - 8 f(x - h v) + 8 f(x + h v) - f(x + 2 h v)) / 12 h$.
 
-    The function is evaluated in the precision of its arguments, and compared in double precision. What it assigns to
-    Keras variables is dropped, so that a layer with a dropout or a moving mean can be checked in training mode.
-    The step is halved until two estimates agree. A function with a kink between $x - 2 h v$ and $x + 2 h v$ still
-    may fail: give it a point further off. Call the checks eagerly, not in compiled code.
+    The function is evaluated in the precision of its arguments, and compared in double precision. Its assignments to
+    Keras variables are discarded, so layers with dropout or a moving mean can be checked in training mode. The step is
+    halved until two estimates agree. A function with a kink between $x - 2 h v$ and $x + 2 h v$ may still fail. If so,
+    choose a point further away from the kink. Call the checks eagerly, not in compiled code.
 
     Args:
-        fun: a function of `primals` that returns tensors, in any nesting.
-        primals: a tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
-            nesting.
-        tangents: the direction $v$, a tuple in the structure and shapes of `primals`; None stands for zeros in it,
-            and alone for a random direction.
-        rtol: the tolerance relative to the derivative. By default 1e-3 in float32, 1e-6 in float64, 0.05 in float16,
-            0.1 in bfloat16: by the coarsest of the dtypes of the arguments, of the outputs, and of
-            `keras.config.floatx()`, since Keras may compute in that.
-        atol: the tolerance added to that. By default what the rounding of `fun`, which is measured, can amount to.
-        step: the step $h$; by default it is searched for.
-        seed: of the random direction. Nothing else depends on it, and no other seed is touched.
+        fun: A function of `primals` that returns tensors in any nested structure.
+        primals: A tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
+            nested structure.
+        tangents: The direction $v$, a tuple in the structure and shapes of `primals`, in which None stands for zeros.
+            By default a random direction.
+        rtol: The tolerance relative to the derivative. By default 1e-3 in float32, 1e-6 in float64, 0.05 in float16
+            and 0.1 in bfloat16. This follows the coarsest dtype among the arguments, the outputs and
+            `keras.config.floatx()`, because Keras may compute in the latter.
+        atol: The absolute tolerance that is added. By default it is derived from the measured rounding of `fun`.
+        step: The step $h$. By default it is searched for.
+        seed: Seed of the random directions. No other random state is changed.
 
     Raises:
-        AssertionError: if the two do not agree; it names the worst element.
-        ValueError: if an argument has no gradient, or `fun` gives other values when it is called again, or none that
-            are finite.
+        AssertionError: If the derivative and the differences do not agree. The message names the worst element.
+        ValueError: If an argument cannot have a gradient, or `fun` returns values that are not finite or that differ
+            in a second call.
 
     Cost:
-        One `jvp`, and 15 evaluations of `fun`; up to 33 if it varies on a small scale.
+        One `jvp`, and 15 evaluations of `fun`, up to 33 if it varies on a small scale.
 
     Example:
 
@@ -63,25 +63,25 @@ def check_jvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
 
 
 def check_vjp(fun, primals, *, rtol=None, atol=None, step=None, seed=0):
-    r"""Checks the reverse mode against central differences, $\langle J^\top u, v \rangle = \langle u, J v \rangle$.
+    r"""Checks reverse mode against central differences, $\langle J^\top u, v \rangle = \langle u, J v \rangle$.
 
-    This is checked for random $u$ and $v$, and then with unit vectors for $v$, so that a failure names the element
-    of the argument: all of them for arguments of up to 32 elements together, else 16 random ones, and one that is
-    searched for if the random $v$ shows a mistake.
+    This is checked for random $u$ and $v$, and then with unit vectors for $v$, so that a failure names the element of
+    the argument. If the arguments have at most 32 elements together, all unit vectors are checked. Otherwise 16 random
+    ones are, and if the random $v$ fails, also one that a bisection finds.
 
     Args:
-        fun: as for `check_jvp`.
-        primals: as for `check_jvp`.
-        rtol: as for `check_jvp`.
-        atol: as for `check_jvp`.
-        step: as for `check_jvp`.
-        seed: as for `check_jvp`.
+        fun: As for `check_jvp`.
+        primals: As for `check_jvp`.
+        rtol: As for `check_jvp`.
+        atol: As for `check_jvp`.
+        step: As for `check_jvp`.
+        seed: As for `check_jvp`, and of the random cotangent $u$ and the random unit vectors.
 
     Raises:
-        AssertionError, ValueError: as `check_jvp`.
+        AssertionError, ValueError: As `check_jvp`.
 
     Cost:
-        One `vjp`, 15 evaluations of `fun`, and 6 for each element that is checked; up to 33 and 24 if it varies on a
+        One `vjp`, 15 evaluations of `fun`, and 6 for each element that is checked. Up to 33 and 24 if `fun` varies on a
         small scale.
 
     Example:
@@ -103,42 +103,42 @@ def check_vjp(fun, primals, *, rtol=None, atol=None, step=None, seed=0):
 
 
 def check_gradients(fun, args, order=2, modes=("forward", "reverse"), *, rtol=None, atol=None, step=None, seed=0):
-    r"""Checks the derivatives of a function up to an order, in both modes and in all their combinations.
+    r"""Checks the derivatives of a function up to a given order, in all combinations of forward and reverse mode.
 
-    Order 1 is `check_jvp` and `check_vjp`. Order 2 applies these to $x \mapsto J(x) v$ and to
-    $x \mapsto J(x)^\top u$, with $u$ and $v$ held fixed, and order 3 once more.
+    Order 1 runs `check_jvp` and `check_vjp`. Order 2 also applies them to the functions $x \mapsto J(x) v$ and
+    $x \mapsto J(x)^\top u$, with $u$ and $v$ held fixed. Order 3 repeats this with the derivatives of these functions.
 
     Args:
-        fun: as for `check_jvp`.
-        args: as `primals` for `check_jvp`.
-        order: the highest order, 1, 2 or 3.
-        modes: which modes to check and to combine: `"forward"`, `"reverse"`.
-        rtol: as for `check_jvp`.
-        atol: as for `check_jvp`.
-        step: as for `check_jvp`.
-        seed: as for `check_jvp`.
+        fun: As for `check_jvp`.
+        args: As `primals` for `check_jvp`.
+        order: The highest order, 1, 2 or 3.
+        modes: The modes to check and to combine, a tuple of `"forward"`, `"reverse"` or both.
+        rtol: As for `check_jvp`.
+        atol: As for `check_jvp`.
+        step: As for `check_jvp`.
+        seed: As for `check_vjp`.
 
     Raises:
-        AssertionError: as `check_jvp`; it says which order failed, and in which modes.
-        ValueError: as `check_jvp`, or for an unknown order or mode.
+        AssertionError: As `check_jvp`. The message names the order and the modes.
+        ValueError: As `check_jvp`, or for an unknown order or mode.
 
     Cost:
-        With both modes, that of `check_jvp` and of `check_vjp` once, three times and seven times for order 1, 2 and
-        3. An evaluation of order 2 is a `jvp` or `vjp`, and costs three to five evaluations of `fun`.
+        With both modes, `check_jvp` and `check_vjp` run once for order 1, three times for order 2 and seven times for
+        order 3. An evaluation for order 2 is a `jvp` or `vjp`, which costs three to five evaluations of `fun`.
 
     Example:
 
     >>> from keras_gradtools import testing
     >>> testing.check_gradients(lambda x, y: x * x * x * y, (2.0, 3.0), order=3)
 
-    Source: as for `check_jvp`; the recursion is that of `jax.test_util.check_grads`.
+    Source: As for `check_jvp`. The recursion is that of `jax.test_util.check_grads`.
     """
     settings = Settings.checked("check_gradients", rtol, atol, step, seed)
     if not validation.is_one_of(order, (1, 2, 3)):
         raise ValueError(
             "The order of `check_gradients` must be 1, 2 or 3. "
-            f"Received: order={validation.shown(order)}. For a higher one, give it "
-            "the derivative as a function."
+            f"Received: order={validation.shown(order)}. For a higher order, pass "
+            "the derivative as the function."
         )
     if not isinstance(modes, (tuple, list)) or not modes or not all(m in ("forward", "reverse") for m in modes):
         raise ValueError(
@@ -150,26 +150,26 @@ def check_gradients(fun, args, order=2, modes=("forward", "reverse"), *, rtol=No
 
 
 def check_hvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, seed=0):
-    r"""Checks the product with the Hessian against central differences of the gradient, and its symmetry.
+    r"""Checks a Hessian-vector product against central differences of the gradient, and the symmetry of the Hessian.
 
-    $H v \approx \partial \nabla f(x + t v) / \partial t$, each element of it, and
+    Each element of $H v \approx \partial \nabla f(x + t v) / \partial t$ is compared, and
     $\langle u, H v \rangle = \langle v, H u \rangle$ for a random $u$.
 
     Args:
-        fun: a function of `primals` that returns one scalar tensor.
-        primals: as for `check_jvp`.
-        tangents: as for `check_jvp`.
-        rtol: as for `check_jvp`.
-        atol: as for `check_jvp`.
-        step: as for `check_jvp`.
-        seed: as for `check_jvp`.
+        fun: A function of `primals` that returns one scalar tensor.
+        primals: As for `check_jvp`.
+        tangents: As for `check_jvp`.
+        rtol: As for `check_jvp`.
+        atol: As for `check_jvp`.
+        step: As for `check_jvp`.
+        seed: As for `check_jvp`, and of the random vector $u$.
 
     Raises:
-        AssertionError: as `check_jvp`, or if the Hessian is not symmetric.
-        ValueError: as `check_jvp`, or if `fun` does not return a scalar.
+        AssertionError: As `check_jvp`, or if the Hessian is not symmetric.
+        ValueError: As `check_jvp`, or if `fun` does not return a scalar.
 
     Cost:
-        Two `hvp`, and 15 gradients; up to 33 if `fun` varies on a small scale.
+        Two calls of `hvp`, and 15 gradients, up to 33 if `fun` varies on a small scale.
 
     Example:
 
@@ -250,14 +250,14 @@ def _check_reverse(point, u, what):
         failure = error
         if size > _WHOLE:
             chosen = [*chosen, _suspect(off, v)]
-    # First, since it says more.
+    # The elements come first, because their message is more specific.
     require_close((np.eye(1, size, i)[0] for i in chosen), lambda k: point.inputs.name(chosen[k]))
     if failure:
         raise failure
 
 
 def _suspect(off, v):
-    """Halves the direction `v` again and again, keeping the half that is `off` by more, until one element is left."""
+    """Finds a wrong element by bisection of the direction `v`, each time keeping the half with the larger error."""
     first, last = 0, v.size
     while last - first > 1:
         middle = (first + last) // 2

@@ -152,7 +152,7 @@ def as_tensors(owner, name, x):
 
 
 def as_tensor(x, expected, dtype=None, may_be_complex=False):
-    """Returns `x` as a tensor. Raises `ValueError`, beginning with `expected`, if it is not an array of real numbers."""
+    """Returns `x` as a tensor. Raises `ValueError`, beginning with `expected`, if it does not hold real numbers."""
     if not keras.ops.is_tensor(x):
         if isinstance(x, keras.KerasTensor):
             raise ValueError(f"{expected}. Received: {describe(x)}. A symbolic tensor has no values.")

@@ -277,7 +277,7 @@ class TestWrong:
         testing.check_jvp(fun, (0.51,), (1.0,))
         message = failure(testing.check_jvp, fun, (0.5001,), (1.0,))
         assert numbers(message)[0] == 1 and numbers(message)[1] < 0.5
-        assert "look for a `stop_gradient`, a `round`, or a kink" in message
+        assert "a `stop_gradient`, a `round`, or a kink" in message
 
     def test_nan(self):
         message = failure(testing.check_jvp, ops.sqrt, (0.0,))
@@ -356,7 +356,10 @@ def unrepeatable(x, random=np.random.default_rng(0)):  # noqa: B008
             lambda: testing.check_jvp(unrepeatable, (1.0,)),
             "same finite values when it is called again.*output, element",
         ),
-        (lambda: testing.check_jvp(ops.log, (-1.0,)), "same finite values.*Received: nan and nan.*Move the point"),
+        (
+            lambda: testing.check_jvp(ops.log, (-1.0,)),
+            "same finite values.*Received: nan and nan.*Choose another point",
+        ),
         (lambda: testing.check_gradients(ops.sin, (1.0,), order=4), "must be 1, 2 or 3. Received: order=4"),
         (lambda: testing.check_gradients(ops.sin, (1.0,), order=True), "Received: order=True"),
         (lambda: testing.check_gradients(ops.sin, (1.0,), modes="reverse"), "modes of.*Received: modes='reverse'"),

@@ -1,4 +1,4 @@
-"""Differential operators on fields: the Laplacian and the divergence, of each example alone."""
+"""Differential operators on fields: the Laplacian and the divergence at each example."""
 
 import functools
 import math
@@ -14,26 +14,26 @@ from keras_gradtools.transforms.taped_call import TapedCall, require_function
 def laplacian(fun, axes=None):
     r"""Turns a function of points into its Laplacian, $\sum_i \partial^2 f_{b k} / \partial x_{b i}^2$.
 
-    For physics-informed networks: of all second derivatives only those that the sum is of are computed, one axis at a
-    time, and no Hessian is formed. It takes for granted that examples do not depend on one another.
+    For physics-informed networks. Only the second derivatives in the sum are computed, one axis at a time, and no
+    Hessian is formed. The examples must be independent, which is not checked.
 
     Args:
-        fun: a function or a Keras model of `(x, ...)`, with `x` of shape `(batch, n)`, that returns one tensor of shape
+        fun: A function or a Keras model of `(x, ...)`, with `x` of shape `(batch, n)`, that returns one tensor of shape
             `(batch, ...)`.
-        axes: over which of the n inputs the sum goes, a list of numbers, counted from the end if negative; all by
-            default. `[0]` gives $\partial^2 f / \partial x_0^2$.
+        axes: The indices of the inputs to sum over, as a list. Negative indices count from the end. By default all n
+            inputs. `[0]` gives $\partial^2 f / \partial x_0^2$.
 
     Returns:
-        A function with the arguments of `fun` that returns its Laplacian by the first, in the shape of what `fun`
-        returns. It can be differentiated again.
+        A function with the arguments of `fun` that returns the Laplacian with respect to the first, in the shape of the
+        output of `fun`. It can be differentiated again.
 
     Raises:
-        ValueError: when called, if `x` is not of shape `(batch, n)`, its size is not known, or an axis does not exist.
+        ValueError: When called, if `x` does not have the shape `(batch, n)`, n is not known, or an axis does not exist.
 
     Cost:
-        On JAX, forward over forward, for each axis some four evaluations of `fun`, whatever the number of outputs.
-        Elsewhere, where forward mode is two pullbacks, by reverse mode: for each output one pullback, and one more for
-        each axis, of some three evaluations each.
+        On JAX (forward over forward), about four evaluations of `fun` per axis, for any number of outputs. On the other
+        backends (reverse over reverse), one gradient per output and one more per output and axis, of about three
+        evaluations each.
 
     Example:
 
@@ -68,23 +68,24 @@ def laplacian(fun, axes=None):
 def divergence(fun, axes=None):
     r"""Turns a vector field into its divergence, $\nabla \cdot f_b = \sum_k \partial f_{b k} / \partial x_{b i_k}$.
 
-    It takes for granted that examples do not depend on one another.
+    The examples must be independent, which is not checked.
 
     Args:
-        fun: a function or a Keras model of `(x, ...)`, with `x` of shape `(batch, n)`, that returns a tensor of shape
+        fun: A function or a Keras model of `(x, ...)`, with `x` of shape `(batch, n)`, that returns a tensor of shape
             `(batch, m)`.
-        axes: the input $i_k$ that belongs to each of the m outputs, a list of numbers, counted from the end if
-            negative; all n by default.
+        axes: The index of the input $i_k$ for each of the m outputs, as a list. Negative indices count from the end. By
+            default all n inputs in order.
 
     Returns:
-        A function with the arguments of `fun` that returns the divergence by the first, of shape `(batch, 1)`. It can
-        be differentiated again.
+        A function with the arguments of `fun` that returns the divergence with respect to the first, of shape
+        `(batch, 1)`. It can be differentiated again.
 
     Raises:
-        ValueError: when called, if a shape does not fit, or there is not one axis for each output.
+        ValueError: When called, if a shape does not match, or there is not one axis per output.
 
     Cost:
-        For each output a push (JAX, some two evaluations of `fun`) or a pullback (some three).
+        For each output a `jvp` of about two evaluations of `fun` on JAX, or a gradient of about three on the other
+        backends.
 
     Example:
 
@@ -122,26 +123,26 @@ def divergence(fun, axes=None):
 
 
 def require_axes(name, axes):
-    """The numbers of axes in a list; raises `ValueError` for what are none, whatever the input."""
+    """Returns `axes` as a list. Raises `ValueError` if it cannot be a list of axes, whatever the size of the input."""
     right = (
         isinstance(axes, (list, tuple, range)) and len(axes) and all(validation.is_count(i, -math.inf) for i in axes)
     )
     if not right or len(set(axes)) < len(axes):
         raise ValueError(
-            f"{name} expects different numbers of axes as `axes`. Received: axes={validation.shown(axes)}."
+            f"{name} expects a list of distinct axis indices as `axes`. Received: axes={validation.shown(axes)}."
         )
     return [int(i) for i in axes]
 
 
 def checked_axes(name, axes, size):
-    """The numbers of the axes, from 0 on; raises `ValueError` for what are none."""
+    """Returns `axes` as non-negative indices, by default all. Raises `ValueError` if an axis does not exist."""
     given = range(size) if axes is None else axes
     right = isinstance(given, (list, tuple, range)) and len(given) > 0
     right = right and all(isinstance(i, int) and not isinstance(i, bool) and -size <= i < size for i in given)
     if not right or len({i % size for i in given}) < len(given):
         raise ValueError(
-            f"{name} expects different numbers of axes as `axes`, from {-size} to {size - 1} for an input of shape "
-            f"(batch, {size}). Received: axes={validation.shown(axes)}."
+            f"{name} expects a list of distinct axis indices as `axes`, from {-size} to {size - 1} for an input of "
+            f"shape (batch, {size}). Received: axes={validation.shown(axes)}."
         )
     return [i % size for i in given]
 
@@ -169,7 +170,7 @@ def _require_field(y, axes):
 
 
 def _unit(like, element):
-    """One at an element of each example, by its number, and zero elsewhere, in the shape of `like`."""
+    """A tensor in the shape of `like` that is one at the element with the given number of each example, else zero."""
     shape = tuple(like.shape)[1:]
     one = ops.reshape(ops.one_hot(element, math.prod(shape), dtype=like.dtype), (1, *shape))
     return ops.broadcast_to(one, ops.shape(like))
@@ -181,7 +182,7 @@ def _second_derivative_forward(value, x, axis):
 
 
 def _laplacian_reverse(value, x, axes):
-    """The gradient of each element of the output, and of that the gradient along each axis."""
+    """The gradient of each output element, then the gradient of that gradient's entry for each axis."""
 
     def gradients(x):
         call = TapedCall("laplacian", value, (x,))

@@ -1,4 +1,4 @@
-"""The exact Hessian by the kernel of one Dense layer inside a model, through what the layer computes."""
+"""The exact Hessian with respect to the kernel of one Dense layer, from the curvature at the layer's outputs."""
 
 import functools
 import math
@@ -17,42 +17,41 @@ from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.closures import Identity
 from keras_gradtools.transforms.taped_call import require_function, require_scalar
 
-# While a layer's calls are listed, its methods are others than its own.
+# While a layer's calls are recorded, its methods are replaced, so only one thread at a time may do this.
 _one_at_a_time = threading.RLock()
-# Blocks of the sum over the examples, at most: each is a matrix product of its own.
+# The most blocks into which the sum over the examples is divided. Each is one matrix product.
 _MOST_BLOCKS = 32
 
 
 def kernel_hessian(fun, layer):
-    r"""Turns a scalar function into its Hessian by the kernel of one `Dense` layer that it calls.
+    r"""Turns a scalar function into its Hessian with respect to the kernel of one `Dense` layer that it calls.
 
-    With $a_b$ the layer's input for example $b$, $z_b = W^\top a_b + c$ what it gives to its activation, and
+    With $a_b$ the layer's input for example $b$, $z_b = W^\top a_b + c$ its pre-activation, and
     $H_b = \partial^2 f / \partial z_b^2$,
 
     $$\frac{\partial^2 f}{\partial W_{i o} \, \partial W_{j p}} = \sum_b a_{b i} \, a_{b j} \, H_{b, o p}.$$
 
-    The sum is exact, for any model around the layer, as long as the examples are independent and $f$ depends on the
-    kernel through $z$ alone; both are checked. It is compiled and kept as `jacobian` is.
+    The sum is exact for any model around the layer if the examples are independent and $f$ depends on the kernel only
+    through $z$. Both conditions are checked. It is compiled and cached as for `jacobian`.
 
     Args:
-        fun: a function that returns one scalar tensor, such as `lambda x, y: loss(y, model(x))`.
-        layer: a built `keras.layers.Dense` that `fun` calls, once or more often, on inputs of shape
-            `(batch, ..., in)`.
+        fun: A function that returns one scalar tensor, such as `lambda x, y: loss(y, model(x))`.
+        layer: A built `keras.layers.Dense` that `fun` calls at least once, on inputs of shape `(batch, ..., in)`.
 
     Returns:
         A function with the arguments of `fun` that returns the Hessian, of shape `(in, out, in, out)` and the dtype of
         the kernel.
 
     Raises:
-        ValueError: if `layer` is no built Dense layer, or has LoRA or a quantized kernel; when called, if `fun` does
-            not return a scalar or call the layer, if one call of the layer feeds another, if the examples are not
-            independent (BatchNormalization in training mode), or if `fun` depends on the kernel otherwise (a
-            regularizer: leave it out, and add its Hessian). Inside another compilation the last two cannot be
-            raised, and the result is NaN.
+        ValueError: If `layer` is not a built Dense layer, or has LoRA or a quantized kernel. When called, if `fun` does
+            not return a scalar or does not call the layer, if one call of the layer feeds another, if the examples
+            are not independent (BatchNormalization in training mode), or if `fun` depends on the kernel in another way
+            (a regularizer, for example: leave it out and add its Hessian). Inside another compilation the last two
+            errors cannot be raised, and the result is NaN.
 
     Cost:
-        `out` vectorized gradients of the part of the model behind the layer, and one product of matrices with
-        `batch * (in * out) ** 2` multiplications: `hessian` takes `in * out` products, each of two gradients.
+        `out` vectorized gradients of the part of the model after the layer, and one matrix product with
+        `batch * (in * out) ** 2` multiplications. `hessian` needs `in * out` products of two gradients each.
 
     Example:
 
@@ -85,7 +84,7 @@ def _evaluate(layer, fun, *args, **kwargs):
     inner = GradientTape(persistent=True, watch_accessed_variables=False)
     scope = StateScope()
     with scope, scope, outer:
-        # By all that leads to the kernel, for the comparison with what leads through `calls`.
+        # For the product with the full Hessian, to be compared with the one through `calls`.
         outer.watch(layer.kernel)
         block = _CallsOf(layer, (outer, inner))
         with _one_at_a_time, inner, block, block:
@@ -129,7 +128,10 @@ class _Call(NamedTuple):
 
 
 class _CallsOf(Block):
-    """Lists the inputs and pre-activations of the layer's calls in the block, on this thread, which `tapes` watch."""
+    """Records the inputs and pre-activations of the layer's calls in the block, on this thread.
+
+    The `tapes` watch the pre-activations.
+    """
 
     def __init__(self, layer, tapes):
         self._layer, self._tapes, self._thread = layer, tapes, threading.get_ident()
@@ -138,9 +140,9 @@ class _CallsOf(Block):
         self._before: dict | None = None
 
     def begin(self):
-        # Not sooner: until here, another thread may have its own in these places.
+        # Not in `__init__`: at that time, another thread may have replaced these methods.
         self._call, self._activation = self._layer.call, self._layer.activation
-        # Past Keras' own attributes, which would take these for a change of the layer.
+        # Bypasses `Layer.__setattr__`, which would track these as a change of the layer.
         own = vars(self._layer)
         self._before = {name: own[name] for name in ("call", "activation") if name in own}
         own.update(call=self._call_and_note, activation=self._activate_and_note)
@@ -166,13 +168,13 @@ class _CallsOf(Block):
 
 
 def _by_position(x, dtype):
-    """As `(batch, positions, features)`, the positions of an example being its middle axes."""
+    """Reshapes to `(batch, positions, features)`, where the positions are the middle axes."""
     shape = ops.shape(x)
     return ops.cast(ops.reshape(x, (shape[0], math.prod(x.shape[1:-1]), shape[-1])), dtype)
 
 
 def _joined(blocks, gradients, outputs, dtype):
-    """The Hessians of each example by all positions of all calls, `(batch, position, out, position, out)`."""
+    """The Hessian of each example over all positions of all calls, `(batch, position, out, position, out)`."""
     rows = []
     for row, g in zip(blocks, gradients, strict=True):
         columns = []
@@ -185,7 +187,7 @@ def _joined(blocks, gradients, outputs, dtype):
 
 
 def _contracted(inputs, curvature):
-    """Sums `a a' H` over the examples: a product of matrices, for blocks of examples that bound its memory."""
+    """Sums `a a' H` over the examples, as matrix products over blocks of examples, which limits the memory."""
     size, positions, features = inputs.shape
     out = curvature.shape[-1]
     if positions != 1:
@@ -202,10 +204,10 @@ def _contracted(inputs, curvature):
 
 
 def _mixing(tape, gradients, outputs, curvature):
-    """How much one example's gradient depends on the outputs of another, relative to its own.
+    """How much an example's gradient depends on the layer's outputs for other examples, relative to its own.
 
-    With a factor s_b for each example, and one vector c for all of them, the pullback of s_b c is s_b H_b c, and
-    nothing else.
+    With a factor s_b for each example and one vector c for all, the Hessian-vector product with s_b c is s_b H_b c if
+    the examples are independent.
     """
     size = ops.shape(outputs[0])[0]
     factors = ops.cos(1.0 + ops.square(ops.cast(ops.arange(size), "float32")))
@@ -233,9 +235,9 @@ def _relative(a, b):
 
 
 def _checked(layer, hessian, elsewhere, mixing):
-    # What the arithmetic of the layer leaves of a difference of zero.
+    # The largest difference that rounding in the layer's precision can explain.
     tolerance = 1e-3 if layer.compute_dtype in ("float32", "float64") else 5e-2
-    known = _number(elsewhere), _number(mixing)  # where examples mix, the first is wrong, too
+    known = _number(elsewhere), _number(mixing)  # if examples mix, the first is wrong too, so the second comes first
     if None in known:
         wrong = ops.logical_or(elsewhere > tolerance, mixing > tolerance)
         return ops.where(wrong, ops.full_like(hessian, math.nan), hessian)
@@ -248,8 +250,8 @@ def _checked(layer, hessian, elsewhere, mixing):
     if known[0] > tolerance:
         raise ValueError(
             f"kernel_hessian takes a function that depends on the kernel of {layer.name!r} through the layer's calls "
-            f"alone. Received: one whose curvature differs by {known[0]:.1e} (relative) from the one through them. "
-            "Leave out the regularizer, and whatever else reads the kernel, and add its Hessian, or use `hessian`."
+            f"alone. Received: one whose curvature differs by {known[0]:.1e} (relative) from that through the calls. "
+            "Leave out the regularizer, and anything else that reads the kernel, and add its Hessian, or use `hessian`."
         )
     return hessian
 
@@ -258,7 +260,7 @@ def _number(x):
     try:
         return float(ops.convert_to_numpy(x))
     except Exception:
-        # Inside a compilation there is no number yet, and each framework says so with an error of its own.
+        # Inside a compilation there is no number yet, and each framework raises its own error.
         return None
 
 

@@ -1,4 +1,4 @@
-"""Running a function once under a tape: what every transform begins with."""
+"""A function call recorded by a tape, on which every transform is built."""
 
 import math
 
@@ -12,21 +12,21 @@ from keras_gradtools.transforms import auxiliary
 
 
 class TapedCall:
-    """One call of a function, recorded as a function of some of its arguments.
+    """One call of a function, recorded so that it can be differentiated with respect to some of its arguments.
 
-    Those arguments are passed on as aliases, so that the same tensor given twice is two arguments. What the
-    call assigns to variables (BatchNormalization's statistics, the state of a dropout seed) is dropped, and
-    no loss that it adds to a layer is left there.
+    These arguments are passed as aliases, so the same tensor given twice counts as two arguments. Assignments to
+    variables during the call (BatchNormalization's statistics, the state of a dropout seed) are discarded, and so are
+    the losses that it adds to layers.
 
-    It goes by the kernels of the backend: what a `GradientTape` checks at each call is known here.
+    It uses the kernels of the backend directly, because it does not need the checks of a `GradientTape`.
 
     Attributes:
-        record: the backend's tape, which recorded the call.
-        sources: the arguments to differentiate by: one of them, or a tuple of them if `argnums` is a tuple.
-        target: what the function returned, as the tape knows it; without `aux`, if `has_aux`.
-        flat_sources, flat_targets: the tensors in these that have a derivative.
-        value: the target for the caller.
-        aux: the second part of what it returned, if `has_aux`.
+        record: The backend's tape that recorded the call.
+        sources: The argument to differentiate with respect to, or a tuple of arguments if `argnums` is a tuple.
+        target: What the function returned, as the tape knows it. Without `aux` if `has_aux`.
+        flat_sources, flat_targets: The tensors in `sources` and `target` that have a derivative.
+        value: The target, in the form that is returned to the caller.
+        aux: The auxiliary output if `has_aux`, in the form that is returned to the caller.
     """
 
     def __init__(self, name, fun, args, kwargs=None, argnums=0, has_aux=False):
@@ -59,22 +59,22 @@ class TapedCall:
         return _settled(self._aux)
 
     def pull(self, cotangents=None, is_last=False):
-        """The gradient by the sources, zeros where nothing is connected; no other derivative follows if `is_last`."""
+        """The gradient with respect to the sources, zeros where unconnected. No derivative may follow if `is_last`."""
         cotangents = vectors.like(cotangents, self.target, "output_gradients", "`target`", vectors.ones)
         self.record.keeps_graph = not is_last
         pulled = backend.pullback(self.record, self.flat_targets, self.flat_sources, cotangents)
         return vectors.pack_as(self.sources, _filled(pulled, self.flat_sources))
 
     def push(self, tangents):
-        """The derivative of the target along `tangents`, zeros where nothing is connected."""
+        """The derivative of the target along `tangents`, with zeros where unconnected."""
         tangents = vectors.like(tangents, self.sources, "tangents", "`primals`", vectors.zeros)
         pushed = backend.pushforward(self.record, self.flat_targets, self.flat_sources, tangents)
         return vectors.pack_as(self.target, _filled(pushed, self.flat_targets))
 
     def linearize(self, is_symmetric=False):
-        """`push` as a function of its own, with all the work done that no tangent is needed for.
+        """Returns `push` as a function. The work that does not depend on the tangents is done here, once.
 
-        `is_symmetric` if target and sources have one structure, and the Jacobian is its own transpose.
+        `is_symmetric` says that the target has the structure of the sources, and that the Jacobian is symmetric.
         """
         push = backend.linearize(self.record, self.flat_targets, self.flat_sources, is_symmetric)
 
@@ -92,7 +92,7 @@ def require_function(name, fun):
 
 
 def is_scalar(value):
-    """Whether `value`, which tensors are in, is one tensor of rank 0."""
+    """Whether `value`, a nested structure of tensors, is a single tensor of rank 0."""
     return not nesting.is_nested(value) and not len(getattr(value, "shape", ()))
 
 
@@ -101,20 +101,21 @@ def require_scalar(name, value):
     if not is_scalar(value):
         what = validation.describe(value) if not nesting.is_nested(value) else f"a {type(value).__name__}"
         raise ValueError(
-            f"The function under `{name}` must return one scalar. Received: {what}. Sum it up, with "
+            f"The function under `{name}` must return one scalar. Received: {what}. Reduce it with "
             "`keras.ops.sum`, or use `jacobian` for the derivative of each element."
         )
 
 
 def differentiable_argument(name, position, x):
-    """Returns argument `x` with an alias, as a tensor, for each leaf that has a derivative.
+    """Returns argument `x` with each leaf that can have a derivative replaced by a tensor, an alias of it.
 
-    What has none by its kind stays as it is. `ValueError` if there is nothing else, or what cannot be told.
+    Leaves of a kind that has no derivative stay unchanged. Raises `ValueError` if there are no others, or if a leaf
+    is of neither kind.
     """
     leaves = nesting.flatten(x)
     constant = list(map(validation.is_constant, leaves))
     if all(constant):
-        constant = [False] * len(leaves)  # each of them is refused
+        constant = [False] * len(leaves)  # so that the first of them is refused below
     pairs = zip(leaves, constant, strict=True)
     return nesting.pack_as(
         x, [_constant(leaf) if c else _differentiable_leaf(name, position, leaf) for leaf, c in pairs]
@@ -122,7 +123,7 @@ def differentiable_argument(name, position, x):
 
 
 def _constant(x):
-    # Keras refuses tensors and arrays side by side.
+    # Keras refuses a mix of tensors and arrays.
     is_array = isinstance(x, np.ndarray) and x.dtype.kind in "iub"
     return ops.convert_to_tensor(x) if is_array else read(x)
 
@@ -139,7 +140,7 @@ def _differentiable_leaf(name, position, x):
 
 
 def as_result(x):
-    """What a function returned, as a tensor where it is a number that could have depended on its arguments."""
+    """A returned value, converted to a tensor if it is a floating-point number, array or variable."""
     x = read(x)
     if isinstance(x, float) and not hasattr(x, "dtype"):
         return ops.convert_to_tensor(x, dtype=keras.config.floatx())
@@ -148,7 +149,7 @@ def as_result(x):
 
 
 def require_argnums(name, argnums):
-    """Raises `ValueError` unless `argnums` is a position or several, whatever the arguments."""
+    """Raises `ValueError` unless `argnums` is a position or several positions, whatever the number of arguments."""
     chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     if not all(validation.is_count(i, -math.inf) for i in chosen):
         raise ValueError(
@@ -158,19 +159,19 @@ def require_argnums(name, argnums):
 
 
 def argument_positions(name, argnums, count):
-    """The positions, from 0 on, that `argnums` names; raises `ValueError` for what is no position, or one twice."""
+    """Returns `argnums` as a list of non-negative positions. Raises `ValueError` for invalid or repeated positions."""
     chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     right = chosen and all(validation.is_count(i, -count) and i < count for i in chosen)
     if not right or len({i % count for i in chosen}) < len(chosen):
         raise ValueError(
-            f"The argnums of `{name}` must be the position of an argument, or a tuple of different positions, of "
-            f"which the call has {count}. Received: argnums={validation.shown(argnums)}."
+            f"The argnums of `{name}` must be the position of an argument, or a tuple of different positions. The "
+            f"call has {count} positional arguments. Received: argnums={validation.shown(argnums)}."
         )
     return [i % count for i in chosen]
 
 
 def read(x):
-    """The value that a variable has here, a stateless scope's if one lends it another; anything else as it is."""
+    """The current value of a variable, which a stateless scope may override. Anything else unchanged."""
     return ops.convert_to_tensor(x.value) if validation.is_variable(x) else x
 
 
