@@ -222,7 +222,7 @@ def _checked_pair(fun, pair):
 
 
 def _checked_values(fun, value):
-    """The tensors in a value; beside them, it may have None."""
+    """The tensors in a value, which may also contain None."""
     leaves = nesting.flatten(value)
     given = [y for y in leaves if y is not None]
     return [_checked_value(fun, y) for y in given or leaves]
@@ -234,8 +234,8 @@ def _checked_value(fun, y):
         if not validation.dtype_of(y).startswith("complex"):
             return y
     raise ValueError(
-        f"The value of {name_of(fun)!r}, which has a custom gradient, must be a real tensor or a nesting of real "
-        f"tensors. Received: {validation.describe(y)}. Return what else is needed from another function."
+        f"The value of {name_of(fun)!r}, which has a custom gradient, must be a real tensor or a nested structure of "
+        f"real tensors. Received: {validation.describe(y)}. Return other values from another function."
     )
 
 

@@ -46,8 +46,8 @@ def stop_gradient(x):
     for entry, is_stopped in zip(leaves, stopped, strict=True):
         if not (is_stopped or any(stopped) and validation.is_constant(entry)):
             raise ValueError(
-                "stop_gradient takes tensors of the backend and keras.Variables, in any nesting. "
-                f"Received: {validation.describe(entry)}. What is neither has no gradient to stop: leave it out."
+                "stop_gradient takes tensors of the backend and keras.Variables, in any nested structure. "
+                f"Received: {validation.describe(entry)}. It has no gradient to stop: leave it out."
             )
     pairs = zip(leaves, stopped, strict=True)
     return nesting.pack_as(x, [distinct(ops.stop_gradient(y), [y]) if is_stopped else y for y, is_stopped in pairs])

@@ -127,7 +127,7 @@ def _with_others_replaced(leaves, others, half):
 
 
 def _mixing_layers(called, leaves, batch_size, seed):
-    """The names and classes of the innermost layers in which gradients cross between examples."""
+    """The names and classes of the innermost layers in which an example's output has a gradient at another example."""
     record, calls = _watched(called, leaves)
     mixing = []
     for call in calls:

@@ -138,8 +138,8 @@ class Programs:
 
 
 _DEPENDS_ON_VALUES = (
-    "it cannot be compiled, because its Python depends on the values of tensors. Use `keras.ops.where` or "
-    "`keras.ops.cond` instead of `if`, and no `float(x)` or NumPy."
+    "it cannot be compiled, because its Python code depends on the values of tensors. Use `keras.ops.where` or "
+    "`keras.ops.cond` instead of `if`, and do not call `float(x)` or NumPy."
 )
 _TOO_MUCH = (
     "its compiled program cannot be cached, because the function and those that it calls capture more values than can "

@@ -269,7 +269,7 @@ class TestFallback:
             warnings.simplefilter("always")
             for _ in range(2):
                 close(kg.batch_jacobian(fun)(tensor(X)), np.stack([np.diag(2 * x) for x in X]))
-        found = [str(w.message) for w in caught if "because its Python depends on the values" in str(w.message)]
+        found = [str(w.message) for w in caught if "because its Python code depends on the values" in str(w.message)]
         assert len(found) == (0 if backend == "torch" else 1)
 
     def test_an_error_of_the_function_itself_is_raised(self):
