@@ -721,3 +721,36 @@ class TestErrors:
         for control, name in ((scale_gradient, "scale_gradient"), (reverse_gradient, "reverse_gradient")):
             with pytest.raises(ValueError, match=f"The scale of {name} must be a finite number, or .* Received: "):
                 control(tensor(1.0), scale)
+
+
+def test_random_numbers_in_the_function_of_a_custom_gradient():
+    seed = keras.random.SeedGenerator(1)
+
+    @kg.custom_gradient
+    def noisy(x):
+        noise = keras.random.normal((2,), seed=seed)
+        return x * 1.0, lambda u: u * noise
+
+    x = tensor([1.0, 2.0])
+    gradients = []
+    for _ in range(2):
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            y = noisy(x)
+        gradients.append(ops.convert_to_numpy(tape.gradient(y, x)))
+    assert np.abs(gradients[0] - gradients[1]).max() > 1e-3
+    assert np.isfinite(ops.convert_to_numpy(keras.random.normal((2,), seed=seed))).all()
+
+
+def test_a_rule_that_draws_leaves_the_seed_alive():
+    seed = keras.random.SeedGenerator(1)
+    x = tensor([1.0, 2.0])
+    noisy = kg.custom_gradient(lambda x: (x * 1.0, lambda u: u + keras.random.normal((2,), seed=seed)))
+    try:
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            y = noisy(x)
+        tape.gradient(y, x)
+    except ValueError as error:
+        assert "cannot assign to variables" in str(error)  # noqa: PT017
+    assert np.isfinite(ops.convert_to_numpy(keras.random.normal((2,), seed=seed))).all()

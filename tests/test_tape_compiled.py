@@ -351,3 +351,55 @@ def test_an_empty_batch_of_unknown_size():
         return tape.gradient(y, x), tape.batch_jacobian(y, x)
 
     close(with_unknown_batch(program, (2,))(tensor(X[:0])), (np.zeros((0, 2)), np.zeros((0, 2, 2))))
+
+
+def test_jit_sees_the_variables_that_each_shape_reads():
+    a, b = keras.Variable(1.0), keras.Variable(1.0)
+    scaled_sum = kg.jit(lambda x: ops.sum(x * (a if x.shape[0] > 2 else b)))
+    scaled_sum(tensor(np.ones(3)))
+    scaled_sum(tensor(np.ones(2)))
+    b.assign(10.0)
+    with kg.GradientTape() as tape:
+        y = scaled_sum(tensor(np.ones(2)))
+    close([y, tape.gradient(y, b)], [20.0, 2.0])
+
+
+def test_jit_assigns_what_each_shape_assigns():
+    counter = keras.Variable(0.0)
+
+    @kg.jit
+    def count_long(x):
+        if x.shape[0] > 2:
+            counter.assign_add(1.0)
+        return ops.sum(x)
+
+    for n in (3, 2, 3):
+        count_long(tensor(np.ones(n)))
+    close(counter.value, 2.0)
+
+
+def test_a_normalization_that_was_compiled_before_the_tape():
+    layer = keras.layers.LayerNormalization()
+    layer.build((2, 4))
+    x, w = tensor([[1.0, 2.0, 4.0, 3.0], [0.0, 1.0, -1.0, 2.0]]), tensor(np.arange(8.0).reshape(2, 4))
+
+    def curvature(fun):
+        with kg.GradientTape() as outer:
+            outer.watch(x)
+            with kg.GradientTape() as inner:
+                inner.watch(x)
+                y = fun(x)
+            energy = ops.sum(inner.gradient(y, x) * w)
+        return ops.convert_to_numpy(outer.gradient(energy, x))
+
+    def cubed(x):
+        return ops.sum(layer(x) ** 3)
+
+    compiled = kg.jit(cubed)
+    compiled(x)
+    close(curvature(compiled), curvature(cubed), rtol=1e-4, atol=1e-4)
+
+
+def test_jit_of_no_function():
+    with pytest.raises(ValueError, match="jit takes a function. Received: 3"):
+        kg.jit(3)

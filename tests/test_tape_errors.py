@@ -220,3 +220,13 @@ def test_a_tape_that_was_never_entered_connects_nothing():
     close(kg.GradientTape().gradient(y, x, unconnected_gradients="zero"), 0)
     close(kg.GradientTape().jacobian(y, [x, v]), [None, None])
     close(kg.GradientTape().jvp(y, x, tensor(1.0)), None)
+
+
+@pytest.mark.parametrize("given", ["abc", object()])
+def test_output_gradients_of_no_kind(given):
+    x = tensor(3.0)
+    with kg.GradientTape() as tape:
+        tape.watch(x)
+        y = x * x
+    with pytest.raises(ValueError, match="output_gradients must be a tensor, an array or a number. Received"):
+        tape.gradient(y, x, output_gradients=given)

@@ -389,3 +389,11 @@ def test_a_derivative_is_finite_forward_where_it_is_backward(case, backend):
         close(ops.convert_to_numpy(pushed)[finite], expected[finite])
     columns = ops.convert_to_numpy(tape.jacobian(y, x, mode="forward"))
     close(columns[finite], rows[finite])
+
+
+def test_chunk_sizes_of_numpy():
+    x = tensor([1.0, 2.0, 3.0])
+    with kg.GradientTape() as tape:
+        tape.watch(x)
+        y = x * x
+    close(tape.jacobian(y, x, chunk_size=np.int64(2)), np.diag([2.0, 4.0, 6.0]))

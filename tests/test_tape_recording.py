@@ -275,3 +275,21 @@ class TestUsedUp:
             second = tape.gradient(first, x)
             third = tape.gradient(second, x)
         close([first, second, third, tape.gradient(third, x)], [32, 48, 48, 24], rtol=1e-4)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_reset_inside_a_pause(calls):
+    x = tensor(3.0)
+    with kg.GradientTape() as tape:
+        tape.watch(x)
+        y = x * x
+        with tape.stop_recording():
+            for _ in range(calls):
+                tape.gradient(y, x)
+            tape.reset()
+            tape.watch(x)
+            constant = x * x
+        tape.watch(x)
+        z = x * x * constant
+    close(tape.gradient(z, x), 54.0)
+    assert active_tapes() == []

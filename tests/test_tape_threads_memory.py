@@ -246,3 +246,28 @@ class TestUserTensors:
             slope = inner.gradient(y, x)
         close(outer.gradient(slope, x), 2)
         assert flags(x) == before
+
+
+def test_a_tape_that_goes_on_elsewhere_is_right_or_refused():
+    """torch numbers the operations of each thread for itself."""
+    x = tensor(3.0)
+    tape = kg.GradientTape()
+    with tape:
+        tape.watch(x)
+        h = x * x
+    outcome = []
+
+    def go_on():
+        try:
+            with tape:
+                outcome.append(h * x)
+        except RuntimeError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], RuntimeError):
+        assert "another thread" in str(outcome[0])
+    else:
+        close(tape.gradient(outcome[0], x), 27.0)

@@ -86,3 +86,41 @@ class TestValuesReturnedUnchanged:
             first = inner.gradient(y, x)
         # First: 2 x u + s x^2, with u = x and u' = s.
         close([first, outer.gradient(first, x)], [18 + 9 * slope, 6 + 6 * slope + 6 * slope])
+
+
+class TestTheSameObjectFromKeras:
+    """On JAX an operation of Keras may hand its argument back."""
+
+    def test_a_shape_that_stays_is_a_value_of_its_own(self):
+        x = tensor([1.0, 2.0])
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            h = ops.reshape(x, (2,))
+            y = ops.sum(h * h) + ops.sum(x**3)
+        close(tape.gradient(y, [h, x]), [[2.0, 4.0], [5.0, 16.0]])
+
+    def test_a_layer_that_flattens_what_is_flat(self):
+        x = tensor([[1.0, 2.0]])
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            h = keras.layers.Flatten()(x)
+            y = ops.sum(h * h) + ops.sum(x)
+        close(tape.gradient(y, h), [[2.0, 4.0]])
+
+    def test_computed_inside_a_pause(self):
+        x = tensor([1.0, 2.0])
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            with tape.stop_recording():
+                h = ops.reshape(x, (2,))
+            y = ops.sum(h * x)
+        close(tape.gradient(y, x), [1.0, 2.0])
+
+    @pytest.mark.parametrize("stop", [ops.stop_gradient, kg.stop_gradient])
+    def test_stopped_before_the_block(self, stop):
+        x = tensor(3.0)
+        constant = stop(x)
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            y = x * constant
+        close(tape.gradient(y, x), 3.0)

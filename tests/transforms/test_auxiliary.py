@@ -257,3 +257,15 @@ class TestNested:
         close(tape.gradient(aux["twice"], x), np.full(3, 2.0))
         close(tape.gradient(gradients, x), np.full(3, 6.0))
         close(tape.gradient(per_example, x), 6 * X**2)
+
+
+def test_a_variable_as_aux_has_the_value_of_the_call():
+    c = keras.Variable(1.0)
+
+    def fun(x):
+        c.assign(ops.sum(x))
+        return ops.sum(x) * c, c
+
+    _, aux = kg.grad(fun, has_aux=True)(tensor([1.0, 2.0]))
+    close(aux, 3.0)
+    close(c.value, 1.0)

@@ -1,7 +1,10 @@
 """What all that compiles sees of a function's surroundings: with each change, the next call gives the new value."""
 
 import functools
+import gc
+import operator
 import types
+import weakref
 
 import keras
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
+from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.closures import surroundings
 from tests.cases import close, tensor
 
@@ -338,3 +342,116 @@ def test_installed_packages_are_not_looked_into():
 
     fun = lambda x: scipy.optimize.rosen(x)  # noqa: E731
     assert len(surroundings(fun).key) <= 3
+
+
+combine = operator.add
+
+
+ROWS = np.array([[1.0, 2.0], [3.0, 5.0]], "float32")
+
+
+class TestWhatAProgramDependsOn:
+    def test_the_mode_of_the_call_around(self):
+        class Inner(layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.bn = layers.BatchNormalization()
+                self.jacobian = kg.batch_jacobian(lambda x: self.bn(x))
+
+            def build(self, shape):
+                self.bn.build(shape)
+
+            def call(self, x, training=False):
+                return self.jacobian(x)
+
+        layer = Inner()
+        alone = ops.convert_to_numpy(layer(ROWS, training=False))
+        mixed = ops.convert_to_numpy(layer(ROWS, training=True))
+        close(alone, np.tile(np.eye(2) / np.sqrt(1 + 1e-3), (2, 1, 1)), rtol=1e-4)
+        assert np.abs(mixed).max() < 0.1  # two examples, normalized, are always -1 and 1
+
+    def test_a_frozen_layer_in_a_layer_of_ones_own(self):
+        class Own(layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.bn = layers.BatchNormalization()
+
+            def build(self, shape):
+                self.bn.build(shape)
+
+            def call(self, x, training=None):
+                return self.bn(x, training=training)
+
+        own = Own()
+        own.build((None, 2))
+        listed = [own]
+        for fun in (own, lambda x, training: listed[0](x, training=training)):
+            own.bn.trainable = True
+            jacobian = kg.batch_jacobian(fun)
+            jacobian(ROWS, training=True)
+            own.bn.trainable = False
+            close(jacobian(ROWS, training=True), np.tile(np.eye(2) / np.sqrt(1 + 1e-3), (2, 1, 1)), rtol=1e-4)
+
+    def test_a_builtin(self, monkeypatch):
+        def fun(x):
+            return combine(x, 3.0 * x)
+
+        close(kg.jacobian(fun)(tensor([1.0])), [[4.0]])
+        monkeypatch.setitem(globals(), "combine", operator.mul)
+        close(kg.jacobian(fun)(tensor([1.0])), [[6.0]])
+
+    def test_a_callable_object(self):
+        factor = 1.0
+
+        class Scaled:
+            def __call__(self, x):
+                return factor * x
+
+        fun = Scaled()
+        close(kg.jacobian(fun)(tensor([1.0])), [[1.0]])
+        factor = 4.0
+        close(kg.jacobian(fun)(tensor([1.0])), [[4.0]])
+
+    def test_a_function_as_an_argument(self):
+        factor = 1.0
+
+        def scaled(x):
+            return factor * x
+
+        jacobian = kg.jacobian(lambda x, g: g(x))
+        close(jacobian(tensor([1.0]), scaled), [[1.0]])
+        factor = 4.0
+        close(jacobian(tensor([1.0]), scaled), [[4.0]])
+
+    def test_zeros_of_either_sign(self):
+        s = 0.0
+
+        def fun(x):
+            return ops.where(1.0 / ops.convert_to_tensor(s) > 0, x, 5.0 * x)
+
+        close(kg.jacobian(fun)(tensor([1.0])), [[1.0]])
+        s = -0.0
+        close(kg.jacobian(fun)(tensor([1.0])), [[5.0]])
+
+    def test_arrays_that_were_let_go_are_let_go(self):
+        data = tensor([1.0, 2.0])
+
+        def fun(x):
+            return x * data
+
+        alive = []
+        for i in range(9):
+            data = tensor([float(i), 2.0])
+            if keras.config.backend() != "tensorflow":  # its tensors cannot be referred to weakly
+                alive.append(weakref.ref(data))
+            close(kg.jacobian(fun)(tensor([1.0, 1.0])), np.diag([float(i), 2.0]))
+        gc.collect()
+        assert sum(r() is not None for r in alive) <= compiled.MOST_SURROUNDINGS
+
+    def test_floatx(self):
+        try:
+            keras.config.set_floatx("float16")
+            assert "float16" in str(kg.jacobian(lambda x: x * x)(2.0).dtype)
+        finally:
+            keras.config.set_floatx("float32")
+        close(kg.jacobian(lambda x: x * x)(2.0), 4.0)

@@ -1,9 +1,11 @@
 """grad, value_and_grad, vjp and jvp: values against closed forms, composed, on models, and their errors."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from keras import layers, ops
 
 import keras_gradtools as kg
 from tests.cases import CASES, case_id, close, tensor
@@ -220,3 +222,44 @@ def test_a_model_in_training_mode_keeps_its_state():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         call()
+
+
+def _cubes(x):
+    return ops.sum(x**3)
+
+
+ROWS = np.array([[1.0, 2.0], [3.0, 5.0]], "float32")
+
+
+class TestWithoutGradMode:
+    """Keras builds, evaluates and predicts without torch's grad mode."""
+
+    def test_gradient_by_a_variable_in_a_call(self):
+        class Sharpness(layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.scale = self.add_weight(shape=(2,), initializer="ones")
+
+            def call(self, x):
+                return x * ops.sum(kg.grad(lambda s: ops.sum(s**3))(self.scale))
+
+        model = keras.Sequential([keras.Input((2,)), Sharpness()])
+        close(model.predict(ROWS, verbose=0), 6 * ROWS)
+
+    def test_products(self, backend):
+        if backend == "torch":
+            import torch
+
+            quiet = torch.no_grad()
+        else:
+            quiet = warnings.catch_warnings()
+        v = keras.Variable([1.0, 2.0])
+        with quiet:
+            close(kg.grad(_cubes)(v), [3.0, 12.0])
+            close(kg.hvp(_cubes, (v,), (tensor([1.0, 1.0]),))[0], [6.0, 12.0])
+            close(kg.hessian(_cubes)(v), np.diag([6.0, 12.0]))
+
+
+def test_none_as_an_argument_is_named():
+    with pytest.raises(ValueError, match="Argument 1 under `grad` must be a tensor.*None"):
+        kg.grad(lambda p, q: ops.sum(p), argnums=(0, 1))(tensor(ROWS), {"b": None})

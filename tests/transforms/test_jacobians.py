@@ -11,7 +11,7 @@ import keras_gradtools as kg
 from keras_gradtools import backend as kernels
 from keras_gradtools import jacobians
 from tests.cases import CASES, case_id, close, tensor
-from tests.compilers import with_every_compiler
+from tests.compilers import with_every_compiler, with_unknown_batch
 
 WAYS = [("auto", None), ("forward", None), ("reverse", None), ("forward", 2), ("reverse", 2)]
 RNG = np.random.default_rng(0)
@@ -361,3 +361,49 @@ def test_a_plan_counts_elements_of_one_example():
     assert jacobians.Plan([wide], [narrow], "auto", batch_axes=1).counts == [2]
     assert jacobians.Plan([wide], [narrow], "reverse", batch_axes=1).counts == [5]
     assert jacobians.Plan([narrow], [wide], "auto").counts == [14]
+
+
+ROWS = np.array([[1.0, 2.0], [3.0, 5.0]], "float32")
+
+
+class TestUnknownBatch:
+    @pytest.mark.parametrize("chunk_size", [None, 1])
+    @pytest.mark.parametrize("mode", ["auto", "forward", "reverse"])
+    def test_batch_jacobian(self, mode, chunk_size):
+        jacobian = with_unknown_batch(kg.batch_jacobian(lambda x: x**3, mode=mode, chunk_size=chunk_size), (2,))
+        close(jacobian(tensor(ROWS)), np.stack([np.diag(3 * x**2) for x in ROWS]), rtol=1e-5)
+
+    @pytest.mark.parametrize("count", [0, 2])
+    def test_fewer_rows_than_a_chunk(self, count):
+        jacobian = with_unknown_batch(kg.jacobian(lambda x: x**2, mode="reverse", chunk_size=9), (2,))
+        expected = np.einsum("bi,bc,ij->bicj", 2 * ROWS[:count], np.eye(count), np.eye(2))
+        close(jacobian(tensor(ROWS[:count])), expected)
+
+    def test_tape_and_full_jacobian(self):
+        def both(x):
+            with kg.GradientTape() as tape:
+                tape.watch(x)
+                y = x**2
+            return tape.batch_jacobian(y, x), kg.jacobian(lambda x: ops.sum(x**2, axis=0))(x)
+
+        by_example, full = with_unknown_batch(both, (2,))(tensor(ROWS))
+        close(by_example, np.stack([np.diag(2 * x) for x in ROWS]))
+        close(full, np.einsum("ki,bi->kbi", np.eye(2), 2 * ROWS))
+
+    def test_in_fit_with_a_last_batch_that_is_smaller(self):
+        class Penalized(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.dense = layers.Dense(1)
+
+            def call(self, x):
+                return self.dense(x)
+
+            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+                return ops.mean(kg.batch_jacobian(lambda x: self.dense(x) ** 2)(ops.convert_to_tensor(x)) ** 2)
+
+        model = Penalized()
+        model.compile("sgd")
+        x = np.random.default_rng(0).normal(size=(10, 2)).astype("float32")
+        history = model.fit(x, x[:, :1], batch_size=4, epochs=2, verbose=0)
+        assert np.isfinite(history.history["loss"]).all()

@@ -1,5 +1,7 @@
 """kernel_hessian: equal to the Hessian that `hessian` gives, in models of all kinds; and when it refuses."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -149,3 +151,37 @@ def test_one_call_of_the_layer_must_not_feed_another():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         call()
+
+
+ROWS = np.array([[1.0, 2.0], [3.0, 5.0]], "float32")
+
+
+class TestKernelHessian:
+    def test_a_regularizer_whose_gradient_vanishes(self):
+        layer = layers.Dense(1, kernel_initializer="zeros")
+        model = keras.Sequential([layers.Input((2,)), layer])
+        with pytest.raises(ValueError, match="through the layer's calls alone"):
+            kg.kernel_hessian(lambda x: ops.sum(model(x) ** 2) + 10 * ops.sum(layer.kernel**2), layer)(ROWS)
+
+    def test_no_examples(self):
+        layer = layers.Dense(3)
+        model = keras.Sequential([layers.Input((2,)), layer])
+        found = kg.kernel_hessian(lambda x: ops.sum(model(x) ** 2), layer)(ROWS[:0])
+        close(found, np.zeros((2, 3, 2, 3)))
+
+    def test_two_threads(self):
+        layer = layers.Dense(1, use_bias=False)
+        model = keras.Sequential([layers.Input((2,)), layer])
+        call, found = layer.call, []
+
+        def run():
+            found.append(ops.convert_to_numpy(kg.kernel_hessian(lambda x: ops.sum(model(x) ** 2), layer)(ROWS)))
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for hessian in found:
+            close(hessian[:, 0, :, 0], 2 * ROWS.T @ ROWS, rtol=1e-4)
+        assert len(found) == 4 and layer.call == call

@@ -120,3 +120,25 @@ def test_unconnected_is_zero():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         call()
+
+
+class TestPerExample:
+    def test_a_variable_under_a_tape(self):
+        v = keras.Variable(3.0)
+        with kg.GradientTape() as tape:
+            y = ops.sum(kg.per_example_grad(lambda w, x: ops.sum(w * w * v * x))(2.0, tensor([1.0, 2.0])))
+        close(tape.gradient(y, v), 12.0)
+
+    def test_a_gradient_inside(self):
+        found = kg.per_example_grad(lambda w, x: ops.sum(kg.grad(lambda x: ops.sum(w * x**3))(x) ** 2))(
+            tensor(2.0), tensor([1.0, 2.0])
+        )
+        close(found, [36.0, 576.0], rtol=1e-5)
+
+    def test_a_reversed_gradient(self):
+        found = kg.per_example_grad(lambda w, x: ops.sum(kg.reverse_gradient(w) * x))(2.0, tensor([1.0, 2.0]))
+        close(found, [-1.0, -2.0])
+
+    def test_no_examples(self):
+        found = kg.per_example_grad(lambda w, x: ops.sum(w * x))(tensor([2.0]), np.zeros((0, 1), "float32"))
+        assert tuple(found.shape) == (0, 1)
