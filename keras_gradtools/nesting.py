@@ -35,7 +35,7 @@ def use_registry(load):
 
 
 def flatten(structure):
-    """The leaves of a nested structure as a list. Dict entries are in the order of their sorted keys."""
+    """The leaves of a nested structure as a list. Dicts are sorted by key, an `OrderedDict` is in its own order."""
     leaves: list = []
     _extend(leaves, structure)
     return leaves
@@ -131,7 +131,7 @@ class Places(NamedTuple):
 
 
 class _Constants:
-    """The metadata of a registered container. All have the same hash, because it may not be hashable."""
+    """The metadata of a registered container. The hash is constant, because the metadata may not be hashable."""
 
     __slots__ = ("value",)
 

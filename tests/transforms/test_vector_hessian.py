@@ -109,5 +109,5 @@ def test_a_third_derivative():
 
 
 def test_flatten_hessian_takes_that_of_a_scalar():
-    with pytest.raises(ValueError, match=r"flatten_hessian takes .* of a scalar.*\(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"flatten_hessian takes .* for a scalar.*\(2, 3, 3\)"):
         kg.flatten_hessian(kg.hessian(waves)(tensor(X)))
