@@ -5,6 +5,7 @@
 | `Cumprod`                  | wrong if an entry is zero; so is the second derivative of `Prod` with two zeros     |
 | `ImageProjectiveTransformV3` | an interpolation by the inverse transform, not the adjoint; none of the transform |
 | `ScaleAndTranslate`        | an error for an image in double precision                                           |
+| `SoftmaxCrossEntropyWithLogits` | wrong if the labels of an example do not sum to 1; so is every mixed second derivative |
 | `Lu`, `XlaDynamicUpdateSlice`, `XlaDynamicSlice` | missing                                                       |
 
 The gradients here consist of operations that have right gradients, so they can be differentiated to any order. They
@@ -24,6 +25,7 @@ def install():
         "Cumprod": _cumprod,
         "ImageProjectiveTransformV3": _projective_transform,
         "ScaleAndTranslate": _scale_and_translate(ops.gradient_registry.lookup("ScaleAndTranslate")),
+        "SoftmaxCrossEntropyWithLogits": _softmax_cross_entropy,
     }.items():
         _registry.pop(name, None)
         ops.RegisterGradient(name)(gradient)
@@ -43,6 +45,21 @@ def _pulled_back(fun, inputs, upstream):
         tape.watch(inputs)
         value = fun(*inputs)
     return tape.gradient(value, inputs, upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
+def _softmax_cross_entropy(op, of_loss, of_difference):
+    """The vjp of `-sum(labels * log_softmax(logits))` and of the second output, `softmax(logits) - labels`."""
+    # Eagerly, TensorFlow does not keep the labels.
+    logits, difference = op.inputs[0], op.outputs[1]
+    probabilities, of_loss = tf.nn.softmax(logits), of_loss[..., None]
+    # The difference sums to 0 if the labels sum to 1.
+    by_logits = of_loss * (difference - probabilities * tf.reduce_sum(difference, -1, keepdims=True))
+    by_labels = -of_loss * tf.nn.log_softmax(logits)
+    if of_difference is not None:
+        mean = tf.reduce_sum(of_difference * probabilities, -1, keepdims=True)
+        by_logits += probabilities * (of_difference - mean)
+        by_labels -= of_difference
+    return by_logits, by_labels
 
 
 def _cumprod(op, upstream):

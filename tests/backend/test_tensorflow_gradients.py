@@ -162,3 +162,43 @@ def test_resizing_by_lanczos_in_double_precision():
     gradient = kg.grad(lambda x: ops.mean(ops.image.resize(x, (5, 3), interpolation="lanczos3")))(images)
     assert gradient.dtype == "float64"
     close(ops.sum(gradient), 1.0)
+
+
+class TestCrossEntropy:
+    """TensorFlow takes the sum of the labels for 1: the gradient by the logits is softmax - labels to it."""
+
+    LABELS = np.array([[0.5, 2.0, 0.0], [0.2, 0.3, 0.5]])
+    LOGITS = np.array([[0.3, -1.0, 0.4], [2.0, 0.1, -0.5]])
+
+    def softmax(self):
+        e = np.exp(self.LOGITS)
+        return e / e.sum(-1, keepdims=True)
+
+    @pytest.mark.parametrize("transform", [lambda fun: fun, kg.jit])
+    def test_first_derivative(self, transform):
+        gradient = transform(kg.grad(lambda t, z: ops.sum(self.loss(t, z)), argnums=(0, 1)))
+        by_labels, by_logits = gradient(tensor(self.LABELS), tensor(self.LOGITS))
+        close(by_labels, -np.log(self.softmax()))
+        close(by_logits, self.LABELS.sum(-1, keepdims=True) * self.softmax() - self.LABELS)
+
+    def test_second_derivative(self):
+        (by_labels, mixed), (_, by_logits) = kg.hessian(self.loss, argnums=(0, 1))(
+            tensor(self.LABELS[:1]), tensor(self.LOGITS[:1])
+        )
+        p, total = self.softmax()[0], self.LABELS[0].sum()
+        close(ops.squeeze(by_labels), np.zeros((3, 3)))
+        close(ops.squeeze(mixed), p[None] - np.eye(3))
+        close(ops.squeeze(by_logits), total * (np.diag(p) - np.outer(p, p)))
+
+    def loss(self, labels, logits):
+        return ops.categorical_crossentropy(labels, logits, from_logits=True)
+
+    @only_tensorflow
+    def test_its_second_output(self):
+        import tensorflow as tf
+
+        def difference(z):
+            return tf.raw_ops.SoftmaxCrossEntropyWithLogits(features=z, labels=tensor(self.LABELS)).backprop
+
+        blocks = kg.batch_jacobian(difference)(tensor(self.LOGITS))
+        close(blocks, [np.diag(p) - np.outer(p, p) for p in self.softmax()])
