@@ -5,7 +5,7 @@
 | `Cumprod`                  | wrong if an entry is zero; so is the second derivative of `Prod` with two zeros     |
 | `ImageProjectiveTransformV3` | an interpolation by the inverse transform, not the adjoint; none of the transform |
 | `ScaleAndTranslate`        | an error for an image in double precision                                           |
-| `SoftmaxCrossEntropyWithLogits` | wrong if the labels of an example do not sum to 1; so is every mixed second derivative |
+| `SoftmaxCrossEntropyWithLogits` | wrong if labels do not sum to 1; so is the mixed second derivative  |
 | `Lu`, `XlaDynamicUpdateSlice`, `XlaDynamicSlice` | missing                                                       |
 
 The gradients here consist of operations that have right gradients, so they can be differentiated to any order. They
