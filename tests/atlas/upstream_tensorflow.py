@@ -48,6 +48,11 @@ REPORTS = (
         differences(lambda t: cube_of_normalized(t, 1e-3), 2),
     ),
     Report(
+        "`tf.nn.softmax_cross_entropy_with_logits([1., 1.], [z, 0.])` by z = 0, whose labels sum to 2",
+        lambda: slope(lambda z: tf.nn.softmax_cross_entropy_with_logits([1.0, 1.0], tf.stack([z, 0.0])), 0.0),
+        0.0,
+    ),
+    Report(
         "the product of `tf.linalg.svd([[1, t], [t, 1]], compute_uv=False)` at t = 0, second derivative",
         lambda: slope(lambda t: tf.reduce_prod(tf.linalg.svd(off_diagonal(t), compute_uv=False)), np.float32(0.0), 2),
         -2.0,
