@@ -115,8 +115,8 @@ def plot_gradient_flow(layers, ax=None, quantity="gradient_norm"):
     count = max(map(len, curves.values()), default=0)
     if not count:
         raise ValueError(
-            f"plot_gradient_flow expects a dict of values by layer, or a GradientMonitor or history with {quantity!r} "
-            f"by layer. Received: {validation.describe(layers)}. Pass `fit` a kg.callbacks.GradientMonitor."
+            "plot_gradient_flow expects as `layers` a dict of values by layer, or a GradientMonitor or history with "
+            f"{quantity!r} by layer. Received: {validation.describe(layers)}. Pass `fit` a kg.callbacks.GradientMonitor."
         )
     values = np.full((count, len(curves)), np.nan)
     for place, column in enumerate(curves.values()):
