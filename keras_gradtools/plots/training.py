@@ -116,7 +116,8 @@ def plot_gradient_flow(layers, ax=None, quantity="gradient_norm"):
     if not count:
         raise ValueError(
             "plot_gradient_flow expects as `layers` a dict of values by layer, or a GradientMonitor or history with "
-            f"{quantity!r} by layer. Received: {validation.describe(layers)}. Pass `fit` a kg.callbacks.GradientMonitor."
+            f"{quantity!r} by layer. Received: {validation.describe(layers)}. "
+            "Pass `fit` a kg.callbacks.GradientMonitor."
         )
     values = np.full((count, len(curves)), np.nan)
     for place, column in enumerate(curves.values()):
