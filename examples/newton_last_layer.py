@@ -72,7 +72,7 @@ def train(seed, train, test, epochs, with_newton):
     callbacks = [watch]
     if with_newton:
         # Before the other, which then sees the weights after the step.
-        callbacks.insert(0, kg.callbacks.NewtonStep(train, model.get_layer("head"), curvature="gauss_newton"))
+        callbacks.insert(0, kg.callbacks.NewtonStep(train, variables=model.get_layer("head"), curvature="gauss_newton"))
     history = model.fit(*train, batch_size=BATCH_SIZE, epochs=epochs, verbose=0, callbacks=callbacks, shuffle=False)
     return history.history, watch
 

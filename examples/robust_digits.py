@@ -95,7 +95,7 @@ def train(name, data, watched, epochs):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     trained.compile(keras.optimizers.Adam(rate), loss)
     # After this one, EarlyStopping(WATCHED, mode="max") could act on what it logs, or ModelCheckpoint.
-    monitor = kg.callbacks.RobustnessMonitor(*watched, (STRENGTH,), every=5, steps=10, jacobian=False)
+    monitor = kg.callbacks.RobustnessMonitor(watched, "5 epochs", epsilons=(STRENGTH,), steps=10, jacobian=False)
     start = time.perf_counter()
     history = trained.fit(*data, batch_size=BATCH_SIZE, epochs=epochs, verbose=0, callbacks=[monitor])
     return model, history.history, time.perf_counter() - start

@@ -508,6 +508,7 @@ def rows():
                 "log_dir": "directory?",
             },
         ),
+        "Monitor": (cb.Monitor, {}, "every: every, prefix: text, log_dir: directory?"),
         "NewtonStep": (
             cb.NewtonStep,
             batches,
@@ -529,9 +530,9 @@ def rows():
         ),
         "RobustnessMonitor": (
             cb.RobustnessMonitor,
-            {"x": PICTURES, "y": Y},
+            {"data": (PICTURES, Y)},
             (
-                "x: examples, y: labels, epsilons: epsilons, every: count, norm: choice, clip: clip?, "
+                "data: data, epsilons: epsilons, every: every, norm: choice, clip: clip?, "
                 "steps: count, restarts: count, jacobian: flag, seed: seed?, batch_size: count"
             ),
         ),
@@ -613,6 +614,7 @@ BAD["vector"] = lambda: [
 BAD["column"] = lambda: ["abc", 3, object(), generator(), symbolic(), {1}, np.ones(7), np.ones(3) * 1j, [None] * 3]
 BAD["matrix"] = lambda: ["abc", 3, object(), generator(), symbolic(), {1}, None, np.ones((3, 2)), np.eye(3) * 1j]
 BAD["directions"] = lambda: ["abc", 3, object(), symbolic(), {1}, np.ones(7), [None, None], np.ones((2, 8)) * 1j]
+BAD["text"] = lambda: [None, 3, 1j, object(), generator(), symbolic(), {1}, ops.ones(3)]
 BAD["directory"] = lambda: [3, 1j, object(), symbolic(), {1}, ops.ones(3)]
 BAD["bar"] = lambda: ["abc", None, 7, 1j, object(), symbolic(), {1}, ops.ones(3), []]
 BAD["verbosity"] = lambda: ["abc", 7, -1, 1j, object(), symbolic(), {1}, ops.ones(3)]

@@ -255,7 +255,7 @@ def compiled_model():
 @pytest.mark.parametrize("inputs", [None, "x"])
 def test_monitors(inputs):
     jacobians = kg.callbacks.BatchJacobianMonitor(EXAMPLES, radius=0.01, inputs=inputs)
-    attacks = kg.callbacks.RobustnessMonitor(EXAMPLES, LABELS, (0.05,), steps=2, inputs=inputs)
+    attacks = kg.callbacks.RobustnessMonitor((EXAMPLES, LABELS), epsilons=(0.05,), steps=2, inputs=inputs)
     history = compiled_model().fit(EXAMPLES, LABELS, epochs=1, verbose=0, callbacks=[jacobians, attacks]).history
     values = np.linalg.svd(jacobian(), compute_uv=False)
     close(history["jacobian_spectral_norm_max"][0], values[:, 0].max(), rtol=1e-3)

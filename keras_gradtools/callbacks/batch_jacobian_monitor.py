@@ -3,12 +3,11 @@
 import warnings
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_gradtools import chosen_inputs, validation
-from keras_gradtools.callbacks.left_out import LeftOut
-from keras_gradtools.callbacks.schedule import Schedule
+from keras_gradtools.callbacks.monitor import Monitor
+from keras_gradtools.callbacks.quantities import checked_quantities
 from keras_gradtools.curvature.batch_loss import checked_model
 from keras_gradtools.diagnostics.batch_independence import batch_independence
 from keras_gradtools.diagnostics.jacobian_spectrum import (
@@ -28,7 +27,7 @@ QUANTITIES = ("spectral_norm", "frobenius_norm", *OF_ALL_VALUES, "local_lipschit
 _FIRST_STEPS, _LIPSCHITZ_STEPS = 5, 1
 
 
-class BatchJacobianMonitor(keras.callbacks.Callback):
+class BatchJacobianMonitor(Monitor):
     r"""Logs properties of the model's Jacobian at fixed examples during `fit`.
 
     With the singular values $\sigma_1 \ge \dots \ge \sigma_r$ of the Jacobian of each example, it logs for
@@ -42,15 +41,16 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
 
     The values appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in the
     list can use them, if you give them a direction:
-    `keras.callbacks.EarlyStopping("jacobian_spectral_norm_max", mode="min")`. If it measures every n batches, the logs
-    of an epoch have the last values. Before training, `kg.diagnostics.batch_independence` checks that the examples do
-    not depend on one another, since otherwise a Jacobian of one example has no meaning. Nothing in the model changes.
-    After the first measurement, nothing is traced again. A Jacobian that is not finite is logged as NaN. A quantity
-    that cannot be measured for this model is left out with a warning.
+    `keras.callbacks.EarlyStopping("jacobian_spectral_norm_max", mode="min")`. Before training,
+    `kg.diagnostics.batch_independence` checks that the examples do not depend on one another, since otherwise a
+    Jacobian of one example has no meaning. Nothing in the model changes. After the first measurement, nothing is traced
+    again. A Jacobian that is not finite is logged as NaN. A quantity that cannot be measured for this model is left out
+    with a warning.
 
     Args:
         x: The examples, tensors of shape `(batch, ...)` in any nested structure. A dozen examples are enough.
-        every: `"epoch"`, or an integer n to measure after every n batches.
+        every: When to measure: `"epoch"`, a string such as `"5 epochs"`, or an integer n for every n batches. See
+            `kg.callbacks.Monitor`.
         quantities: Names of the quantities above to log. By default all, without those that need all singular values
             if the Jacobian is too large to form.
         training: Whether the model is called in training mode.
@@ -63,7 +63,7 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
     Attributes:
         spectra: A list with the singular values of each measurement, of shape `(batch, r)`.
             `kg.plots.plot_singular_values` draws it. Empty if the Jacobian is not formed.
-        last: A dict of the values that were logged last.
+        last: A dict of the values that were measured last.
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if the examples do not fit the model or depend on one another, or
@@ -91,34 +91,22 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
     def __init__(
         self, x, every="epoch", quantities=None, *, training=False, method="auto", radius=0.1, seed=0, inputs=None
     ):
-        super().__init__()
-        self._schedule = Schedule(NAME, every)
-        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on.
-        self.async_safe = self._schedule.is_due_after_epoch()
+        super().__init__(every, prefix="jacobian_")
         check_options(NAME, method, ITERATIONS, seed)
         check_radius(NAME, radius)
-        chosen = (quantities,) if isinstance(quantities, str) else quantities
-        known = chosen is None or (isinstance(chosen, (tuple, list)) and chosen and set(chosen) <= set(QUANTITIES))
-        if not known:
-            raise ValueError(
-                f"{NAME} expects some of {', '.join(QUANTITIES)} as `quantities`. "
-                f"Received: quantities={validation.shown(quantities)}."
-            )
-        if not isinstance(training, bool):
-            raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
+        self._quantities = checked_quantities(NAME, quantities, QUANTITIES)
+        validation.require_flag(NAME, "training", training)
         checked_examples(NAME, x)
-        self._given, self._quantities, self._inputs = x, chosen, chosen_inputs.checked_choice(NAME, inputs)
+        self._given, self._inputs = x, chosen_inputs.checked_choice(NAME, inputs)
         self._kwargs = {"training": training}
         self._method, self._radius, self._seed = method, radius, seed
         self._examples: Any = None
         self._by: Any = None
         self._directions: Any = None
         self._chosen: tuple = ()
-        self._left_out = LeftOut(NAME)
         self.spectra: list = []
-        self.last: dict[str, float] = {}
 
-    def on_train_begin(self, logs=None):
+    def begin(self):
         model = checked_model(NAME, self.model)
         self._examples = checked_examples(NAME, self._given)
         self._by = checked_inputs(NAME, model, self._examples, self._inputs)
@@ -132,18 +120,9 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
             self._method = chosen_method(model, self._examples, self._by, self._kwargs)
         self._chosen = self._checked_quantities()
         self._directions = None
-        self._left_out = LeftOut(NAME)
-        self._schedule.begin()
 
-    def on_train_batch_end(self, batch, logs=None):
-        if self._schedule.is_due_after_batch():
-            self._measure(logs)
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self._schedule.is_due_after_epoch():
-            self._measure(logs)
-        elif logs is not None:
-            logs.update(self.last)
+    def end(self):
+        self._examples = self._by = self._directions = None
 
     def _checked_quantities(self):
         if self._method == "explicit":
@@ -157,16 +136,12 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
             )
         return tuple(q for q in self._quantities or QUANTITIES if q not in OF_ALL_VALUES)
 
-    def _measure(self, logs):
-        # Between training steps on JAX, Keras keeps the current weights outside of the variables.
-        sync = getattr(self.model, "jax_state_sync", None)
-        if sync is not None:
-            sync()
+    def measure(self):
         model = checked_model(NAME, self.model)
         found: dict[str, float] = {}
         spectrum: Any = None
         if set(self._chosen) - {"local_lipschitz"}:
-            spectrum = self._left_out.tried(
+            spectrum = self.attempt(
                 "the singular values",
                 lambda: spectrum_of(model, self._examples, self._by, self._kwargs, self._method, seed=self._seed),
             )
@@ -177,12 +152,10 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
                 if quantity != "local_lipschitz":
                     found |= _summary(quantity, getattr(spectrum, quantity))
         if "local_lipschitz" in self._chosen:
-            ratios = self._left_out.tried("local_lipschitz", lambda: self._lipschitz_ratios(model))
+            ratios = self.attempt("local_lipschitz", lambda: self._lipschitz_ratios(model))
             if ratios is not None:
                 found |= _summary("local_lipschitz", ratios)
-        self.last = found
-        if logs is not None:
-            logs.update(found)
+        return found
 
     def _lipschitz_ratios(self, model):
         # The directions of the last measurement are good starting points, since the weights changed little.
@@ -198,11 +171,10 @@ class BatchJacobianMonitor(keras.callbacks.Callback):
 
 def _summary(quantity, values):
     """The log entries of one quantity, from its values for all examples."""
-    name = f"jacobian_{quantity}"
     if quantity == "condition_number":
-        return {f"{name}_median": float(np.median(values))}
+        return {f"{quantity}_median": float(np.median(values))}
     if quantity == "effective_rank":
-        return {f"{name}_mean": float(np.mean(values))}
+        return {f"{quantity}_mean": float(np.mean(values))}
     if quantity == "dynamical_isometry":
-        return {name: float(np.sqrt(np.mean(values**2)))}
-    return {f"{name}_mean": float(np.mean(values)), f"{name}_max": float(np.max(values))}
+        return {quantity: float(np.sqrt(np.mean(values**2)))}
+    return {f"{quantity}_mean": float(np.mean(values)), f"{quantity}_max": float(np.max(values))}

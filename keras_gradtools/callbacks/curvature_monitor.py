@@ -4,21 +4,22 @@ import functools
 import math
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.callbacks.left_out import LeftOut
-from keras_gradtools.callbacks.schedule import Schedule
+from keras_gradtools.callbacks.loss_on_data import LossOnData
+from keras_gradtools.callbacks.monitor import Monitor
 from keras_gradtools.curvature.estimate import Estimate
 from keras_gradtools.curvature.hessian import Hessian
 from keras_gradtools.curvature.spectrum_ends import spectrum_ends
 
 NAME = "CurvatureMonitor"
+# Matrices up to size `_SMALL` are formed. After `_MOST_PRODUCTS` products, eigenvalues are logged without convergence.
+_SMALL, _MOST_PRODUCTS = 16, 60
 
 
-class CurvatureMonitor(keras.callbacks.Callback):
+class CurvatureMonitor(Monitor):
     r"""Logs the curvature of the loss on fixed data during `fit`.
 
     It logs:
@@ -30,13 +31,13 @@ class CurvatureMonitor(keras.callbacks.Callback):
     - `gradient_norm`, the norm of the gradient over the data.
 
     The values appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in the
-    list can use them, if you give them a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. If it
-    measures every n batches, the logs of an epoch have the last values. Nothing in the model changes, and the random
-    vectors do not come from the generators that the model uses.
+    list can use them, if you give them a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`.
+    Nothing in the model changes, and the random vectors do not come from the generators that the model uses.
 
     Args:
         data: The data of the loss, as for `kg.curvature.Hessian`. About a hundred examples are enough.
-        every: `"epoch"`, or an integer n to measure after every n batches.
+        every: When to measure: `"epoch"`, a string such as `"5 epochs"`, or an integer n for every n batches. See
+            `kg.callbacks.Monitor`.
         variables: Trainable variables in a list, or a layer. Default: all trainable variables of the model.
         loss: A loss as `compile` takes it. Default: the compiled loss, without the terms that a wrapper of `kg.models`
             adds.
@@ -47,6 +48,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
             the trace out. They sample only the part of the matrix outside the subspace found for the eigenvalues.
         seed: An integer that seeds the random vectors. They are the same in every measurement.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
+
+    Attributes:
+        last: A dict of the values that were measured last.
 
     Raises:
         ValueError: If an option is invalid. When `fit` begins, if the model has no loss or returns different values for
@@ -87,7 +91,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
         seed=0,
         batch_size=256,
     ):
-        super().__init__()
+        super().__init__(every)
         if not validation.is_number(tol) or not 0 < tol < 1:
             raise ValueError(
                 f"{NAME} expects a number between 0 and 1 as `tol`. Received: tol={validation.shown(tol)}."
@@ -98,54 +102,22 @@ class CurvatureMonitor(keras.callbacks.Callback):
                 f"{NAME} expects 0, or an integer of 2 or more, as `trace_matvecs`. "
                 f"Received: {validation.shown(trace_matvecs)}."
             )
-        self._schedule = Schedule(NAME, every)
-        validation.require_data(NAME, data)
-        validation.require_loss(NAME, loss)
-        validation.require_variables(NAME, variables)
-        validation.require_flag(NAME, "training", training)
-        validation.require_count(NAME, "batch_size", batch_size)
-        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on.
-        self.async_safe = self._schedule.is_due_after_epoch()
-        self._data, self._variables, self._loss, self._training = data, variables, loss, training
-        self._tol, self._trace_matvecs, self._seed, self._batch_size = tol, trace_matvecs, seed, batch_size
+        self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
+        self._tol, self._trace_matvecs, self._seed = tol, trace_matvecs, seed
         self._operator: Any = None
-        self._left_out = LeftOut(NAME)
         self._start: Any = None
         self._begins_at_once: bool | None = None
-        self.last: dict[str, float] = {}
 
-    def on_train_begin(self, logs=None):
-        self._operator = Hessian(
-            self.model,
-            self._loss,
-            self._data,
-            self._variables,
-            self._training,
-            batch_size=self._batch_size,
-            verbose=0,
-        )
+    def begin(self):
+        self._operator = self._loss_on_data.operator(Hessian, self.model)
         self._operator.check("product")
-        self._left_out = LeftOut(NAME)
         self._start = self._begins_at_once = None
-        self._schedule.begin()
 
-    def on_train_batch_end(self, batch, logs=None):
-        if self._schedule.is_due_after_batch():
-            self._measure(logs)
+    def measure(self):
+        return self.attempt("the curvature", self._measured) or {}
 
-    def on_epoch_end(self, epoch, logs=None):
-        if self._schedule.is_due_after_epoch():
-            self._measure(logs)
-        elif logs is not None:
-            logs.update(self.last)
-
-    def on_train_end(self, logs=None):
+    def end(self):
         self._operator = None
-
-    def _measure(self, logs):
-        self.last = self._left_out.tried("the curvature", self._measured) or {}
-        if logs is not None:
-            logs.update(self.last)
 
     def _measured(self):
         hessian = self._operator
@@ -197,7 +169,3 @@ class CurvatureMonitor(keras.callbacks.Callback):
             return math.nan, math.nan, Estimate(math.nan, math.nan) if self._trace_matvecs else None, gradient_norm
         self._start = found.start
         return found.smallest, found.largest, found.trace, gradient_norm
-
-
-# Matrices up to size `_SMALL` are formed. After `_MOST_PRODUCTS` products, eigenvalues are logged without convergence.
-_SMALL, _MOST_PRODUCTS = 16, 60

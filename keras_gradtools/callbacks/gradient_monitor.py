@@ -1,17 +1,15 @@
 """A callback that logs gradients for each layer."""
 
 import math
-import os
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.callbacks.event_file import EventFile
-from keras_gradtools.callbacks.left_out import LeftOut
-from keras_gradtools.callbacks.schedule import Schedule
+from keras_gradtools.callbacks.loss_on_data import LossOnData
+from keras_gradtools.callbacks.monitor import Monitor
+from keras_gradtools.callbacks.quantities import checked_quantities
 from keras_gradtools.curvature.batches import Batches
 from keras_gradtools.curvature.hessian import Hessian
 from keras_gradtools.diagnostics.dead_units import rectifying_layers, zero_units
@@ -22,7 +20,7 @@ NAME = "GradientMonitor"
 QUANTITIES = ("gradient_norm", "dead_units", "update_to_weight_ratio", "gradient_noise_scale")
 
 
-class GradientMonitor(keras.callbacks.Callback):
+class GradientMonitor(Monitor):
     r"""Logs the gradient of the loss on fixed data during `fit`, for the whole model and for each layer.
 
     With $g$ the gradient of the mean loss on `data`, it logs:
@@ -36,15 +34,15 @@ class GradientMonitor(keras.callbacks.Callback):
       `kg.diagnostics.gradient_noise_scale`.
 
     The values appear in the `History`, `CSVLogger` and `TensorBoard`. Callbacks after this one in the list can use
-    them, if you give them a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. If it measures
-    every n batches, the logs of an epoch have the last values. With `log_dir`, TensorBoard shows the same numbers and a
-    histogram of the gradient of each variable. Values that are not finite are logged as NaN, and left out in
-    TensorBoard. A quantity that cannot be measured for this model is left out with a warning, such as the noise scale
-    if an example cannot be evaluated alone. Nothing in the model changes.
+    them, if you give them a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. With `log_dir`,
+    TensorBoard shows the same numbers and a histogram of the gradient of each variable. Values that are not finite are
+    logged as NaN, and left out in TensorBoard. A quantity that cannot be measured for this model is left out with a
+    warning, such as the noise scale if an example cannot be evaluated alone. Nothing in the model changes.
 
     Args:
         data: The data of the loss, as for `kg.curvature.Hessian`. A few dozen examples are enough.
-        every: `"epoch"`, or an integer n to measure after every n batches.
+        every: When to measure: `"epoch"`, a string such as `"5 epochs"`, or an integer n for every n batches. See
+            `kg.callbacks.Monitor`.
         quantities: Names of the quantities above to log. Default: all.
         variables: Trainable variables in a list, or a layer. Default: all trainable variables of the model.
         loss: A loss as `compile` takes it. Default: the compiled loss, without the terms that a wrapper of `kg.models`
@@ -52,7 +50,7 @@ class GradientMonitor(keras.callbacks.Callback):
         training: Whether the model is called in training mode.
         per_layer: Whether the logs contain the values of each layer. `layers` and TensorBoard always contain them.
         log_dir: Folder for TensorBoard files, which needs `pip install "keras-gradtools[tensorboard]"`. The step in
-            these files is the number of the epoch, starting at 0 as in Keras, or the number of the batch.
+            these files is the number of the epoch, starting at 0 as in Keras, or the number of batches.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
 
     Attributes:
@@ -101,127 +99,92 @@ class GradientMonitor(keras.callbacks.Callback):
         log_dir=None,
         batch_size=256,
     ):
-        super().__init__()
-        self._schedule = Schedule(NAME, every)
-        validation.require_data(NAME, data)
-        validation.require_loss(NAME, loss)
-        validation.require_variables(NAME, variables)
-        validation.require_flag(NAME, "training", training)
-        validation.require_count(NAME, "batch_size", batch_size)
-        chosen = (quantities,) if isinstance(quantities, str) else quantities
-        known = chosen is None or (isinstance(chosen, (tuple, list)) and chosen and set(chosen) <= set(QUANTITIES))
-        if not known:
-            raise ValueError(
-                f"{NAME} expects some of {', '.join(QUANTITIES)} as `quantities`. "
-                f"Received: quantities={validation.shown(quantities)}."
-            )
-        if not isinstance(per_layer, bool):
-            raise ValueError(
-                f"{NAME} expects True or False as `per_layer`. Received: per_layer={validation.shown(per_layer)}."
-            )
-        if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
-            raise ValueError(f"{NAME} expects a path as `log_dir`. Received: {validation.describe(log_dir)}.")
-        self._quantities = tuple(chosen or QUANTITIES)
-        self._data, self._variables, self._loss, self._training = data, variables, loss, training
-        self._per_layer, self._log_dir, self._batch_size = per_layer, log_dir, batch_size
+        super().__init__(every, log_dir=log_dir)
+        self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
+        self._quantities = checked_quantities(NAME, quantities, QUANTITIES) or QUANTITIES
+        validation.require_flag(NAME, "per_layer", per_layer)
+        self._per_layer = per_layer
         self._operator: Any = None
         self._examples: Any = None
         self._batches: Any = None
         self._rectifying: frozenset = frozenset()
-        self._left_out = LeftOut(NAME)
-        self._events: Any = None
+        self._gradient: list | None = None
         self._places: dict[str, list[int]] = {}
         self._before: list | None = None
         self._steps: int | None = None
-        self._last_batch = 0
-        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on.
-        self.async_safe = self._schedule.is_due_after_epoch()
+        self._epoch = self._last_batch = 0
         self.layers: dict[str, dict[str, list[float]]] = {}
-        self.last: dict[str, float] = {}
 
-    def on_train_begin(self, logs=None):
-        self._left_out = LeftOut(NAME)
-        common = (self._loss, self._data, self._variables, self._training)
+    def begin(self):
+        given = self._loss_on_data
         # Only the gradient of this operator is used.
-        self._operator = Hessian(self.model, *common, batch_size=self._batch_size, verbose=0)
-        if "gradient_norm" in self._quantities or self._log_dir is not None:
+        self._operator = given.operator(Hessian, self.model)
+        if self._needs_gradient():
             self._operator.check("gradient")
         self._places = places_by_layer(self._operator.model, self._operator.variables)
         if "gradient_noise_scale" in self._quantities:
-            loss, data, variables, training = common
-            self._examples = ExampleGradients(NAME, self.model, data, loss, variables, training, self._batch_size)
+            common = (given.data, given.loss, given.variables, given.training, given.batch_size)
+            self._examples = ExampleGradients(NAME, self.model, *common)
         if "dead_units" in self._quantities:
-            self._batches = Batches(NAME, self._data, self._batch_size)
+            self._batches = Batches(NAME, given.data, given.batch_size)
             self._rectifying = rectifying_layers(self._operator.model)
-        if self._log_dir is not None:
-            self._events = EventFile(NAME, self._log_dir)
         self._steps, self._before = (self.params or {}).get("steps"), None
-        self._schedule.begin()
+
+    def end(self):
+        self._operator = self._examples = self._batches = self._before = self._gradient = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
 
     def on_train_batch_begin(self, batch, logs=None):
         self._last_batch = batch
         if "update_to_weight_ratio" in self._quantities and self._is_measured_after(batch):
             self._before = self._weights()
 
-    def on_train_batch_end(self, batch, logs=None):
-        if self._schedule.is_due_after_batch():
-            self._measure(logs, self._schedule.batches)
-
     def on_epoch_end(self, epoch, logs=None):
-        if self._schedule.is_due_after_epoch():
-            self._measure(logs, epoch)
-        elif logs is not None:
-            logs.update(self._logged())
+        super().on_epoch_end(epoch, logs)
         self._steps = self._last_batch + getattr(self.model, "steps_per_execution", 1)
 
-    def on_train_end(self, logs=None):
-        self._operator = self._examples = self._batches = self._before = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-
-    def _is_measured_after(self, batch):
-        """Whether a measurement follows the step (or the `steps_per_execution` steps) that begins with this batch."""
-        if not self._schedule.is_due_after_epoch():
-            return self._schedule.is_due_next()
-        # With a generator, the number of steps is only known after the first epoch.
-        steps = getattr(self.model, "steps_per_execution", 1)
-        return self._steps is not None and batch + steps >= self._steps
-
-    def _weights(self):
-        """Copies of the weights as NumPy arrays."""
-        self._sync()
-        return [np.array(ops.convert_to_numpy(v), "float64") for v in self._operator.variables]
-
-    def _sync(self):
-        # Between training steps on JAX, Keras keeps the current weights outside of the variables.
-        sync = getattr(self.model, "jax_state_sync", None)
-        if sync is not None:
-            sync()
-
-    def _measure(self, logs, step):
-        self._sync()
+    def measure(self):
         found: dict[str, float] = {}
-        gradient = None
-        if "gradient_norm" in self._quantities or self._events is not None:
-            gradient = self._left_out.tried("gradient_norm", self._gradient)
+        gradient = self.attempt("gradient_norm", self._gradients) if self._needs_gradient() else None
         if "gradient_norm" in self._quantities and gradient is not None:
             found |= self._by_layer("gradient_norm", gradient, _length)
+        self._gradient = gradient if self._log_dir is not None else None
         if "dead_units" in self._quantities:
-            found |= self._left_out.tried("dead_units", self._dead_units) or {}
+            found |= self.attempt("dead_units", self._dead_units) or {}
         if "update_to_weight_ratio" in self._quantities:
             found |= self._update_ratios()
         if "gradient_noise_scale" in self._quantities:
-            noise = self._left_out.tried("gradient_noise_scale", self._examples.noise)
+            noise = self.attempt("gradient_noise_scale", self._examples.noise)
             if noise is not None:
                 found["gradient_noise_scale"] = noise.noise_scale
-        self.last = found
-        if logs is not None:
-            logs.update(self._logged())
-        if self._events is not None:
-            self._write(gradient, step)
+        return found
 
-    def _gradient(self):
+    def histograms(self):
+        if self._gradient is None:
+            return {}
+        pairs = zip(self._operator.variables, self._gradient, strict=True)
+        return {f"gradients/{v.path}": part for v, part in pairs}
+
+    def _needs_gradient(self):
+        return "gradient_norm" in self._quantities or self._log_dir is not None
+
+    def _is_measured_after(self, batch):
+        """Whether a measurement follows the step (or the `steps_per_execution` steps) that begins with this batch."""
+        steps = getattr(self.model, "steps_per_execution", 1)
+        if not self._schedule.counts_epochs:
+            return self._schedule.will_be_due_after_batch(batch + steps - 1)
+        # With a generator, the number of steps is only known after the first epoch.
+        is_last = self._steps is not None and batch + steps >= self._steps
+        return is_last and self._schedule.is_due_after_epoch(self._epoch)
+
+    def _weights(self):
+        """Copies of the weights as NumPy arrays."""
+        self.sync_weights()
+        return [np.array(ops.convert_to_numpy(v), "float64") for v in self._operator.variables]
+
+    def _gradients(self):
         flat = self._operator.gradient()
         return [flat[place].astype("float64") for place in self._operator.slices]
 
@@ -241,8 +204,9 @@ class GradientMonitor(keras.callbacks.Callback):
 
     def _dead_units(self):
         found: dict[str, np.ndarray] = {}
+        training = self._loss_on_data.training
         for x, _, _ in self._batches:
-            for name, is_dead in zero_units(self._operator.model, x, self._training, self._rectifying).items():
+            for name, is_dead in zero_units(self._operator.model, x, training, self._rectifying).items():
                 found[name] = found.get(name, True) & is_dead
         if not found:
             return {}
@@ -256,13 +220,6 @@ class GradientMonitor(keras.callbacks.Callback):
         pairs = [(now - before, before) for before, now in zip(self._before, self._weights(), strict=True)]
         self._before = None
         return self._by_layer("update_to_weight_ratio", pairs, _ratio)
-
-    def _write(self, gradient, step):
-        self._events.scalars(self.last, step)
-        paths = [v.path for v in self._operator.variables]
-        if gradient is not None:
-            self._events.histograms({f"gradients/{p}": g for p, g in zip(paths, gradient, strict=True)}, step)
-        self._events.flush()
 
 
 def _length(parts):

@@ -3,11 +3,11 @@
 import warnings
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_gradtools import validation
-from keras_gradtools.callbacks.schedule import Schedule
+from keras_gradtools.callbacks.loss_on_data import LossOnData
+from keras_gradtools.callbacks.monitor import Monitor
 from keras_gradtools.curvature import dense_memory
 from keras_gradtools.curvature.batches import refuse_non_finite
 from keras_gradtools.curvature.newton_step import (
@@ -25,7 +25,7 @@ NAME = "NewtonStep"
 SOLVERS = ("cg", "dense")
 
 
-class NewtonStep(keras.callbacks.Callback):
+class NewtonStep(Monitor):
     r"""Takes a damped Newton step $p = -(B + \lambda I)^{-1} g$ on some weights at the end of an epoch.
 
     Use it to finish what a first-order optimizer leaves unfinished, such as the last layer of a classifier, or all
@@ -42,8 +42,9 @@ class NewtonStep(keras.callbacks.Callback):
 
     Args:
         data: The data of the loss, as for `kg.curvature.Hessian`. Each evaluation and each product reads all of it.
+        every: When to take a step: `"epoch"`, a string such as `"5 epochs"`, or an integer n for every n batches. See
+            `kg.callbacks.Monitor`.
         variables: Trainable variables in a list, or a layer. Default: all trainable variables of the model.
-        every: `"epoch"`, or an integer n for a step after every n batches.
         solver: `"cg"`, conjugate gradients with products only, or `"dense"`, which forms and factorizes the matrix.
         curvature: `"hessian"`, or `"gauss_newton"`, which has no negative curvature for convex losses.
         damping: The initial $\lambda$, 0 or more. The attribute `damping` holds the $\lambda$ of the next step.
@@ -91,12 +92,12 @@ class NewtonStep(keras.callbacks.Callback):
     def __init__(
         self,
         data,
-        variables=None,
         every="epoch",
+        *,
+        variables=None,
         solver="cg",
         curvature="hessian",
         damping=1e-3,
-        *,
         loss=None,
         training=False,
         max_iterations=250,
@@ -107,7 +108,7 @@ class NewtonStep(keras.callbacks.Callback):
         batch_size=256,
         verbose=0,
     ):
-        super().__init__()
+        super().__init__(every, prefix="newton_")
         for name, value, choices in (("solver", solver, SOLVERS), ("curvature", curvature, tuple(CURVATURES))):
             if not validation.is_one_of(value, choices):
                 raise ValueError(
@@ -128,34 +129,18 @@ class NewtonStep(keras.callbacks.Callback):
             )
         self.damping = float(damping)
         self.last_step: Any = None
-        self._schedule = Schedule(NAME, every)
-        validation.require_data(NAME, data)
-        validation.require_loss(NAME, loss)
-        validation.require_variables(NAME, variables)
-        validation.require_flag(NAME, "training", training)
-        validation.require_count(NAME, "batch_size", batch_size)
-        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on.
-        self.async_safe = self._schedule.is_due_after_epoch()
-        self._data, self._variables, self._loss, self._training = data, variables, loss, training
-        self._solver, self._curvature, self._batch_size = solver, curvature, batch_size
+        self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
+        self._solver, self._curvature = solver, curvature
         self._max_iterations, self._rtol, self._max_attempts = max_iterations, rtol, max_attempts
         self._rank = checked_rank(NAME, preconditioner_rank)
         self._allow_underdetermined, self._verbose = allow_underdetermined, verbose
         self._operator: Any = None
+        self._equations: Any = None
         self._preconditioner: Any = None
 
-    def on_train_begin(self, logs=None):
+    def begin(self):
         self._has_warned = False
-        cls = CURVATURES[self._curvature]
-        self._operator = cls(
-            self.model,
-            self._loss,
-            self._data,
-            self._variables,
-            self._training,
-            batch_size=self._batch_size,
-            verbose=0,
-        )
+        self._operator = self._loss_on_data.operator(CURVATURES[self._curvature], self.model)
         refuse_non_finite(NAME, self._operator.batches())
         self._equations = NormalEquations(self._operator)
         if self._solver == "cg":
@@ -165,23 +150,12 @@ class NewtonStep(keras.callbacks.Callback):
         if self._solver == "dense":
             dense_memory.check(NAME, self._operator.shape[0], np.dtype("float64"))
         self._operator.check("product")
-        self._schedule.begin()
 
-    def on_train_batch_end(self, batch, logs=None):
-        if self._schedule.is_due_after_batch():
-            self._take_step(logs)
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self._schedule.is_due_after_epoch():
-            self._take_step(logs)
-        elif self.last_step is not None and logs is not None:
-            logs.update(self._logs())
-
-    def on_train_end(self, logs=None):
+    def end(self):
         # Compiled programs stay cached with the model.
-        self._operator = self._preconditioner = None
+        self._operator = self._equations = self._preconditioner = None
 
-    def _take_step(self, logs):
+    def measure(self):
         operator = self._operator
         operator.draw_anew()
         if self._solver == "cg":
@@ -204,16 +178,11 @@ class NewtonStep(keras.callbacks.Callback):
                 f"{NAME}: {found.message}, from {found.loss:.6g} by {found.decrease:.3g}; step of length "
                 f"{found.step_length:.3g}, ratio {found.ratio:.3g}, damping {found.damping:.3g}"
             )
-        if logs is not None:
-            logs.update(self._logs())
-
-    def _logs(self):
-        found = self.last_step
         return {
-            "newton_step_length": found.step_length,
-            "newton_damping": found.damping,
-            "newton_ratio": found.ratio,
-            "newton_decrease": found.decrease,
-            "newton_cg_iterations": found.iterations,
-            "newton_step_reason": int(found.reason),
+            "step_length": found.step_length,
+            "damping": found.damping,
+            "ratio": found.ratio,
+            "decrease": found.decrease,
+            "cg_iterations": found.iterations,
+            "step_reason": int(found.reason),
         }

@@ -1,33 +1,30 @@
-"""A callback that attacks a classifier after each epoch and logs its robustness."""
+"""A callback that attacks a classifier during training and logs its robustness."""
 
 import warnings
 
-import keras
-
 from keras_gradtools import nesting, validation
 from keras_gradtools.attacks.robustness_metrics import RobustnessMetrics
-from keras_gradtools.callbacks.left_out import LeftOut
+from keras_gradtools.callbacks.monitor import Monitor
 
 NAME = "RobustnessMonitor"
 
 
-class RobustnessMonitor(keras.callbacks.Callback):
-    """Attacks the model on held-out examples after each epoch, and logs the `kg.attacks.robustness_metrics`.
+class RobustnessMonitor(Monitor):
+    """Attacks the model on held-out examples during `fit`, and logs the `kg.attacks.robustness_metrics`.
 
     The names begin with `val_`, as in `val_pgd_0.1_accuracy`. The values appear in the `History` and in the progress
     bar. Callbacks after this one in the list can use them, if you give them a direction:
-    `keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max")`. They are missing in epochs without a
-    measurement, as validation results are with `validation_freq`.
+    `keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max")`.
 
     A warning is given when the model shows signs of masked gradients: accuracy under PGD above that under FGSM or
-    noise, or accuracy left at a huge strength. Consecutive measurements with signs give one warning. `signs` holds the
-    signs of the last measurement.
+    noise, or accuracy left at a huge strength. Consecutive measurements with signs give one warning.
 
     Args:
-        x: Held-out examples of shape `(batch, ...)`, floating-point numbers within `clip`.
-        y: Classes of shape `(batch,)`, or one-hot vectors.
+        data: Held-out examples in a tuple `(x, y)`: `x` of shape `(batch, ...)`, floating-point numbers within `clip`,
+            and `y`, classes of shape `(batch,)`, or one-hot vectors.
+        every: When to measure: `"epoch"`, a string such as `"5 epochs"`, or an integer n for every n batches. See
+            `kg.callbacks.Monitor`.
         epsilons: Strengths of the attacks, in units of `x`.
-        every: Number of epochs from one measurement to the next.
         norm: Norm in which the strength is measured, `"inf"` or 2.
         clip: Range of the data, `(smallest, largest)`, or None for no range.
         steps: Number of steps of PGD.
@@ -38,6 +35,10 @@ class RobustnessMonitor(keras.callbacks.Callback):
         batch_size: Number of examples per batch.
         inputs: Name, key or position of the input to perturb if `x` has several. Default: the only floating-point
             input. The other inputs are not changed.
+
+    Attributes:
+        signs: The signs of masked gradients in the last measurement, a list of sentences.
+        last: A dict of the values that were measured last.
 
     Raises:
         ValueError: If an option is invalid. When `fit` begins, if the examples, the labels or the model are invalid.
@@ -53,7 +54,7 @@ class RobustnessMonitor(keras.callbacks.Callback):
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
     >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     >>> x, y = np.array([[0.75, 0.5], [0.0, 1.0]], "float32"), np.array([0, 1])
-    >>> monitor = kg.callbacks.RobustnessMonitor(x, y, epsilons=(0.1,), every=2)
+    >>> monitor = kg.callbacks.RobustnessMonitor((x, y), every="2 epochs", epsilons=(0.1,))
     >>> history = model.fit(x, y, epochs=4, verbose=0, callbacks=[monitor])
     >>> len(history.history["val_pgd_0.1_accuracy"])
     2
@@ -61,11 +62,10 @@ class RobustnessMonitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        y,
-        epsilons=(0.1,),
-        every=1,
+        data,
+        every="epoch",
         *,
+        epsilons=(0.1,),
         norm="inf",
         clip=(0.0, 1.0),
         steps=20,
@@ -75,9 +75,11 @@ class RobustnessMonitor(keras.callbacks.Callback):
         batch_size=128,
         inputs=None,
     ):
-        super().__init__()
-        validation.require_count(NAME, "every", every)
-        expected = f"{NAME} expects arrays of shape (batch, ...) as `x` and `y`"
+        super().__init__(every, prefix="val_")
+        expected = f"{NAME} expects arrays of shape (batch, ...) in a tuple (x, y) as `data`"
+        if not isinstance(data, (tuple, list)) or len(data) != 2:
+            raise ValueError(f"{expected}. Received: data={validation.describe(data)}.")
+        x, y = data
         parts = nesting.flatten(x) or [None]
         if len(parts) > 1:
             parts = [a for a in parts if a is not None and len(getattr(a, "shape", ()))] or [None]
@@ -88,29 +90,25 @@ class RobustnessMonitor(keras.callbacks.Callback):
                 f"y={validation.describe(y)}."
             )
         self.signs = []
-        self._left_out = LeftOut(NAME)
-        self._examples, self._every = (x, y), every
+        self._examples = (x, y)
         self._metrics = RobustnessMetrics(
             epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size, NAME, inputs
         )
 
-    def on_train_begin(self, logs=None):
-        self._left_out = LeftOut(NAME)
+    def begin(self):
         self._metrics.checked(self.model, *self._examples)
 
-    def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self._every:
-            return
+    def measure(self):
         had_signs = bool(self.signs)
-        measured = self._left_out.tried("all metrics", lambda: self._metrics.measure(self.model, *self._examples))
+        measured = self.attempt("all metrics", lambda: self._metrics.measure(self.model, *self._examples))
         if measured is None:
-            return
+            return {}
         metrics, self.signs = measured
-        if logs is not None:
-            logs.update({f"val_{name}": value for name, value in metrics.items()})
         if self.signs and not had_signs:
+            when = f"epoch {self.step + 1}" if self._schedule.counts_epochs else f"batch {self.step}"
             warnings.warn(
-                f"After epoch {epoch + 1} the model shows signs of masked gradients: {'; '.join(self.signs)}. Its "
+                f"After {when} the model shows signs of masked gradients: {'; '.join(self.signs)}. Its "
                 "accuracy under attack then says little about its robustness.",
                 stacklevel=2,
             )
+        return metrics

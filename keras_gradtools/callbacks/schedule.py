@@ -1,38 +1,55 @@
-"""When a callback does its work: after every epoch, or after every n batches."""
+"""When a callback does its work: after every epoch, after every n epochs, or after every n batches."""
+
+import math
+import re
 
 from keras_gradtools import validation
 
+_EPOCHS = re.compile(r"epoch|([1-9][0-9]*) epochs?")
+
 
 class Schedule:
-    """The argument `every` of a callback: `"epoch"`, or a number of batches.
+    """The argument `every` of a callback: `"epoch"`, a string such as `"5 epochs"`, or a number of batches.
 
     Attributes:
-        batches: Number of batches since `begin`. Not counted with `"epoch"`.
+        counts_epochs: Whether the work is due at the end of epochs.
+        batches: Number of batches since `begin`. Not counted if `counts_epochs`.
     """
 
     def __init__(self, owner, every):
-        if not validation.is_one_of(every, ("epoch",)) and not validation.is_count(every):
+        epochs = _EPOCHS.fullmatch(every) if isinstance(every, str) else None
+        if epochs is None and not validation.is_count(every):
             raise ValueError(
-                f"{owner} expects 'epoch', or a positive number of batches, as `every`. Received: "
-                f"every={validation.describe(every)}."
+                f"{owner} expects 'epoch', a number of epochs such as '5 epochs', or a positive number of batches, as "
+                f"`every`. Received: every={validation.shown(every)}."
             )
-        self._every, self.batches = every, 0
+        self.counts_epochs = epochs is not None
+        self._every = int(epochs[1] or 1) if epochs else int(every)
+        self.begin()
 
-    def begin(self):
-        """Sets the number of batches to 0."""
-        self.batches = 0
+    def begin(self, steps=None):
+        """Sets the number of batches to 0. `steps` is the number of batches of an epoch, if it is known."""
+        self.batches = self._of_epoch = 0
+        self._steps = steps or math.inf
 
-    def is_due_next(self):
-        """Whether the work is due after the batch that begins now."""
-        return self._every != "epoch" and (self.batches + 1) % self._every == 0
-
-    def is_due_after_batch(self):
-        """Counts the batch that has just ended. Returns whether the work is due."""
-        if self._every == "epoch":
+    def is_due_after_batch(self, batch):
+        """Counts the batches up to this one of its epoch, which has just ended. Returns whether the work is due."""
+        if self.counts_epochs:
             return False
-        self.batches += 1
-        return self.batches % self._every == 0
+        is_due = self.will_be_due_after_batch(batch)
+        self.batches, self._of_epoch = self._count_after(batch), batch + 1
+        return is_due
 
-    def is_due_after_epoch(self):
-        """Whether the work is due after every epoch."""
-        return self._every == "epoch"
+    def will_be_due_after_batch(self, batch):
+        """Whether the work will be due when this batch of its epoch ends, the next one that ends."""
+        return not self.counts_epochs and self._count_after(batch) // self._every > self.batches // self._every
+
+    def is_due_after_epoch(self, epoch):
+        """Whether the work is due after this epoch, counted from 0."""
+        return self.counts_epochs and (epoch + 1) % self._every == 0
+
+    def _count_after(self, batch):
+        # A number that does not go up begins an epoch. With `steps_per_execution`, several batches end at once, and the
+        # number of the last ones of an epoch may be too large.
+        of_epoch = self._of_epoch if batch >= self._of_epoch else 0
+        return self.batches + min(batch + 1, self._steps) - of_epoch

@@ -1,13 +1,12 @@
 """Adversarial training: every batch is attacked before it is trained on."""
 
-import threading
 from typing import Any
 
 import keras
 
 from keras_gradtools import chosen_inputs, nesting, validation
 from keras_gradtools.attacks.perturbed_input import OfOneInput
-from keras_gradtools.models.wrapped_model import WrappedModel
+from keras_gradtools.models.wrapped_model import StateOfStep, WrappedModel
 
 NAME = "AdversarialTraining"
 
@@ -73,10 +72,10 @@ class AdversarialTraining(WrappedModel):
             chosen_inputs.choose_one(NAME, model, known, inputs)
         self._inputs = inputs
         self.attack = attack
-        validation.require_seed("AdversarialTraining", seed, may_be_none=True)
+        validation.require_seed(NAME, seed, may_be_none=True)
         self._seed = seed
         self._seeds = keras.random.SeedGenerator(seed)
-        self._step = _Step()
+        self._step: Any = StateOfStep(labels=None)
 
     def train_step(self, *args):
         _, y, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
@@ -120,9 +119,3 @@ class AdversarialTraining(WrappedModel):
             for name in ("model", "attack")
         }
         return cls(**config | restored)
-
-
-class _Step(threading.local):
-    """The step that runs on this thread. The replicas of a distribution strategy run in threads."""
-
-    labels: Any = None

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import threading
 import warnings
 from typing import Any
 
@@ -13,7 +12,7 @@ from keras import ops
 from keras_gradtools import validation
 from keras_gradtools.backend import example_losses
 from keras_gradtools.chosen_inputs import as_tensors, checked_choice, model_inputs
-from keras_gradtools.models.wrapped_model import WrappedModel
+from keras_gradtools.models.wrapped_model import StateOfStep, WrappedModel
 from keras_gradtools.regularization.penalty import Penalty, chosen_positions, restored
 from keras_gradtools.regularization.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.regularization.sample_weights import example_weights
@@ -166,7 +165,7 @@ class InputGradientRegularized(WrappedModel):
         self._seeds = keras.random.SeedGenerator(seed) if target == "outputs" and penalty.may_draw else None
         self._inputs, self._seed = inputs, seed
         self._choice = None
-        self._step = _Step()
+        self._step: Any = StateOfStep(recording=False, record=None)
         penalty.check_precision(self.compute_dtype)
 
     @property
@@ -205,11 +204,6 @@ class InputGradientRegularized(WrappedModel):
                 "a loss to `compile`, or create it with another `target`."
             )
         super().compile(optimizer, loss, *args, **kwargs)
-
-    def compile_from_config(self, config):
-        """Does what Keras does for a model that does not override `compile`."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def _settled(self):
         if self._choice is None:
@@ -329,13 +323,6 @@ class InputGradientRegularized(WrappedModel):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         return cls(**restored(config, ("model", "weight", "target"), custom_objects))
-
-
-class _Step(threading.local):
-    """The step that runs on this thread. The replicas of a distribution strategy run in threads."""
-
-    recording = False
-    record: RecordedCall | None = None
 
 
 class _DrownedLoss(keras.callbacks.Callback):

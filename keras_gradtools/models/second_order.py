@@ -72,15 +72,14 @@ class SecondOrder(WrappedModel):
     """
 
     def __init__(self, model, training=True, **kwargs):
-        if not isinstance(training, bool):
-            raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
+        validation.require_flag(NAME, "training", training)
         super().__init__(NAME, model, **kwargs)
         if self.compute_dtype == "float16":
             raise ValueError(
                 f"{NAME} expects a model that computes in float32, float64 or bfloat16. Received: the model "
                 f"{model.name!r} in float16, whose range second derivatives exceed."
             )
-        self._training = training
+        self._training = bool(training)
         self._last = _LastStep()
         self._problem = None
         self._has_warned = False
@@ -101,11 +100,6 @@ class SecondOrder(WrappedModel):
         optimizer.has_trainer = True
         super().compile(optimizer, *args, **kwargs)
         self._problem, self._has_warned = None, False
-
-    def compile_from_config(self, config):
-        """Does what Keras does for a model that does not override `compile`."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def make_train_function(self, force=False):
         if not self.optimizer.built:

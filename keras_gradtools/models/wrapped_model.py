@@ -1,6 +1,7 @@
 """The base class of the wrappers, models that train another model."""
 
 import contextlib
+import threading
 
 import keras
 
@@ -35,6 +36,11 @@ class WrappedModel(keras.Model):
         keras.Model.jit_compile.fset(self, value)
         self._forward = backend.compiled(self._call_model) if value else self._call_model
 
+    def compile_from_config(self, config):
+        """Does what Keras does for a model that does not override `compile`."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     def _should_torch_compile(self):
         # Keras would compile the whole step, which fails because of the tape in it.
         return False
@@ -64,6 +70,16 @@ class WrappedModel(keras.Model):
 
     def get_config(self):
         return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model)}
+
+
+class StateOfStep(threading.local):
+    """What the methods of a wrapper share during a step. Each thread begins with these values and has its own.
+
+    The replicas of a distribution strategy run in threads.
+    """
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
 
 
 def _check_model(owner, model):

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import struct
 import sys
 
 import keras
@@ -12,6 +11,7 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools.callbacks import GradientMonitor
+from tests.event_files import events_of
 
 RNG = np.random.default_rng(23)
 X = RNG.normal(size=(24, 5)).astype("float32")
@@ -251,18 +251,6 @@ def test_weights_of_zero_that_move():
 
 
 # --- TensorBoard ---
-
-
-def events_of(folder):
-    """The events in the only file of a folder."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    (path,) = folder.glob("events.out.tfevents.*")
-    content, place = path.read_bytes(), 0
-    while place < len(content):
-        (length,) = struct.unpack_from("<Q", content, place)
-        yield Event.FromString(content[place + 12 : place + 12 + length])
-        place += length + 16
 
 
 @pytest.mark.parametrize(("every", "steps"), [("epoch", [0, 1, 2]), (2, [2, 4, 6, 8])])

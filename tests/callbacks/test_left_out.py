@@ -150,9 +150,9 @@ class TestTheOthers:
             (X + 1, CLASSES, "within the range `clip`"),
             (X, CLASSES + 5, "expects classes from 0 to 1"),
         ):
-            never_begins(classifier(), RobustnessMonitor(x, y), match, y=CLASSES)
+            never_begins(classifier(), RobustnessMonitor((x, y)), match, y=CLASSES)
         with pytest.raises(ValueError, match=r"arrays of shape \(batch, ...\) .*Received: 'text'"):
-            RobustnessMonitor({"x": "text"}, CLASSES)
+            RobustnessMonitor(({"x": "text"}, CLASSES))
 
     def test_integers_have_no_jacobian(self):
         with pytest.raises(ValueError, match="floating-point inputs.*int32"):
@@ -162,7 +162,7 @@ class TestTheOthers:
         def fail(*args, **kwargs):
             raise RuntimeError("in its own way\nand more")
 
-        monitor = RobustnessMonitor(X, CLASSES, epsilons=(0.1,), steps=1, jacobian=False)
+        monitor = RobustnessMonitor((X, CLASSES), epsilons=(0.1,), steps=1, jacobian=False)
         monkeypatch.setattr(monitor._metrics, "measure", fail)
         history, warned = fit(classifier(), CLASSES, monitor)
         assert warned == [

@@ -69,7 +69,7 @@ def fit_with_state(wrap, *callbacks):
 
 @functools.cache
 def monitored(wrap):
-    return fit_with_state(wrap, RobustnessMonitor(X, Y, **OPTIONS))
+    return fit_with_state(wrap, RobustnessMonitor((X, Y), **OPTIONS))
 
 
 WRAPPERS = [
@@ -105,7 +105,7 @@ class TestOnAModelWithState:
 
 class TestHistory:
     def test_they_stand_beside_those_of_the_validation(self):
-        monitor = RobustnessMonitor(X, Y, **OPTIONS | {"jacobian": True})
+        monitor = RobustnessMonitor((X, Y), **OPTIONS | {"jacobian": True})
         history = fit(linear(), monitor, validation_data=(X, Y))
         assert {"val_loss", "val_clean_accuracy", "val_pgd_0.1_accuracy", "val_jacobian_norm"} <= history.keys()
         assert len(history["val_loss"]) == len(history["val_pgd_0.1_accuracy"]) == 2
@@ -120,7 +120,7 @@ class TestHistory:
             def on_epoch_end(self, epoch, logs=None):
                 epochs.append("val_clean_accuracy" in logs)
 
-        history = fit(linear(), RobustnessMonitor(X, Y, every=2, **OPTIONS), Seen(), epochs=5)
+        history = fit(linear(), RobustnessMonitor((X, Y), every="2 epochs", **OPTIONS), Seen(), epochs=5)
         assert epochs == [False, True, False, True, False]
         assert len(history["val_clean_accuracy"]) == 2 and len(history["loss"]) == 5
         assert "val_jacobian_norm" not in history
@@ -130,14 +130,14 @@ class TestHistory:
         stop = keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max", patience=1)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*masked gradients")
-            history = fit(linear(), RobustnessMonitor(X, Y, **OPTIONS), stop, rate=0.0, epochs=9)
+            history = fit(linear(), RobustnessMonitor((X, Y), **OPTIONS), stop, rate=0.0, epochs=9)
         expected = robustness_metrics(linear(), X, Y, verbose=0, **OPTIONS)["pgd_0.1_accuracy"]
         assert history["val_pgd_0.1_accuracy"] == [expected] * 2
 
 
 class TestMaskedGradients:
     def test_a_warning_once_and_the_signs(self):
-        monitor = RobustnessMonitor(X, Y, **OPTIONS)
+        monitor = RobustnessMonitor((X, Y), **OPTIONS)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             history = fit(quantizing(), monitor, rate=0.0, epochs=3)
@@ -147,7 +147,7 @@ class TestMaskedGradients:
         assert history["val_gradient_zero_share"] == [1.0] * 3
 
     def test_a_warning_again_after_epochs_without(self):
-        model, monitor = quantizing(), RobustnessMonitor(X, Y, **OPTIONS)
+        model, monitor = quantizing(), RobustnessMonitor((X, Y), **OPTIONS)
         kernel = model.get_weights()
 
         def set_weights(epoch, logs=None):
@@ -161,7 +161,7 @@ class TestMaskedGradients:
         assert [m[:14] for m in messages] == ["After epoch 1 ", "After epoch 3 "]
 
     def test_no_warning_without_signs(self):
-        monitor = RobustnessMonitor(X, Y, **OPTIONS)
+        monitor = RobustnessMonitor((X, Y), **OPTIONS)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*masked gradients")
             history = fit(linear(), monitor)
@@ -172,8 +172,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"every": 0}, "RobustnessMonitor expects a positive integer as `every`. Received: every=0"),
-            ({"every": True}, "RobustnessMonitor expects a positive integer as `every`. Received: every=True"),
+            ({"every": 0}, "or a positive number of batches, as `every`. Received: every=0"),
+            ({"every": True}, "or a positive number of batches, as `every`. Received: every=True"),
             ({"epsilons": ()}, "RobustnessMonitor expects a list of different positive numbers as `epsilons`"),
             ({"batch_size": 0}, "RobustnessMonitor expects a positive integer as `batch_size`"),
             ({"jacobian": None}, "RobustnessMonitor expects True or False as `jacobian`"),
@@ -181,8 +181,8 @@ class TestErrors:
     )
     def test_options(self, options, message):
         with pytest.raises(ValueError, match=message):
-            RobustnessMonitor(X, Y, **options)
+            RobustnessMonitor((X, Y), **options)
 
     def test_examples_in_the_first_measurement(self):
         with pytest.raises(ValueError, match="RobustnessMonitor expects examples within the range `clip`"):
-            fit(linear(), RobustnessMonitor(X + 1, Y, **OPTIONS))
+            fit(linear(), RobustnessMonitor((X + 1, Y), **OPTIONS))

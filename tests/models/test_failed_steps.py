@@ -215,7 +215,7 @@ MONITORS = {
     "curvature": lambda: CurvatureMonitor((X, Y), every=1),
     "gradients": lambda: GradientMonitor((X, Y), every=1),
     "jacobian": lambda: BatchJacobianMonitor(X, every=1),
-    "robustness": lambda: RobustnessMonitor(X, (Y > 0).astype("int32"), [0.1], every=1, clip=None),
+    "robustness": lambda: RobustnessMonitor((X, (Y > 0).astype("int32")), every=1, epsilons=[0.1], clip=None),
 }
 
 

@@ -247,7 +247,7 @@ def jacobian_monitor(specimen):
 
 def robustness_monitor(specimen):
     x, y = specimen.x, specimen.y
-    return _monitored(specimen, kg.callbacks.RobustnessMonitor(x, y, clip=None, steps=2, jacobian=False), "val_")
+    return _monitored(specimen, kg.callbacks.RobustnessMonitor((x, y), clip=None, steps=2, jacobian=False), "val_")
 
 
 def gradient_monitor(specimen):

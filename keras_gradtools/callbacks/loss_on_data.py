@@ -1,0 +1,21 @@
+"""The loss on fixed data that a callback differentiates."""
+
+from keras_gradtools import validation
+
+
+class LossOnData:
+    """The arguments `data`, `variables`, `loss`, `training` and `batch_size` of a callback, checked."""
+
+    def __init__(self, owner, data, variables, loss, training, batch_size):
+        validation.require_data(owner, data)
+        validation.require_variables(owner, variables)
+        validation.require_loss(owner, loss)
+        validation.require_flag(owner, "training", training)
+        validation.require_count(owner, "batch_size", batch_size)
+        self.data, self.variables, self.loss = data, variables, loss
+        self.training, self.batch_size = training, batch_size
+
+    def operator(self, cls, model):
+        """The curvature operator of this class for this model."""
+        common = (self.loss, self.data, self.variables, self.training)
+        return cls(model, *common, batch_size=self.batch_size, verbose=0)
