@@ -406,7 +406,7 @@ def test_indices_have_no_gradient(dtype, message):
 
 def test_no_compiled_loss():
     model = keras.Sequential([keras.Input((D,)), layers.ActivityRegularization(l2=0.1)])
-    with pytest.raises(ValueError, match="gradient of the compiled loss, and none was compiled"):
+    with pytest.raises(ValueError, match="gradient of the compiled loss and expects a `loss`"):
         regularized(model, None).train_on_batch(X)
 
 
