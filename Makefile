@@ -14,46 +14,46 @@ export TF_CPP_MIN_LOG_LEVEL
 .PHONY: help demo test test-slow test-versions lint types bench docs clean
 
 help:  ## list the targets
-	@echo "make TARGET [BACKEND=tensorflow|jax|torch]; the first target to need it makes .venv"
+	@echo "make TARGET [BACKEND=tensorflow|jax|torch]; .venv is created when it is first needed"
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-14s %s\n", $$1, $$2 }'
 
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "keras-gradtools needs Python 3.11 or newer, and '$(PYTHON)' is not: name one with make PYTHON=..."; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
+		echo "keras-gradtools needs Python 3.11 or newer, and '$(PYTHON)' is not: choose one with make PYTHON=..."; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing the package, the three backends and the development tools into .venv" \
-		"(several minutes the first time, nothing is printed meanwhile)"
+		"(takes several minutes the first time, without output)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 	@echo "Installed"
 
-demo: $(INSTALLED)  ## train on real images, plain and regularized, and compare; BACKEND=tensorflow unless given
+demo: $(INSTALLED)  ## train a digit classifier in four ways, attack each one and compare; BACKEND=tensorflow by default
 	@KERAS_BACKEND=$(or $(BACKEND),tensorflow) $(BIN)/python examples/demo.py
 
 test: $(INSTALLED)  ## run the tests, one process for each backend; narrow with BACKEND=jax TESTS=tests/test_x.py
 	@$(BIN)/python tests/run.py --jobs $(JOBS) $(addprefix --backend ,$(BACKEND)) $(TESTS)
 
-test-slow: $(INSTALLED)  ## run the tests marked slow, in the same way
+test-slow: $(INSTALLED)  ## run only the tests marked slow, one process for each backend
 	@$(BIN)/python tests/run.py --slow --jobs $(JOBS) $(addprefix --backend ,$(BACKEND)) $(TESTS)
 
-test-versions: $(INSTALLED)  ## run the tests of what knows internals on the oldest, newest and next Keras and frameworks; downloads much
+test-versions: $(INSTALLED)  ## run the tests that depend on internals on the oldest, newest and next versions; large downloads
 	@$(BIN)/python tests/versions.py $(addprefix --backend ,$(BACKEND)) $(TESTS)
 
-lint: $(INSTALLED)  ## check style and format, then types
+lint: $(INSTALLED)  ## check style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types
 
-types: $(INSTALLED)  ## check the types of the package
+types: $(INSTALLED)  ## check types with mypy
 	@$(BIN)/mypy
 
-bench: $(INSTALLED)  ## measure against hand-written code, one backend after the other
+bench: $(INSTALLED)  ## compare speed with hand-written code, one backend after the other
 	@$(BIN)/python -m benchmarks.run $(addprefix --backend ,$(BACKEND))
 
 docs: $(INSTALLED)  ## build the API reference into site/
 	@$(BIN)/pdoc --docformat google --math -o site keras_gradtools '!keras_gradtools.backend' '!keras_gradtools.keras_internals'
 	@echo "Open site/index.html"
 
-clean:  ## remove what the targets made, except .venv
+clean:  ## remove everything that the targets create, except .venv
 	@rm -rf .venvs site out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
