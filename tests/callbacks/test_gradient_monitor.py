@@ -121,6 +121,27 @@ def test_every_second_batch():
     )
 
 
+def test_every_second_epoch():
+    monitor = GradientMonitor(DATA, every="2 epochs")
+    history = fitted(monitor, epochs=5)
+    rows = ByHand(epochs=4).rows
+    for name in ("gradient_norm", "update_to_weight_ratio/out"):
+        assert history[name] == pytest.approx([rows[1][name], rows[3][name]], rel=1e-3), name
+
+
+@pytest.mark.usefixtures("needs_steps_per_execution")
+@pytest.mark.parametrize("every", [2, 3])
+def test_steps_of_several_batches(every):
+    # Batches end as 2, 3; 5, 6; 8, 9.
+    monitor = GradientMonitor(DATA, every=every, quantities="update_to_weight_ratio")
+    fitted(monitor, compiled(steps_per_execution=2))
+    each = GradientMonitor(DATA, every=1, quantities="update_to_weight_ratio")
+    fitted(each, compiled(steps_per_execution=2))
+    of_each = each.layers["update_to_weight_ratio"]["out"]
+    chosen = {2: [0, 2, 3, 4], 3: [1, 3, 5]}[every]
+    assert monitor.layers["update_to_weight_ratio"]["out"] == pytest.approx([of_each[i] for i in chosen])
+
+
 @pytest.mark.usefixtures("needs_steps_per_execution")
 def test_the_last_step_of_several_in_one_program():
     model = compiled(steps_per_execution=2)

@@ -206,6 +206,20 @@ class TestTraining:
         fit(slope, note)
         assert seen == weights_after(*range(1, 7))
 
+    @pytest.mark.parametrize("every", ["epoch", 2])
+    def test_the_model_predicts_and_evaluates(self, every):
+        class Loss(Monitor):
+            def measure(self):
+                prediction = self.model.predict(X, verbose=0)[0, 0]
+                return {"predicted": float(prediction), "evaluated": self.model.evaluate(X, Y, verbose=0)}
+
+        model = linear()
+        history = fit(Loss(every), model=model)
+        assert history["predicted"] == (weights_after(3, 6) if every == "epoch" else weights_after(2, 6))
+        assert np.sqrt(history["evaluated"]) == pytest.approx(history["predicted"])
+        # Training goes on as without it.
+        assert model.get_weights()[0].item() == pytest.approx(0.5**6)
+
     def test_an_attempt_that_fails_warns_once(self):
         class Fails(Monitor):
             def measure(self):

@@ -125,6 +125,18 @@ class TestHistory:
         assert len(history["val_clean_accuracy"]) == 2 and len(history["loss"]) == 5
         assert "val_jacobian_norm" not in history
 
+    def test_every_second_batch(self):
+        seen = []
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: seen.append("val_pgd" in str(logs))
+        )
+        monitor = RobustnessMonitor((X, Y), every=2, **OPTIONS)
+        history = fit(linear(), monitor, note, epochs=2)
+        assert seen == [False, True] * 2 and len(history["val_clean_accuracy"]) == 2
+        expected = robustness_metrics(one_linear_model(), X, Y, verbose=0, **OPTIONS)
+        assert monitor.last == pytest.approx({f"val_{name}": value for name, value in expected.items()}, rel=1e-5)
+        assert history["val_gradient_norm_mean"][-1] == monitor.last["val_gradient_norm_mean"]
+
     def test_a_later_callback_stops_on_them(self):
         # With a rate of zero nothing gets better after the first epoch.
         stop = keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max", patience=1)
@@ -143,6 +155,8 @@ class TestMaskedGradients:
             history = fit(quantizing(), monitor, rate=0.0, epochs=3)
         (message,) = [str(w.message) for w in caught if "masked gradients" in str(w.message)]
         assert message.startswith("After epoch 1 ") and all(sign in message for sign in monitor.signs)
+        with pytest.warns(UserWarning, match="^After batch 2 the model shows signs of masked gradients"):
+            fit(quantizing(), RobustnessMonitor((X, Y), every=2, **OPTIONS), rate=0.0, epochs=1)
         assert history["val_masked_gradients"] == [len(monitor.signs)] * 3 and monitor.signs
         assert history["val_gradient_zero_share"] == [1.0] * 3
 
@@ -182,6 +196,14 @@ class TestErrors:
     def test_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             RobustnessMonitor((X, Y), **options)
+
+    @pytest.mark.parametrize("data", [X, (X,), (X, Y, Y), None])
+    def test_data(self, data):
+        match = (
+            r"RobustnessMonitor expects arrays of shape \(batch, ...\) in a tuple \(x, y\) as `data`\. Received: data="
+        )
+        with pytest.raises(ValueError, match=match):
+            RobustnessMonitor(data)
 
     def test_examples_in_the_first_measurement(self):
         with pytest.raises(ValueError, match="RobustnessMonitor expects examples within the range `clip`"):
