@@ -100,7 +100,7 @@ class CurvatureMonitor(Monitor):
         if not validation.is_count(trace_matvecs, 0) or trace_matvecs == 1:
             raise ValueError(
                 f"{NAME} expects 0, or an integer of 2 or more, as `trace_matvecs`. "
-                f"Received: {validation.shown(trace_matvecs)}."
+                f"Received: trace_matvecs={validation.shown(trace_matvecs)}."
             )
         self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
         self._tol, self._trace_matvecs, self._seed = tol, trace_matvecs, seed

@@ -73,7 +73,9 @@ class Monitor(keras.callbacks.Callback):
                 f"{self._owner} expects a string as `prefix`. Received: prefix={validation.shown(prefix)}."
             )
         if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
-            raise ValueError(f"{self._owner} expects a path as `log_dir`. Received: {validation.describe(log_dir)}.")
+            raise ValueError(
+                f"{self._owner} expects a path as `log_dir`. Received: log_dir={validation.shown(log_dir)}."
+            )
         self._prefix, self._log_dir = prefix, log_dir
         self._events: Any = None
         self._left_out = LeftOut(self._owner)
