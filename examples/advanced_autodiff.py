@@ -1,10 +1,10 @@
 """TensorFlow's guide "Advanced automatic differentiation", cell by cell, on any backend.
 
-Open https://www.tensorflow.org/guide/advanced_autodiff beside it: one function for each heading, in the guide's
-order. Every number that is printed has been checked, against its closed form or an identity.
+It follows https://www.tensorflow.org/guide/advanced_autodiff, with one function for each heading, in the guide's order.
+Every printed number is checked against its closed form or an identity.
 
 Run `python examples/advanced_autodiff.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It
-leaves its pictures in out/.
+writes its plots to out/.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Arrays this small gain nothing from several threads, and lose much where the cores are busy.
+# Arrays this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
@@ -59,7 +59,7 @@ def flat(parts):
 
 
 def assert_near(actual, expected, tolerance=1e-5):
-    """Holds each entry to a tolerance relative to the largest one."""
+    """Checks each entry, with a tolerance relative to the largest one."""
     actual, expected = numbers(actual), numbers(expected)
     np.testing.assert_allclose(actual, expected, rtol=0.0, atol=tolerance * np.abs(expected).max())
 
@@ -150,7 +150,7 @@ def custom_gradients():
     console.print("clipped:", gradient)
     assert gradient == 2.0
 
-    # The package has this one.
+    # The package includes this function.
     with kg.GradientTape() as t:
         output = kg.clip_gradient_norm(v * v, 0.5)
     assert number(t.gradient(output, v)) == 2.0
@@ -181,7 +181,7 @@ def custom_gradients_in_a_saved_model():
     assert loaded is not model
     assert gradient == 2.0
 
-    # A layer of the package carries its gradient in its config, and needs no class of your own.
+    # A layer of the package stores its gradient function in its config, so you need no class of your own.
     model = keras.Sequential([keras.Input((1,)), kg.layers.ClipGradientNorm(0.5)])
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "layer.keras"
@@ -315,7 +315,7 @@ def tensor_source():
     j = tape.jacobian(y, layer.kernel)
     console.print(f"j.shape: {tuple(j.shape)}")
     assert tuple(j.shape) == (*y.shape, *layer.kernel.shape) == (7, 10, 5, 10)
-    # An output depends on its own column of the kernel, where it is not cut off.
+    # An output depends only on its own column of the kernel, and only where ReLU is active.
     assert_near(j, np.einsum("bk,bi,kl->bkil", numbers(y) > 0.0, numbers(x), np.eye(10)))
 
     g = tape.gradient(y, layer.kernel)
@@ -356,7 +356,7 @@ def hessian(out):
 
     # The Hessian matrix should be symmetric:
     assert_near(h_mat, ops.transpose(h_mat))
-    # Between its kinks the loss is a quadratic of the kernel, and its Hessian a product of the outputs' slopes.
+    # Between kinks the loss is quadratic in the kernel, and its Hessian is a product of the outputs' derivatives.
     passed1, passed2 = numbers(layer1(inputs)) > 0.0, numbers(x) > 0.0
     slopes = np.einsum("bo,bh,ho,bi->boih", passed2, passed1, numbers(layer2.kernel), numbers(inputs))
     slopes = slopes.reshape(-1, n_params)
@@ -394,7 +394,7 @@ def relu_gradient(x, kernel1, bias1, kernel2, bias2):
 
 def full_hessian(out):
     heading("The full Hessian across multiple variables")
-    # The guide ends its example with the remark that a whole model would need careful concatenation and slicing.
+    # The guide remarks that a whole model would need careful concatenation and slicing.
     rng = np.random.default_rng(2)
     x = normal(rng, (7, 5))
     model = keras.Sequential([keras.Input((5,)), dense(8, "relu", rng), dense(6, "relu", rng)])
@@ -414,7 +414,7 @@ def full_hessian(out):
     assert [part.stop - part.start for part in slices] == [40, 8, 48, 6]
     assert_near(h_mat, ops.transpose(h_mat))
 
-    # Its product with a vector is a change of the gradient, and needs no matrix: the way to go for larger models.
+    # A Hessian-vector product is a derivative of the gradient and needs no matrix, so it suits larger models.
     v = [normal(rng, w.shape) for w in weights]
     (product,) = kg.hvp(loss_of, (weights,), (v,))
     x64, w64, v64 = numbers(x), [numbers(w) for w in weights], [numbers(part) for part in v]
@@ -437,7 +437,7 @@ def full_hessian(out):
     ax.set(title="Hessian of the loss by all variables")
     save(figure, out / "guide_full_hessian.png")
 
-    # Products of the two kernels make it indefinite: an eps below the negative curvature would lead uphill.
+    # Products of the two kernels make it indefinite: with an eps below the negative curvature, the loss could rise.
     lowest = float(np.linalg.eigvalsh(numbers(h_mat))[0])
     console.print(f"lowest eigenvalue: {lowest:.4f}")
     assert lowest < 0.0
@@ -459,7 +459,7 @@ def closed_form_jacobian(x, layer1, layer2, normalize=None):
     z = numbers(x) @ kernel1
     slope1 = np.exp(np.minimum(z, 0.0))
     y = np.where(z > 0.0, z, slope1 - 1.0)
-    # How the features of example b depend on the same features of example c.
+    # The derivatives of the features of example b with respect to the same features of example c.
     between = np.eye(len(y))[:, :, None] + np.zeros(y.shape)
     if normalize is not None:
         y, between = normalize(y)
@@ -511,7 +511,7 @@ def batch_jacobian(out):
     assert error < 1e-6
     console.print(f"error: {error:.1e}")
 
-    # The same for a function or a model.
+    # The same as a transform of a function or a model.
     model = keras.Sequential([keras.Input((5,)), layer1, layer2])
     assert_near(kg.batch_jacobian(model)(x), jb)
 
@@ -541,7 +541,7 @@ def batch_normalization(out):
         return y, (np.eye(n)[:, :, None] - 1.0 / n - y[:, None] * y[None] / n) / deviation
 
     assert_near(j, closed_form_jacobian(x, layer1, layer2, normalize))
-    blocks = numbers(j).swapaxes(1, 2)  # one for each pair of examples
+    blocks = numbers(j).swapaxes(1, 2)  # one block for each pair of examples
     between_examples = np.abs(blocks[~np.eye(7, dtype=bool)]).max(axis=(1, 2))
     console.print(f"entries between two examples reach {between_examples.max():.4f}")
     assert between_examples.min() > 1e-2
@@ -565,14 +565,14 @@ def batch_normalization(out):
     jb = tape.batch_jacobian(y, x)
     console.print(f"jb.shape: {tuple(jb.shape)}")
     assert tuple(jb.shape) == (7, 6, 5)
-    # Each entry is a sum over the outputs of the whole batch, and not what its own example's output does.
+    # Each entry is a sum over the outputs of the whole batch, not the derivative of its own example's output.
     assert_near(jb, blocks.sum(axis=0))
     own = blocks[np.arange(7), np.arange(7)]
     difference = np.abs(numbers(jb) - own).max()
     console.print(f"difference from the diagonal: {difference:.4f}")
     assert difference > 0.1
 
-    # Asked before, the package says so, and names the layer.
+    # `batch_independence` detects this in advance, and names the layer.
     model = keras.Sequential([keras.Input((5,)), layer1, bn, layer2], name="guide")
     report = kg.diagnostics.batch_independence(model, x, training=True)
     console.print(str(report))
@@ -588,7 +588,7 @@ def batch_normalization(out):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the pictures")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plots")
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
 

@@ -1,9 +1,9 @@
 """Trains a digit classifier in four ways, attacks all four, and compares them.
 
-Plainly, on noisy images, on attacked images (FGSM), and with a penalty on the gradient of the loss by the pixels.
+The four ways: plain, on noisy images, on attacked images (FGSM), and with a penalty on the loss gradient by the pixels.
 
-Run `python examples/demo.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It leaves
-its pictures in out/.
+Run `python examples/demo.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It writes
+its plots to out/.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import time
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Models this small gain nothing from several threads, and lose much where the cores are busy.
+# Models this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
@@ -39,8 +39,8 @@ WAYS = {
     "plain": lambda model: model,
     "noise": lambda model: kg.models.AdversarialTraining(model, kg.attacks.GaussianNoise(0.3), seed=0),
     "FGSM": lambda model: kg.models.AdversarialTraining(model, kg.attacks.FGSM(0.1)),
-    # The l1 norm of a gradient is what an attack by the largest change of a pixel makes use of. With ReLU, finite
-    # differences are the method: see docs/penalties.md.
+    # The l1 norm of the gradient is the dual norm of l-infinity attacks. ReLU has kinks, so the penalty uses finite
+    # differences: see docs/penalties.md.
     "penalty": lambda model: kg.models.InputGradientRegularized(
         model, weight=0.01, norm=1, method="finite_difference", step_size=0.1
     ),
@@ -70,7 +70,7 @@ def build_classifier():
 
 
 def wrapped_classifiers():
-    """For each way a classifier and the model that trains it, all from the same initial weights."""
+    """For each way, a classifier and the model that trains it. All classifiers have the same initial weights."""
     first = build_classifier()
     classifiers = [first, *(keras.models.clone_model(first) for _ in range(len(WAYS) - 1))]
     for classifier in classifiers:
@@ -79,7 +79,7 @@ def wrapped_classifiers():
 
 
 class ProgressLine(keras.callbacks.Callback):
-    """One bar for a whole `fit`."""
+    """One progress bar for a whole `fit`."""
 
     def __init__(self, progress, name):
         super().__init__()
@@ -117,7 +117,7 @@ def attack(model, x, y, steps):
 
 
 def step_times(models, x, y, repeats):
-    """The median time of a training step of each model, their steps taking turns."""
+    """The median time of a training step of each model, with the models' steps interleaved."""
     times = [[] for _ in models]
     for _ in range(repeats):
         for model, taken in zip(models, times, strict=True):
@@ -163,7 +163,7 @@ def draw_robustness(results, path):
 
 
 def draw_jacobians(models, x, y, path):
-    """How each logit depends on each pixel, for one test image of every second digit."""
+    """The Jacobian of the logits with respect to the pixels, for one test image of every second digit."""
     x = x[[int(np.argmax(y == digit)) for digit in range(0, 10, 2)]]
 
     def jacobian(model):
@@ -193,7 +193,7 @@ def main(arguments=None):
     parser.add_argument(
         "--quick", action="store_true", help="a few seconds instead of a minute or two, and worse models"
     )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the pictures")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plots")
     options = parser.parse_args(arguments)
     epochs, attack_steps, timed_steps = (3, 3, 5) if options.quick else (30, 20, 60)
 
@@ -204,7 +204,7 @@ def main(arguments=None):
 
     console.print(f"Training on {len(x)} digits of 8 x 8 pixels, from the same initial weights")
     train(models, x, y, epochs, console)
-    console.print("Attacking all four")
+    console.print("Attacking all four models")
     results = [attack(model, x_test, y_test, attack_steps) for model in classifiers]
     options.out.mkdir(parents=True, exist_ok=True)
     draw_robustness(results, options.out / "robustness.png")

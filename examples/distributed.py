@@ -34,7 +34,7 @@ BATCH_SIZE = 64
 
 
 class Run(typing.NamedTuple):
-    """What is trained: a model, its optimizer, and the options of its penalty."""
+    """A training run: a model, its optimizer, and the options of its penalty."""
 
     penalty: dict
     activation: str | None = "gelu"
@@ -64,11 +64,11 @@ RUNS = {
 }
 
 
-# --- what is trained, wherever ---
+# --- the training, the same on any number of devices ---
 
 
 class Devices:
-    """All devices, seen by one process: the framework splits each batch."""
+    """One process controls all devices, and the framework splits each batch."""
 
     processes, rank = 1, 0
 
@@ -77,7 +77,7 @@ class Devices:
         return model
 
     def share(self, array):
-        """The examples of this process: of every batch its part."""
+        """The examples of this process: its part of every batch."""
         return array[self.rank :: self.processes]
 
     def mean(self, values):
@@ -86,7 +86,7 @@ class Devices:
 
 
 def load_data():
-    """Digits in a fixed order, labels, and sample weights: whole batches, which can be split evenly."""
+    """Digits in a fixed order, labels, and sample weights, in whole batches that can be split evenly."""
     digits, rng = load_digits(), np.random.default_rng(0)
     order = rng.permutation(len(digits.images))
     order = order[: len(order) // BATCH_SIZE * BATCH_SIZE]
@@ -100,7 +100,7 @@ def build_model(run):
     if run.is_convolutional:
         parts.append(layers.Conv2D(8, 3, strides=2, padding="same"))
         if run.has_batch_normalization:
-            # Else each replica goes by the statistics of its own examples. Other backends refuse it.
+            # Otherwise each replica uses the statistics of its own examples. Other backends raise an error for it.
             is_tensorflow = keras.config.backend() == "tensorflow"
             parts.append(layers.BatchNormalization(synchronized=is_tensorflow))
         parts.append(layers.Activation(run.activation))
@@ -114,14 +114,14 @@ def build_model(run):
 
 
 def train(run, devices):
-    """Loss and penalty of each step, the weights after the last one, and what `evaluate` then says."""
+    """Loss and penalty of each step, the weights after the last step, and the results of `evaluate` with them."""
     x, y, sample_weight = (devices.share(array) for array in load_data())
     batch_size = BATCH_SIZE // devices.processes
     model = build_model(run)
     regularized = kg.models.InputGradientRegularized(devices.wrapped(model), **run.penalty)
     optimizer = keras.optimizers.get({"class_name": run.optimizer, "config": {"learning_rate": run.learning_rate}})
     regularized.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    # Epochs of one step, which go on in the data where the last one stopped: what is logged is of one step.
+    # Each epoch is one step and continues in the data where the last one stopped, so that each step is logged.
     history = regularized.fit(
         x,
         y,
@@ -140,12 +140,12 @@ def train(run, devices):
     return results
 
 
-# --- how it is distributed ---
+# --- distribution on each backend ---
 
 
 def on_jax(options, work):
     """All variables on each device, each batch split over them."""
-    # Read when JAX first looks for devices.
+    # JAX reads this when it first looks for devices.
     flag = f"--xla_force_host_platform_device_count={options.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     if options.devices > 1:
@@ -154,7 +154,7 @@ def on_jax(options, work):
 
 
 def on_tensorflow(options, work):
-    """A replica of the model for each device: it is built and compiled in the scope of the strategy."""
+    """A replica of the model on each device. The model is built and compiled in the scope of the strategy."""
     import tensorflow as tf
 
     if options.devices == 1:
@@ -167,7 +167,7 @@ def on_tensorflow(options, work):
 
 
 def on_torch(options, work):
-    """A process for each device, started by torchrun; without it, the script starts torchrun with itself."""
+    """One process per device, started by torchrun. Without torchrun, the script starts torchrun on itself."""
     if "WORLD_SIZE" not in os.environ:
         if options.devices == 1:
             return work(Devices())
@@ -180,7 +180,7 @@ def on_torch(options, work):
     torch.distributed.init_process_group("gloo")
     is_parallel_by_itself = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16)
     if is_parallel_by_itself:
-        # Each process is given its own part of the data, below.
+        # Each process passes its own part of the data, below.
         keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
 
     class Parallel(keras.Model):
@@ -189,7 +189,7 @@ def on_torch(options, work):
         def __init__(self, model):
             super().__init__()
             self.model = model
-            # In a tuple, since Keras would take a module of torch for one more layer.
+            # In a tuple, because Keras would track a torch module as another layer.
             self.parallel = (torch.nn.parallel.DistributedDataParallel(model),)
             self.built = True
 
@@ -211,7 +211,7 @@ def on_torch(options, work):
 
     options.devices = Process.processes
     work(Process())
-    # The models hold the group, in cycles: what is left of it at the end of the process sometimes aborts that.
+    # The models reference the group, in cycles. What is left of it at exit sometimes aborts the process.
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -224,7 +224,7 @@ LAUNCHERS = {"jax": on_jax, "tensorflow": on_tensorflow, "torch": on_torch}
 
 
 def differences(results, expected, run):
-    """For each kind of results of `run`, the largest difference."""
+    """The largest difference for each kind of result of `run`."""
     found = {}
     for key in (key for key in results if key.startswith(f"{run}/")):
         kind = key.split("/")[1]
@@ -248,10 +248,12 @@ def report(results, options):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", default=["exact", "finite_difference"], help=f"of {', '.join(RUNS)}")
-    parser.add_argument("--devices", type=int, default=1, help="on how many to train (default: 1)")
+    parser.add_argument(
+        "runs", nargs="*", default=["exact", "finite_difference"], help=f"the runs, from {', '.join(RUNS)}"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="number of devices to train on (default: 1)")
     parser.add_argument("--out", type=pathlib.Path, help="where to save the results, an .npz file")
-    parser.add_argument("--compare", type=pathlib.Path, help="results to print the differences from")
+    parser.add_argument("--compare", type=pathlib.Path, help="saved results to compare with")
     options = parser.parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else arguments
     options.script = __file__

@@ -1,4 +1,4 @@
-"""The curvature of a classifier on one device or on several, and how far the two are apart.
+"""The curvature of a classifier on one device or on several, and the differences between the two.
 
     python examples/distributed_curvature.py --out one.npz
     python examples/distributed_curvature.py --devices 2 --compare one.npz
@@ -28,7 +28,7 @@ import keras_gradtools as kg
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 from distributed import LAUNCHERS
 
-# The last of the batches is smaller, and cannot be shared evenly.
+# The last batch is smaller and cannot be split evenly.
 EXAMPLES, BATCH_SIZE = 203, 64
 
 
@@ -50,13 +50,13 @@ def build_model():
 
 
 def measure(devices):
-    """Loss, gradient, products and an eigenvalue by each operator."""
+    """Loss, gradient, products and an eigenvalue of each operator."""
     data = tuple(devices.share(array) for array in load_data())
     model = build_model()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     results = {}
     for operator in (kg.curvature.Hessian, kg.curvature.GaussNewton, kg.curvature.Fisher):
-        # Whatever the number of processes, a batch of all of them has the same examples.
+        # The batch over all processes has the same examples for any number of processes.
         matrix = operator(model, loss, data, batch_size=BATCH_SIZE // devices.processes, verbose=0)
         columns = np.random.default_rng(2).normal(size=(matrix.shape[0], 3)).astype("float32")
         name = operator.__name__

@@ -1,4 +1,4 @@
-"""Second-order training on one device or on several, and how far the two are apart.
+"""Second-order training on one device or on several, and the differences between the two.
 
     python examples/distributed_second_order.py --out one.npz
     python examples/distributed_second_order.py --devices 2 --compare one.npz
@@ -29,19 +29,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 from distributed import LAUNCHERS
 
 EXAMPLES, STEPS = 240, 5
-# Less damping of the conjugate gradients lets the fifth step follow negative curvature far, which makes a hundred times
-# more of the rounding in which the devices differ.
+# With less damping, the fifth step goes far along negative curvature, which amplifies the rounding differences between
+# devices a hundred times.
 OPTIMIZERS = {
     "Newton": lambda: kg.optimizers.Newton(damping=0.1),
     "NewtonCG": lambda: kg.optimizers.NewtonCG(damping=1.0, max_iterations=20),
-    # With a preconditioner. The equation is solved well, since devices may stop a product earlier or later.
+    # With a preconditioner. The equation is solved accurately, because devices may stop one product earlier or later.
     "NewtonCG, Gauss-Newton": lambda: kg.optimizers.NewtonCG(damping=0.5, curvature="gauss_newton", rtol=1e-5),
     "LevenbergMarquardt": lambda: kg.optimizers.LevenbergMarquardt(damping=0.1),
 }
 
 
 def load_data():
-    """Digits of 4 by 4 pixels in a fixed order, and their labels: one batch, which can be split evenly."""
+    """Digits of 4 by 4 pixels in a fixed order, and their labels: one batch that can be split evenly."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))[:EXAMPLES]
     x = digits.images[order].reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16) / 16
@@ -66,7 +66,7 @@ def train(optimizer, devices):
     trainer.compile(OPTIMIZERS[optimizer](), loss, metrics=["accuracy"])
     history = trainer.fit(x, y, batch_size=len(x), epochs=STEPS, shuffle=False, verbose=0).history
     results = {name: np.array(history[name]) for name in ("loss", "damping", "gradient_norm", "cg_iterations")}
-    # A metric is that of the process's own examples.
+    # A metric covers only the process's own examples.
     results["accuracy"] = devices.mean(history["accuracy"])
     return results | {f"weights/{i}": w for i, w in enumerate(model.get_weights())}
 
@@ -90,7 +90,7 @@ def main():
             losses = results[f"{name}/loss"]
             print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}", end="")
             if expected is not None:
-                # Of a product more or fewer, what counts is what it makes of the weights.
+                # The number of products may differ by one. Only the effect on the weights matters.
                 left_out = f"{name}/cg_iterations"
                 keys = [key for key in results if key.startswith(f"{name}/") and key != left_out]
                 found = [np.abs(results[k] - expected[k]).max() / np.abs(expected[k]).max() for k in keys]

@@ -1,13 +1,14 @@
 """Learns the potential energy of a cluster of particles from energies and forces, and runs dynamics with it.
 
-The model's forces are the gradient of its energy, F = -dE/dx, taken by a tape inside `call`. So they conserve energy,
-and `fit` trains both: a loss on forces is a loss on a derivative, which differentiates twice.
+The model's forces are the negative gradient of its energy, F = -dE/dx, computed by a tape inside `call`. So they
+conserve energy. `fit` trains energies and forces. A loss on forces is a loss on a derivative, so training
+differentiates twice.
 
 Source: Behler & Parrinello, "Generalized neural-network representation of high-dimensional potential-energy surfaces"
 (Physical Review Letters 98, 146401, 2007) for the model; Morse (Physical Review 34, 57, 1929) for the potential.
 
 Run `python examples/energy_and_forces.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It
-leaves its picture in out/.
+writes its plot to out/.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import pathlib
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Models this small gain nothing from several threads, and lose much where the cores are busy.
+# Models this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
@@ -55,12 +56,12 @@ def morse(positions):
 
 
 def thermal_clusters(count, rng, steps=600):
-    """Clusters at a temperature: overdamped Langevin dynamics, each from a random start."""
+    """Clusters at a temperature, by overdamped Langevin dynamics from random starts."""
     positions = rng.normal(0.0, 0.7, (count, PARTICLES, 3))
     step = 2.5e-3
     for _ in range(steps):
         force = np.clip(morse(positions)[1], -20.0, 20.0)
-        # A weak pull to the middle: what evaporates would never come back.
+        # A weak force towards the center, because evaporated particles would never return.
         force -= 0.2 * (positions - positions.mean(axis=1, keepdims=True))
         positions += step * force + np.sqrt(2.0 * step * TEMPERATURE) * rng.normal(size=positions.shape)
     return positions
@@ -76,12 +77,12 @@ def load_data():
 
 
 class Energy(keras.layers.Layer):
-    """The sum over the particles of a network of how many others are at which distance."""
+    """The sum over particles of a network, whose inputs count the other particles by distance."""
 
     def __init__(self, shift, scale, **kwargs):
         super().__init__(**kwargs)
         self.shift, self.scale = shift, scale
-        # Smooth activations: the forces are a derivative, and their training takes another one.
+        # Smooth activations, because training on forces differentiates twice.
         self.network = keras.Sequential(
             [layers.Dense(32, activation="silu"), layers.Dense(32, activation="silu"), layers.Dense(1)]
         )
@@ -92,7 +93,7 @@ class Energy(keras.layers.Layer):
     def call(self, positions):
         itself = ops.eye(positions.shape[1])
         difference = ops.expand_dims(positions, 2) - ops.expand_dims(positions, 1)
-        # The root of zero has no gradient: a particle is put at distance 1 from itself, and left out.
+        # The square root has no gradient at zero: each particle's distance to itself is set to 1 and left out.
         distance = ops.sqrt(ops.sum(ops.square(difference), axis=-1) + itself)
         centers = ops.linspace(0.5, 3.0, DISTANCES)
         near = ops.exp(-ops.square((ops.expand_dims(distance, -1) - centers) / 0.25))
@@ -101,7 +102,7 @@ class Energy(keras.layers.Layer):
 
 
 class EnergyAndForces(keras.Model):
-    """Positions of shape (n, particles, 3) to energies of shape (n, 1) and forces of the shape of the positions."""
+    """Maps positions (n, particles, 3) to energies (n, 1) and forces with the shape of the positions."""
 
     def __init__(self, shift, scale):
         super().__init__()
@@ -131,7 +132,7 @@ def train(x, y, force_weight, epochs):
 def trajectory(model, position, velocity, steps, time_step=TIME_STEP):
     """Velocity Verlet with the forces of the model: (positions, velocities, energies by the model), each over time."""
 
-    # Detached, or torch would keep the graph of the whole trajectory.
+    # Detached, because torch would otherwise keep the graph of the whole trajectory.
     @kg.jit
     def step(x, v, force, dt):
         v = v + 0.5 * dt * force
@@ -154,7 +155,7 @@ def numbers(x):
 
 
 def drifts(model, position, velocity, steps, time_step=TIME_STEP):
-    """How the total energy, by the model's potential and by the true one, has changed along trajectories."""
+    """The change of the total energy along trajectories, for the model's potential and for the true one."""
     x, v, energy = trajectory(model, position, velocity, steps, time_step)
     kinetic = 0.5 * (v**2).sum(axis=(2, 3))
     true = morse(x.reshape(-1, *x.shape[2:]))[0].reshape(kinetic.shape)
@@ -194,7 +195,7 @@ def draw(predictions, y, drift, path):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few seconds instead of a minute, and worse models")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the picture")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plot")
     options = parser.parse_args(arguments)
     epochs, steps = (25, 40) if options.quick else (300, 500)
 

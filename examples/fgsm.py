@@ -1,8 +1,8 @@
-"""TensorFlow's tutorial "Adversarial example using FGSM", on any backend and on images that are at hand.
+"""TensorFlow's tutorial "Adversarial example using FGSM", on any backend, with images that need no download.
 
-The tutorial attacks MobileNetV2, on one photograph in the range from -1 to 1; here a small network with a softmax reads
-a digit. Run `python examples/fgsm.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It leaves
-its pictures in out/.
+The tutorial attacks MobileNetV2 on one photograph with pixels from -1 to 1. Here, a small network with a softmax
+classifies a digit. Run `python examples/fgsm.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It
+writes its plots to out/.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def build_classifier():
 
 
 def create_adversarial_pattern(model, input_image, input_label):
-    """The sign of the gradient of the loss by the image, as in the tutorial, with our tape for TensorFlow's."""
+    """The sign of the gradient of the loss by the image, as in the tutorial, with `kg.GradientTape`."""
     loss_object = keras.losses.SparseCategoricalCrossentropy()
     with kg.GradientTape() as tape:
         tape.watch(input_image)
@@ -57,7 +57,7 @@ def create_adversarial_pattern(model, input_image, input_label):
 
 
 def read(model, image):
-    """The digit that the model sees, and how sure it is."""
+    """The predicted digit and its probability."""
     probabilities = model.predict(image, verbose=0)[0]
     return int(probabilities.argmax()), float(probabilities.max())
 
@@ -73,7 +73,7 @@ def show(images, titles, path):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the pictures")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plots")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -90,8 +90,8 @@ def main(arguments=None):
         adversarial = np.clip(image + epsilon * perturbations, -1, 1)
         digit, sure = read(model, adversarial)
         found.append((adversarial, digit, sure))
-        # The same in one line, for any number of images. With float32's softmax, the tape's gradient is zero where the
-        # model is very sure; this one is not.
+        # The same in one line, for any number of images. In float32, the tape's gradient through the softmax is zero if
+        # a probability is rounded to 1. The gradient of `kg.attacks.fgsm` is not.
         in_one = kg.attacks.fgsm(model, image, label, epsilon, clip=(-1.0, 1.0), verbose=0)
         difference = np.abs(in_one - adversarial).max()
         print(f"epsilon = {epsilon}: a {digit}, {sure:.1%} sure (kg.attacks.fgsm: the same but for {difference:g})")

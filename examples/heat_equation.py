@@ -1,13 +1,13 @@
-"""A physics-informed network for the heat equation, by Adam and by Levenberg and Marquardt's method.
+"""A physics-informed network for the heat equation, trained by Adam and by the Levenberg-Marquardt method.
 
     u_t = a u_xx  for 0 < x < 1,  u(0, t) = u(1, t) = 0,  u(x, 0) = sin(pi x) + sin(3 pi x) / 2,
 
-whose solution is known, exp(-a pi^2 t) sin(pi x) + exp(-9 a pi^2 t) sin(3 pi x) / 2. The network is trained in `fit` on
-the squares of what is left of the equation at some points, first by Adam, then by
-`kg.models.SecondOrder` with `kg.optimizers.LevenbergMarquardt`; and, for as long as both took, by Adam alone.
+with the known solution exp(-a pi^2 t) sin(pi x) + exp(-9 a pi^2 t) sin(3 pi x) / 2. The network is trained in `fit` on
+the squared residuals of the equation at some points, first by Adam, then by `kg.models.SecondOrder` with
+`kg.optimizers.LevenbergMarquardt`. For comparison, it is trained for the same total time by Adam alone.
 
-Run `python examples/heat_equation.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It leaves
-heat_equation.png in out/.
+Run `python examples/heat_equation.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It writes
+heat_equation.png to out/.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Models this small gain nothing from several threads, and lose much where the cores are busy.
+# Models this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
@@ -47,7 +47,7 @@ def solution(points):
 
 @keras.saving.register_keras_serializable(package="heat_equation")
 class Temperature(keras.Model):
-    """u(x, t), which is right at the beginning and at both ends whatever the network says."""
+    """u(x, t), which satisfies the initial and boundary conditions for any network."""
 
     def __init__(self, units=16, **kwargs):
         super().__init__(**kwargs)
@@ -64,7 +64,7 @@ class Temperature(keras.Model):
 
 @keras.saving.register_keras_serializable(package="heat_equation")
 class HeatEquation(keras.Model):
-    """What is left of the equation, u_t - a u_xx, at each point: a model as any other, trained towards zero."""
+    """The residual of the equation, u_t - a u_xx, at each point: an ordinary model, trained towards zero."""
 
     def __init__(self, temperature, **kwargs):
         super().__init__(**kwargs)
@@ -80,7 +80,7 @@ class HeatEquation(keras.Model):
 
 
 class ErrorOverTime(keras.callbacks.Callback):
-    """The relative error of the temperature on a grid, over the seconds of training, without its own."""
+    """The relative error of the temperature on a grid over the training time. Excludes its own time."""
 
     def __init__(self, temperature, every, seconds=np.inf, start=0.0):
         super().__init__()
@@ -122,7 +122,7 @@ def adam(steps):
 
 
 def train(trainer, optimizer, data, epochs, watch):
-    """Compiles, so that no compilation is in the time, and trains."""
+    """Compiles first, so that the time includes no compilation, and then trains."""
     trainer.compile(optimizer, "mse")
     weights = trainer.get_weights()
     trainer.fit(*data, batch_size=POINTS, epochs=1, verbose=0)
@@ -161,9 +161,9 @@ def plot(watched, switch, temperature, path):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the picture")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plot")
     parser.add_argument("--adam-epochs", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=80, help="of Levenberg and Marquardt's method")
+    parser.add_argument("--epochs", type=int, default=80, help="number of epochs of the Levenberg-Marquardt method")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Trains a digit classifier plain, and with its Jacobian made small, as estimated and as it is.
+"""Trains a digit classifier plainly, and with a penalty on its Jacobian, estimated and exact.
 
 Source: Hoffman, Roberts & Yaida, "Robust learning with Jacobian regularization" (arXiv:1908.02729). Its loss is
-L + lambda / 2 times the mean squared norm of the Jacobian of the logits: lambda / 2 is what is called `weight` here.
+L + lambda / 2 times the mean squared norm of the Jacobian of the logits. Here, lambda / 2 is called `weight`.
 
 Run `python examples/jacobian_regularization.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It
-leaves its picture in out/.
+writes its plot to out/.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Models this small gain nothing from several threads, and lose much where the cores are busy.
+# Models this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
@@ -43,14 +43,14 @@ def load_data():
     digits = load_digits()
     x, y = (digits.images[..., None] / 16).astype("float32"), digits.target.astype("int32")
     order = np.random.default_rng(0).permutation(len(x))
-    # As many as make whole batches: a smaller one at the end would be compiled for itself.
+    # Only whole batches, because a smaller last batch would need its own compilation.
     train, test = order[: 20 * BATCH_SIZE], order[-500:]
     return (x[train], y[train]), (x[test], y[test])
 
 
 def build_classifier():
-    # A smooth activation: with ReLU, the training gradient of the Jacobian would miss how the kinks move. No
-    # convolutions: the ten backward passes of the exact Jacobian then stay a matter of seconds.
+    # A smooth activation, because with ReLU the training gradient of the Jacobian would miss the moving kinks. No
+    # convolutions, so that the ten backward passes of the exact Jacobian take only seconds.
     hidden = [layers.Dense(128, activation="silu") for _ in range(2)]
     return keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), *hidden, layers.Dense(10)])
 
@@ -63,14 +63,14 @@ def build_models():
     options = {"weight": LAMBDA / 2, "target": "outputs"}
     return (
         plain,
-        # One random direction for each image and step: unbiased, for the price of one backward pass and not of ten.
+        # One random direction for each image and step: unbiased, at the cost of one backward pass instead of ten.
         kg.models.InputGradientRegularized(projected, method="random_projection", projections=1, seed=0, **options),
         kg.models.InputGradientRegularized(exact, method="exact", **options),
     )
 
 
 def train(model, x, y, epochs):
-    """Returns the seconds that an epoch takes, without the first, in which the step is compiled."""
+    """Returns the seconds per epoch, without the first epoch, in which the step is compiled."""
     keras.utils.set_random_seed(0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(2e-3), loss, metrics=["accuracy"])
@@ -95,7 +95,7 @@ def attacked(model, x, y, radius, steps):
 
 
 def jacobian_norm(model, x):
-    """The root of what is penalized, the mean squared norm of the Jacobian of the logits."""
+    """The square root of the penalty, which is the mean squared norm of the Jacobian of the logits."""
     jacobians = ops.convert_to_numpy(kg.batch_jacobian(model)(ops.convert_to_tensor(x)))
     return float(np.sqrt(np.mean(np.sum(jacobians.reshape(len(x), -1) ** 2, axis=1))))
 
@@ -109,9 +109,9 @@ def evaluate(model, x, y, attack_steps):
 
 
 def plane_through(images, points):
-    """The plane through three images: a picture of images on it, their coordinates, and where the three are."""
+    """The plane through three images: a grid of images on it, their coordinates, and those of the three images."""
     origin, *others = images.reshape(3, -1).astype("float64")
-    # Orthonormal, so that lengths in the picture are lengths between images.
+    # Orthonormal, so that distances in the plot are distances between images.
     basis, corners = np.linalg.qr(np.stack([other - origin for other in others], axis=1))
     corners = np.concatenate([np.zeros((2, 1)), corners], axis=1).T
     center, half = corners.mean(axis=0), 0.85 * np.ptp(corners, axis=0).max()
@@ -122,14 +122,14 @@ def plane_through(images, points):
 
 
 def margin(model, grid, coordinates, corner, label):
-    """How far in the plane it is from one of the three images to the nearest point that is read differently."""
+    """The distance in the plane from one of the three images to the nearest point with another prediction."""
     wrong = model.predict(grid, batch_size=4096, verbose=0).argmax(axis=1).reshape(coordinates[0].shape) != label
     distance = np.hypot(coordinates[0] - corner[0], coordinates[1] - corner[1])
     return float(distance[wrong].min(initial=distance.max()))
 
 
 def draw_cells(model, images, labels, points, ax):
-    """Each point of the plane in the color of the digit that it is read as, the darker the surer."""
+    """Colors each point of the plane by the predicted digit, darker for higher probability."""
     grid, (u, v), corners = plane_through(images, points)
     logits = model.predict(grid, batch_size=4096, verbose=0).reshape(points, points, 10)
     sureness = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -153,7 +153,7 @@ def draw_cells(model, images, labels, points, ax):
 
 
 def draw(models, results, images, labels, points, path):
-    """Returns the margins of the three images, for each of the models that are drawn."""
+    """Returns the margins of the three images for each model in the plot."""
     figure, axes = pyplot.subplots(1, 4, figsize=(18, 4.7), layout="constrained")
     margins = {}
     for ax, place in ((axes[0], 0), (axes[1], 1)):
@@ -181,7 +181,7 @@ def draw(models, results, images, labels, points, path):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few seconds instead of a minute, and worse models")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the picture")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plot")
     options = parser.parse_args(arguments)
     epochs, attack_steps, points = (5, 5, 60) if options.quick else (40, 20, 300)
 

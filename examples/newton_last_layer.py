@@ -1,11 +1,11 @@
-"""A step of Newton's method on the last layer at the end of each epoch, while `fit` trains all of them by Adam.
+"""A Newton step on the last layer at the end of each epoch, while Adam trains all layers in `fit`.
 
-The loss of a classifier is convex in the weights of its last layer, and there are few of them: Newton's method finds
-their best values for what the layers before it compute in a step or two. A classifier of digits is trained with and
-without `kg.callbacks.NewtonStep`, from the same weights and on the same batches.
+The loss of a classifier is convex in the weights of its last layer, which are few. Newton's method finds their optimum
+for fixed earlier layers in a step or two. A digit classifier is trained with and without `kg.callbacks.NewtonStep`,
+from the same weights and on the same batches.
 
-Run `python examples/newton_last_layer.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It leaves
-newton_last_layer.png in out/.
+Run `python examples/newton_last_layer.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It writes
+newton_last_layer.png to out/.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import pathlib
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Models this small gain nothing from several threads, and lose much where the cores are busy.
+# Models this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
@@ -64,14 +64,14 @@ class LossOverEpochs(keras.callbacks.Callback):
 
 
 def train(seed, train, test, epochs, with_newton):
-    """Returns the history of the training, and what was measured at the end of each epoch."""
+    """Returns the history of `fit`, and the callback with its measurements at the end of each epoch."""
     model = build_classifier(seed)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
     watch = LossOverEpochs(train, test)
     callbacks = [watch]
     if with_newton:
-        # Before the other, which then sees the weights after the step.
+        # Before the other callback, so that it sees the weights after the step.
         callbacks.insert(0, kg.callbacks.NewtonStep(train, variables=model.get_layer("head"), curvature="gauss_newton"))
     history = model.fit(*train, batch_size=BATCH_SIZE, epochs=epochs, verbose=0, callbacks=callbacks, shuffle=False)
     return history.history, watch
@@ -110,7 +110,7 @@ def plot(watched, path):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the picture")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plot")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

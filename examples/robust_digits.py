@@ -1,9 +1,9 @@
-"""Every way to train a classifier to withstand attacks, in one table, watched while it is trained.
+"""All robust training methods for a classifier in one table, monitored during training.
 
-Penalties on the input gradient (of the loss: exactly and by finite differences, in two norms; of the outputs: by random
-projection), noise, and training on attacked images. Run `python examples/robust_digits.py`, with `KERAS_BACKEND=jax` or
-`torch` before it for another backend. It leaves its pictures in out/. The study with several seeds, whose settings
-these are, is told in docs/robustness.md.
+The methods are penalties on the input gradient (of the loss: exact and by finite differences, in two norms; of the
+outputs: by random projection), noise, and training on attacked images. Run `python examples/robust_digits.py`, with
+`KERAS_BACKEND=jax` or `torch` before it for another backend. It writes its plots to out/. docs/robustness.md has a
+study with several seeds and these settings.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def build_classifier(activation):
 
 
 def train(name, data, watched, epochs):
-    """The trained classifier, its history, and the seconds that its training took, the watching included."""
+    """The trained classifier, its history, and the training time in seconds, including the monitor."""
     keras.utils.set_random_seed(0)
     activation, wrap = METHODS[name]
     model = build_classifier(activation)
@@ -94,7 +94,7 @@ def train(name, data, watched, epochs):
     rate = keras.optimizers.schedules.CosineDecay(2e-3, steps)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     trained.compile(keras.optimizers.Adam(rate), loss)
-    # After this one, EarlyStopping(WATCHED, mode="max") could act on what it logs, or ModelCheckpoint.
+    # After this callback, EarlyStopping(WATCHED, mode="max") or ModelCheckpoint could use its logs.
     monitor = kg.callbacks.RobustnessMonitor(watched, "5 epochs", epsilons=(STRENGTH,), steps=10, jacobian=False)
     start = time.perf_counter()
     history = trained.fit(*data, batch_size=BATCH_SIZE, epochs=epochs, verbose=0, callbacks=[monitor])
@@ -122,7 +122,7 @@ def draw_histories(histories, path):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few epochs, and worse models")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the pictures")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plots")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     epochs, shown_at_most = (12, 50) if options.quick else (30, 500)

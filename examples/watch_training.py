@@ -1,10 +1,10 @@
-"""Two deep networks while they learn the digits, one with sigmoids and one with ReLU, watched by the monitors of `fit`.
+"""Monitors two deep networks while they learn the digits in `fit`, one with sigmoids and one with ReLU.
 
-Through ten layers of sigmoids hardly any gradient comes back to the first, and the outputs hardly depend on the input:
-it does not learn. With ReLU and weights to match it does.
+With ten layers of sigmoids, the gradient nearly vanishes in the first layer, and the outputs hardly depend on the
+input, so the network does not learn. With ReLU and a matching initialization it does.
 
-Run `python examples/watch_training.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It leaves
-watch_training.png in out/, and files for TensorBoard in out/logs/.
+Run `python examples/watch_training.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It writes
+watch_training.png to out/, and files for TensorBoard in out/logs/.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import pathlib
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Models this small gain nothing from several threads, and lose much where the cores are busy.
+# Models this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
@@ -71,7 +71,7 @@ def draw(found, path):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="where to leave what it makes")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the output")
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def main(arguments=None):
         "dead units": "dead_units",
     }
     for title, key in rows.items():
-        # Of sigmoids none can be dead.
+        # Sigmoid units cannot be dead.
         table.add_row(
             title, *(f"{history[key][-1]:.3g}" if key in history else "-" for history, _, _ in found.values())
         )

@@ -1,13 +1,13 @@
 """Trains a WGAN-GP on scikit-learn's digits, generator and critic in one ordinary `fit`.
 
-`fit` has one loss and one optimizer, and here they are the generator's. The critic is trained on the way to that
-loss, with a tape and an optimizer of its own. To `fit` its weights are state, which every backend carries from step to
-step as it does the statistics of BatchNormalization.
+`fit` has one loss and one optimizer, which are the generator's here. The critic is trained while that loss is computed,
+with its own tape and optimizer. For `fit`, the critic's weights are state, which every backend carries from step to
+step like the statistics of BatchNormalization.
 
 Source: Gulrajani et al., "Improved training of Wasserstein GANs" (arXiv:1704.00028), algorithm 1.
 
-Run `python examples/wgan_gp.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It leaves its
-picture in out/.
+Run `python examples/wgan_gp.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It writes its
+plot to out/.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Models this small gain nothing from several threads, and lose much where the cores are busy.
+# Models this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
@@ -40,14 +40,14 @@ NOISE = 32
 UNITS = 128
 CRITIC_STEPS = 5
 PENALTY_WEIGHT = 10.0
-# What `fit` calls a batch has a part for each of the critic's steps.
+# A batch of `fit` contains one part for each of the critic's steps.
 BATCH_SIZE = CRITIC_STEPS * 64
 HELD_OUT = 160
 COLORS = ("tab:blue", "tab:orange")
 
 
 def load_data():
-    """Images to train on, as many as make whole batches, their labels, and images held out; pixels from -1 to 1."""
+    """Training images in whole batches, their labels, and held-out images, with pixels from -1 to 1."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     x, y = (digits.images[order, ..., None] / 8 - 1).astype("float32"), digits.target[order]
@@ -69,8 +69,8 @@ def build_generator():
 
 
 def build_critic():
-    # No BatchNormalization, by which the gradient of one image would depend on the others; and no kinks, at which the
-    # penalty could not train how the gradient changes.
+    # No BatchNormalization, which would make the gradient of one image depend on the others. No kinks, because the
+    # training gradient of the penalty misses them.
     return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
@@ -84,24 +84,24 @@ def build_critic():
 
 
 def build_optimizer():
-    # Without momentum, as in the paper: what either should do changes with every step of the other.
+    # Without momentum, as in the paper, because each model's objective changes with every step of the other.
     return keras.optimizers.Adam(2e-3, beta_1=0.0, beta_2=0.9)
 
 
 def interpolate(real, fake, seed=None):
     """A point on the segment between each real image and its fake one, uniformly distributed along it."""
-    # One number for each image. One for each pixel would lead off the segment, one for all would miss most of it.
+    # One number per image. One per pixel would leave the segment, and one for all images would cover little of it.
     epsilon = keras.random.uniform((ops.shape(real)[0], 1, 1, 1), seed=seed)
     return epsilon * real + (1.0 - epsilon) * fake
 
 
 def score(y, y_pred):
-    """The number that is differentiated by an image: the critic's only output."""
+    """The scalar that is differentiated with respect to an image: the critic's only output."""
     return y_pred[:, 0]
 
 
 def gradient_penalty(critic, mixed):
-    """The mean of (n - 1) squared, where n is the norm of the gradient of one image's score by that image."""
+    """The mean of (n - 1) squared, where n is the norm of the gradient of an image's score by that image."""
     return kg.regularization.input_gradient_penalty(critic, mixed, target=score, center=1.0, method="exact")
 
 
@@ -111,17 +111,17 @@ def gradient_norm(critic, mixed):
 
 
 class WGANGP(keras.Model):
-    """A generator that `fit(images)` trains with the optimizer of `compile`, and a critic that it trains on the way.
+    """A generator trained by `fit(images)` with the optimizer of `compile`, and a critic trained along with it.
 
-    Called on images, it generates as many.
+    Called on images, it generates the same number of images.
     """
 
     def __init__(self, generator, critic, critic_optimizer):
         super().__init__()
         self.generator, self.critic, self.critic_optimizer = generator, critic, critic_optimizer
         self.critic_weights = critic.trainable_variables
-        # Here is the trick. What is not trainable is state of this model: `fit` leaves it out of its own gradient, and
-        # keeps what is assigned to it, compiled or not.
+        # Here is the trick. Non-trainable weights are state of this model: `fit` leaves them out of its own gradient,
+        # and keeps assignments to them, compiled or not.
         critic.trainable = False
         critic_optimizer.build(self.critic_weights)
         self.critic_optimizer_state = list(critic_optimizer.variables)
@@ -137,7 +137,7 @@ class WGANGP(keras.Model):
         return self.generate(ops.shape(images)[0])
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        # A constant, or the generator's gradient would pass through the critic's training as well.
+        # A constant, because otherwise the generator's gradient would also pass through the critic's training.
         fakes = ops.stop_gradient(self.generate(ops.shape(x)[0]))
         for real, fake in zip(ops.split(x, CRITIC_STEPS), ops.split(fakes, CRITIC_STEPS), strict=True):
             mixed = interpolate(real, fake, self.seeds)
@@ -147,7 +147,7 @@ class WGANGP(keras.Model):
         return -ops.mean(self.critic(y_pred))
 
     def estimate(self, real, fake):
-        """The critic's estimate of the Wasserstein distance between the two, which it is trained to make large."""
+        """The critic's estimate of the Wasserstein distance between the two, which the critic maximizes."""
         of_real, of_fake = ops.split(self.critic(ops.concatenate([real, fake])), 2)
         return ops.mean(of_real) - ops.mean(of_fake)
 
@@ -162,7 +162,7 @@ class WGANGP(keras.Model):
 
 
 class ProgressLine(keras.callbacks.Callback):
-    """One bar for the whole `fit`."""
+    """One progress bar for the whole `fit`."""
 
     def __init__(self, progress):
         super().__init__()
@@ -180,7 +180,8 @@ def train(gan, x, held_out, epochs, console):
     gan.compile(build_optimizer())
     columns = (BarColumn(15), "{task.completed}/{task.total}", "{task.fields[logs]}")
     with Progress(*columns, console=console) as progress:
-        # The critic has never seen these: while it tells them from the fakes no better, it has not learned by heart.
+        # The critic is not trained on these images. If its distances for them and for training images agree, it has
+        # not overfit.
         validation = {"validation_data": (held_out,), "validation_batch_size": HELD_OUT}
         callbacks = [ProgressLine(progress)]
         return gan.fit(x, batch_size=BATCH_SIZE, epochs=epochs, verbose=0, callbacks=callbacks, **validation).history
@@ -198,7 +199,7 @@ def nearest_distance(x, images):
 
 
 def read(x, y, images):
-    """The digits that the nearest real images take these for."""
+    """The labels of the nearest real images."""
     return KNeighborsClassifier(3).fit(flat(x), y).predict(flat(images))
 
 
@@ -207,7 +208,7 @@ def flat(images):
 
 
 def grid(images, labels, columns=10):
-    """One picture of `columns` images of each digit, a row for each; empty where there are fewer."""
+    """One image with a row of `columns` images for each digit, padded with empty cells."""
     picture = np.full((10, columns, 10, 10), -1.0)
     for digit in range(10):
         chosen = images[labels == digit][:columns, ..., 0]
@@ -246,7 +247,7 @@ def main(arguments=None):
     parser.add_argument(
         "--quick", action="store_true", help="a few seconds instead of a minute or two, and poor digits"
     )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the picture")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plot")
     options = parser.parse_args(arguments)
 
     console = Console()
