@@ -7,55 +7,59 @@ from benchmarks.run import BACKENDS, RESULTS, ROOT
 
 HEAD = """# Benchmarks
 
-What the package costs, measured on the machine that is named under each heading. `make bench` measures the
-times again (`make bench BACKEND=jax` on one backend), `.venv/bin/python -m benchmarks.run --memory` the
-memory, `.venv/bin/python -m benchmarks.growth` how Jacobians grow, `benchmarks.curvature_modes`,
-`benchmarks.curvature_memory` and `benchmarks.traces` what is said of curvature, `benchmarks.second_order` what is said
-of training by it, `benchmarks.monitor_cost` what the monitors take of an epoch, and
-`.venv/bin/python -m benchmarks.report` writes this page from benchmarks/results/.
+The cost of the package, measured on the machine named under each heading. These commands measure it again:
 
-- *Ratio* is our time over that of code written by hand for the framework, as one who knows it well would
-  write it, on the very same Keras model; both are checked to give the same values. It is the median over
-  *pairs* of runs in one process, one of each in turn, with the quartiles beside it. The first runs, which
-  compile, are left out. *Unsure* is said where the target lies within the 95% confidence interval of that
-  median.
-- *CPU ratio* is the same of the CPU time of the process, which other work on the machine disturbs less.
-- *Error* is the largest difference between the two, over the largest entry.
-- One thread; the last runs on TensorFlow and JAX went on side by side, on one core each.
-- Batches are doubled until the hand-written code takes 5 ms (20 ms where it is one gradient), but for the rows of
-  fixed sizes (eager tape on JAX, training steps, the guide's code, kernel Hessian).
-- *Compiled* is `kg.jit` against `tf.function` or `jax.jit`; *self-compiled* is a transform that is called as
-  it is and compiles itself, against the same; *XLA* is `tf.function(jit_compile=True)` around
-  both; *fit* is `train_on_batch` as Keras compiles it. torch runs eagerly: its compiler cannot
-  differentiate twice.
-- *Batch Jacobian* is compared with one pullback of the whole batch for each output, and *usual code* with
+- `make bench`: times (`make bench BACKEND=jax` on one backend)
+- `.venv/bin/python -m benchmarks.run --memory`: memory
+- `.venv/bin/python -m benchmarks.growth`: growth of time and memory of Jacobians
+- `benchmarks.curvature_modes`, `benchmarks.curvature_memory` and `benchmarks.traces`: curvature
+- `benchmarks.second_order`: second-order training
+- `benchmarks.monitor_cost`: cost of the monitors as a fraction of an epoch
+- `.venv/bin/python -m benchmarks.report`: writes this page from benchmarks/results/
+
+The rows and columns mean:
+
+- *Ratio* is the time of our code divided by that of expert hand-written code for the framework, on the same model.
+  Both are checked to give the same values. It is the median over *pairs* of alternating runs in one process, with
+  quartiles. The first runs, which compile, are left out. *Unsure* means that the target lies within the 95% confidence
+  interval of the median.
+- *CPU ratio* is the same ratio of the CPU time of the process, which other work on the machine affects less.
+- *Error* is the largest difference between the two, divided by the largest entry.
+- One thread. The last runs on TensorFlow and JAX ran side by side, on one core each.
+- Batches are doubled until the hand-written code takes 5 ms (20 ms where it is one gradient), except in rows with fixed
+  sizes (eager tape on JAX, training steps, the guide's code, kernel Hessian).
+- *Compiled* is `kg.jit` compared with `tf.function` or `jax.jit`. *Self-compiled* is a transform that is called
+  directly and compiled automatically, compared with the same. *XLA* is `tf.function(jit_compile=True)` around both.
+  *Fit* is `train_on_batch` as Keras compiles it. torch runs eagerly, because its compiler cannot differentiate twice.
+- *Batch Jacobian* is compared with one reverse pass of the whole batch for each output, and *usual code* with
   `vmap(jacrev)`.
-- *Exact step* and *finite-difference step* are training steps with an input-gradient penalty, compared with a
-  hand-written `train_step` that does the same. *Over plain step* is the price of the penalty: a step of the same model
-  without it.
-- *Eager tape on JAX* is compared with eager `jax.grad`, once the derivative is compiled: the first run of a
-  block differentiates it op by op, the second compiles.
-- *Over one gradient*: native is one hand-written gradient by the weights, compiled in the same way (by the
-  inputs, for the batch Jacobian), so that the ratio is the cost in gradients. *Linearized* is each product
-  after the first at one point.
+- *Exact step* and *finite-difference step* are training steps with an input-gradient penalty, compared with an
+  equivalent hand-written `train_step`. *Over plain step* is the cost of the penalty, relative to a step of the same
+  model without it.
+- *Eager tape on JAX* is compared with eager `jax.grad` after the derivative is compiled. The first run of a block
+  differentiates it op by op, and the second compiles.
+- *Over one gradient*: native is one hand-written gradient by the weights (by the inputs, for the batch Jacobian),
+  compiled in the same way, so the ratio is the cost in gradients. *Linearized* is each product after the first at one
+  point.
 - *Over the guide's code*: native is the eager code of TensorFlow's guide "Advanced automatic differentiation",
   on its own models. A target of 0.0333 is 30 times faster.
-- *Kernel Hessian by pre-activations*: native is the fastest way that was found to get the same matrix by vectorized
-  products with it, in chunks.
-- *Forward over reverse, over reverse twice*: both are ours; above 1, reverse over reverse is the cheaper way to
-  a product with the Hessian. By this the mode was chosen: forward over reverse on JAX, where a convolution's second
-  pullback is the expensive one; reverse over reverse on torch, and on TensorFlow, where it matters eagerly alone.
-- What the arithmetic comes to, counted in products of matrices: the gradient of a Dense layer inside a network
-  takes three, a Hessian product eight, a linearized one six, a Gauss-Newton product five (seven on torch, which has
-  no forward mode here); in the first layer two, three, two and three. For the MLP, two square layers behind a
-  narrower one, that is 2.5, 1.9 and 1.65 gradients, whoever writes it; the first layer of the wide MLP has most of
+- *Kernel Hessian by pre-activations*: native is the fastest known way to compute the same matrix by vectorized
+  products, in chunks.
+- *Forward over reverse, over reverse twice*: both are ours. Above 1, reverse over reverse is the cheaper way to
+  compute a Hessian-vector product. The default modes follow from this: forward over reverse on JAX, where the second
+  reverse pass of a convolution is expensive, and reverse over reverse on torch and TensorFlow. On TensorFlow the choice
+  matters only eagerly.
+- The theoretical cost, counted in matrix products: for a Dense layer inside a network, the gradient takes three, a
+  Hessian product eight, a linearized one six, and a Gauss-Newton product five (seven on torch, which has no forward
+  mode here). In the first layer they take two, three, two and three. For the MLP, with two square layers after a
+  narrower one, that is 2.5, 1.9 and 1.65 gradients for any implementation. The first layer of the wide MLP has most of
   its weights.
 - *Per-example gradients* are compared with `vmap` of the gradient (`tf.vectorized_map`, `torch.func.vmap`).
-- *Over a data set* is a product with a curvature operator over four batches, the last of them half as large, against
-  the same sum of hand-written products. A fixed 1 to 2 ms of Python for each batch (NumPy to tensors, state, sums)
-  is in it, which small batches show.
-- *Dense Hessian* is that of all 2,410 weights of a classifier of digits, against vectorized products with unit vectors,
-  in the chunks that were fastest by hand. Ours computes a block of two variables for one order of them only, and is
+- *Over a data set* is a product with a curvature operator over four batches, the last of them half as large, compared
+  with the same sum of hand-written products. It includes a fixed 1 to 2 ms of Python per batch (NumPy to tensors,
+  state, sums), which matters for small batches.
+- *Dense Hessian* is the Hessian by all 2,410 weights of a digit classifier, compared with vectorized products with unit
+  vectors, in the fastest chunks for the hand-written code. Ours computes each block of two variables only once, and is
   exactly symmetric.
 """
 
