@@ -94,9 +94,9 @@ def modes_section():
         for e in json.loads(path.read_text())
     ]
     yield (
-        "## Curvature: modes\n\nA product by one record that is kept, the compiled (on torch eager) product, and a "
-        "gradient of the same operator; data in one batch. Where one record wins by enough (torch), solvers and "
-        "estimators keep it."
+        "## Curvature: modes\n\nA product with a cached record (`linearized()`), the compiled product (eager on torch), "
+        "and a gradient of the same operator, with the data in one batch. Where the record is much faster (torch), solvers "
+        "and estimators use it."
     )
     yield markdown(head, body)
 
@@ -188,10 +188,10 @@ def second_order_section():
     yield (
         "## Second-order training\n\nAgainst Adam from the same weights, after the same wall-clock time in `fit`: "
         "`python -m benchmarks.second_order`. sinc: a fit of sin(10 pi x) / (10 pi x) by a 1-20-1 network with tanh, "
-        "mean squared error, also after 100 epochs instead of 60; digits: the length of the gradient of a classifier "
-        "with l2, all data in one batch, and the products with its Hessian that `NewtonCG` took with its "
-        "preconditioner and without. Adam's rate and decay are the best of ten on three other seeds; on TensorFlow and "
-        "JAX it takes twenty steps in one program."
+        "mean squared error, also after 100 epochs instead of 60; digits: the norm of the gradient of a classifier "
+        "with l2, all data in one batch, and the number of Hessian-vector products of `NewtonCG` with and without its "
+        "preconditioner. Adam's rate and decay are the best of ten on three other seeds. On TensorFlow and JAX, it "
+        "takes twenty steps in one program."
     )
     yield markdown(head, body)
 
@@ -214,9 +214,9 @@ def monitor_cost_section():
         for row in e["rows"]
     ]
     yield (
-        "## Monitors\n\nWhat one measurement takes of an epoch of the digits demo, 1,297 examples in 21 steps, trained "
-        "plainly and with the penalty: `python -m benchmarks.monitor_cost`. What it costs goes by the examples that "
-        "are measured on, and not by those that are trained on."
+        "## Monitors\n\nThe cost of one measurement as a fraction of an epoch of the digits demo, 1,297 examples in 21 "
+        "steps, trained plainly and with the penalty: `python -m benchmarks.monitor_cost`. The cost depends on the "
+        "number of monitored examples, not on the number of training examples."
     )
     yield markdown(head, body)
 

@@ -94,7 +94,7 @@ def main(arguments=None):
         # a probability is rounded to 1. The gradient of `kg.attacks.fgsm` is not.
         in_one = kg.attacks.fgsm(model, image, label, epsilon, clip=(-1.0, 1.0), verbose=0)
         difference = np.abs(in_one - adversarial).max()
-        print(f"epsilon = {epsilon}: a {digit}, {sure:.1%} sure (kg.attacks.fgsm: the same but for {difference:g})")
+        print(f"epsilon = {epsilon}: a {digit}, {sure:.1%} sure (kg.attacks.fgsm differs by {difference:g})")
 
     images, digits, sure = zip(*found, strict=True)
     titles = [f"epsilon = {e}\n{d}: {s:.1%}" for e, d, s in zip(EPSILONS, digits, sure, strict=True)]
