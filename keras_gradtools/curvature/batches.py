@@ -35,10 +35,7 @@ class Batches:
         self._passes_to_see = _PASSES if must_repeat and not isinstance(data, (tuple, list)) else 0
         self._first: Pass | None = None
         self.is_reordered = self.counts_order = False
-        if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-            raise ValueError(
-                f"{owner} expects a positive integer as `batch_size`. Received: {validation.describe(batch_size)}."
-            )
+        validation.require_count(owner, "batch_size", batch_size)
         if isinstance(data, tuple):
             self._data = tuple(nesting.map_structure(self._array, part) for part in data)
             self._examples = self._number_of_examples(self._data)

@@ -8,6 +8,8 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import dot, norm
+from keras_gradtools.curvature.options import require_non_negative
+from keras_gradtools.curvature.products import matvec_of, real_matrix, require_symmetric
 from keras_gradtools.curvature.solver_vectors import in_kind_of, real_numbers
 
 # The window of Martens' rule: at least this many iterations, and at least this share of all iterations.
@@ -65,7 +67,8 @@ def conjugate_gradients(
     Vectors have the precision of `b`, and all scalars are in double precision.
 
     Args:
-        a: The matrix: a curvature operator, a NumPy array, a SciPy `LinearOperator`, or any object with `a @ v`.
+        a: The matrix: a curvature operator, what is computed from operators (`2 * h + g`), an array or a tensor, a
+            sparse matrix or a `LinearOperator` of SciPy, or any object with `a @ v`.
         b: A vector of shape `(n,)`, an array or a tensor.
         x0: The starting point. Default: zeros.
         damping: $\lambda$, 0 or more.
@@ -99,12 +102,7 @@ def conjugate_gradients(
     Source: Hestenes & Stiefel, "Methods of conjugate gradients for solving linear systems" (1952); the rule of progress
     is that of Martens, "Deep learning via Hessian-free optimization" (2010), section 4.4.
     """
-    is_matrix = hasattr(a, "__matmul__") and not isinstance(a, keras.KerasTensor)
-    if not is_matrix or (hasattr(a, "dtype") and validation.dtype_of(a).startswith("complex")):
-        raise ValueError(
-            "conjugate_gradients expects as `a` a real matrix, or an object with a product `a @ v`. Received: "
-            f"{validation.describe(a)}."
-        )
+    a = real_matrix("conjugate_gradients", a)
     if callback is not None and (not callable(callback) or isinstance(callback, keras.KerasTensor)):
         raise ValueError(
             "conjugate_gradients expects a function of (i, x, value) as `callback`. Received: "
@@ -115,6 +113,7 @@ def conjugate_gradients(
     shape = tuple(getattr(a, "shape", (n, n)))
     if shape != (n, n):
         raise ValueError(f"conjugate_gradients expects a square matrix for b of shape ({n},). Received: shape {shape}.")
+    require_symmetric("conjugate_gradients", a)
     options = (
         ("damping", damping),
         ("rtol", rtol),
@@ -122,21 +121,14 @@ def conjugate_gradients(
         ("progress_tol", 0.0 if progress_tol is None else progress_tol),
     )
     for name, value in options:
-        if not validation.is_number(value) or not 0 <= value < np.inf:
-            raise ValueError(
-                f"conjugate_gradients expects a number of 0 or more as `{name}`. Received: {validation.shown(value)}."
-            )
-    if max_iterations is not None and (
-        isinstance(max_iterations, bool) or not isinstance(max_iterations, (int, np.integer)) or max_iterations < 0
-    ):
-        raise ValueError(
-            f"conjugate_gradients expects 0 or more as `max_iterations`. Received: {validation.shown(max_iterations)}."
-        )
+        require_non_negative("conjugate_gradients", name, value)
+    if max_iterations is not None:
+        validation.require_count("conjugate_gradients", "max_iterations", max_iterations, 0)
     precondition = _preconditioner(preconditioner, n)
-    a = a.linearized() if hasattr(a, "linearized") else a
+    matvec = matvec_of(a)
 
     def product(v):
-        found = np.array(ops.convert_to_numpy(a @ v), dtype=b.dtype).reshape(-1)
+        found = np.array(matvec(v), dtype=b.dtype)
         if damping:
             found += b.dtype.type(damping) * v
         return found

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.curvature.options import require_non_negative, scipy_module
 from keras_gradtools.curvature.solver_vectors import in_kind_of, lower_triangle, real_numbers
 
 # The least damping of a matrix that needs some, relative to its largest entry.
@@ -60,10 +61,7 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
 
     Source: Nocedal & Wright, "Numerical Optimization" (2006), algorithm 3.3.
     """
-    try:
-        from scipy.linalg import LinAlgError, cho_factor, cho_solve
-    except ImportError:
-        raise ImportError('`damped_solve` needs SciPy: pip install "keras-gradtools[solvers]".') from None
+    linalg = scipy_module("damped_solve", "scipy.linalg")
     matrix, columns = real_numbers(a), real_numbers(b)
     fits = matrix is not None and columns is not None and matrix.ndim == 2 and columns.ndim in (1, 2)
     if not fits or len(set(matrix.shape)) != 1 or len(columns) != len(matrix):
@@ -71,10 +69,7 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
             "damped_solve expects a matrix of shape (n, n) and `b` of shape (n,) or (n, columns), of real numbers. "
             f"Received: {validation.describe(a)} and {validation.describe(b)}."
         )
-    if not validation.is_number(damping) or not 0 <= damping < np.inf:
-        raise ValueError(
-            f"damped_solve expects a number of 0 or more as `damping`. Received: damping={validation.shown(damping)}."
-        )
+    require_non_negative("damped_solve", "damping", damping)
     if not validation.is_number(factor) or not 1 < factor < np.inf:
         raise ValueError(
             f"damped_solve expects a number above 1 as `factor`. Received: factor={validation.shown(factor)}."
@@ -90,8 +85,8 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
         attempts += 1
         matrix[diagonal] = undamped + damping
         try:
-            x = cho_solve(cho_factor(matrix, lower=True, check_finite=False), columns, check_finite=False)
-        except LinAlgError:
+            x = linalg.cho_solve(linalg.cho_factor(matrix, lower=True, check_finite=False), columns, check_finite=False)
+        except linalg.LinAlgError:
             # This ends, since by Gershgorin's theorem no eigenvalue is below -n times the largest entry.
             damping = max(factor * damping, _SMALLEST_SHARE * scale)
             continue

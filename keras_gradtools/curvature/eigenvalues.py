@@ -1,11 +1,10 @@
 """Some eigenvalues of a symmetric matrix that is known by its products."""
 
-import contextlib
-
 import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import KrylovBasis, checked_length
+from keras_gradtools.curvature.products import matvec_of, precision_of, progress_of, symmetric_matrix
 
 WHICH = ("LA", "SA", "LM", "BE")
 MAX_RESTARTS = 100
@@ -28,14 +27,58 @@ class EigenvalueConvergenceError(RuntimeError):
         self.eigenvalues, self.eigenvectors, self.residuals = eigenvalues, eigenvectors, residuals
 
 
-def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0, dtype=np.float64, progress=None):
-    """Eigenvalues and eigenvectors of a symmetric matrix by thick-restart Lanczos, as `scipy.sparse.linalg.eigsh`.
+def eigsh(a, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
+    r"""Some eigenvalues and their eigenvectors, as `scipy.sparse.linalg.eigsh` returns them.
 
-    `matvec` is a function of NumPy vectors of length `n`. The basis has `ncv + 1` vectors, which are all kept
-    orthogonal, so that rounding does not create copies of an eigenvalue.
+    This is the Lanczos method with full reorthogonalization and thick restarts. The basis has `ncv` vectors, for any
+    number of products, and rounding does not create copies of an eigenvalue. A multiple eigenvalue may be found fewer
+    times than its multiplicity, as with any method that uses a single starting vector.
+
+    Args:
+        a: A symmetric matrix of shape `(n, n)`: a curvature operator, what is computed from operators (`2 * h + g`), an
+            array or a tensor, a sparse matrix or a `LinearOperator` of SciPy, or any object with `shape` and `a @ v`.
+        k: Number of eigenvalues.
+        which: `"LA"` for the largest, `"SA"` for the smallest, `"LM"` for those of largest magnitude, `"BE"` for half
+            of them from each end.
+        ncv: Number of vectors in the basis, more than `k`. Default: `max(2 * k + 1, 20)`. A larger basis needs fewer
+            products.
+        max_restarts: Maximum number of restarts, 100 by default.
+        tol: An eigenvalue has converged if $\lVert A v - \lambda v \rVert \le$ `tol` $\lvert \lambda \rvert$.
+            Default: the machine epsilon of the dtype to the power of 2/3, which is 2e-5 in float32 and 4e-11 in
+            float64.
+        seed: An integer that seeds the starting vector.
+
+    Returns:
+        `(eigenvalues, eigenvectors)`: the eigenvalues in ascending order, of shape `(k,)`, and orthonormal eigenvectors
+        in columns, of shape `(n, k)`. A column can be multiplied with `@`. Both are in double precision, or in single
+        precision if the matrix is in single or half precision.
+
+    Raises:
+        EigenvalueConvergenceError: If an eigenvalue has not converged after `max_restarts`. The attributes of the error
+            have the approximations.
+        FloatingPointError: If a product is not finite.
+        ValueError: If the matrix is not symmetric, or an option is invalid.
+
+    Cost:
+        About ten to a few hundred products, and memory for a few more than `ncv + 1` vectors.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> values, vectors = kg.curvature.eigsh(np.diag([1.0, 2.0, 3.0]), k=2)
+    >>> values.round(6), np.abs(vectors).round(6) + 0.0
+    (array([2., 3.]), array([[0., 0.],
+           [1., 0.],
+           [0., 1.]]))
+
+    Source: Wu & Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000), algorithm 1.
     """
+    a = symmetric_matrix("eigsh", a)
+    n, dtype = a.shape[0], precision_of(a)
     _check(n, k, which, ncv, max_restarts, tol)
     validation.require_seed("eigsh", seed)
+    matvec = matvec_of(a)
     ncv = min(n, max(2 * k + 1, 20) if ncv is None else ncv)
     max_restarts = MAX_RESTARTS if max_restarts is None else max_restarts
     eps = np.finfo(dtype).eps
@@ -44,7 +87,7 @@ def eigsh(matvec, n, k, which, *, ncv=None, max_restarts=None, tol=None, seed=0,
     basis = KrylovBasis(ncv + 1, n, dtype)
     projected = np.zeros((ncv, ncv))
     basis.append_random(generator)
-    with progress(None) if progress else contextlib.nullcontext() as bar:
+    with progress_of(a, "eigsh", None) as bar:
         for _ in range(max_restarts + 1):
             remainder = _extend(matvec, basis, projected, ncv, n, generator, bar)
             values, vectors = np.linalg.eigh(projected)
@@ -78,8 +121,7 @@ def _extend(matvec, basis, projected, ncv, n, generator, bar):
         length = checked_length(product)
         parts, remainder = basis.orthogonalize(product)
         projected[: j + 1, j] = projected[j, : j + 1] = parts
-        if bar is not None:
-            bar.update()
+        bar.update()
         if j + 1 == n:
             return 0.0
         if remainder <= 10 * np.finfo(product.dtype).eps * length:
@@ -122,19 +164,13 @@ def _check(n, k, which, ncv, max_restarts, tol):
         raise ValueError(
             f"eigsh expects `which` to be one of {', '.join(WHICH)}. Received: which={validation.shown(which)}."
         )
-    if not _is_count(k) or not 0 < k <= n:
+    if not validation.is_count(k) or k > n:
         raise ValueError(f"eigsh expects `k` from 1 to {n}, the size of the matrix. Received: k={validation.shown(k)}.")
-    if ncv is not None and (not _is_count(ncv) or not (k < ncv or k == ncv == n)):
+    if ncv is not None and (not validation.is_count(ncv) or not (k < ncv or k == ncv == n)):
         raise ValueError(
             f"eigsh expects `ncv`, the vectors of its basis, above k={k}. Received: ncv={validation.shown(ncv)}."
         )
-    if max_restarts is not None and (not _is_count(max_restarts) or max_restarts < 0):
-        raise ValueError(
-            f"eigsh expects 0 or more as `max_restarts`. Received: max_restarts={validation.shown(max_restarts)}."
-        )
+    if max_restarts is not None:
+        validation.require_count("eigsh", "max_restarts", max_restarts, 0)
     if tol is not None and not (validation.is_number(tol) and tol >= 0):
         raise ValueError(f"eigsh expects a number of 0 or more as `tol`. Received: tol={validation.shown(tol)}.")
-
-
-def _is_count(x):
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)

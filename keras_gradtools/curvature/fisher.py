@@ -1,7 +1,6 @@
 """The Fisher information matrix of a model."""
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
@@ -90,11 +89,8 @@ class Fisher(CurvatureOperator):
             raise ValueError(
                 f"Fisher expects {', '.join(map(repr, KINDS))} as `kind`. Received: kind={validation.shown(kind)}."
             )
-        if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)) or samples < 1:
-            raise ValueError(
-                f"Fisher expects a positive integer as `samples`. Received: samples={validation.shown(samples)}."
-            )
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**31:
+        validation.require_count("Fisher", "samples", samples)
+        if not validation.is_count(seed, 0) or seed >= 2**31:
             raise ValueError(
                 f"Fisher expects an integer from 0 to 2**31 - 1 as `seed`. Received: seed={validation.shown(seed)}."
             )

@@ -8,6 +8,7 @@ from keras_gradtools import backend
 from keras_gradtools.curvature.batches import batch_size_of
 from keras_gradtools.curvature.linear_maps import OfBatch, SecondDerivative
 from keras_gradtools.curvature.operator import CurvatureOperator
+from keras_gradtools.curvature.solver_vectors import solver_dtype
 from keras_gradtools.curvature.spectrum_start import spectrum_start
 
 # Beyond these, one program for many products takes long to compile and saves little, since calls are cheap beside
@@ -76,18 +77,17 @@ class Hessian(CurvatureOperator):
 
     def begins_spectra(self, samples):
         """Whether `spectrum_start` can be used: only for small models, data in one batch, and few samples."""
-        if self._batches.count != 1 or samples > _MOST_SAMPLES:
+        if not self._sums.is_one_batch or samples > _MOST_SAMPLES:
             return False
-        (batch,) = self._batches
-        is_small = self._is_quick_to_trace and self.shape[0] <= _MOST_WEIGHTS
+        (batch,) = self._sums.batches
+        is_small = self._sums.is_quick_to_trace and self.shape[0] <= _MOST_WEIGHTS
         return is_small and not backend.is_shared_by_replicas(batch, self.variables[0])
 
     def spectrum_start(self, first, bits, share, steps):
         """Computes the first Lanczos steps, the trace samples and the norm of the gradient: see `spectrum_start.py`."""
-        dtype = "float64" if self.dtype == "float64" else "float32"
-        vectors = [ops.convert_to_tensor(first, dtype=dtype), ops.convert_to_tensor(bits)]
+        vectors = [ops.convert_to_tensor(first, dtype=solver_dtype(self.dtype).name), ops.convert_to_tensor(bits)]
         add = functools.partial(_spectrum_start, share, steps)
-        return self._of_one_batch(("spectrum start", share, steps), add, vectors)
+        return self._sums.of_one_batch(("spectrum start", share, steps), add, vectors)
 
     def _make_spec(self):
         return _HessianOfBatch(self._loss)

@@ -192,10 +192,5 @@ def taped(name, fun, weights):
     return TapedCall(name, fun, (weights,))
 
 
-def packed_like(call, flat):
-    """Flat tensors in the structure of the outputs of a call."""
-    return nesting.pack_as(call.target, flat)
-
-
 def _added(results):
     return [sum(column[1:], column[0]) for column in zip(*results, strict=True)]

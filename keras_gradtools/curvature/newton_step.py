@@ -10,6 +10,7 @@ from keras_gradtools.curvature.damped_solve import damped_solve
 from keras_gradtools.curvature.gauss_newton import GaussNewton
 from keras_gradtools.curvature.hessian import Hessian
 from keras_gradtools.curvature.krylov_basis import dot, norm
+from keras_gradtools.curvature.solver_vectors import solver_dtype
 
 CURVATURES = {"hessian": Hessian, "gauss_newton": GaussNewton}
 
@@ -244,7 +245,7 @@ class ConjugateGradientsSolver:
     """
 
     def __init__(self, operator, max_iterations, rtol=None, progress_tol=None, preconditioner=None):
-        self._operator, self.dtype = operator, np.dtype("float64" if operator.dtype == "float64" else "float32")
+        self._operator, self.dtype = operator, solver_dtype(operator.dtype)
         self._max_iterations, self._rtol, self._progress_tol = max_iterations, rtol, progress_tol
         self._preconditioner = preconditioner
 

@@ -9,6 +9,7 @@ from keras import ops
 from keras_gradtools import backend, nesting
 from keras_gradtools.curvature.batch_loss import with_masks_of
 from keras_gradtools.curvature.batches import batch_size_of
+from keras_gradtools.curvature.data_sums import spread
 from keras_gradtools.curvature.gauss_newton import GaussNewton
 from keras_gradtools.curvature.linear_maps import SecondDerivative
 from keras_gradtools.transforms import compiled
@@ -42,12 +43,12 @@ class NormalEquations:
         self._operator = operator
         # If the model returns probabilities, the operator uses a loss of their logits, which is not handled here.
         is_gauss_newton = isinstance(operator, GaussNewton)
-        self._is_possible = is_gauss_newton and operator._spec.loss is operator._loss
+        self._is_possible = is_gauss_newton and operator._sums.spec.loss is operator._sums.loss
         self._is_checked = False
 
     def of(self, operator):
         """The loss, the gradient and the matrix at the current weights."""
-        operator._prepare()
+        operator._sums.prepare()
         found = self._summed(operator) if self._is_possible else None
         if found is None:
             return (*operator.loss_and_gradient(), operator.dense())
@@ -55,11 +56,11 @@ class NormalEquations:
 
     def _summed(self, operator):
         sums, count = None, 0
-        for batch in operator._batches:
+        for batch in operator._sums.batches:
             if not self._fits(batch):
                 return None
             try:
-                of_batch = self._sums(batch, operator._draws)
+                of_batch = self._sums(batch, operator._sums.draws)
                 if not self._is_checked:
                     self._is_possible = self._agrees(operator._on(batch), batch, of_batch)
                     self._is_checked = True
@@ -79,9 +80,9 @@ class NormalEquations:
 
     def _sums(self, batch, draws):
         operator = self._operator
-        batch = nesting.map_structure(lambda x: x if x is None else backend.spread(x), batch)
-        key = ("NormalEquations", operator._spec.key, draws.key)
-        body = functools.partial(_of_batch, operator._spec.loss, operator._parameters, draws)
+        batch = spread(batch)
+        key = ("NormalEquations", operator._sums.spec.key, draws.key)
+        body = functools.partial(_of_batch, operator._sums.spec.loss, operator._sums.parameters, draws)
         parts, _ = compiled.run("NormalEquations", operator.model, body, key, (batch, draws.values), {})
         total, gradient, matrix = np.zeros(()), 0.0, 0.0
         for part in parts:

@@ -4,6 +4,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import norm
+from keras_gradtools.curvature.solver_vectors import solver_dtype
 
 # Default limit on the numbers in the vectors: 4 MiB in single precision, also in a saved file. More would be slow.
 _NUMBERS = 2**20
@@ -24,12 +25,12 @@ _LONGEST_WAIT = 15
 
 def checked_rank(owner, rank):
     """Returns the given `preconditioner_rank`. Raises `ValueError` if it is invalid."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
+    if rank is not None and not validation.is_count(rank, 0):
         raise ValueError(
             f"{owner} expects an integer of 0 or more, or None, as `preconditioner_rank`. Received: "
             f"preconditioner_rank={validation.describe(rank)}."
         )
-    return rank
+    return rank if rank is None else int(rank)
 
 
 def recycled_preconditioner(size, rank, dtype):
@@ -38,8 +39,7 @@ def recycled_preconditioner(size, rank, dtype):
         rank = min(_RANK, _NUMBERS // max(size, 1))
         rank = rank if rank >= _LEAST_RANK else 0
     rank = min(rank, size)
-    # As in the solvers, half precision is too imprecise.
-    return RecycledPreconditioner(size, rank, "float64" if dtype == "float64" else "float32") if rank else None
+    return RecycledPreconditioner(size, rank, solver_dtype(dtype)) if rank else None
 
 
 class RecycledPreconditioner:

@@ -30,3 +30,10 @@ def in_kind_of(given, array):
 def lower_triangle(matrix):
     """A copy of the lower triangle of a matrix, with zeros above it, in double precision."""
     return np.tril(matrix).astype("float64")
+
+
+def solver_dtype(dtype):
+    """The precision in which a solver computes with a matrix of this dtype, given by its name or as that of NumPy."""
+    # NumPy has no bfloat16, and half precision is too imprecise for solvers.
+    is_single = getattr(dtype, "name", dtype) in ("float32", "float16", "bfloat16")
+    return np.dtype("float32" if is_single else "float64")

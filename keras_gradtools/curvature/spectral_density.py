@@ -6,6 +6,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.krylov_basis import KrylovBasis, checked_length
+from keras_gradtools.curvature.products import matvec_of, precision_of, progress_of, symmetric_matrix
 from keras_gradtools.curvature.trace import mean_of
 
 # Width of a peak, relative to the range of the eigenvalues. Widths by which the grid extends beyond that range.
@@ -33,23 +34,54 @@ class SpectralDensity(NamedTuple):
     width: float
 
 
-def spectral_density(matvec, n, probes, steps, *, points, width, seed, dtype, progress):
-    """The density by stochastic Lanczos quadrature: see `CurvatureOperator.spectral_density`."""
+def spectral_density(a, probes=10, steps=50, *, points=1000, width=None, seed=0):
+    r"""An estimate of the density of the eigenvalues, $\frac1n \sum_i \mathcal{N}(t; \lambda_i, \sigma^2)$.
+
+    It does not compute the eigenvalues. Each probe runs the Lanczos method from a random vector, which gives nodes and
+    weights of a Gauss quadrature of the density.
+
+    Args:
+        a: A symmetric matrix of shape `(n, n)`, as for `kg.curvature.eigsh`.
+        probes: Number of random vectors, 2 or more.
+        steps: Number of Lanczos steps, and of products, for each probe.
+        points: Number of points in the grid on which the density is returned.
+        width: $\sigma$. Default: a hundredth of the range of the eigenvalues.
+        seed: An integer that seeds the random vectors.
+
+    Returns:
+        A `SpectralDensity`: the grid, the density, which integrates to 1 on it, its standard error over the probes, and
+        the nodes and weights. `kg.plots.plot_spectral_density` draws it.
+
+    Raises:
+        FloatingPointError: If a product is not finite.
+        ValueError: If the matrix is not symmetric, or an option is invalid.
+
+    Cost:
+        `probes * steps` products, and memory for `steps` vectors.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> density = kg.curvature.spectral_density(np.diag([0.0, 0.0, 0.0, 1.0]), probes=2)
+    >>> np.sort(density.nodes).round(6) + 0.0  # the eigenvalues, in two steps for each probe
+    array([[ 0.,  1., nan, nan],
+           [ 0.,  1., nan, nan]])
+
+    Source: Ghorbani, Krishnan & Xiao, "An investigation into neural net optimization via Hessian eigenvalue density"
+    (arXiv:1901.10159, 2019), section 2.
+    """
+    a = symmetric_matrix("spectral_density", a)
     for name, given, least in (("probes", probes, 2), ("steps", steps, 1), ("points", points, 2)):
-        if not validation.is_count(given, least):
-            raise ValueError(
-                f"spectral_density expects an integer of at least {least} as `{name}`. "
-                f"Received: {validation.shown(given)}."
-            )
+        validation.require_count("spectral_density", name, given, least)
     validation.require_seed("spectral_density", seed)
-    if width is not None and not (validation.is_number(width) and 0 < width < np.inf):
-        raise ValueError(
-            f"spectral_density expects a positive number as `width`. Received: width={validation.shown(width)}."
-        )
+    if width is not None:
+        validation.require_positive("spectral_density", "width", width)
+    n, dtype, matvec = a.shape[0], precision_of(a), matvec_of(a)
     steps = min(steps, n)
     generator = np.random.default_rng(seed)
     nodes, weights = np.full((probes, steps), np.nan), np.zeros((probes, steps))
-    with progress(probes * steps) as bar:
+    with progress_of(a, "spectral_density", probes * steps) as bar:
         for i in range(probes):
             values, vectors = np.linalg.eigh(_tridiagonal(matvec, n, steps, generator, dtype, bar))
             nodes[i, : len(values)], weights[i, : len(values)] = values, vectors[0] ** 2

@@ -1,24 +1,61 @@
-"""The trace of a symmetric matrix from products with random vectors."""
+"""The trace of a matrix from products with random vectors."""
 
 import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimate import Estimate
 from keras_gradtools.curvature.krylov_basis import KrylovBasis, dot
+from keras_gradtools.curvature.options import checked_matvecs
+from keras_gradtools.curvature.products import matvec_of, precision_of, progress_of, square_matrix
 
 METHODS = ("hutch++", "hutchinson")
 
 
-def estimate_trace(matvec, n, matvecs, method, seed, dtype, progress):
-    """The trace by Hutchinson's estimator or Hutch++: see `CurvatureOperator.trace`."""
+def trace(a, matvecs=99, method="hutch++", seed=0):
+    r"""An estimate of the trace from products with vectors $v_i$ of random signs.
+
+    Hutchinson's estimator is the mean of $v_i^\top A v_i$. Hutch++ uses a third of the products to find the directions
+    $Q$ of the largest eigenvalues, computes the trace exactly on these, and samples the rest:
+    $\operatorname{tr}(Q^\top A Q) + \overline{v_i^\top (I - QQ^\top) A (I - QQ^\top) v_i}$. It is more accurate if a
+    few eigenvalues are far larger than the others, as in trained models.
+
+    Args:
+        a: A square matrix of shape `(n, n)`, which need not be symmetric: a curvature operator, what is computed from
+            operators (`2 * h + g`, `h @ g`), an array or a tensor, a sparse matrix or a `LinearOperator` of SciPy, or
+            any object with `shape` and `a @ v`.
+        matvecs: Number of products. If it is `n` or more, the trace is computed exactly with `n` products.
+        method: `"hutch++"` or `"hutchinson"`.
+        seed: An integer that seeds the random vectors.
+
+    Returns:
+        An `Estimate` of the trace, with the standard error of the mean over the samples.
+
+    Raises:
+        ValueError: If the matrix or an option is invalid.
+
+    Cost:
+        `matvecs` products, and for Hutch++ memory for a third as many vectors.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> kg.curvature.trace(np.diag([1.0, 2.0, 3.0]))  # computed exactly, with 3 products
+    Estimate(value=6.0, standard_error=0.0)
+
+    Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1989); Meyer, Musco, Musco &
+    Woodruff, "Hutch++" (arXiv:2010.09649, 2020), algorithm 1.
+    """
+    a = square_matrix("trace", a)
     validation.require_seed("trace", seed)
     if not validation.is_one_of(method, METHODS):
         raise ValueError(
             f"trace expects 'hutch++' or 'hutchinson' as `method`. Received: method={validation.shown(method)}."
         )
     least = 6 if method == "hutch++" else 2
-    matvecs = checked_budget("trace", matvecs, least)
-    with progress(min(matvecs, n)) as bar:
+    matvecs = checked_matvecs("trace", matvecs, least)
+    n, matvec = a.shape[0], matvec_of(a)
+    with progress_of(a, "trace", min(matvecs, n)) as bar:
         if matvecs >= n:
             return Estimate(float(sum(bar.after(matvec(unit))[i] for i, unit in enumerate(units(n)))), 0.0)
         generator = np.random.default_rng(seed)
@@ -28,7 +65,7 @@ def estimate_trace(matvec, n, matvecs, method, seed, dtype, progress):
                 v = random_signs(generator, n)
                 samples.append(dot(v, bar.after(matvec(v))))
             return mean_of(samples)
-        return _hutch_plus_plus(matvec, n, matvecs, generator, dtype, bar)
+        return _hutch_plus_plus(matvec, n, matvecs, generator, precision_of(a), bar)
 
 
 def _hutch_plus_plus(matvec, n, matvecs, generator, dtype, bar):
@@ -73,13 +110,3 @@ def units(n):
         unit[i] = 1.0
         yield unit
         unit[i] = 0.0
-
-
-def checked_budget(name, matvecs, least):
-    """Returns the number of products as an int. Raises `ValueError` if it is below `least`."""
-    if not validation.is_count(matvecs, least):
-        raise ValueError(
-            f"{name} expects at least {least} as `matvecs`, the number of products, since a standard error needs more "
-            f"than one sample. Received: matvecs={validation.shown(matvecs)}."
-        )
-    return int(matvecs)

@@ -12,7 +12,7 @@ from scipy.sparse import linalg as sparse
 from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
-from keras_gradtools.curvature import eigenvalues, krylov_basis
+from keras_gradtools.curvature import eigenvalues, eigsh, krylov_basis
 
 RNG = np.random.default_rng(0)
 WHICH = ["LA", "SA", "LM", "BE"]
@@ -40,21 +40,26 @@ def trained_hessian():
     return kg.curvature.Hessian(model, loss, (x, y), verbose=0)
 
 
-class Counted:
-    """A product with a matrix, and how often it was taken."""
+class Known:
+    """A matrix of which only the shape, the dtype and the products with vectors are known."""
+
+    def __init__(self, n, matvec, dtype="float64"):
+        self.shape, self.dtype, self._matvec = (n, n), np.dtype(dtype), matvec
+
+    def __matmul__(self, v):
+        return self._matvec(v)
+
+
+class Counted(Known):
+    """A matrix that counts its products."""
 
     def __init__(self, a):
+        super().__init__(len(a), a.__matmul__, a.dtype)
         self.a, self.count = a, 0
 
-    def __call__(self, v):
+    def __matmul__(self, v):
         self.count += 1
-        return self.a @ v
-
-
-def eigsh(a, k, which="LA", **options):
-    matvec = a if callable(a) else lambda v: a @ v
-    a = getattr(a, "a", a)
-    return eigenvalues.eigsh(matvec, len(a), k, which, dtype=a.dtype, **options)
+        return super().__matmul__(v)
 
 
 def wanted(values, k, which):
@@ -123,9 +128,9 @@ def test_many_restarts_of_a_small_basis(which, dtype):
     n, k, ncv = 500, 2, 8
     # The ends are apart from the rest by a hundredth of the range.
     a = symmetric(np.concatenate([[-1.05, -1.02], np.linspace(-1, 1, n - 4), [1.03, 1.06]]), dtype)
-    matvec = Counted(a)
-    check(a, eigsh(matvec, k, which, ncv=ncv, max_restarts=1000), k, which)
-    assert matvec.count > 4 * ncv
+    counted = Counted(a)
+    check(a, eigsh(counted, k, which, ncv=ncv, max_restarts=1000), k, which)
+    assert counted.count > 4 * ncv
 
 
 class TestMultiplicities:
@@ -183,7 +188,7 @@ class TestMultiplicities:
 
     def test_a_product_is_not_overwritten(self):
         # The product with the identity is the vector of the basis itself.
-        values, vectors = eigenvalues.eigsh(lambda v: v, 10, 3, "LA", dtype=np.float64)
+        values, vectors = eigsh(Known(10, lambda v: v), 3)
         np.testing.assert_allclose(values, np.ones(3))
         np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-14)
 
@@ -229,9 +234,7 @@ class TestMemory:
         for restarts in (1, 1, 6):
             tracemalloc.start()
             with pytest.raises(kg.curvature.EigenvalueConvergenceError):
-                eigenvalues.eigsh(
-                    lambda v: diagonal * v, n, 2, "LA", ncv=8, max_restarts=restarts, dtype=np.dtype("float32")
-                )
+                eigsh(Known(n, lambda v: diagonal * v, "float32"), 2, ncv=8, max_restarts=restarts)
             peaks.append(tracemalloc.get_traced_memory()[1] / (4 * n))
             tracemalloc.stop()
         # In vectors: nine of the basis, and a few for products and results.
@@ -244,11 +247,11 @@ class TestConvergence:
     @pytest.mark.parametrize("ncv", [9, 20])
     def test_the_error_has_the_approximations(self, ncv, which, dtype):
         a = symmetric(RNG.uniform(-1, 1, size=200), dtype)
-        matvec = Counted(a)
+        counted = Counted(a)
         with pytest.raises(kg.curvature.EigenvalueConvergenceError, match="did not converge") as caught:
-            eigsh(matvec, 4, which, ncv=ncv, max_restarts=0)
+            eigsh(counted, 4, which, ncv=ncv, max_restarts=0)
         error = caught.value
-        assert isinstance(error, RuntimeError) and matvec.count == ncv
+        assert isinstance(error, RuntimeError) and counted.count == ncv
         assert error.eigenvalues.shape == (4,) and np.all(np.diff(error.eigenvalues) > 0)
         v = error.eigenvectors.astype("float64")
         np.testing.assert_allclose(v.T @ v, np.eye(4), atol=20 * np.finfo(dtype).eps)
@@ -262,12 +265,12 @@ class TestConvergence:
 
     def test_those_of_the_last_restart(self):
         a = symmetric(RNG.uniform(-1, 1, size=200))
-        matvec = Counted(a)
+        counted = Counted(a)
         with pytest.raises(kg.curvature.EigenvalueConvergenceError) as caught:
-            eigsh(matvec, 3, "BE", ncv=10, max_restarts=4)
+            eigsh(counted, 3, "BE", ncv=10, max_restarts=4)
         v = caught.value.eigenvectors
         # Each restart keeps 3 and half of the other 6, and takes the products of the rest.
-        assert matvec.count == 10 + 4 * 4
+        assert counted.count == 10 + 4 * 4
         residuals = np.linalg.norm(a @ v - v * caught.value.eigenvalues, axis=0)
         np.testing.assert_allclose(caught.value.residuals, residuals, rtol=1e-6)
 
@@ -275,11 +278,11 @@ class TestConvergence:
         a = symmetric(RNG.uniform(-1, 1, size=200))
         counts = []
         for tol in (1e-2, 1e-5, 1e-10):
-            matvec = Counted(a)
-            values, vectors = eigsh(matvec, 3, tol=tol, max_restarts=1000)
+            counted = Counted(a)
+            values, vectors = eigsh(counted, 3, tol=tol, max_restarts=1000)
             residuals = np.linalg.norm(a @ vectors - vectors * values, axis=0)
             assert np.all(residuals <= tol * np.abs(values) + 1e-14)
-            counts.append(matvec.count)
+            counts.append(counted.count)
         assert counts[0] < counts[1] < counts[2]
 
     def test_zero_and_none_are_what_the_precision_allows(self):
@@ -310,7 +313,7 @@ class TestErrors:
             return a @ v if len(calls) <= after else np.where(np.arange(40) == 7, bad, a @ v)
 
         with pytest.raises(FloatingPointError, match="not finite"):
-            eigenvalues.eigsh(matvec, 40, 2, "LA", dtype=np.float64)
+            eigsh(Known(40, matvec), 2)
 
     @pytest.mark.parametrize(
         "options, message",

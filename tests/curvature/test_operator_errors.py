@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_gradtools.curvature import Fisher, GaussNewton, Hessian, dense_memory
+from keras_gradtools.curvature import Fisher, GaussNewton, Hessian, dense_memory, repeatability
 from keras_gradtools.keras_internals import scopes
 
 RNG = np.random.default_rng(7)
@@ -559,7 +559,7 @@ class TestWhatIsNotRepeated:
         # The products with a vector to which the loss is flat are zero but for rounding, which need not repeat.
         found = made()
         noise = np.random.default_rng(0)
-        monkeypatch.setattr(found, "_first_product", lambda batch: 1e-8 * noise.normal(size=SIZE))
+        monkeypatch.setattr(repeatability, "_first_product", lambda sums, batch: 1e-8 * noise.normal(size=SIZE))
         assert np.isfinite(found @ np.ones(SIZE)).all()
 
     def test_what_torch_draws_is_replayed(self, backend):

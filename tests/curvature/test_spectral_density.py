@@ -5,20 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from keras_gradtools.curvature import spectral_density as module
-from keras_gradtools.curvature.progress import Progress
-from tests.curvature.test_eigenvalues import Counted, symmetric, trained_hessian
+from keras_gradtools.curvature import spectral_density
+from tests.curvature.test_eigenvalues import Counted, Known, symmetric, trained_hessian
 
 DTYPES = ["float32", "float64"]
 
 
-def density(a, probes=10, steps=20, *, points=1000, width=None, seed=0):
-    matvec = a if callable(a) else lambda v: a @ v
-    a = getattr(a, "a", a)
-    return module.spectral_density(
-        matvec, len(a), probes, steps, points=points, width=width, seed=seed, dtype=a.dtype,
-        progress=lambda total: Progress(total, "", 0),
-    )  # fmt: skip
+def density(a, probes=10, steps=20, **options):
+    return spectral_density(a, probes, steps, **options)
 
 
 def integral(found):
@@ -66,10 +60,7 @@ class TestForAnySpectrum:
             seen.append(v.astype("float64"))
             return a @ v
 
-        found = module.spectral_density(
-            matvec, len(a), 3, steps, points=10, width=None, seed=0, dtype=a.dtype,
-            progress=lambda total: Progress(total, "", 0),
-        )  # fmt: skip
+        found = density(Known(len(a), matvec, dtype), 3, steps, points=10)
         taken = (~np.isnan(found.nodes)).sum(axis=1)
         firsts = [seen[start] for start in np.cumsum(taken) - taken]
         tolerance = (1e-4 if dtype == "float32" else 1e-11) * np.abs(SPECTRA[name]).max()
@@ -145,16 +136,16 @@ class TestAgainstKnownDensities:
 class TestProducts:
     @pytest.mark.parametrize("probes, steps, n, each", [(2, 1, 20, 1), (3, 7, 20, 7), (4, 50, 20, 20)])
     def test_as_many_as_asked_for(self, probes, steps, n, each):
-        matvec = Counted(symmetric(np.linspace(-1, 1, n)))
-        found = density(matvec, probes, steps)
-        assert matvec.count == probes * each
+        counted = Counted(symmetric(np.linspace(-1, 1, n)))
+        found = density(counted, probes, steps)
+        assert counted.count == probes * each
         assert found.nodes.shape == found.weights.shape == (probes, each)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_fewer_where_the_space_ends(self, dtype):
-        matvec = Counted(np.diag(np.repeat([-2.0, 1.0, 5.0], 8)).astype(dtype))
-        found = density(matvec, 4, 20)
-        assert matvec.count == 4 * 3
+        counted = Counted(np.diag(np.repeat([-2.0, 1.0, 5.0], 8)).astype(dtype))
+        found = density(counted, 4, 20)
+        assert counted.count == 4 * 3
         np.testing.assert_allclose(found.nodes[:, :3], np.tile([-2.0, 1.0, 5.0], (4, 1)), atol=1e-5)
         assert np.isnan(found.nodes[:, 3:]).all() and np.all(found.weights[:, 3:] == 0)
 
@@ -192,13 +183,13 @@ class TestExtremes:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"probes": 1}, "an integer of at least 2 as `probes`. Received: 1"),
-        ({"probes": 2.0}, "as `probes`. Received: 2.0"),
-        ({"probes": True}, "as `probes`. Received: True"),
-        ({"steps": 0}, "an integer of at least 1 as `steps`. Received: 0"),
-        ({"steps": "50"}, "as `steps`. Received: '50'"),
-        ({"points": 1}, "an integer of at least 2 as `points`. Received: 1"),
-        ({"points": None}, "as `points`. Received: None"),
+        ({"probes": 1}, "an integer of 2 or more as `probes`. Received: probes=1"),
+        ({"probes": 2.0}, "as `probes`. Received: probes=2.0"),
+        ({"probes": True}, "as `probes`. Received: probes=True"),
+        ({"steps": 0}, "a positive integer as `steps`. Received: steps=0"),
+        ({"steps": "50"}, "as `steps`. Received: steps='50'"),
+        ({"points": 1}, "an integer of 2 or more as `points`. Received: points=1"),
+        ({"points": None}, "as `points`. Received: points=None"),
         ({"width": 0}, "a positive number as `width`. Received: width=0"),
         ({"width": -0.1}, "Received: width=-0.1"),
         ({"width": np.nan}, "Received: width=nan"),

@@ -5,9 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 
-from keras_gradtools.curvature.diagonal import estimate_diagonal
-from keras_gradtools.curvature.trace import estimate_trace
-from tests.curvature.test_eigenvalues import symmetric, trained_hessian
+import keras_gradtools as kg
+from tests.curvature.test_eigenvalues import Known, symmetric, trained_hessian
 
 METHODS = ["hutch++", "hutchinson"]
 N = 90
@@ -20,19 +19,20 @@ MATRICES = {
 SEEDS = range(100)
 
 
-class Counted:
-    """The product with a matrix, and the progress that it is told; both count."""
+class Counted(Known):
+    """A matrix that counts its products, and the progress that it is told."""
 
-    def __init__(self, a):
-        self.a, self.products, self.updates, self.total = a, 0, 0, None
+    def __init__(self, a, dtype="float64"):
+        super().__init__(len(a), a.__matmul__, dtype)
+        self.products, self.updates, self.total = 0, 0, None
 
-    def __call__(self, v):
-        assert v.shape == (len(self.a),)
+    def __matmul__(self, v):
+        assert v.shape == self.shape[:1]
         self.products += 1
-        return self.a @ v
+        return super().__matmul__(v)
 
     @contextlib.contextmanager
-    def progress(self, total):
+    def _progress(self, what, total):
         self.total = total
         yield self
 
@@ -42,13 +42,11 @@ class Counted:
 
 
 def trace(a, matvecs, method="hutch++", seed=0, dtype="float64"):
-    counted = a if isinstance(a, Counted) else Counted(a)
-    return estimate_trace(counted, len(counted.a), matvecs, method, seed, np.dtype(dtype), counted.progress)
+    return kg.curvature.trace(a if isinstance(a, Counted) else Counted(a, dtype), matvecs, method, seed)
 
 
 def diagonal(a, matvecs, seed=0):
-    counted = a if isinstance(a, Counted) else Counted(a)
-    return estimate_diagonal(counted, len(counted.a), matvecs, seed, counted.progress)
+    return kg.curvature.diagonal(a if isinstance(a, Counted) else Counted(a), matvecs, seed)
 
 
 def many(estimate, *args):
@@ -178,7 +176,7 @@ class TestDiagonal:
             samples.append(v * (a @ v))
             return a @ v
 
-        found = estimate_diagonal(matvec, N, 12, 3, Counted(a).progress)
+        found = kg.curvature.diagonal(Known(N, matvec), 12, 3)
         np.testing.assert_allclose(found.value, np.mean(samples, axis=0), rtol=1e-10)
         np.testing.assert_allclose(found.standard_error, np.std(samples, axis=0, ddof=1) / 12**0.5, rtol=1e-10)
 
