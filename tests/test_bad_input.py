@@ -461,6 +461,23 @@ def rows():
         "operator.loss": (method(hessian_operator, "loss"), {}, "offset: vector?"),
         "operator.gradient": (method(hessian_operator, "gradient"), {}, "offset: vector?"),
         "operator.move": (method(hessian_operator, "move"), {"offset": np.zeros(8)}, "offset: vector"),
+        "trace": (c.trace, {"a": matrix, "matvecs": 6}, "a: matrix, matvecs: count, method: choice, seed: seed"),
+        "diagonal": (c.diagonal, {"a": matrix, "matvecs": 3}, "a: matrix, matvecs: count, seed: seed"),
+        "eigsh": (
+            c.eigsh,
+            {"a": matrix, "k": 1},
+            "a: matrix, k: count, which: choice, ncv: count?, max_restarts: count from 0?, tol: number?, seed: seed",
+        ),
+        "spectral_density": (
+            c.spectral_density,
+            {"a": matrix, "probes": 2, "steps": 2, "points": 4},
+            "a: matrix, probes: count, steps: count, points: count, width: number?, seed: seed",
+        ),
+        "loss_surface": (
+            method(hessian_operator, "loss_surface"),
+            {"points": 2},
+            "directions: directions?, distance: number, points: count, seed: seed",
+        ),
         "conjugate_gradients": (
             c.conjugate_gradients,
             {"a": matrix, "b": np.ones(3)},

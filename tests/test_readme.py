@@ -15,7 +15,7 @@ import keras_gradtools
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 # Pages whose blocks run as they stand.
-PAGES = [README, ROOT / "docs" / "second_order.md", ROOT / "docs" / "diagnostics.md"]
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("curvature", "second_order", "diagnostics"))]
 
 
 def python_blocks(text):

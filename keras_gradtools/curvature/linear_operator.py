@@ -23,7 +23,7 @@ class LinearOperator:
     Attributes:
         shape: `(n, n)`.
         dtype: The NumPy dtype of the products.
-        is_symmetric: Whether the matrix is symmetric.
+        is_symmetric: Whether the matrix is symmetric. What has no elements to compare counts as symmetric.
         verbose: `"auto"` for a progress bar on long computations, 1 for one on all, 0 for none.
     """
 
@@ -40,7 +40,7 @@ class LinearOperator:
 
     @property
     def T(self):  # noqa: N802
-        """The transpose, which is the operator itself if that is symmetric."""
+        """The transpose, which is the operator itself if that is known to be symmetric."""
         return self
 
     def matvec(self, vector):

@@ -90,7 +90,8 @@ class LinearCombination(AlgebraicOperator):
 
     @property
     def T(self):  # noqa: N802
-        return self if self.is_symmetric else LinearCombination([(f, a.T) for f, a in self._terms])
+        terms = [(factor, a.T) for factor, a in self._terms]
+        return self if terms == self._terms else LinearCombination(terms)
 
     def dense(self):
         return self._combined([operator.dense() for _, operator in self._terms])
@@ -119,7 +120,8 @@ class ProductOperator(AlgebraicOperator):
 
     @property
     def T(self):  # noqa: N802
-        return self if self.is_symmetric else ProductOperator(*(a.T for a in reversed(self._factors)))
+        factors = [a.T for a in reversed(self._factors)]
+        return self if factors == self._factors else ProductOperator(*factors)
 
     def _fast_matvec(self):
         matvecs = [a._fast_matvec() for a in reversed(self._factors)]
@@ -159,7 +161,9 @@ class MatrixOperator(AlgebraicOperator):
 
     @property
     def T(self):  # noqa: N802
-        return self if self.is_symmetric else MatrixOperator(self._matrix.T)
+        # Of a `LinearOperator`, it is not known whether it is symmetric.
+        is_known = isinstance(self._matrix, np.ndarray) or hasattr(self._matrix, "tocsr")
+        return self if is_known and self.is_symmetric else MatrixOperator(self._matrix.T)
 
 
 def _is_operator(x):

@@ -75,6 +75,7 @@ def is_symmetric(a):
             difference = max(np.abs(a[rows] - a[:, rows].T).max() for rows in blocks)
         largest = max(np.abs(a[rows]).max() for rows in blocks)
     elif hasattr(a, "tocsr"):
+        a = a.tocsr()
         difference, largest = abs(a - a.T).max(), abs(a).max()
     else:
         return True
