@@ -26,6 +26,7 @@ MATRICES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
 @pytest.mark.parametrize("name", MATRICES)
 class TestOfAnyMatrix:
     def test_eigenvalues(self, name):
