@@ -94,9 +94,9 @@ def modes_section():
         for e in json.loads(path.read_text())
     ]
     yield (
-        "## Curvature: modes\n\nA product with a cached record (`linearized()`), the compiled product (eager on torch), "
-        "and a gradient of the same operator, with the data in one batch. Where the record is much faster (torch), solvers "
-        "and estimators use it."
+        "## Curvature: modes\n\nA product with a cached record (`linearized()`), the compiled product (eager on "
+        "torch), and a gradient of the same operator, with the data in one batch. Where the record is much faster (torch), "
+        "solvers and estimators use it."
     )
     yield markdown(head, body)
 
