@@ -95,8 +95,8 @@ def modes_section():
     ]
     yield (
         "## Curvature: modes\n\nA product with a cached record (`linearized()`), the compiled product (eager on "
-        "torch), and a gradient of the same operator, with the data in one batch. Where the record is much faster (torch), "
-        "solvers and estimators use it."
+        "torch), and a gradient of the same operator, with the data in one batch. Where the record is much faster "
+        "(torch), solvers and estimators use it."
     )
     yield markdown(head, body)
 
