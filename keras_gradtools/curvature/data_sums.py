@@ -54,6 +54,7 @@ class DataSums:
 
     @property
     def is_one_batch(self):
+        """Whether the data is one batch."""
         return self.batches.count == 1
 
     @property
@@ -66,7 +67,8 @@ class DataSums:
         if columns == 0:
             return vectors
         zeros = functools.partial(self.parameters.zeros, () if columns is None else (columns,))
-        totals, count = self._checked_sums("product", batch_sums.add_product, zeros, vectors)
+        self.prepare()
+        totals, count = self.summed("product", batch_sums.add_product, zeros, vectors)
         return [total / count for total in totals]
 
     def rows(self, place, start, size, chunk_size):
@@ -77,7 +79,8 @@ class DataSums:
         def zeros():
             return self.parameters.zeros((size,))[place:]
 
-        return self._checked_sums(("rows", place, size, chunk_size), add, zeros, start)
+        self.prepare()
+        return self.summed(("rows", place, size, chunk_size), add, zeros, start)
 
     def loss_at(self, offset):
         """The loss at the weights plus `offset`, a tensor for each variable or None."""
@@ -85,7 +88,8 @@ class DataSums:
         def zeros():
             return [ops.zeros((), dtype=self.parameters.dtype)]
 
-        (total,), count = self._checked_sums("loss", batch_sums.add_loss, zeros, offset)
+        self.prepare("gradient")
+        (total,), count = self.summed("loss", batch_sums.add_loss, zeros, offset)
         return float(total) / count
 
     def loss_and_gradient_at(self, offset):
@@ -96,10 +100,11 @@ class DataSums:
         return float(totals[0]) / count, gradient
 
     def gradient_sums(self, offset=None):
-        """The sums of the loss and of its gradient, without checks, and the number of examples."""
+        """The sums of the loss and of its gradient, and the number of examples, without checks."""
         return self.summed("gradient", batch_sums.add_loss_and_gradient, self.zeros_of_gradient, offset)
 
     def zeros_of_gradient(self):
+        """Zeros to which losses and gradients are added."""
         return [ops.zeros((), dtype=self.parameters.dtype), *self.parameters.zeros()]
 
     def outputs_of_example(self):
@@ -111,10 +116,6 @@ class DataSums:
         example = nesting.map_structure(lambda a: a[:1], x)
         outputs = self.loss.drawing(self.draws).outputs(self.model, weights, example)
         return sum(math.prod(o.shape) for o in nesting.flatten(outputs))
-
-    def _checked_sums(self, what, add, zeros, vectors):
-        self.prepare("gradient" if what in ("loss", "gradient") else "product")
-        return self.summed(what, add, zeros, vectors)
 
     def summed(self, what, add, zeros, vectors):
         """Runs `add` on every batch, starting from `zeros()`. Returns the sums and the number of examples."""

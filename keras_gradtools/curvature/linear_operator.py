@@ -126,7 +126,7 @@ class LinearizedOperator(LinearOperator):
 
     def __init__(self, operator, matvec):
         super().__init__(operator.shape, operator.dtype, operator.verbose)
-        self.is_symmetric, self._operator, self._matvec = operator.is_symmetric, operator, matvec
+        self.is_symmetric, self._matvec = operator.is_symmetric, matvec
 
     def __matmul__(self, vector):
         if np.shape(vector) != self.shape[:1]:

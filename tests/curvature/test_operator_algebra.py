@@ -184,6 +184,19 @@ def test_dtypes_are_those_of_numpy():
     assert (2 * h() @ V).dtype == (np.float64(2) * h() @ V).dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype):
+    linear = keras.Sequential([keras.Input((2,)), layers.Dense(1, use_bias=False, dtype=dtype)])
+    x = np.array([[1.0, 2.0], [3.0, 4.0]], "float32")
+    found = Hessian(linear, "mse", (x, np.zeros((2, 1), "float32")), verbose=0)
+    matrix = np.array([[10.0, 14.0], [14.0, 20.0]])
+    assert found.dtype == (2 * found).dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray((2 * found) @ np.ones(2), "float32"), 2 * matrix.sum(axis=0))
+    values, _ = (2 * found).eigsh(1)
+    assert values.dtype == found.dense().dtype == found.to_scipy().dtype == "float32"
+    np.testing.assert_allclose(values, 2 * np.linalg.eigvalsh(matrix)[-1:], rtol=0.02)
+
+
 def test_conjugate_gradients_of_a_sum():
     found = kg.curvature.conjugate_gradients(h() + 2 * g(), V, damping=0.1, rtol=1e-6, max_iterations=20)
     assert found.reason == "converged"
