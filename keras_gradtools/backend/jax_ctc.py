@@ -1,8 +1,8 @@
 """A CTC loss whose second derivative is right on JAX.
 
 Keras' own calls `jnp.logaddexp` in a `lax.scan`. JAX drops the derivative rule of a `custom_jvp` function there when
-the scan is differentiated twice, and differentiates the function itself, which has a kink where its arguments are
-equal. So the second derivative is wrong wherever two alignments are equally likely, as they are at a model's first step.
+the scan is differentiated twice, and differentiates the function itself. That one has a kink where its arguments are
+equal, so the second derivative is wrong where two alignments are equally likely, as they are at a model's first step.
 """
 
 import functools
