@@ -124,9 +124,11 @@ class Order:
     def _along(self, arrays):
         def along(t):
             try:
-                return self._fun([x + t * d for x, d in zip(arrays, self._direction, strict=True)])
+                found = self._fun([x + t * d for x, d in zip(arrays, self._direction, strict=True)])
             except (ValueError, RuntimeError):  # outside of the domain
-                return np.full(self._size, np.nan)
+                found = None
+            # Where ties part, there may be more outputs.
+            return found if np.shape(found) == self._size else np.full(self._size, np.nan)
 
         return along
 

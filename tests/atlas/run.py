@@ -80,7 +80,7 @@ def main():
             done[case.name, case.kind] = line
             RESULTS.mkdir(exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in done.values()))
-        if keras.config.backend() == "jax" and len(done) % 100 == 0:
+        if keras.config.backend() == "jax" and len(done) % 20 == 0:
             import jax
 
             jax.clear_caches()

@@ -1,5 +1,6 @@
 """The atlas: nothing of Keras is left out of it, and a derivative that is wrong is seen."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -76,3 +77,31 @@ def test_no_cell_is_wrong(backend):
     results = table.read(backend)
     assert {case.name for case in all_cases.cases()} <= results.keys()
     assert table.counts(results)[-1] == 0
+
+
+class Around(keras.Model):
+    """A model of one layer."""
+
+    def __init__(self, entry):
+        super().__init__()
+        self.layer, self._call = entry.make(), entry.call
+
+    def call(self, inputs, training=None):
+        return self._call(self.layer, *inputs) if self._call else self.layer(*inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(layer_cases.LAYERS))
+def test_preflight_says_the_same(name, backend):
+    """Of each layer at its generic points, at which `kg.diagnostics.preflight` reads it in single precision."""
+    points = table.read(backend).get(f"layers.{name}", {})
+    for i, entry in enumerate(layer_cases.LAYERS[name]):
+        found = points.get(f"generic {i + 1}" if i else "generic")
+        if not entry.inputs or found is None or "value" in found:
+            continue
+        model = Around(entry)
+        x = tuple(ops.convert_to_tensor(np.asarray(array, "float32")) for array in entry.inputs)
+        model(x)
+        report = kg.diagnostics.preflight(model, x, training=bool(entry.training))
+        expected = {"yes", "constant", "unclear"} if found["hvp"] == "right" else {"no", "once", "unclear", "constant"}
+        assert {layer.verdict for layer in report.layers} <= expected, (found, report)

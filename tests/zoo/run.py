@@ -48,6 +48,9 @@ class Worker:
     def _start(self):
         environment = os.environ | {"KERAS_BACKEND": self._backend, "JAX_ENABLE_X64": "1", "OMP_NUM_THREADS": "1"}
         environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+        if self._backend == "jax":
+            # Most of the time goes into compiling what runs a few times.
+            environment.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.zoo.worker"],
             stdin=subprocess.PIPE,
