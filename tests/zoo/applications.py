@@ -29,6 +29,9 @@ def _fill_statistics(model, size):
     model(keras.ops.convert_to_tensor(np.random.default_rng(0).normal(size=(8, size, size, 3))), training=True)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
+        # Dead channels would be made as large as the others, at each layer anew.
+        variance = np.array(layer.moving_variance)
+        layer.moving_variance.assign(np.maximum(variance, variance.mean()))
 
 
 APPLICATIONS = {
