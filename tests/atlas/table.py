@@ -19,6 +19,9 @@ EXPLAINED = {
     (f"layers.{name}", kind): "a grey pixel has no hue: the derivative is that of the branch that Keras takes there"
     for name in ("RandomHue", "RandomSaturation", "RandomColorJitter", "RandomColorDegeneration")
     for kind in ("zeros", "ties")
+} | {
+    ("layers.RandomHue", "generic"): "the order of two channels changes within the steps of the differences",
+    ("ops.image.hsv_to_rgb", "zeros"): "at black, the third derivative is that of the branch that Keras takes there",
 }
 
 HEAD = """# What has derivatives of which order, where
