@@ -143,9 +143,18 @@ class TestMaskedGradients:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"fgsm": {0.1: 0.48, 0.2: 0.3}}, ["at strength 0.1, one step (FGSM, accuracy 48.0%)", "(PGD, accuracy 50.0%)"]),
-            ({"fgsm": {0.1: 0.5, 0.2: 0.1}}, ["at strength 0.2, one step (FGSM, accuracy 10.0%)", "(PGD, accuracy 30.0%)"]),
-            ({"noise": {0.1: 0.25, 0.2: 0.3}}, ["at strength 0.1, random noise (accuracy 25.0%)", "(PGD, accuracy 50.0%)"]),
+            (
+                {"fgsm": {0.1: 0.48, 0.2: 0.3}},
+                ["at strength 0.1, one step (FGSM, accuracy 48.0%)", "(PGD, accuracy 50.0%)"],
+            ),
+            (
+                {"fgsm": {0.1: 0.5, 0.2: 0.1}},
+                ["at strength 0.2, one step (FGSM, accuracy 10.0%)", "(PGD, accuracy 30.0%)"],
+            ),
+            (
+                {"noise": {0.1: 0.25, 0.2: 0.3}},
+                ["at strength 0.1, random noise (accuracy 25.0%)", "(PGD, accuracy 50.0%)"],
+            ),
             ({"huge": 0.12}, ["the accuracy is 12.0%", "the 10.0% of guessing"]),
         ],
     )

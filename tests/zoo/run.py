@@ -50,7 +50,9 @@ class Worker:
         environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
         if self._backend == "jax":
             # Most of the time goes into compiling what runs a few times.
-            environment.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+            environment.setdefault(
+                "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+            )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.zoo.worker"],
             stdin=subprocess.PIPE,
