@@ -2,7 +2,7 @@
 
 Keras' own calls `jnp.logaddexp` in a `lax.scan`. JAX drops the derivative rule of a `custom_jvp` function there when
 the scan is differentiated twice, and differentiates the function itself. That one has a kink where its arguments are
-equal, so the second derivative is wrong where two alignments are equally likely, as they are at a model's first step.
+equal, so the second derivative is wrong where two alignments are equally likely, for example if all logits are zero.
 """
 
 import functools
