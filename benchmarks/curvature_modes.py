@@ -24,7 +24,7 @@ def measure(runs):
     import keras_gradtools as kg
     from benchmarks import models
     from keras_gradtools.backend import name
-    from keras_gradtools.curvature.linearized_products import matvec_by_one_record
+    from keras_gradtools.curvature.operators.linearized_products import matvec_by_one_record
 
     results = []
     for model_name, batch in BATCHES.items():

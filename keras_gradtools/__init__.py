@@ -12,8 +12,8 @@ from keras_gradtools import (
     regularization,
     testing,
 )
-from keras_gradtools.custom_gradients import custom_gradient
-from keras_gradtools.gradient_ops import (
+from keras_gradtools.gradient_control.custom_gradients import custom_gradient
+from keras_gradtools.gradient_control.gradient_ops import (
     clip_gradient_norm,
     clip_gradient_value,
     reverse_gradient,
@@ -21,7 +21,7 @@ from keras_gradtools.gradient_ops import (
     stop_gradient,
     straight_through,
 )
-from keras_gradtools.tape import GradientTape
+from keras_gradtools.tape.gradient_tape import GradientTape
 from keras_gradtools.transforms import (
     batch_jacobian,
     divergence,

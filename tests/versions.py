@@ -49,19 +49,25 @@ ROWS = (
 def tests_of_internals():
     """The tests of what knows the insides of Keras or of a framework."""
     patterns = (
-        "test_tape*.py",
+        "tape/test_*.py",
         "backend/test_*.py",
         "keras_internals/test_*.py",
-        "regularization/test_example_losses.py",
+        "input_gradients/test_example_losses.py",
         # Layers' calls, frozen statistics, derivatives as layers.
         "diagnostics/test_dead_units.py",
         "diagnostics/test_preflight.py",
         "transforms/test_models.py",
-        "layers/test_*.py",
+        "test_layer_contract.py",
+        "gradient_control/layers/test_*.py",
+        "transforms/test_derivative_layers.py",
+        "input_gradients/test_input_gradient_penalty_layer.py",
         # What `fit` wraps and what wraps `fit`.
-        "models/test_*.py",
-        "callbacks/test_gradient_monitor.py",
-        "test_distributed*.py",
+        "input_gradients/test_input_gradient_[mr]*.py",
+        "attacks/test_adversarial_training.py",
+        "training/test_failed_steps.py",
+        "second_order/test_second_order_model.py",
+        "diagnostics/test_gradient_monitor.py",
+        "**/test_distributed*.py",
     )
     return sorted(path for pattern in patterns for path in (ROOT / "tests").glob(pattern))
 

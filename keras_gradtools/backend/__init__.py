@@ -2,7 +2,7 @@
 
 Each framework has one module that offers the kernels below and nothing else. Kernels take flat lists of differentiable
 tensors and Keras variables. Nested structures, defaults and checks of arguments are handled once for all backends,
-in `tape.py` and above.
+in `tape/` and above.
 
 | kernel                                                          | does                                               |
 | --------------------------------------------------------------- | -------------------------------------------------- |

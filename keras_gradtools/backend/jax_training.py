@@ -11,7 +11,7 @@ So the state is stored before the variables are emptied, and the result of each 
 bytecode in between. Before a program runs for the first time, the state is copied, because it may fail at any point.
 
 This file uses private parts of Keras' trainer for JAX: `_get_jax_state`, `_make_function`, `_jax_state`,
-`_jax_state_synced` and `jax_state_sync`. `tests/models/test_failed_steps.py` checks them.
+`_jax_state_synced` and `jax_state_sync`. `tests/training/test_failed_steps.py` checks them.
 """
 
 import functools

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import backend
+from keras_gradtools import backend, validation
 from keras_gradtools.backend.blocks import Block
 from keras_gradtools.keras_internals.layers import Layer, clear_losses, get_keras_mask, set_keras_mask
 from keras_gradtools.keras_internals.layers import regularization_losses as all_regularization_losses
@@ -352,3 +352,8 @@ if keras.backend.backend() == "jax":
     from keras_gradtools.backend import jax_training
 
     jax_training.install()
+
+
+def read(x):
+    """The current value of a variable, which a stateless scope may override. Anything else unchanged."""
+    return ops.convert_to_tensor(x.value) if validation.is_variable(x) else x

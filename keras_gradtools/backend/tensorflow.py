@@ -78,8 +78,9 @@ LINEARIZES_ONCE = False
 class Tape(recording.Recording):
     """A `tf.GradientTape` that watches the variables that are trainable in Keras.
 
-    The native tape is always persistent: `tape.py` decides whether a second derivative is allowed. It also watches
-    accessed variables by itself, because a `tf.function` that was traced earlier reads them without calling Keras.
+    The native tape is always persistent: `tape/gradient_tape.py` decides whether a second derivative is allowed. It
+    also watches accessed variables by itself, because a `tf.function` that was traced earlier reads them without
+    calling Keras.
     """
 
     def __init__(self, watch_accessed_variables):

@@ -1,13 +1,13 @@
 """Diagnostics of a model's derivatives, for checks before training and for monitoring."""
 
-from keras_gradtools.diagnostics.batch_independence import batch_independence
 from keras_gradtools.diagnostics.dead_units import dead_units
 from keras_gradtools.diagnostics.gradient_noise import GradientNoise, gradient_noise_scale
 from keras_gradtools.diagnostics.jacobian_spectrum import JacobianSpectrum, jacobian_spectrum
 from keras_gradtools.diagnostics.layer_verdict import LayerVerdict, PreflightReport
 from keras_gradtools.diagnostics.local_lipschitz import local_lipschitz
 from keras_gradtools.diagnostics.preflight import preflight
-from keras_gradtools.independence import BatchIndependence
+from keras_gradtools.independence.batch_independence import batch_independence
+from keras_gradtools.independence.gradient_leak import BatchIndependence
 
 __all__ = [
     "BatchIndependence",

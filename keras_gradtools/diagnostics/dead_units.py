@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import nesting, validation
 from keras_gradtools.backend import layer_calls
 from keras_gradtools.backend.state import StateScope, layers_of
-from keras_gradtools.curvature.batch_loss import checked_model
+from keras_gradtools.curvature.data.batch_loss import checked_model
 from keras_gradtools.diagnostics.layer_names import layer_names
 from keras_gradtools.transforms import compiled
 

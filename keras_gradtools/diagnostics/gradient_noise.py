@@ -8,10 +8,10 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.curvature.batch_loss import BatchLoss, checked_model
-from keras_gradtools.curvature.batches import Batches, batch_size_of
-from keras_gradtools.curvature.draws import Draws
-from keras_gradtools.curvature.parameters import Parameters
+from keras_gradtools.curvature.data.batch_loss import BatchLoss, checked_model
+from keras_gradtools.curvature.data.batches import Batches, batch_size_of
+from keras_gradtools.curvature.data.draws import Draws
+from keras_gradtools.curvature.operators.parameters import Parameters
 from keras_gradtools.diagnostics.example_vectors import numbers
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.per_example import per_example_grad

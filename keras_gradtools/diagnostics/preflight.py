@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend import layer_calls
 from keras_gradtools.backend.state import StateScope
-from keras_gradtools.curvature.progress import Progress
+from keras_gradtools.curvature.data.progress import Progress
 from keras_gradtools.diagnostics.layer_likeness import likeness
 from keras_gradtools.diagnostics.layer_trial import tried
 from keras_gradtools.diagnostics.layer_verdict import PreflightReport

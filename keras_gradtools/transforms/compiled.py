@@ -13,9 +13,9 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend import state
+from keras_gradtools.backend.state import read
 from keras_gradtools.transforms import closures
 from keras_gradtools.transforms.guards import Guards
-from keras_gradtools.transforms.taped_call import read
 
 MOST_PROGRAMS = 64
 # The most of these that differ only in the captured values.

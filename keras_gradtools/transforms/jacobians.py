@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_gradtools import chosen_inputs, jacobians, nesting, validation, vectors
+from keras_gradtools import chosen_inputs, nesting, validation
+from keras_gradtools.independence.examination import examine
+from keras_gradtools.tape import jacobian_plans, vectors
 from keras_gradtools.transforms import auxiliary, compiled
-from keras_gradtools.transforms.batch_independence import examine
 from keras_gradtools.transforms.taped_call import (
     TapedCall,
     argument_positions,
@@ -163,7 +164,7 @@ def _options(name, argnums, mode, chunk_size, has_aux, **others):
     require_argnums(name, argnums)
     validation.require_flag(name, "has_aux", has_aux)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
-    mode, chunk_size = jacobians.checked_mode(mode), jacobians.checked_chunk_size(chunk_size)
+    mode, chunk_size = jacobian_plans.checked_mode(mode), jacobian_plans.checked_chunk_size(chunk_size)
     return Options(name, argnums, mode, chunk_size, bool(has_aux), **others)
 
 
@@ -183,7 +184,7 @@ class Options(NamedTuple):
 class Note(NamedTuple):
     """What Python knows about a Jacobian once its function has been traced."""
 
-    plan: jacobians.Plan
+    plan: jacobian_plans.Plan
     target: nesting.Places
     sources: nesting.Places
     aux: Any
@@ -248,8 +249,8 @@ def _evaluated(options, fun, args, kwargs):
     if options.batch_axes:
         for target in targets:
             for source in sources:
-                jacobians.check_batch(options.name, target, source)
-    plan = jacobians.Plan(targets, sources, options.mode, options.batch_axes)
+                jacobian_plans.check_batch(options.name, target, source)
+    plan = jacobian_plans.Plan(targets, sources, options.mode, options.batch_axes)
     aux, rest = auxiliary.take_apart(call.aux)
     return call.record, targets, sources, aux, Note(plan, vectors.places(call.target), by, rest)
 
@@ -273,7 +274,9 @@ def _derivative(options, fun):
         if is_scalar(call.target):
             found = call.pull(is_last=True)
         else:
-            blocks = jacobians.jacobians(call.record, call.flat_targets, call.flat_sources, "auto", None, zero=True)
+            blocks = jacobian_plans.jacobians(
+                call.record, call.flat_targets, call.flat_sources, "auto", None, zero=True
+            )
             found = vectors.pack_as(call.target, [vectors.pack_as(call.sources, row) for row in blocks])
         return (found, call.aux) if options.has_aux else found
 

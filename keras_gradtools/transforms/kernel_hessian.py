@@ -12,7 +12,7 @@ from keras import ops
 from keras_gradtools import backend, validation
 from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.state import StateScope
-from keras_gradtools.tape import GradientTape
+from keras_gradtools.tape.gradient_tape import GradientTape
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.closures import Identity
 from keras_gradtools.transforms.taped_call import require_function, require_scalar

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_gradtools import backend, jacobians, nesting, validation, vectors
+from keras_gradtools import backend, nesting, validation
+from keras_gradtools.tape import jacobian_plans, vectors
 from keras_gradtools.transforms.first_order import grad, require_tuple
 from keras_gradtools.transforms.jacobians import Jacobian, Options
 from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
@@ -60,7 +61,7 @@ def hessian(fun, argnums=0, chunk_size=None, has_aux=False):
     validation.require_flag("hessian", "has_aux", has_aux)
     # The derivative has at least as many elements as the argument, so forward mode never needs more directions.
     mode = "auto" if backend.HESSIAN_MODE == "reverse" else "forward"
-    chunk_size = jacobians.checked_chunk_size(chunk_size)
+    chunk_size = jacobian_plans.checked_chunk_size(chunk_size)
     return Jacobian(fun, Options("hessian", argnums, mode, chunk_size, bool(has_aux), of_derivative=True)).as_function()
 
 

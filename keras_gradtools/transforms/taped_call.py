@@ -6,8 +6,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import backend, nesting, validation, vectors
-from keras_gradtools.backend.state import StateScope
+from keras_gradtools import backend, nesting, validation
+from keras_gradtools.backend.state import StateScope, read
+from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import auxiliary
 
 
@@ -168,11 +169,6 @@ def argument_positions(name, argnums, count):
             f"call has {count} positional arguments. Received: argnums={validation.shown(argnums)}."
         )
     return [i % count for i in chosen]
-
-
-def read(x):
-    """The current value of a variable, which a stateless scope may override. Anything else unchanged."""
-    return ops.convert_to_tensor(x.value) if validation.is_variable(x) else x
 
 
 def _filled(derivatives, like):

@@ -13,8 +13,8 @@ from keras_gradtools.curvature import Hessian
 from tests.interrupts import Interrupt, at_every_point, left_behind
 
 HERE = (
-    "blocks.py", "recording.py", "torch_tape.py", "torch_graph.py", "jax_trace.py", "/tape.py", "backend/torch.py",
-    "backend/jax.py", "backend/tensorflow.py", "backend/state.py", "taped_call.py",
+    "blocks.py", "recording.py", "torch_tape.py", "torch_graph.py", "jax_trace.py", "gradient_tape.py",
+    "backend/torch.py", "backend/jax.py", "backend/tensorflow.py", "backend/state.py", "taped_call.py",
 )  # fmt: skip
 X = np.array([1.0, 2.0], "float32")
 

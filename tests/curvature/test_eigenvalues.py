@@ -12,7 +12,8 @@ from scipy.sparse import linalg as sparse
 from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
-from keras_gradtools.curvature import eigenvalues, eigsh, krylov_basis
+from keras_gradtools.curvature import eigsh
+from keras_gradtools.curvature.estimators import eigenvalues, krylov_basis
 
 RNG = np.random.default_rng(0)
 WHICH = ["LA", "SA", "LM", "BE"]

@@ -10,7 +10,7 @@ from scipy import sparse
 
 import keras_gradtools as kg
 from keras_gradtools.curvature import GaussNewton, Hessian
-from keras_gradtools.curvature.operator_algebra import MatrixOperator
+from keras_gradtools.curvature.operators.operator_algebra import MatrixOperator
 
 RNG = np.random.default_rng(5)
 D = 4

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_gradtools.curvature import Fisher, GaussNewton, Hessian, dense_memory, repeatability
+from keras_gradtools.curvature import Fisher, GaussNewton, Hessian
+from keras_gradtools.curvature.data import repeatability
+from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.keras_internals import scopes
 
 RNG = np.random.default_rng(7)

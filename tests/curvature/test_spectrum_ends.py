@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_gradtools.curvature.spectrum_ends import spectrum_ends
+from keras_gradtools.curvature.estimators.spectrum_ends import spectrum_ends
 
 RNG = np.random.default_rng(21)
 N = 150

@@ -7,8 +7,8 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools.curvature import Hessian
-from keras_gradtools.curvature.spectrum_ends import spectrum_ends
-from keras_gradtools.curvature.spectrum_start import spectrum_start
+from keras_gradtools.curvature.estimators.spectrum_ends import spectrum_ends
+from keras_gradtools.curvature.estimators.spectrum_start import spectrum_start
 
 RNG = np.random.default_rng(17)
 N, STEPS, SAMPLES = 11, 4, 3

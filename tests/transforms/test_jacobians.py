@@ -9,7 +9,7 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools import backend as kernels
-from keras_gradtools import jacobians
+from keras_gradtools.tape import jacobian_plans
 from tests.cases import CASES, case_id, close, tensor
 from tests.compilers import with_every_compiler, with_unknown_batch
 
@@ -358,9 +358,9 @@ def test_errors(call, message):
 
 def test_a_plan_counts_elements_of_one_example():
     wide, narrow = tensor(normal(7, 5)), tensor(normal(7, 2))
-    assert jacobians.Plan([wide], [narrow], "auto", batch_axes=1).counts == [2]
-    assert jacobians.Plan([wide], [narrow], "reverse", batch_axes=1).counts == [5]
-    assert jacobians.Plan([narrow], [wide], "auto").counts == [14]
+    assert jacobian_plans.Plan([wide], [narrow], "auto", batch_axes=1).counts == [2]
+    assert jacobian_plans.Plan([wide], [narrow], "reverse", batch_axes=1).counts == [5]
+    assert jacobian_plans.Plan([narrow], [wide], "auto").counts == [14]
 
 
 ROWS = np.array([[1.0, 2.0], [3.0, 5.0]], "float32")

@@ -1,0 +1,80 @@
+"""Plots of the distances from examples to a misclassification."""
+
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.drawing.pyplot import pyplot_or_error
+
+
+def plot_robustness(report, figure=None):
+    """Plots the distances from examples to a misclassification that `kg.attacks.robustness_report` estimates.
+
+    The left plot shows the fraction of all examples whose distance exceeds a given strength. For the attack's distance,
+    that is the accuracy under attack. The right plot shows each example's estimates over the attack's distance. Below
+    the diagonal, the attack needed a larger perturbation than estimated.
+
+    Args:
+        report: A `kg.attacks.RobustnessReport`.
+        figure: The matplotlib Figure to draw on. By default, a new one.
+
+    Returns:
+        The matplotlib Figure, with two Axes.
+
+    Raises:
+        ValueError: If `report` is not a report, or the model is right on none of its examples.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
+    >>> model.set_weights([np.array([[1.0, 0.0], [0.0, 1.0]], "float32")])
+    >>> report = kg.attacks.robustness_report(model, np.array([[0.75, 0.25]], "float32"), [0], verbose=0)
+    >>> len(kg.plots.plot_robustness(report).axes)
+    2
+    """
+    if not hasattr(report, "first_order"):
+        raise ValueError(
+            "plot_robustness expects a report from kg.attacks.robustness_report. Received: "
+            f"{validation.describe(report)}."
+        )
+    right = report.correct
+    if not right.any():
+        raise ValueError(
+            "plot_robustness expects the report of a model that is right on some example. Received: right on none."
+        )
+    figure = pyplot_or_error().figure(figsize=(11, 4.2), layout="constrained") if figure is None else figure
+    shares, pairs = figure.subplots(1, 2)
+    finite = np.isfinite(report.attack)
+    end = 1.1 * max(report.attack[finite].max(initial=0.0), np.quantile(report.first_order, 0.95, method="lower"))
+    for (name, label), color in zip(_DISTANCES.items(), ("tab:blue", "tab:green", "tab:orange", "black"), strict=True):
+        distances = getattr(report, name)
+        # Infinite distances are drawn beyond the right edge.
+        shares.ecdf(np.minimum(distances, 2 * end), complementary=True, color=color, label=label)
+        shown = right & finite
+        if name != "attack":
+            pairs.plot(report.attack[shown], distances[shown], ".", color=color, markersize=4, label=label)
+    norm = "l-infinity norm of the change" if report.norm == "inf" else "l2 norm of the change"
+    shares.set(
+        xlim=(0, end), ylim=(0, 1.02), xlabel=f"strength: {norm}", ylabel="fraction of examples further from an error"
+    )
+    shares.set_title("How far are the examples from an error?")
+    pairs.axline((0, 0), slope=1, color="0.6", linewidth=1)
+    pairs.set(xlim=(0, end), ylim=(0, end), xlabel="distance found by the attack", ylabel="estimated distance")
+    pairs.set_title("Estimates against the attack, one point per example")
+    for axes in (shares, pairs):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+_DISTANCES = {
+    "first_order": "first order, margin / ||g||",
+    "curvature_bound": "bound by curvature (sampled)",
+    "lipschitz_bound": "bound by slope (sampled)",
+    "attack": "attack",
+}

@@ -1,0 +1,90 @@
+"""What a compiled program computes of one batch: a product, rows, a loss or a gradient, added to totals.
+
+Each `add_...` function adds to `totals`, if given, its result for a batch times the number of examples. If replicas
+share the batch, `of_part` computes one part of it. The size of the part multiplies the vectors or the result, so that
+the results of the parts add up to that of the batch.
+"""
+
+import math
+
+from keras import ops
+
+from keras_gradtools import backend
+from keras_gradtools.curvature.data.batches import batch_size_of
+from keras_gradtools.transforms.first_order import value_and_grad
+
+
+def drawing(add, spec, loss, parameters, draws, model, values, *args):
+    """Runs `add` with the random numbers of these `values` of the draws."""
+    draws = draws.with_values(values)
+    return add(spec.drawing(draws), loss.drawing(draws), parameters, model, *args)
+
+
+def add_product(spec, loss, parameters, model, totals, vectors, batch, seed):
+    """Adds the product with a vector, or with a stack of vectors, a tensor for each variable."""
+
+    def of_part(part, size):
+        linear = spec.of_batch(model, parameters.variables_as_tensors(), part, seed)
+        is_stack = len(vectors[0].shape) > len(parameters.shapes[0])
+        return (linear.apply_stack if is_stack else linear.apply)([size * v for v in vectors])
+
+    return _added(totals, of_part, batch, parameters)
+
+
+def flat_product(spec, loss, parameters, model, vector, batch, seed):
+    """The product with a flat vector, as a flat vector."""
+    products, note = add_product(spec, loss, parameters, model, None, parameters.split(vector), batch, seed)
+    return parameters.joined(products), note
+
+
+def add_rows(place, count, chunk_size, spec, loss, parameters, model, totals, start, batch, seed):
+    """Adds `count` rows from the element `start` of a variable on, for the columns of this and the later variables."""
+    shape, dtype = parameters.shapes[place], parameters.variables[place].dtype
+    every = ops.arange(math.prod(shape), dtype="int32")
+
+    def of_part(part, size):
+        linear = spec.of_batch(model, parameters.variables_as_tensors(), part, seed)
+
+        def rows(numbers):
+            units = size * ops.cast(ops.equal((start + numbers)[:, None], every[None, :]), dtype)
+            return linear.rows(place, ops.reshape(units, (-1, *shape)))
+
+        if count <= chunk_size:
+            return rows(ops.arange(count, dtype="int32"))
+        return backend.map_chunks(rows, count, chunk_size)
+
+    return _added(totals, of_part, batch, parameters)
+
+
+def add_loss(spec, loss, parameters, model, totals, offset, batch, seed):
+    """Adds the loss at the weights plus `offset`."""
+
+    def of_part(part, size):
+        weights = _moved(parameters.variables_as_tensors(), offset)
+        return [size * loss.total(model, weights, *part)]
+
+    return _added(totals, of_part, batch, parameters)
+
+
+def add_loss_and_gradient(spec, loss, parameters, model, totals, offset, batch, seed):
+    """Adds the loss and its gradient at the weights plus `offset`."""
+
+    def of_part(part, size):
+        weights = _moved(parameters.variables_as_tensors(), offset)
+        value, gradient = value_and_grad(lambda w: loss.total(model, w, *part))(weights)
+        return [size * x for x in (value, *gradient)]
+
+    return _added(totals, of_part, batch, parameters)
+
+
+def _moved(weights, offset):
+    return weights if offset is None else [w + d for w, d in zip(weights, offset, strict=True)]
+
+
+def _added(totals, of_part, batch, parameters):
+    of_batch = backend.summed_over_replicas(
+        lambda part: of_part(part, batch_size_of(part)), batch, parameters.variables[0]
+    )
+    # On torch, weights that are not among the variables may still have a graph.
+    summands = [ops.stop_gradient(ops.cast(b, parameters.dtype)) for b in of_batch]
+    return summands if totals is None else [t + s for t, s in zip(totals, summands, strict=True)], None

@@ -1,0 +1,171 @@
+"""Sums over the batches of a data set, by compiled programs that return the same at every call."""
+
+import copy
+import functools
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import backend, nesting
+from keras_gradtools.backend import state
+from keras_gradtools.curvature.data import batch_sums
+from keras_gradtools.curvature.data.batches import OneBatch, batch_size_of
+from keras_gradtools.curvature.data.draws import Draws
+from keras_gradtools.curvature.data.repeatability import Repeatability
+from keras_gradtools.transforms import compiled
+
+# Larger models take long to trace. Both limits matter: two transformer blocks have few variables, but hundreds of
+# operations.
+_MOST_VARIABLES, _MOST_LAYERS = 32, 16
+
+
+class DataSums:
+    """Products, losses and gradients, summed over the batches of the data.
+
+    Attributes:
+        owner: The name of the operator, for error messages.
+        model: The model that has the weights.
+        loss: The `BatchLoss`.
+        spec: The `OfBatch` that makes the linear map of a batch.
+        parameters: The `Parameters`.
+        batches: The batches, which can be iterated repeatedly.
+        draws: The `Draws` with which every call starts.
+    """
+
+    def __init__(self, owner, model, loss, spec, parameters, batches, trainer):
+        self.owner, self.model, self.loss, self.spec, self.parameters = owner, model, loss, spec, parameters
+        self.batches = batches
+        self.batches.counts_order = spec.draws_by_batch
+        self.draws = Draws(model)
+        self._trainer = trainer
+        self._repeatability = Repeatability()
+
+    def of_batch(self, batch):
+        """The same on a single batch. Both share the set of passed checks."""
+        other = copy.copy(self)
+        other.batches = OneBatch(batch)
+        return other
+
+    def draw_anew(self):
+        """Takes the current states of the model's seeds."""
+        self.sync()
+        self.draws = self.draws.anew(self.model)
+
+    @property
+    def is_one_batch(self):
+        """Whether the data is one batch."""
+        return self.batches.count == 1
+
+    @property
+    def is_quick_to_trace(self):
+        """Whether the model is so small that tracing one more program is quick."""
+        return len(self.parameters.variables) <= _MOST_VARIABLES and len(state.layers_of(self.model)) <= _MOST_LAYERS
+
+    def product(self, vectors, columns):
+        """The product with one vector, or with as many as there are `columns`, a tensor for each variable."""
+        if columns == 0:
+            return vectors
+        zeros = functools.partial(self.parameters.zeros, () if columns is None else (columns,))
+        self.prepare()
+        totals, count = self.summed("product", batch_sums.add_product, zeros, vectors)
+        return [total / count for total in totals]
+
+    def rows(self, place, start, size, chunk_size):
+        """The sums of some rows for the columns of this and the later variables, and the number of examples."""
+        add = functools.partial(batch_sums.add_rows, place, size, chunk_size)
+        start = ops.convert_to_tensor(np.int32(start))
+
+        def zeros():
+            return self.parameters.zeros((size,))[place:]
+
+        self.prepare()
+        return self.summed(("rows", place, size, chunk_size), add, zeros, start)
+
+    def loss_at(self, offset):
+        """The loss at the weights plus `offset`, a tensor for each variable or None."""
+
+        def zeros():
+            return [ops.zeros((), dtype=self.parameters.dtype)]
+
+        self.prepare("gradient")
+        (total,), count = self.summed("loss", batch_sums.add_loss, zeros, offset)
+        return float(total) / count
+
+    def loss_and_gradient_at(self, offset):
+        """The loss and the gradient, a flat NumPy array, at the weights plus `offset`."""
+        self.prepare("gradient")
+        totals, count = self.gradient_sums(offset)
+        gradient = self.parameters.joined_in_numpy([total / count for total in totals[1:]])
+        return float(totals[0]) / count, gradient
+
+    def gradient_sums(self, offset=None):
+        """The sums of the loss and of its gradient, and the number of examples, without checks."""
+        return self.summed("gradient", batch_sums.add_loss_and_gradient, self.zeros_of_gradient, offset)
+
+    def zeros_of_gradient(self):
+        """Zeros to which losses and gradients are added."""
+        return [ops.zeros((), dtype=self.parameters.dtype), *self.parameters.zeros()]
+
+    def outputs_of_example(self):
+        """The number of outputs of the model for one example. None if there are regularizers, which add to the rank."""
+        weights = self.parameters.variables_as_tensors()
+        if self.loss.regularization(self.model, weights) is not None:
+            return None
+        x, _, _ = next(iter(self.batches))
+        example = nesting.map_structure(lambda a: a[:1], x)
+        outputs = self.loss.drawing(self.draws).outputs(self.model, weights, example)
+        return sum(math.prod(o.shape) for o in nesting.flatten(outputs))
+
+    def summed(self, what, add, zeros, vectors):
+        """Runs `add` on every batch, starting from `zeros()`. Returns the sums and the number of examples."""
+        # A single batch needs no totals, and fewer arguments are faster.
+        totals = None if self.is_one_batch else zeros()
+        count = 0
+        for number, batch in enumerate(self.batches):
+            count += batch_size_of(batch)
+            totals = self.run(what, add, totals, vectors, spread(batch), self.seed(number))
+        return backend.summed_over_processes(totals, count)
+
+    def of_one_batch(self, what, body, vectors):
+        """Runs `body(spec, loss, parameters, model, vectors, batch, seed)` compiled, for data that is one batch."""
+        self.prepare()
+        (batch,) = self.batches
+        return self.run(what, body, vectors, spread(batch), self.seed(0))
+
+    def run(self, what, body, *args):
+        """Runs `body` compiled. `what` tells programs apart."""
+        key, drawing = self._program(what, body)
+        return compiled.run(self.owner, self.model, drawing, key, (self.draws.values, *args), {})[0]
+
+    def compiled(self, what, body, *args):
+        """A function of the values of `draws` and of arguments like `args`, which skips the search for its program."""
+        key, drawing = self._program(what, body)
+        return compiled.prepare(self.owner, self.model, drawing, key, (self.draws.values, *args), {})
+
+    def _program(self, what, body):
+        # The program must not hold anything else, such as the data, since it is cached as long as the model lives.
+        drawing = functools.partial(batch_sums.drawing, body, self.spec, self.loss, self.parameters, self.draws)
+        return (self.owner, what, self.spec.key, self.draws.key), drawing
+
+    def seed(self, number):
+        """The seed of what the linear map of a batch draws itself, a tensor."""
+        return ops.convert_to_tensor(np.array([self.spec.seed, number], "int32"))
+
+    def prepare(self, what="product"):
+        """Runs the checks that a product or a `"gradient"` needs, unless they have passed."""
+        self.sync()
+        self._repeatability.require(self, what)
+
+    def sync(self):
+        """Gets the current weights."""
+        # Between training steps on JAX, Keras keeps them outside of the variables.
+        for model in (self._trainer, self.model):
+            sync = getattr(model, "jax_state_sync", None)
+            if sync is not None:
+                sync()
+
+
+def spread(batch):
+    """The batch on the devices of the distribution, if there is one."""
+    return nesting.map_structure(lambda x: x if x is None else backend.spread(x), batch)

@@ -1,0 +1,1 @@
+"""Curvature matrices as operators, which are known by their products."""

@@ -1,0 +1,141 @@
+"""A matrix that is known by its products, as SciPy and the estimators take it."""
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import validation
+from keras_gradtools.curvature.data.progress import Progress
+from keras_gradtools.curvature.estimators.diagonal import diagonal
+from keras_gradtools.curvature.estimators.eigenvalues import eigsh
+from keras_gradtools.curvature.estimators.spectral_density import spectral_density
+from keras_gradtools.curvature.estimators.trace import trace
+from keras_gradtools.curvature.operators import dense_memory
+from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+from keras_gradtools.curvature.solvers.options import scipy_module
+
+
+class LinearOperator:
+    """A real square matrix that is known by its products.
+
+    `operator @ v` takes a vector of shape `(n,)` or a matrix of columns, arrays or tensors, and returns the same kind.
+    SciPy takes an operator wherever it takes its own `LinearOperator`.
+
+    Attributes:
+        shape: `(n, n)`.
+        dtype: The NumPy dtype of the products.
+        is_symmetric: Whether the matrix is symmetric. What has no elements to compare counts as symmetric.
+        verbose: `"auto"` for a progress bar on long computations, 1 for one on all, 0 for none.
+    """
+
+    # Without this, NumPy would multiply element by element. With None, `array @ operator` raises a TypeError.
+    __array_ufunc__ = None
+
+    is_symmetric = True
+
+    def __init__(self, shape, dtype, verbose="auto"):
+        self.shape, self.dtype, self.verbose = tuple(shape), np.dtype(dtype), verbose
+
+    def __matmul__(self, vectors):
+        raise NotImplementedError
+
+    @property
+    def T(self):  # noqa: N802
+        """The transpose, which is the operator itself if that is known to be symmetric."""
+        return self
+
+    def matvec(self, vector):
+        """The product with a vector of shape `(n,)` or `(n, 1)`, in that shape, as SciPy calls it."""
+        n, shape = self.shape[0], tuple(np.shape(vector))
+        if shape not in ((n,), (n, 1)):
+            raise ValueError(
+                f"matvec expects a vector of shape ({n},) or ({n}, 1). Received: {validation.describe(vector)}."
+            )
+        if len(shape) == 1:
+            return self @ vector
+        reshape = ops.reshape if ops.is_tensor(vector) else np.reshape
+        return reshape(self @ reshape(vector, (n,)), (n, 1))
+
+    def matmat(self, matrix):
+        """The product with a matrix of columns, of shape `(n, columns)`."""
+        if len(np.shape(matrix)) != 2:
+            raise ValueError(
+                f"matmat expects a matrix of shape ({self.shape[0]}, columns). Received: {validation.describe(matrix)}."
+            )
+        return self @ matrix
+
+    def rmatvec(self, vector):
+        """The product of the transpose with a vector, as for `matvec`."""
+        return self.T.matvec(vector)
+
+    def rmatmat(self, matrix):
+        """The product of the transpose with a matrix of columns, of shape `(n, columns)`."""
+        return self.T.matmat(matrix)
+
+    def dense(self):
+        """The matrix as a NumPy array of shape `(n, n)`, from `n` products."""
+        n, dtype = self.shape[0], solver_dtype(self.dtype)
+        dense_memory.check(type(self).__name__, n, dtype)
+        return self @ np.eye(n, dtype=dtype)
+
+    def trace(self, matvecs=99, method="hutch++", seed=0):
+        """An `Estimate` of the trace: see `kg.curvature.trace`."""
+        return trace(self, matvecs, method, seed)
+
+    def diagonal(self, matvecs=99, seed=0):
+        """An `Estimate` of the diagonal: see `kg.curvature.diagonal`."""
+        return diagonal(self, matvecs, seed)
+
+    def eigsh(self, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
+        """Some eigenvalues and their eigenvectors: see `kg.curvature.eigsh`."""
+        return eigsh(self, k, which, ncv=ncv, max_restarts=max_restarts, tol=tol, seed=seed)
+
+    def spectral_density(self, probes=10, steps=50, *, points=1000, width=None, seed=0):
+        """A `SpectralDensity` of the eigenvalues: see `kg.curvature.spectral_density`."""
+        return spectral_density(self, probes, steps, points=points, width=width, seed=seed)
+
+    def linearized(self):
+        """The matrix at the current weights, for many products with NumPy vectors.
+
+        If the data of a curvature operator is one batch, its products are faster than those of the operator. On torch,
+        what does not depend on the vector is computed once and kept while this object exists, which halves the time. On
+        the other backends, one program takes and returns flat vectors, which saves a few milliseconds.
+        """
+        return LinearizedOperator(self, self._fast_matvec())
+
+    def _fast_matvec(self):
+        """A function from a flat NumPy vector to its product at the current weights, faster than `@` if that can be."""
+        return lambda vector: self @ vector
+
+    def to_scipy(self):
+        """This operator as a `scipy.sparse.linalg.LinearOperator`, in single or double precision.
+
+        Raises:
+            ImportError: If SciPy is not installed.
+        """
+        return scipy_module("to_scipy", "scipy.sparse.linalg").LinearOperator(
+            self.shape, matvec=self.matvec, matmat=self.matmat, rmatvec=self.rmatvec, rmatmat=self.rmatmat,
+            dtype=solver_dtype(self.dtype),
+        )  # fmt: skip
+
+    def _progress(self, what, total):
+        return Progress(total, f"{type(self).__name__}.{what}", self.verbose)
+
+
+class LinearizedOperator(LinearOperator):
+    """An operator at fixed weights, known by its product with a flat NumPy vector."""
+
+    def __init__(self, operator, matvec):
+        super().__init__(operator.shape, operator.dtype, operator.verbose)
+        self.is_symmetric, self._matvec = operator.is_symmetric, matvec
+
+    def __matmul__(self, vector):
+        if np.shape(vector) != self.shape[:1]:
+            raise ValueError(
+                f"A linearized operator multiplies a NumPy vector of shape {self.shape[:1]}. Received: "
+                f"{validation.describe(vector)}. The operator itself multiplies matrices and nested tensors, too."
+            )
+        return self._matvec(vector)
+
+    def linearized(self):
+        """This operator itself."""
+        return self

@@ -1,0 +1,214 @@
+"""The base class of the curvature operators."""
+
+import copy
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_gradtools import nesting, validation
+from keras_gradtools.curvature.data.batch_loss import BatchLoss, checked_model
+from keras_gradtools.curvature.data.batches import Batches, batch_size_of
+from keras_gradtools.curvature.data.data_sums import DataSums
+from keras_gradtools.curvature.data.progress import Progress
+from keras_gradtools.curvature.estimators.loss_surface import loss_surface
+from keras_gradtools.curvature.operators import dense_memory
+from keras_gradtools.curvature.operators.linearized_products import fast_matvec
+from keras_gradtools.curvature.operators.operator_algebra import AlgebraicOperator
+from keras_gradtools.curvature.operators.parameters import Parameters
+from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+from keras_gradtools.tape import jacobian_plans
+
+# Columns of a matrix that are multiplied in one pass over the data. More were slower on every backend, since the
+# activations for all columns no longer fit into the cache.
+COLUMNS = 64
+# Limit on the numbers in the rows that one call of a program computes. A call covers several chunks, which share one
+# evaluation of the model.
+_NUMBERS_OF_A_CALL = 2**24
+
+
+class CurvatureOperator(AlgebraicOperator):
+    """A symmetric curvature matrix of a loss with respect to the weights of a model, known by its products.
+
+    The matrix is only formed by `dense` and `blocks`. Operators of one shape can be added, multiplied by numbers, and
+    multiplied by one another (`2 * h + g`, `g @ h @ g`). The result is an operator for the estimators and solvers of
+    `kg.curvature`. SciPy takes an operator wherever it takes its own `LinearOperator`.
+
+    Attributes:
+        model: The model that has the weights. For a wrapper of `kg.models`, the wrapped model.
+        variables: A list of the variables that the matrix is taken with respect to.
+        slices: For each variable, the slice of its elements in a flat vector, in the order of
+            `keras.ops.reshape(v, -1)`.
+        shape: `(n, n)`, where n is the total number of elements of the variables.
+        dtype: The NumPy dtype of the products, the common dtype of the variables.
+        verbose: The given `verbose`.
+    """
+
+    def __init__(self, model, loss, data, variables=None, training=False, *, batch_size=256, verbose="auto"):
+        owner = type(self).__name__
+        validation.require_loss(owner, loss)
+        if not validation.is_one_of(verbose, ("auto", 0, 1)):
+            raise ValueError(
+                f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}."
+            )
+        self.model = checked_model(owner, model)
+        self._parameters = Parameters(owner, self.model, variables)
+        # A wrapper is compiled itself, so the compiled loss is that of `model`, not of the wrapped model.
+        self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
+        batches = Batches(owner, data, batch_size, must_repeat=True)
+        self._sums = DataSums(owner, self.model, self._loss, self._make_spec(), self._parameters, batches, model)
+        self._outputs = None
+        self.variables = list(self._parameters.variables)
+        self.slices = list(self._parameters.slices)
+        super().__init__((self._parameters.size, self._parameters.size), self._parameters.dtype, verbose)
+
+    def _make_spec(self):
+        """Returns the `OfBatch` that makes the linear map of one batch."""
+        raise NotImplementedError
+
+    def _times(self, vectors):
+        parts, count, in_kind = self._parameters.received(vectors)
+        if count is None or count <= COLUMNS:
+            return in_kind(self._sums.product(parts, count))
+        owner, chunks = type(self).__name__, []
+        with Progress(math.ceil(count / COLUMNS), f"{owner} @ matrix", self.verbose) as progress:
+            for start in range(0, count, COLUMNS):
+                chunk = [part[start : start + COLUMNS] for part in parts]
+                chunks.append(progress.after(self._sums.product(chunk, chunk[0].shape[0])))
+        return in_kind([ops.concatenate(of_variable, axis=0) for of_variable in zip(*chunks, strict=True)])
+
+    def _fast_matvec(self):
+        return fast_matvec(self._sums) or super()._fast_matvec()
+
+    def dense(self, chunk_size=None):
+        """The matrix as a NumPy array of shape `(n, n)`.
+
+        The matrix is exactly symmetric: a block of two variables is computed once and copied to its mirror image, and
+        the block of a variable with itself is averaged with its transpose.
+
+        Args:
+            chunk_size: Number of rows to compute at once, 64 by default. It bounds the memory and changes no value.
+
+        Raises:
+            MemoryError: If the matrix would take more than half of the machine's memory.
+        """
+        chunk_size = jacobian_plans.checked_chunk_size(chunk_size) or COLUMNS
+        n, dtype = self._parameters.size, solver_dtype(self.dtype)
+        owner = type(self).__name__
+        dense_memory.check(owner, n, dtype)
+        matrix = np.empty((n, n), dtype)
+        per_call = max(_NUMBERS_OF_A_CALL // max(n, 1) // chunk_size, 1) * chunk_size
+        tasks = [
+            (place, start, min(per_call, s.stop - s.start))
+            for place, s in enumerate(self.slices)
+            for start in range(0, s.stop - s.start, per_call)
+        ]
+        with Progress(len(tasks), f"{owner}.dense", self.verbose) as progress:
+            for place, start, size in tasks:
+                first, last = self.slices[place].start + start, self.slices[place].stop
+                totals, count = self._sums.rows(place, start, size, chunk_size)
+                for total, columns in zip(totals, self.slices[place:], strict=True):
+                    rows = ops.convert_to_numpy(total)[: last - first].reshape(-1, columns.stop - columns.start)
+                    np.divide(rows, count, out=matrix[first : first + len(rows), columns])
+                progress.update()
+        dense_memory.symmetrize(matrix, self.slices)
+        return matrix
+
+    def blocks(self, chunk_size=None):
+        """The matrix as nested blocks like those of `kg.hessian`, NumPy arrays of shape `(*in_i, *in_j)`.
+
+        `blocks[i][j]` is the block of the i-th and the j-th variable.
+        """
+        matrix = self.dense(chunk_size)
+        shapes = self._parameters.shapes
+        rows = [
+            [matrix[a, b].reshape(*s, *t) for b, t in zip(self.slices, shapes, strict=True)]
+            for a, s in zip(self.slices, shapes, strict=True)
+        ]
+        structure = self._parameters.structure
+        return nesting.pack_as(structure, [nesting.pack_as(structure, row) for row in rows])
+
+    def loss(self, offset=None):
+        """The loss $L$ whose curvature this is, as a float.
+
+        Args:
+            offset: A vector, in any form that `@` accepts, that is added to the weights for this evaluation. None for
+                no offset. The weights of the model do not change.
+        """
+        return self._sums.loss_at(self._offset("loss", offset))
+
+    def gradient(self, offset=None):
+        """The gradient of the loss, a NumPy array of shape `(n,)`. `offset` is as for `loss`."""
+        return self.loss_and_gradient(offset)[1]
+
+    def loss_and_gradient(self, offset=None):
+        """The loss and the gradient, at the cost of the gradient. `offset` is as for `loss`."""
+        return self._sums.loss_and_gradient_at(self._offset("loss_and_gradient", offset))
+
+    def loss_surface(self, directions=None, distance=1.0, points=21, seed=0):
+        """A `LossSurface` over a plane through the weights: see `kg.curvature.loss_surface`."""
+        return loss_surface(self, directions, distance, points, seed)
+
+    def move(self, offset):
+        """Adds a vector, in any form that `@` accepts, to the variables. After an error, none of them has changed."""
+        if offset is None:
+            raise ValueError("move expects a vector as `offset`. Received: offset=None.")
+        self._parameters.move(self._offset("move", offset))
+
+    def _offset(self, name, offset):
+        if offset is None:
+            return None
+        parts, count, _ = self._parameters.received(offset)
+        if count is not None:
+            raise ValueError(f"{name} expects one vector as `offset`. Received: {count} columns.")
+        return parts
+
+    def __repr__(self):
+        names = ", ".join(v.path for v in self.variables[:3]) + (", ..." if len(self.variables) > 3 else "")
+        owner = type(self).__name__
+        return f"<{owner} of {self.model.name!r} by {names}, shape {self.shape}, dtype {self.dtype}>"
+
+    # --- the data ---
+
+    def batches(self):
+        """Iterates over the batches of the data, `(x, y, sample_weight)` as tensors."""
+        return iter(self._sums.batches)
+
+    def count_examples(self):
+        """The number of examples in the data."""
+        return sum(map(batch_size_of, self._sums.batches))
+
+    def of_batch(self, batch):
+        """The same operator on a single batch, `(x, y, sample_weight)` as tensors.
+
+        Its random numbers start from the current states of the seeds.
+        """
+        other = self._on(batch)
+        other.draw_anew()
+        # Both share the set of passed checks. The seeds that a check finds are kept for the next batch.
+        other._sums.prepare()
+        self._sums.draws = other._sums.draws
+        return other
+
+    def _on(self, batch):
+        other = copy.copy(self)
+        other._sums = self._sums.of_batch(batch)
+        return other
+
+    def draw_anew(self):
+        """Takes the current states of the model's seeds, so that dropout uses new masks from here on.
+
+        Until this is called, all products, losses and gradients use the masks from when the operator was created,
+        whatever is called in between, and also after `move`.
+        """
+        self._sums.draw_anew()
+
+    def check(self, of="product"):
+        """Runs the checks of the first product now. With `of="gradient"`, those of the first loss or gradient."""
+        self._sums.prepare(of)
+
+    def outputs_of_example(self):
+        """The number of outputs of the model for one example. None if there are regularizers, which add to the rank."""
+        if self._outputs is None:
+            self._outputs = self._sums.outputs_of_example()
+        return self._outputs

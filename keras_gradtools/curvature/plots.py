@@ -1,0 +1,236 @@
+"""Plots of curvature: Hessians, their spectra, and the loss over a plane of weights."""
+
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.drawing.matrices import imshow_zero_center
+from keras_gradtools.drawing.pyplot import numbers, pyplot_or_error
+
+_LEVELS = 12
+
+
+def plot_hessian(hessian, operator=None, ax=None, **kwargs):
+    """Plots a Hessian as an image with zero at the center of the color map, and marks the blocks of its variables.
+
+    Args:
+        hessian: Real numbers of shape `(n, n)`, as returned by `operator.dense()`.
+        operator: The curvature operator that the Hessian comes from, whose variables label the blocks, or a dict from
+            names to slices. None marks no blocks.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        **kwargs: The options `limit`, `colorbar` and `cmap` of `imshow_zero_center`.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: If `hessian` is not square, or the blocks do not match its size.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> ax = kg.plots.plot_hessian(np.eye(3), {"kernel": slice(0, 2), "bias": slice(2, 3)})
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['kernel', 'bias']
+    """
+    matrix = numbers(hessian, "plot_hessian", "(n, n)", (2,))
+    n = len(matrix)
+    blocks = _blocks(operator)
+    ends = [place.stop for place in blocks.values()]
+    if matrix.shape != (n, n) or (blocks and max(ends) != n):
+        raise ValueError(
+            f"plot_hessian expects a square matrix{f' of size {max(ends)}, as the blocks have' if blocks else ''}. "
+            f"Received: {validation.describe(hessian)}."
+        )
+    ax = imshow_zero_center(matrix, ax, **kwargs)
+    if blocks:
+        for end in ends[:-1]:
+            ax.axhline(end - 0.5, color="0.4", linewidth=0.6)
+            ax.axvline(end - 0.5, color="0.4", linewidth=0.6)
+        middles = [(place.start + place.stop - 1) / 2 for place in blocks.values()]
+        ax.set_yticks(middles, list(blocks))
+        ax.set_xticks(middles, list(blocks), rotation=40, ha="right", rotation_mode="anchor")
+    return ax
+
+
+def _blocks(operator):
+    if operator is None:
+        return {}
+    if isinstance(operator, dict):
+        return dict(operator)
+    if not hasattr(operator, "slices") or not hasattr(operator, "variables"):
+        raise ValueError(
+            "plot_hessian expects a curvature operator or a dict of slices by name as `operator`. Received: "
+            f"{validation.describe(operator)}."
+        )
+    # The name of the model is the same in all labels.
+    names = [v.path.split("/", 1)[-1] for v in operator.variables]
+    return dict(zip(names, operator.slices, strict=True))
+
+
+def plot_spectral_density(density, ax=None, floor=1e-6):
+    r"""Plots a density of eigenvalues on a logarithmic scale, with a band of plus and minus two standard errors.
+
+    Args:
+        density: The result of the method `spectral_density` of a curvature operator.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        floor: The smallest density shown, as a fraction of the largest.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: If `density` is not such a result, or `floor` is not between 0 and 1.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> grid = np.linspace(-1.0, 1.0, 5)
+    >>> flat = kg.curvature.SpectralDensity(grid, np.full(5, 0.5), np.zeros(5), grid[None], np.ones((1, 5)), 0.1)
+    >>> kg.plots.plot_spectral_density(flat).get_xlabel()
+    'eigenvalue'
+    """
+    if not all(hasattr(density, name) for name in ("grid", "density", "standard_error")):
+        raise ValueError(
+            "plot_spectral_density expects the result of `spectral_density` of a curvature operator. Received: "
+            f"{validation.describe(density)}."
+        )
+    if not validation.is_number(floor) or not 0 < floor < 1:
+        raise ValueError(
+            f"plot_spectral_density expects `floor` between 0 and 1. Received: floor={validation.shown(floor)}."
+        )
+    pyplot = pyplot_or_error()
+    ax = pyplot.gca() if ax is None else ax
+    largest = density.density.max()
+    bottom = floor * largest
+    lower, upper = (np.maximum(density.density + s * density.standard_error, bottom) for s in (-2, 2))
+    ax.fill_between(density.grid, lower, upper, color="tab:blue", alpha=0.25, linewidth=0, label="two standard errors")
+    ax.semilogy(density.grid, np.maximum(density.density, bottom), color="tab:blue", linewidth=1.2, label="density")
+    ax.axvline(0.0, color="0.5", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="eigenvalue", ylabel="density, per unit of eigenvalue", ylim=(bottom, 3 * upper.max()))
+    ax.set_xlim(density.grid[0], density.grid[-1])
+    ax.legend()
+    return ax
+
+
+def plot_eigenvalue_history(history, ax=None, keys=None):
+    """Plots eigenvalues over training.
+
+    If the values vary widely, the scale is linear around zero and logarithmic beyond.
+
+    Args:
+        history: The result of `fit`, or its dict `history.history`, of which every entry with "eigenvalue" in its name
+            is drawn. Alternatively, numbers of shape `(steps,)` or `(steps, k)`.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        keys: A list with the names of the entries to draw instead.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import keras_gradtools as kg
+    >>> ax = kg.plots.plot_eigenvalue_history({"loss": [1.0, 0.5], "hessian_max_eigenvalue": [10.0, 40.0]})
+    >>> [line.get_label() for line in ax.lines if len(line.get_xdata()) == 2 and line.get_label()[0] != "_"]
+    ['hessian_max_eigenvalue']
+    """
+    curves = _curves(history, keys)
+    pyplot = pyplot_or_error()
+    ax = pyplot.gca() if ax is None else ax
+    for name, values in curves.items():
+        # A quantity that was not measured in every epoch has fewer values, or NaN.
+        ax.plot(np.arange(1, len(values) + 1), values, marker=".", label=name)
+    finite = np.abs(np.concatenate([v[np.isfinite(v)] for v in curves.values()]))
+    positive = finite[finite > 0]
+    if positive.size and positive.max() > 50 * np.median(positive):
+        ax.set_yscale("symlog", linthresh=float(np.median(positive)))
+    ax.axhline(0.0, color="0.5", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="measurement", ylabel="eigenvalue")
+    ax.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return ax
+
+
+def _curves(history, keys):
+    history = getattr(history, "history", history)
+    if keys is not None and not (isinstance(keys, (list, tuple)) and all(isinstance(key, str) for key in keys)):
+        raise ValueError(
+            f"plot_eigenvalue_history expects names of entries in a list as `keys`. Received: {validation.shown(keys)}."
+        )
+    if isinstance(history, dict):
+        names = [name for name in history if "eigenvalue" in name] if keys is None else list(keys)
+        missing = [name for name in names if name not in history]
+        if missing or not names:
+            raise ValueError(
+                "plot_eigenvalue_history expects a history with eigenvalues in it. Received: the entries "
+                f"{sorted(history)}{f', without {missing}' if missing else ''}. Pass `fit` a callback that logs them, "
+                "or name other entries in `keys`."
+            )
+        return {name: np.asarray(history[name], "float64") for name in names}
+    values = numbers(history, "plot_eigenvalue_history", "(steps,) or (steps, k)", (1, 2))
+    columns = values[:, None] if values.ndim == 1 else values
+    return {f"eigenvalue {i + 1}": column for i, column in enumerate(columns.T)}
+
+
+def plot_loss_surface(surface, ax=None, levels=_LEVELS):
+    """Plots the loss over a plane of weights, as filled contours around the current weights.
+
+    Args:
+        surface: The result of the method `loss_surface` of a curvature operator.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+        levels: Number of contour intervals. Their bounds are quantiles, so that each covers an equal part of the plane.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: If `surface` is not such a result, or has no finite loss.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> line = np.linspace(-1.0, 1.0, 5)
+    >>> surface = kg.curvature.LossSurface(line, line, line[:, None] ** 2 + line**2, np.array([2.0, 2.0]))
+    >>> kg.plots.plot_loss_surface(surface).get_xlabel()
+    'along direction 1, curvature 2'
+    """
+    if not all(hasattr(surface, name) for name in ("first", "second", "loss", "curvatures")):
+        raise ValueError(
+            "plot_loss_surface expects the result of `loss_surface` of a curvature operator. Received: "
+            f"{validation.describe(surface)}."
+        )
+    validation.require_count("plot_loss_surface", "levels", levels)
+    pyplot = pyplot_or_error()
+    ax = pyplot.gca() if ax is None else ax
+    loss = np.ma.masked_invalid(surface.loss)
+    if not loss.count():
+        raise ValueError("plot_loss_surface expects finite losses. Received: none of them finite.")
+    edges = np.unique(np.quantile(loss.compressed(), np.linspace(0.0, 1.0, levels + 1)))
+    # Transposed, because the first direction is along the rows of `loss` and goes to the right in the plot.
+    if len(edges) > 1:
+        picture = ax.contourf(surface.first, surface.second, loss.T, levels=edges, cmap="viridis")
+        ax.contour(surface.first, surface.second, loss.T, levels=edges, colors="white", linewidths=0.5)
+        bar = ax.figure.colorbar(picture, ax=ax, label="loss")
+        bar.ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.plot(0.0, 0.0, "+", color="white", markersize=10, markeredgewidth=2)
+    for axis, number, curvature in zip((ax.xaxis, ax.yaxis), (1, 2), surface.curvatures, strict=True):
+        axis.set_label_text(f"along direction {number}, curvature {curvature:.3g}")
+    return ax

@@ -1,0 +1,1 @@
+"""Pictures of arrays and matrices, which the plots of all subjects share."""

@@ -1,0 +1,1 @@
+"""Gradient control as layers, one public class in each file."""

@@ -1,0 +1,1 @@
+"""The penalty on input gradients: norms, targets, function, layer and model."""

@@ -1,0 +1,7 @@
+"""Keras models that wrap another model and change how it is trained."""
+
+from keras_gradtools.attacks.adversarial_training import AdversarialTraining
+from keras_gradtools.input_gradients.input_gradient_regularized import InputGradientRegularized
+from keras_gradtools.second_order.second_order_model import SecondOrder
+
+__all__ = ["AdversarialTraining", "InputGradientRegularized", "SecondOrder"]

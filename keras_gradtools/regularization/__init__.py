@@ -1,5 +1,0 @@
-"""Penalties on gradients for custom training loops. `models` and `layers` contain the versions for `fit`."""
-
-from keras_gradtools.regularization.input_gradient_penalty import input_gradient_penalty
-
-__all__ = ["input_gradient_penalty"]

@@ -1,0 +1,85 @@
+"""The Levenberg-Marquardt method."""
+
+import keras
+
+from keras_gradtools import validation
+from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
+from keras_gradtools.second_order.newton_step import DenseSolver
+from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+
+SCALINGS = ("identity", "diagonal")
+
+
+@keras.saving.register_keras_serializable(package="keras_gradtools")
+class LevenbergMarquardt(SecondOrderOptimizer):
+    r"""The Levenberg-Marquardt method, $\theta \leftarrow \theta - (G + \lambda D)^{-1} g$.
+
+    $G$ is the Gauss-Newton matrix of the batch. For squared errors it is $\frac{2}{N} J^\top J$ with the Jacobian $J$
+    of the residuals. $D$ is the identity, or the diagonal of $G$ with `scaling="diagonal"`. $G$ has no second
+    derivatives of the model and is positive semi-definite for convex losses. This is the method of choice for fitting
+    small models, such as regressions and physics-informed networks. Use it with `kg.models.SecondOrder`, which
+    describes how $\lambda$ is updated.
+
+    If the examples do not depend on one another, $G$ is summed in double precision from the Jacobians of the examples.
+    The equation is always solved in double precision.
+
+    Args:
+        damping: The initial $\lambda$, 0 or more. `optimizer.damping` holds the $\lambda$ of the next step and is
+            saved with the model.
+        scaling: `"identity"` (Levenberg), or `"diagonal"` (Marquardt), which makes the step independent of the units
+            of the weights.
+        max_attempts: Maximum number of dampings that a step tries. If none of them lowers the loss, the weights do not
+            change.
+        allow_underdetermined: Whether to accept batches that have fewer outputs than the model has weights. In such a
+            batch, damping alone determines the step in some directions. By default such a batch raises an error.
+        learning_rate: Factor of each step, above 0 and at most 1, or a `LearningRateSchedule`.
+        name: Name of the optimizer.
+
+    Raises:
+        ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
+
+    Cost:
+        For n weights and N outputs: N gradients of one example each, $N n^2$ multiplications, $n^3 / 3$ more for each
+        damping that is tried, and memory for $2 N n$ numbers. If the Jacobians are not available or too large, n
+        products with the matrix.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(1)])
+    >>> trainer = kg.models.SecondOrder(model)
+    >>> trainer.compile(kg.optimizers.LevenbergMarquardt(), "mse")
+    >>> x = np.linspace(-1, 1, 100, dtype="float32")[:, None]
+    >>> history = trainer.fit(x, x**2, batch_size=100, epochs=50, verbose=0)
+    >>> history.history["loss"][-1] < 1e-5
+    True
+
+    Source: Levenberg, "A method for the solution of certain non-linear problems in least squares" (1944); Marquardt,
+    "An algorithm for least-squares estimation of nonlinear parameters" (1963).
+    """
+
+    def __init__(
+        self,
+        damping=1e-3,
+        scaling="identity",
+        max_attempts=10,
+        allow_underdetermined=False,
+        learning_rate=1.0,
+        name="levenberg_marquardt",
+    ):
+        validation.require_flag(type(self).__name__, "allow_underdetermined", allow_underdetermined)
+        super().__init__(damping, max_attempts, learning_rate, name)
+        self._check_choice("scaling", scaling, SCALINGS)
+        self.scaling, self.allow_underdetermined = scaling, allow_underdetermined
+
+    def operator_class(self):
+        return GaussNewton
+
+    def solver(self, operator, equations):
+        return DenseSolver(lambda: equations.of(operator), operator.dtype, self.scaling)
+
+    def get_config(self):
+        options = {"scaling": self.scaling, "allow_underdetermined": self.allow_underdetermined}
+        return {**super().get_config(), **options}

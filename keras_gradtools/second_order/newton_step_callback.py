@@ -1,0 +1,188 @@
+"""A callback that takes Newton steps while `fit` trains with another optimizer."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.curvature.data.batches import refuse_non_finite
+from keras_gradtools.curvature.operators import dense_memory
+from keras_gradtools.second_order.newton_step import (
+    CURVATURES,
+    ConjugateGradientsSolver,
+    DenseSolver,
+    StepReason,
+    newton_step,
+    require_enough_outputs,
+)
+from keras_gradtools.second_order.normal_equations import NormalEquations
+from keras_gradtools.second_order.recycled_preconditioner import checked_rank, recycled_preconditioner
+from keras_gradtools.training.loss_on_data import LossOnData
+from keras_gradtools.training.monitor import Monitor
+
+NAME = "NewtonStep"
+SOLVERS = ("cg", "dense")
+
+
+class NewtonStep(Monitor):
+    r"""Takes a damped Newton step $p = -(B + \lambda I)^{-1} g$ on some weights at the end of an epoch.
+
+    Use it to finish what a first-order optimizer leaves unfinished, such as the last layer of a classifier, or all
+    weights at the end of training. The loss, the gradient $g$, the curvature $B$ and the loss after the step are all
+    computed on the same data, in the same mode. The step is taken only if it lowers the loss. If it does not, the
+    damping is multiplied by 2, 4, 8, ... and the equation is solved again, up to `max_attempts`. If no attempt lowers
+    the loss, the weights do not change. After a step, the damping follows the ratio of the actual to the predicted
+    decrease, see `kg.models.SecondOrder`. The state of the optimizer of `fit` does not change.
+
+    It logs `newton_step_length`, `newton_damping` (of the next step), `newton_ratio` (NaN if no step was taken),
+    `newton_decrease` of the loss, `newton_cg_iterations` and `newton_step_reason` (0 accepted, 1 rejected, 2 the
+    gradient is zero to rounding, 3 not finite). Callbacks after this one in the list can use them. `last_step` has all
+    of these, and a message.
+
+    Args:
+        data: The data of the loss, as for `kg.curvature.Hessian`. Each evaluation and each product reads all of it.
+        every: When to take a step: `"epoch"`, a string such as `"5 epochs"`, or an integer n for every n batches. See
+            `kg.callbacks.Monitor`.
+        variables: Trainable variables in a list, or a layer. Default: all trainable variables of the model.
+        solver: `"cg"`, conjugate gradients with products only, or `"dense"`, which forms and factorizes the matrix.
+        curvature: `"hessian"`, or `"gauss_newton"`, which has no negative curvature for convex losses.
+        damping: The initial $\lambda$, 0 or more. The attribute `damping` holds the $\lambda$ of the next step.
+        loss: A loss as `compile` takes it. Default: the compiled loss. It includes regularizers, but not the terms that
+            a wrapper of `kg.models` adds, such as a penalty.
+        training: Whether the model is called in training mode. If so, dropout uses one mask throughout a step, and
+            another in the next step.
+        max_iterations: Maximum number of conjugate gradient iterations for each damping.
+        rtol: Conjugate gradients stop when the norm of the residual is at most `rtol` times that of the gradient. None
+            means the smaller of 1/2 and the square root of the norm of the gradient.
+        preconditioner_rank: Number of eigenvectors in the preconditioner that conjugate gradients build for the next
+            steps, see `kg.optimizers.NewtonCG`.
+        max_attempts: Maximum number of dampings that a step tries.
+        allow_underdetermined: Whether `"dense"` accepts data with fewer outputs than there are weights.
+        batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
+        verbose: 1 to print a line for each step, 0 for no output.
+
+    Raises:
+        ValueError: If an option is invalid. When `fit` begins, if the model has no loss or returns different values for
+            the same input, or if the data have NaN or infinity, are too few for `"dense"`, or differ from pass to pass.
+            The weights do not change.
+
+    Cost:
+        For each step, a gradient over the data, and for each damping an evaluation of the loss. `"cg"` also takes up to
+        `max_iterations` products for each damping, about 2.5 gradients each. `"dense"` takes n products for n weights,
+        and $n^3 / 3$ multiplications for each damping.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x = np.linspace(0, 1, 10, dtype="float32")[:, None]
+    >>> step = kg.callbacks.NewtonStep((x, 3 * x - 1), solver="dense", damping=0.0)
+    >>> history = model.fit(x, 3 * x - 1, epochs=1, verbose=0, callbacks=[step])
+    >>> [round(w.item(), 3) for w in model.get_weights()], step.last_step.message
+    ([3.0, -1.0], 'the loss went down')
+
+    Source: Nocedal & Wright, "Numerical Optimization" (2006), chapters 3 and 7; Martens, "Deep learning via
+    Hessian-free optimization" (2010); TensorFlow's guide "Advanced automatic differentiation", "Newton's method".
+    """
+
+    def __init__(
+        self,
+        data,
+        every="epoch",
+        *,
+        variables=None,
+        solver="cg",
+        curvature="hessian",
+        damping=1e-3,
+        loss=None,
+        training=False,
+        max_iterations=250,
+        rtol=None,
+        preconditioner_rank=None,
+        max_attempts=10,
+        allow_underdetermined=False,
+        batch_size=256,
+        verbose=0,
+    ):
+        super().__init__(every, prefix="newton_")
+        for name, value, choices in (("solver", solver, SOLVERS), ("curvature", curvature, tuple(CURVATURES))):
+            if not validation.is_one_of(value, choices):
+                raise ValueError(
+                    f"{NAME} expects one of {list(choices)} as `{name}`. Received: {name}={validation.shown(value)}."
+                )
+        if not validation.is_number(damping) or not 0 <= damping < np.inf:
+            raise ValueError(
+                f"{NAME} expects a number of 0 or more as `damping`. Received: damping={validation.shown(damping)}."
+            )
+        for name, value in (("max_iterations", max_iterations), ("max_attempts", max_attempts)):
+            validation.require_count(NAME, name, value)
+        validation.require_flag(NAME, "allow_underdetermined", allow_underdetermined)
+        if not validation.is_one_of(verbose, (0, 1)) and not isinstance(verbose, bool):
+            raise ValueError(f"{NAME} expects 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}.")
+        if rtol is not None and not (validation.is_number(rtol) and 0 < rtol < 1):
+            raise ValueError(
+                f"{NAME} expects a number between 0 and 1, or None, as `rtol`. Received: rtol={validation.shown(rtol)}."
+            )
+        self.damping = float(damping)
+        self.last_step: Any = None
+        self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
+        self._solver, self._curvature = solver, curvature
+        self._max_iterations, self._rtol, self._max_attempts = max_iterations, rtol, max_attempts
+        self._rank = checked_rank(NAME, preconditioner_rank)
+        self._allow_underdetermined, self._verbose = allow_underdetermined, verbose
+        self._operator: Any = None
+        self._equations: Any = None
+        self._preconditioner: Any = None
+
+    def begin(self):
+        self._has_warned = False
+        self._operator = self._loss_on_data.operator(CURVATURES[self._curvature], self.model)
+        refuse_non_finite(NAME, self._operator.batches())
+        self._equations = NormalEquations(self._operator)
+        if self._solver == "cg":
+            self._preconditioner = recycled_preconditioner(self._operator.shape[0], self._rank, self._operator.dtype)
+        if self._solver == "dense" and not self._allow_underdetermined:
+            require_enough_outputs(NAME, self._operator, self._operator.count_examples())
+        if self._solver == "dense":
+            dense_memory.check(NAME, self._operator.shape[0], np.dtype("float64"))
+        self._operator.check("product")
+
+    def end(self):
+        # Compiled programs stay cached with the model.
+        self._operator = self._equations = self._preconditioner = None
+
+    def measure(self):
+        operator = self._operator
+        operator.draw_anew()
+        if self._solver == "cg":
+            solver: Any = ConjugateGradientsSolver(
+                operator, self._max_iterations, self._rtol, preconditioner=self._preconditioner
+            )
+        else:
+            solver = DenseSolver(lambda: self._equations.of(operator), operator.dtype)
+        found = newton_step(operator, solver, self.damping, max_attempts=self._max_attempts)
+        if found.reason == StepReason.NOT_FINITE:
+            refuse_non_finite(NAME, operator.batches())
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(f"{NAME} took no step, since {found.message}. The weights did not change.", stacklevel=2)
+        if found.step is not None:
+            operator.move(found.step.astype(operator.dtype))
+        self.damping, self.last_step = found.damping, found
+        if self._verbose:
+            print(
+                f"{NAME}: {found.message}, from {found.loss:.6g} by {found.decrease:.3g}; step of length "
+                f"{found.step_length:.3g}, ratio {found.ratio:.3g}, damping {found.damping:.3g}"
+            )
+        return {
+            "step_length": found.step_length,
+            "damping": found.damping,
+            "ratio": found.ratio,
+            "decrease": found.decrease,
+            "cg_iterations": found.iterations,
+            "step_reason": int(found.reason),
+        }

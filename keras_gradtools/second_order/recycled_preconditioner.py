@@ -1,0 +1,217 @@
+"""A preconditioner for conjugate gradients, made from the products of earlier systems."""
+
+import numpy as np
+
+from keras_gradtools import validation
+from keras_gradtools.curvature.estimators.krylov_basis import norm
+from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+
+# Default limit on the numbers in the vectors: 4 MiB in single precision, also in a saved file. More would be slow.
+_NUMBERS = 2**20
+# The largest default rank, and the smallest one. If even that exceeds `_NUMBERS`, there is no preconditioner.
+_RANK, _LEAST_RANK = 100, 8
+# A system with fewer products changes nothing: the preconditioner was good, and there is little to learn.
+_LEAST_PRODUCTS = 10
+# The least share of a direction's squared length that must be independent of the others. For new directions it only
+# excludes rounding noise. For former ones it is higher, since they describe a matrix that has changed since.
+_LEAST_NEW, _LEAST_FORMER = 1e-3, 0.3
+# The missed curvature, relative to the largest eigenvalue: its value before it was measured, and its lower bound.
+_FIRST_MISSED, _LEAST_MISSED = 1e-2, 1e-3
+# If the largest eigenvalue cannot be reduced to this share of it, the preconditioner is not worth its cost.
+_LARGEST_SHARE = 0.1
+# At most this many systems are skipped before the preconditioner is tried again.
+_LONGEST_WAIT = 15
+
+
+def checked_rank(owner, rank):
+    """Returns the given `preconditioner_rank`. Raises `ValueError` if it is invalid."""
+    if rank is not None and not validation.is_count(rank, 0):
+        raise ValueError(
+            f"{owner} expects an integer of 0 or more, or None, as `preconditioner_rank`. Received: "
+            f"preconditioner_rank={validation.describe(rank)}."
+        )
+    return rank if rank is None else int(rank)
+
+
+def recycled_preconditioner(size, rank, dtype):
+    """A `RecycledPreconditioner` for `size` weights of this dtype. None if its rank, or the default rank, is 0."""
+    if rank is None:
+        rank = min(_RANK, _NUMBERS // max(size, 1))
+        rank = rank if rank >= _LEAST_RANK else 0
+    rank = min(rank, size)
+    return RecycledPreconditioner(size, rank, solver_dtype(dtype)) if rank else None
+
+
+class RecycledPreconditioner:
+    r"""Approximate eigenpairs of a sequence of slowly changing symmetric matrices $B$, used as a preconditioner.
+
+    With eigenvectors in the rows of $U$ and eigenvalues $w_i$, the preconditioner is
+
+    $$M^{-1} v = v + U^\top \operatorname{diag}(f_i - 1) \, U v, \qquad
+    f_i = \min\Big(\frac{\sigma + \lambda}{|w_i| + \lambda}, 1\Big).$$
+
+    It reduces the largest eigenvalues of $B + \lambda I$ to about $\sigma + \lambda$. Negative eigenvalues enter with
+    their absolute value.
+
+    The pairs cost no extra products. Conjugate gradients multiply $B$ by directions $P$ anyway, so $Y = P B$ is known
+    exactly. $B$ is approximated by the symmetric matrix that satisfies this equation and differs least from the former
+    approximation $s I + U^\top \operatorname{diag}(w - s) \, U$, where $s$ is the smallest $|w_i|$. This is the
+    Powell-symmetric-Broyden update for several pairs. It is computed on the span of $P$ and of the part of $U$ outside
+    that span, and its eigenpairs of largest magnitude are kept. Before the update, each $|w_i|$ is limited to
+    $|q^\top B q| / \lVert p \rVert^2$, where $p$ is the projection of $u_i$ onto the span of $P$ and
+    $q = p / \lVert p \rVert$. No eigenvalue of a positive semi-definite matrix can exceed this.
+
+    $\sigma$ is the largest of the smallest $|w_i|$, 1/1000 of the largest $|w_i|$, and the missed curvature: the
+    largest $|w_i| \, (1 - \lVert U_\text{former} u_i \rVert^2)$, that is, how much of a new matrix the former vectors
+    did not contain. A smaller $\sigma$ would separate a reduced eigenvalue from its missed part. This gives two
+    eigenvalues instead of one, and needs more products instead of fewer. If $\sigma$ is more than a tenth of the
+    largest $|w_i|$, there is no preconditioner, and it is tried again after skipping 1, 3, 7, 15, 15, ... systems.
+
+    Attributes:
+        vectors: $U$, orthonormal rows, followed by rows of zeros that are not in use yet. Shape `(rank, n)`.
+        values: $w$ in order of descending magnitude, followed by zeros. Shape `(rank,)`.
+        missed: The missed curvature of the last matrix, measured on the first `rank` products with it.
+        wait, waited: Number of systems to skip before the pairs are updated again, and number skipped so far.
+
+    Cost:
+        For each product, `4 * rank * n` multiplications and additions. For each system of ten products or more, about
+        `16 * rank**2 * n`. Memory for `3 * rank` vectors, and for up to `7 * rank` while pairs are updated.
+
+    Source: Gratton, Sartenaer & Tshimanga, "On a class of limited memory preconditioners for large scale linear systems
+    with multiple right-hand sides" (2011), the spectral one; Schnabel, "Quasi-Newton methods using multiple secant
+    equations" (1983).
+    """
+
+    def __init__(self, size, rank, dtype):
+        self.vectors, self.values, self.missed = np.zeros((rank, size), dtype), np.zeros(rank), 0.0
+        self.wait, self.waited = 0, 0
+        self._directions, self._products = (np.empty((rank, size), dtype) for _ in range(2))
+        self._count, self._is_new = 0, True
+
+    def of(self, damping):
+        r"""$M^{-1}$ for this $\lambda$, as `kg.curvature.conjugate_gradients` takes it. None for no preconditioner."""
+        vectors, values = self._pairs()
+        lowest = self._lowest()
+        if lowest is None:
+            return None
+        values = np.abs(values)
+        factors = np.minimum((lowest + damping) / (values + damping), 1.0) - 1.0
+        factors = factors.astype(vectors.dtype)
+        return lambda v: v + (factors * (vectors @ v)) @ vectors
+
+    def begin(self):
+        """Must be called before the systems with a new matrix."""
+        self._count, self._is_new = 0, True
+
+    def record(self, direction, product):
+        """Records a product of the matrix without damping."""
+        if self.waited < self.wait:
+            self._count += 1
+            return
+        length = norm(direction)
+        if not 0.0 < length < np.inf:
+            return
+        with np.errstate(over="ignore"):
+            product = np.asarray(product, self.vectors.dtype) / length
+        if not np.isfinite(product).all():
+            return
+        if self._count == len(self.values):
+            self._absorb()
+        self._directions[self._count], self._products[self._count] = direction / length, product
+        self._count += 1
+
+    def finish(self):
+        """Must be called after a system. Updates the preconditioner with the recorded products."""
+        if self._count >= min(_LEAST_PRODUCTS, len(self.values)):
+            if self.waited < self.wait:
+                self.waited += 1
+            else:
+                self._absorb()
+                is_full = bool(self.values[-1])
+                self.wait = min(2 * self.wait + 1, _LONGEST_WAIT) if is_full and self._lowest() is None else 0
+                self.waited = 0
+        self._count = 0
+
+    def _lowest(self):
+        r"""$\sigma$, to which eigenvalues are reduced. None if the preconditioner is not worth its cost."""
+        _, values = self._pairs()
+        if not len(values):
+            return None
+        largest = np.abs(values[0])
+        lowest = max(np.abs(values[-1]), self.missed, _LEAST_MISSED * largest)
+        return lowest if lowest <= _LARGEST_SHARE * largest else None
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def _absorb(self):
+        new, products = self._directions[: self._count], self._products[: self._count]
+        self._count = 0
+        # Everything is computed in coefficients. Arrays as long as the weights only appear in matrix products.
+        basis = _whitened(_double(new @ new.T), _LEAST_NEW)
+        matrix = basis.T @ _double(new @ products.T) @ basis
+        matrix = 0.5 * (matrix + matrix.T)
+        former, values = self._pairs()
+        if not len(values):
+            self._keep(matrix, [(basis, new)])
+            self.missed, self._is_new = _FIRST_MISSED * np.abs(self.values[0]), False
+            return
+        overlap = _double(former @ new.T)
+        along = overlap @ basis
+        values = np.sign(values) * np.minimum(np.abs(values), _limits(along, matrix))
+        # An orthonormal basis of the components of the former vectors that are orthogonal to the new directions.
+        left = np.eye(len(former)) - along @ along.T
+        rest = _whitened(left, _LEAST_FORMER, is_relative=False)
+        across = ((_double(former @ products.T) @ basis).T - matrix @ along.T) @ rest
+        inside, smallest = left @ rest, np.abs(values).min()
+        below = (inside.T * (values - smallest)) @ inside + smallest * np.eye(rest.shape[1])
+        matrix = np.block([[matrix, across], [across.T, below]])
+        of_new = np.hstack([basis, -basis @ along.T @ rest])
+        of_former = np.hstack([np.zeros((len(former), basis.shape[1])), rest])
+        chosen = self._keep(matrix, [(of_new, new), (of_former, former)])
+        if self._is_new and chosen is not None:
+            # Only for the first update with a new matrix. Later, the former vectors come from the same matrix.
+            known = np.sum(((overlap @ of_new + of_former) @ chosen) ** 2, axis=0)
+            self.missed = np.max(np.abs(self.values[: len(known)]) * np.maximum(1.0 - known, 0.0))
+            self._is_new = False
+
+    def _keep(self, matrix, basis):
+        """Replaces the pairs by those of `matrix`, which is given in a basis.
+
+        `basis` lists pairs of coefficients, in columns, and row vectors. The basis is the sum of their combinations.
+        Returns the eigenvectors in that basis, in columns. If a number is not finite, it changes nothing and returns
+        None.
+        """
+        if not np.isfinite(matrix).all():
+            return None
+        values, vectors = np.linalg.eigh(matrix)
+        largest = np.argsort(-np.abs(values), kind="stable")[: len(self.values)]
+        if not np.isfinite(values.astype(self.vectors.dtype)).all():
+            return None
+        found = sum((part @ vectors[:, largest]).T.astype(rows.dtype) @ rows for part, rows in basis)
+        # Nearly parallel directions amplify rounding. This step makes the vectors orthonormal again.
+        found -= (0.5 * (_double(found @ found.T) - np.eye(len(found)))).astype(found.dtype) @ found
+        # New arrays, since a function that `of` returned may still use the former ones.
+        self.vectors, self.values = np.zeros_like(self.vectors), np.zeros_like(self.values)
+        self.vectors[: len(largest)], self.values[: len(largest)] = found, values[largest]
+        return vectors[:, largest]
+
+    def _pairs(self):
+        found = np.count_nonzero(self.values)
+        return self.vectors[:found], self.values[:found]
+
+
+def _double(matrix):
+    return matrix.astype("float64")
+
+
+def _limits(along, matrix):
+    """Upper bounds for eigenvalues, from the coefficients of their vectors in a basis where the matrix is known."""
+    share = np.sum(along**2, axis=1)
+    seen = np.abs(np.sum((along @ matrix) * along, axis=1))
+    return np.divide(seen, share**2, out=np.full(len(share), np.inf), where=share**2 > 0.0)
+
+
+def _whitened(gram, least, is_relative=True):
+    """Coefficients, in columns, of an orthonormal basis of vectors with this Gram matrix. Short ones are left out."""
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > least * (values[-1] if is_relative else 1.0)
+    return vectors[:, kept] / np.sqrt(values[kept])

@@ -1,0 +1,213 @@
+"""Second-order training with `fit`."""
+
+import functools
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools import backend, nesting, validation
+from keras_gradtools.backend.state import state_variables, undone_by_errors
+from keras_gradtools.curvature.data.batches import batch_size_of, refuse_non_finite
+from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason, newton_step, require_enough_outputs
+from keras_gradtools.second_order.normal_equations import NormalEquations
+from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.training.wrapped_model import WrappedModel
+
+NAME = "SecondOrder"
+
+
+@keras.saving.register_keras_serializable(package="keras_gradtools")
+class SecondOrder(WrappedModel):
+    r"""Trains a model with a second-order method, $\theta \leftarrow \theta - (B + \lambda I)^{-1} g$, in plain `fit`.
+
+    Compile it with one of `kg.optimizers`. Fit, evaluate, save and export it like any other model. It trains the
+    wrapped model itself, `trainer.model`. Every batch is one step: the loss, the gradient $g$, the curvature $B$ and
+    the loss after the step are all computed on this batch, in the same mode and with the same dropout masks. Batches
+    should be large, or contain all of the data.
+
+    A step is taken only if it lowers the loss of its batch. If it does not, the damping $\lambda$ is multiplied by 2,
+    4, 8, ... and the equation is solved again, up to the `max_attempts` of the optimizer. If no attempt lowers the
+    loss, the weights do not change. After a step, $\lambda$ is multiplied by $\max(\frac13, 1 - (2 \rho - 1)^3)$, where
+    $\rho$ is the decrease of the loss over the decrease that the quadratic model predicted. If rounding hides the
+    difference of the two losses, the decrease is computed from the gradients before and after the step, so that
+    training can continue until the gradient itself is rounding noise. If the loss, the gradient or the curvature has
+    NaN or infinity, the step ends with a warning and the weights do not change.
+
+    The logs contain the loss and the metrics before the step. They also contain, for the last batch: `damping` (of the
+    next step), `step_length`, `ratio` ($\rho$, NaN if no step was taken), `gradient_norm`, `cg_iterations` and
+    `step_reason` (0 accepted, 1 rejected, 2 the gradient is zero to rounding, 3 not finite). `trainer.last_step` has
+    all of these, and a message.
+
+    Args:
+        model: A built `keras.Model`. It is shared, not copied.
+        training: Whether the model is called in training mode: dropout is on, with one mask for each step, and
+            BatchNormalization uses the statistics of the batch and updates its moving statistics once for each step.
+        **kwargs: `name`, `trainable` and `dtype`, as for any `keras.Model`. `dtype` defaults to that of `model`.
+
+    Raises:
+        ValueError: If `model` is not built or computes in float16. In `compile`, for a first-order optimizer. In `fit`,
+            if there are no labels, if the data have NaN or infinity, if the model returns different values for the same
+            input, or if a batch is too small for a method that forms a matrix.
+
+    Cost:
+        That of the optimizer. A step is controlled from Python. Its computations are compiled on TensorFlow and JAX.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> trainer = kg.models.SecondOrder(model)
+    >>> trainer.compile(kg.optimizers.LevenbergMarquardt(damping=0.0), "mse")
+    >>> x = np.linspace(0, 1, 10, dtype="float32")[:, None]
+    >>> history = trainer.fit(x, 2 * x, epochs=2, verbose=0)
+    >>> history.history["loss"][1] < 1e-10, sorted(history.history)[:3]
+    (True, ['cg_iterations', 'damping', 'gradient_norm'])
+
+    Source: Marquardt (1963); Martens, "Deep learning via Hessian-free optimization" (2010); Nocedal & Wright,
+    "Numerical Optimization" (2006), chapters 4 and 7; Nielsen, "Damping parameter in Marquardt's method" (1999).
+    """
+
+    def __init__(self, model, training=True, **kwargs):
+        validation.require_flag(NAME, "training", training)
+        super().__init__(NAME, model, **kwargs)
+        if self.compute_dtype == "float16":
+            raise ValueError(
+                f"{NAME} expects a model that computes in float32, float64 or bfloat16. Received: the model "
+                f"{model.name!r} in float16, whose range second derivatives exceed."
+            )
+        self._training = bool(training)
+        self._last = _LastStep()
+        self._problem = None
+        self._has_warned = False
+
+    @property
+    def last_step(self):
+        """The result of the last step, a `kg.optimizers.NewtonStepResult`. None before the first step."""
+        return self._last.result
+
+    @functools.wraps(keras.Model.compile)
+    def compile(self, optimizer=None, *args, **kwargs):
+        if not isinstance(optimizer, SecondOrderOptimizer):
+            raise ValueError(
+                f"{NAME} expects a second-order optimizer, such as keras_gradtools.optimizers.LevenbergMarquardt(). "
+                f"Received: optimizer={validation.describe(optimizer)}. To use a first-order optimizer, train "
+                "`trainer.model` itself."
+            )
+        optimizer.has_trainer = True
+        super().compile(optimizer, *args, **kwargs)
+        self._problem, self._has_warned = None, False
+
+    def make_train_function(self, force=False):
+        if not self.optimizer.built:
+            # On TensorFlow, Keras leaves this to its own training step, which is replaced here.
+            self.optimizer.build(self.trainable_variables)
+        if force or self.train_function is None:  # type: ignore[has-type]
+            self.train_function = backend.train_function(self, self._step_on)
+        return self.train_function
+
+    def call(self, inputs, training=None):
+        return self._forward(inputs, training)
+
+    def _step_on(self, batch):
+        """Takes one step and returns the logs."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if y is None:
+            raise ValueError(f"{NAME} trains on labels. Received: data without labels. Pass `y` to `fit`.")
+        batch = nesting.map_structure(_tensor, (x, y, sample_weight))
+        if self._problem is None:
+            self._problem = _Problem(self, batch, self._training)
+        problem, optimizer = self._problem, self.optimizer
+        operator = problem.operator.of_batch(batch)
+        if optimizer.forms_matrix and not optimizer.allow_underdetermined:
+            require_enough_outputs(type(optimizer).__name__, problem.operator, batch_size_of(batch))
+        found = newton_step(
+            operator,
+            optimizer.solver(operator, problem.equations),
+            optimizer.damping,
+            scale=float(ops.convert_to_numpy(optimizer.learning_rate)),
+            max_attempts=optimizer.max_attempts,
+        )
+        if found.reason == StepReason.NOT_FINITE:
+            refuse_non_finite(NAME, [batch])
+            self._warn(found.message)
+        weights = operator.variables if found.step is not None else []
+        measured = [*state_variables(self), *self.metrics_variables, *optimizer.variables]
+        block = undone_by_errors([*weights, *measured])
+        with block, block:
+            logs = problem.measured(found.loss, batch)
+            if found.step is not None:
+                operator.move(found.step.astype(operator.dtype))
+            optimizer.end_step(operator, found.damping)
+            self._last.result = found
+        return logs | {
+            "damping": found.damping,
+            "step_length": found.step_length,
+            "ratio": found.ratio,
+            "gradient_norm": found.gradient_norm,
+            "cg_iterations": found.iterations,
+            "step_reason": int(found.reason),
+        }
+
+    def _warn(self, message):
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{NAME} took no step, since {message}. The weights did not change. Smaller weights, data in a smaller "
+                "range or a `clip` in the loss may help.",
+                stacklevel=3,
+            )
+
+    def get_config(self):
+        return {**super().get_config(), "training": self._training}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
+        return cls(**config | {"model": model})
+
+
+class _LastStep:
+    """Hides the result from Keras, which would track a tuple that is an attribute of a model."""
+
+    result: NewtonStepResult | None = None
+
+
+class _Problem:
+    """The function that a compiled `SecondOrder` minimizes, and the update of its metrics."""
+
+    def __init__(self, trainer, batch, training):
+        self._trainer, self._training = trainer, training
+        cls = trainer.optimizer.operator_class()
+        self.operator = cls(trainer, None, [batch], training=training, verbose=0)
+        self.equations = NormalEquations(self.operator)
+        # Without these, only the loss is logged, and no forward pass is needed for the metrics.
+        self._needs_outputs = len(trainer.metrics) > 1 or (training and bool(state_variables(trainer.model)))
+        self._measure = backend.jit(self._update)
+
+    def measured(self, loss, batch):
+        """Returns the logs of a batch. Updates metrics, normalization statistics and seeds."""
+        trainer = self._trainer
+        # Cast to the dtype of the tracker, so that one program serves every value.
+        loss = np.asarray(loss, "float32")
+        backend.replica_results(
+            lambda part: self._measure(ops.convert_to_tensor(loss), *part), batch, trainer.trainable_variables[0]
+        )
+        return dict(trainer.get_metrics_result())
+
+    def _update(self, loss, x, y, sample_weight):
+        trainer = self._trainer
+        if self._needs_outputs:
+            y_pred = trainer.model(x, training=self._training)
+            if len(trainer.metrics) > 1:
+                trainer.compute_loss(x, y, y_pred, sample_weight, training=self._training)
+                trainer.compute_metrics(x, y, y_pred, sample_weight)
+        trainer._loss_tracker.update_state(loss, sample_weight=nesting.flatten(x)[0].shape[0])
+        return ops.zeros(())
+
+
+def _tensor(x):
+    return x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(x)

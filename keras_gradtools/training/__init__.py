@@ -1,0 +1,1 @@
+"""What the wrappers and callbacks of all subjects share within `fit`."""

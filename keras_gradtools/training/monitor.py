@@ -1,0 +1,160 @@
+"""The base class of the callbacks that measure something while `fit` trains."""
+
+import os
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_gradtools import validation
+from keras_gradtools.training.event_file import EventFile
+from keras_gradtools.training.left_out import LeftOut
+from keras_gradtools.training.schedule import Schedule
+
+_BATCH_HOOKS = ("on_batch_end", "on_train_batch_end", "on_test_batch_end", "on_predict_batch_end")
+
+
+class Monitor(keras.callbacks.Callback):
+    r"""Base class of callbacks that measure something during `fit`, after every epoch or every n batches, and log it.
+
+    Override `measure`, which returns a dict of numbers. It finds the trained model in `self.model`, with its current
+    weights on every backend: between training steps on JAX, Keras keeps them outside of the variables, and `Monitor`
+    brings them back. `measure` may assign new values to the weights, as `kg.callbacks.NewtonStep` does.
+
+    The numbers appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in
+    the list can use them, if you give them a direction: `keras.callbacks.EarlyStopping("name", mode="min")`.
+
+    If something is needed that depends on the model, override `begin`, which is called when `fit` begins. Raise errors
+    there for what cannot be measured, before the weights change. Override `end` to drop what `begin` has created. What
+    may fail for some models belongs into `attempt`. If you override hooks of Keras such as `on_epoch_end`, call those
+    of this class, too.
+
+    Args:
+        every: When to measure. `"epoch"`: at the end of each epoch. `"5 epochs"`: at the end of each fifth one, and the
+            logs of the other epochs do not have the values, as with `validation_freq`. An integer n: after every n
+            batches, counted over the epochs of one `fit`, and the logs of each epoch have the last values. If
+            `steps_per_execution` batches end at once, it measures after the first ones that reach a multiple of n.
+        prefix: A string before each name in the logs.
+        log_dir: Folder for TensorBoard files, which needs `pip install "keras-gradtools[tensorboard]"`. The step in
+            these files is the number of the epoch, starting at 0 as in Keras, or the number of batches.
+
+    Attributes:
+        last: A dict of the values that were measured last, with their names in the logs.
+        step: The number of the epoch that has ended before the last measurement, starting at 0 as in Keras. If `every`
+            is an integer, the number of batches.
+
+    Raises:
+        ValueError: If an option is invalid. In `fit`, if `measure` returns no dict.
+        ImportError: In `fit`, if there is a `log_dir` and tensorboardX is not installed.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> class WeightNorm(kg.callbacks.Monitor):
+    ...     def measure(self):
+    ...         return {"norm": np.sqrt(sum((w**2).sum() for w in self.model.get_weights()))}
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    >>> model.set_weights([np.array([[1.0]])])
+    >>> model.compile(keras.optimizers.SGD(0.25), "mse")
+    >>> x, y = np.ones((2, 1), "float32"), np.zeros((2, 1), "float32")
+    >>> history = model.fit(x, y, epochs=3, verbose=0, callbacks=[WeightNorm(prefix="weight_")]).history
+    >>> [round(float(norm), 4) for norm in history["weight_norm"]]
+    [0.5, 0.25, 0.125]
+    """
+
+    def __init__(self, every="epoch", *, prefix="", log_dir=None):
+        super().__init__()
+        self._owner = type(self).__name__
+        self._schedule = Schedule(self._owner, every)
+        if not isinstance(prefix, str):
+            raise ValueError(
+                f"{self._owner} expects a string as `prefix`. Received: prefix={validation.shown(prefix)}."
+            )
+        if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
+            raise ValueError(
+                f"{self._owner} expects a path as `log_dir`. Received: log_dir={validation.shown(log_dir)}."
+            )
+        self._prefix, self._log_dir = prefix, log_dir
+        self._events: Any = None
+        self._left_out = LeftOut(self._owner)
+        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on. Those of
+        # this class do nothing if epochs are counted.
+        has_own_hooks = any(getattr(type(self), hook) is not getattr(Monitor, hook) for hook in _BATCH_HOOKS)
+        self.async_safe = self._schedule.counts_epochs and not has_own_hooks
+        self.last: dict[str, float] = {}
+        self.step: Any = None
+
+    def begin(self):
+        """Called when `fit` begins."""
+
+    def measure(self):
+        """Measures. Returns a dict from names, without the prefix, to numbers."""
+        raise NotImplementedError(f"{self._owner} has to override `measure`.")
+
+    def histograms(self):
+        """Returns a dict from tags to NumPy arrays, whose histograms are written to `log_dir` after `measure`."""
+        return {}
+
+    def end(self):
+        """Called when `fit` ends."""
+
+    def attempt(self, quantity, compute):
+        """Returns `compute()`, or None if it raises. The first failure warns, and `quantity` is not tried again."""
+        return self._left_out.tried(quantity, compute)
+
+    def sync_weights(self):
+        """Brings the current weights into the variables of the model, as before `measure`."""
+        # Between training steps on JAX, Keras keeps the current weights outside of the variables.
+        sync = getattr(self.model, "jax_state_sync", None)
+        if sync is not None:
+            sync()
+
+    def on_train_begin(self, logs=None):
+        self._left_out = LeftOut(self._owner)
+        self.begin()
+        if self._log_dir is not None:
+            self._events = EventFile(self._owner, self._log_dir)
+        self._schedule.begin((self.params or {}).get("steps"))
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._schedule.is_due_after_batch(batch):
+            self._measure(logs, self._schedule.batches)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._schedule.is_due_after_epoch(epoch):
+            self._measure(logs, epoch)
+        elif logs is not None and not self._schedule.counts_epochs:
+            logs.update(self._logged())
+
+    def on_train_end(self, logs=None):
+        self.end()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _measure(self, logs, step):
+        self.sync_weights()
+        self.step = step
+        found = self.measure()
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{self._owner} expects that `measure` returns a dict of names and numbers. Received: "
+                f"{validation.describe(found)}."
+            )
+        self.last = {f"{self._prefix}{name}": _number(value) for name, value in found.items()}
+        if logs is not None:
+            logs.update(self._logged())
+        if self._events is not None:
+            self._events.scalars(self.last, step)
+            self._events.histograms(self.histograms(), step)
+            self._events.flush()
+
+    def _logged(self):
+        """The part of `last` that the logs contain."""
+        return self.last
+
+
+def _number(value):
+    return float(ops.convert_to_numpy(value)) if ops.is_tensor(value) else value

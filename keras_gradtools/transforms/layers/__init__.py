@@ -1,0 +1,1 @@
+"""Derivatives of a wrapped layer as layers, one public class in each file."""

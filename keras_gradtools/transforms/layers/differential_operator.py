@@ -1,0 +1,22 @@
+"""The base class of layers that return the Laplacian or the divergence of a wrapped layer."""
+
+from keras_gradtools.transforms.differential_operators import checked_axes, require_axes
+from keras_gradtools.transforms.layers.derivative import Derivative
+
+
+class DifferentialOperator(Derivative):
+    """Returns a differential operator of the wrapped layer along some axes of its input points."""
+
+    def __init__(self, layer, axes=None, return_outputs=False, inputs=None, **kwargs):
+        super().__init__(layer, return_outputs, inputs, **kwargs)
+        self.axes = None if axes is None else require_axes(type(self).__name__, axes)
+
+    def _check_axes(self, inputs):
+        if len(inputs.shape) != 2 or inputs.shape[1] is None:
+            raise ValueError(
+                f"{type(self).__name__} expects an input of shape (batch, n). Received: shape {tuple(inputs.shape)}."
+            )
+        return checked_axes(type(self).__name__, self.axes, inputs.shape[1])
+
+    def get_config(self):
+        return {**super().get_config(), "axes": self.axes}
