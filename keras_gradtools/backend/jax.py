@@ -16,6 +16,7 @@ from keras_gradtools.backend import (
     jax_closure_convert,
     jax_keras_ops,
     jax_linearize,
+    jax_scan,
     jax_sweep,
     jax_trace,
     recording,
@@ -170,6 +171,7 @@ def _note_read_by_program(variable, given):
 recording.install_read_hook(_watch_read)
 jax_keras_ops.install()
 jax_closure_convert.install()
+jax_scan.install()
 
 
 def alias(x):

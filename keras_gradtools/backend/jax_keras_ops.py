@@ -7,7 +7,7 @@ with respect to the result and to the argument. So such results are replaced by 
 
 import functools
 
-from keras_gradtools.backend import jax_ctc, jax_trace, keras_formulas
+from keras_gradtools.backend import jax_trace, keras_formulas
 from keras_gradtools.keras_internals import backend_modules
 
 _FORMULAS = {name: getattr(keras_formulas, name) for name in ("i0", "ldexp", "nextafter", "sinc")}
@@ -16,7 +16,6 @@ _FORMULAS = {name: getattr(keras_formulas, name) for name in ("i0", "ldexp", "ne
 def install():
     for name, hook in backend_modules.hooks["numpy"].items():
         hook.replace(_FORMULAS.get(name) or _with_distinct_result(jax_trace.recorded_alias))
-    backend_modules.hooks["nn"]["ctc_loss"].replace(jax_ctc.differentiable)
     backend_modules.hooks["core"]["stop_gradient"].replace(_with_distinct_result(jax_trace.alias))
 
 

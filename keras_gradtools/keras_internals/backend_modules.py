@@ -36,7 +36,6 @@ _USERS: dict = {
     },
     "jax": {
         "core": _of_operations("stop_gradient"),
-        "nn": _of_operations("ctc_loss"),
         "numpy": _of_operations(
             "broadcast_to",
             "concatenate",

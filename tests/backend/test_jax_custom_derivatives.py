@@ -28,6 +28,15 @@ def scaled_jvp(a):
     return fun
 
 
+@jax.custom_jvp
+def tenfold(x):
+    """x ** 2, with the derivative 10 x by its rule. Inlined without it, it has 2 x."""
+    return x * x
+
+
+tenfold.defjvp(lambda primals, tangents: (tenfold(*primals), 10 * primals[0] * tangents[0]))
+
+
 def scaled_vjp(a):
     @jax.custom_vjp
     def fun(x):
@@ -222,3 +231,55 @@ class TestHighLevelPrimitives:
         for value in (1.0, 1.0, 1.0, 5.0):
             factor[0] = value
             close(kg.grad(lambda x: Changing(jax.typeof(x))(x))(jnp.asarray(3.0)), value)
+
+
+def looped(x):
+    return jax.lax.scan(lambda c, _: (tenfold(c), None), x, length=2)[0]
+
+
+def mapped(x):
+    return jnp.sum(jax.vmap(looped)(jnp.stack([x, x]))) / 2
+
+
+def counted(x):
+    return jax.lax.fori_loop(0, 2, lambda _, c: tenfold(c), x)
+
+
+def checkpointed(x):
+    return jax.lax.scan(jax.checkpoint(lambda c, _: (tenfold(c), None)), x, length=2)[0]
+
+
+def nested(x):
+    def once(c):
+        return jax.lax.scan(lambda d, _: (tenfold(d), None), c, length=1)[0]
+
+    return jax.lax.scan(lambda c, _: (once(c), None), x, length=2)[0]
+
+
+@pytest.mark.parametrize("loop", [looped, mapped, counted, checkpointed, nested, jax.jit(looped)])
+def test_the_rule_holds_in_a_loop_that_is_differentiated_twice(loop):
+    # By the rule, the first derivative is 100 x f(x), the second 100 f(x) + 1000 x ** 2, the third 3000 x.
+    x = jnp.asarray(2.0)
+    close(kg.grad(loop)(x), 800.0)
+    close(kg.grad(kg.grad(loop))(x), 4400.0)
+    close(kg.hvp(loop, (x,), (1.0,))[0], 4400.0)
+    close(kg.jit(kg.grad(kg.grad(kg.grad(loop))))(x), 6000.0)
+    close(jax.grad(jax.grad(loop))(x), 4400.0)
+    with kg.GradientTape() as outer:
+        outer.watch(x)
+        with kg.GradientTape() as inner:
+            inner.watch(x)
+            y = loop(x)
+        slope = inner.gradient(y, x)
+    close(outer.gradient(slope, x), 4400.0)
+
+
+def test_what_a_loop_does_not_change_still_moves_out_of_it():
+    """JAX computes `sin(a)` once, outside of the scan, where no rule is in it."""
+
+    def fun(a):
+        return jax.lax.scan(lambda c, _: (c * jnp.sin(a), None), a, length=3)[0]
+
+    gradient = jax.make_jaxpr(jax.grad(fun))(2.0)
+    assert [str(e.primitive) for e in gradient.eqns].count("cos") == 1
+    close(jax.grad(fun)(2.0), np.sin(2.0) ** 3 + 3 * 2.0 * np.sin(2.0) ** 2 * np.cos(2.0))
