@@ -5,6 +5,7 @@
 | `Cumprod`                  | wrong if an entry is zero; so is the second derivative of `Prod` with two zeros     |
 | `ImageProjectiveTransformV3` | an interpolation by the inverse transform, not the adjoint; none of the transform |
 | `ScaleAndTranslate`        | an error for an image in double precision                                           |
+| `SegmentProd`, `UnsortedSegmentProd` | right, but its derivative is 0 for a segment with two zeros        |
 | `SoftmaxCrossEntropyWithLogits` | wrong if labels do not sum to 1; so is the mixed second derivative  |
 | `Lu`, `XlaDynamicUpdateSlice`, `XlaDynamicSlice` | missing                                                       |
 
@@ -25,6 +26,8 @@ def install():
         "Cumprod": _cumprod,
         "ImageProjectiveTransformV3": _projective_transform,
         "ScaleAndTranslate": _scale_and_translate(ops.gradient_registry.lookup("ScaleAndTranslate")),
+        "SegmentProd": _segment_prod,
+        "UnsortedSegmentProd": _segment_prod,
         "SoftmaxCrossEntropyWithLogits": _softmax_cross_entropy,
     }.items():
         _registry.pop(name, None)
@@ -75,21 +78,25 @@ def _products(x, axis, exclusive, reverse):
     y = tf.reverse(y, [0]) if reverse else y
     if exclusive:
         y = tf.concat([tf.ones_like(y[:1]), y[:-1]], 0)
-    # Each iteration multiplies each entry by the product of the `width` factors before it.
+    y = _doubling(_times_former, y)
+    y = tf.reverse(y, [0]) if reverse else y
+    return tf.ensure_shape(tf.transpose(y, tf.math.invert_permutation(order)), x.shape)
+
+
+def _doubling(multiply, y):
+    """The products along axis 0: `multiply(y, width)` multiplies each entry by the product of `width` before it."""
     if y.shape.rank is not None and y.shape[0] is not None:
         width = 1
         while width < y.shape[0]:
-            y = _times_former(y, width)
+            y = multiply(y, width)
             width *= 2
-    else:
-        count = tf.shape(y)[0]
-        _, y = tf.while_loop(
-            lambda width, y: width < count,
-            lambda width, y: (2 * width, tf.ensure_shape(_times_former(y, width), y.shape)),
-            [tf.constant(1), y],
-        )
-    y = tf.reverse(y, [0]) if reverse else y
-    return tf.ensure_shape(tf.transpose(y, tf.math.invert_permutation(order)), x.shape)
+        return y
+    count = tf.shape(y)[0]
+    return tf.while_loop(
+        lambda width, y: width < count,
+        lambda width, y: (2 * width, tf.ensure_shape(multiply(y, width), y.shape)),
+        [tf.constant(1), y],
+    )[1]
 
 
 def _with_axis_first(x, axis):
@@ -103,6 +110,36 @@ def _with_axis_first(x, axis):
 
 def _times_former(y, width):
     return tf.concat([y[:width], y[width:] * y[:-width]], 0)
+
+
+def _segment_prod(op, upstream):
+    """The vjp of the products of segments: each entry gets the product of the others of its segment."""
+    data, ids = op.inputs[:2]
+    rest = tf.shape(data)[tf.rank(ids) :]
+    flat_ids = tf.reshape(ids, [-1])
+    order = tf.argsort(flat_ids, stable=True)
+    x = tf.gather(tf.reshape(data, tf.concat([[-1], rest], 0)), order)
+    x_ids = tf.gather(flat_ids, order)
+    later = _product_of_former(tf.reverse(x, [0]), tf.reverse(x_ids, [0]))
+    others = _product_of_former(x, x_ids) * tf.reverse(later, [0])
+    others = tf.reshape(tf.gather(others, tf.argsort(order)), tf.shape(data))
+    # Entries with a negative index are in no segment.
+    is_used = tf.reshape(ids >= 0, tf.concat([tf.shape(ids), tf.ones_like(rest)], 0))
+    found = tf.where(is_used, tf.gather(upstream, tf.maximum(ids, 0)) * others, tf.zeros_like(data))
+    return found, *[None] * (len(op.inputs) - 1)
+
+
+def _product_of_former(x, ids):
+    """For each row, the product of the rows before it that have its index. Rows of one index are adjacent."""
+    ids = tf.reshape(ids, tf.concat([[-1], tf.ones_like(tf.shape(x)[1:])], 0))
+
+    def if_same(y, width):
+        return tf.where(ids[width:] == ids[:-width], y, tf.ones_like(y))
+
+    def times_former(y, width):
+        return tf.concat([y[:width], y[width:] * if_same(y[:-width], width)], 0)
+
+    return _doubling(times_former, tf.concat([tf.ones_like(x[:1]), if_same(x[:-1], 1)], 0))
 
 
 def _projective_transform(op, upstream):

@@ -70,6 +70,71 @@ def test_cumulative_products_along_any_axis(exclusive, reverse, known):
         close(gradient(tensor(x)), np.reshape(slopes, (3, 4)), atol=1e-5)
 
 
+IDS = np.array([2, 0, 2, -1, 0, 2, 3])
+
+
+def hessian_of_segments(x, ids):
+    """The Hessian of the sum of all products of segments. Entries with a negative index are in none."""
+    n = len(x)
+    hessian = np.zeros((n, n))
+    for i, j in itertools.permutations(range(n), 2):
+        if ids[i] == ids[j] >= 0:
+            hessian[i, j] = np.prod([x[k] for k in range(n) if ids[k] == ids[i] and k not in (i, j)])
+    return hessian
+
+
+@only_tensorflow
+@pytest.mark.parametrize("ids", [IDS, np.sort(np.abs(IDS))], ids=["unsorted", "sorted"])
+@pytest.mark.parametrize(
+    "x",
+    [(1.5, -2.0, 0.5, 7.0, 3.0, 2.0, 4.0), (0.0, -2.0, 0.0, 7.0, 0.0, 2.0, 0.0), (0.0,) * 7],
+    ids=["any", "two zeros in a segment", "zeros"],
+)
+def test_products_of_segments(x, ids):
+    def total(x):
+        return ops.sum(ops.segment_prod(x, ids, 4))
+
+    x, expected = np.array(x), hessian_of_segments(np.array(x), ids)
+    gradient = [np.prod(x[(ids == ids[i]) & (np.arange(7) != i)]) if ids[i] >= 0 else 0 for i in range(7)]
+    close(kg.grad(total)(tensor(x)), gradient)
+    close(kg.hessian(total)(tensor(x)), expected)
+    close(kg.jit(kg.jacobian(kg.grad(total)))(tensor(x)), expected)
+    v = np.random.default_rng(0).normal(size=7)
+    close(kg.linearize(kg.grad(total), tensor(x))[1](tensor(v)), expected @ v)
+    close(kg.hvp(total, (tensor(x),), (tensor(v),))[0], expected @ v)
+    step = 1e-3 * v  # the Hessian is a polynomial of degree 1 for up to three factors
+    third = (hessian_of_segments(x + step, ids) - hessian_of_segments(x - step, ids)) @ v / 2e-3
+    close(kg.jvp(lambda x: kg.hvp(total, (x,), (tensor(v),))[0], (tensor(x),), (tensor(v),))[1], third, atol=1e-4)
+
+
+@pytest.mark.skipif(ON_TENSORFLOW, reason="TensorFlow has all derivatives")
+def test_missing_derivatives_of_products_of_segments_are_errors():
+    """JAX has none, and torch no second one where a segment has two zeros."""
+    with pytest.raises((NotImplementedError, RuntimeError), match="scatter"):
+        kg.hessian(lambda x: ops.sum(ops.segment_prod(x, np.array([0, 0, 1]), 2)))(tensor([0.0, 0.0, 1.0]))
+
+
+@only_tensorflow
+def test_products_of_segments_of_rows_with_indices_of_two_axes():
+    import tensorflow as tf
+
+    x, ids = RANDOM.normal(size=(2, 3, 2)), np.array([[0, 2, 0], [-1, 0, 2]])
+    x[0, 0, 0] = x[1, 1, 0] = 0.0
+
+    def gradient(x):
+        return kg.grad(lambda x: tf.reduce_sum(tf.math.unsorted_segment_prod(x, ids, 3)))(x)
+
+    places = [(i, j, k) for i in range(2) for j in range(3) for k in range(2)]
+    expected = np.zeros_like(x)
+    for i, j, k in places:
+        same = [x[a, b, k] for a in range(2) for b in range(3) if ids[a, b] == ids[i, j] and (a, b) != (i, j)]
+        expected[i, j, k] = np.prod(same) if ids[i, j] >= 0 else 0
+    close(gradient(tensor(x)), expected)
+    unknown = tf.function(gradient, input_signature=[tf.TensorSpec([None, None, 2], tf.float32)])
+    close(unknown(tensor(x)), expected)
+    close(tf.function(gradient, jit_compile=True)(tensor(x)), expected)
+
+
 class TestAffineTransform:
     """TensorFlow's gradient interpolates along the inverse transform, which is not the adjoint."""
 

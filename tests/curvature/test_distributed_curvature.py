@@ -12,7 +12,7 @@ import pytest
 
 from keras_gradtools import backend as kernels
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "distributed_curvature.py"
 BACKEND = keras.config.backend()
 DEVICES = {"jax": 8, "tensorflow": 2, "torch": 2}[BACKEND]

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from keras_gradtools.curvature.estimators import spectral_density
+from keras_gradtools.curvature import spectral_density
 from tests.curvature.test_eigenvalues import Counted, Known, symmetric, trained_hessian
 
 DTYPES = ["float32", "float64"]

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "distributed_second_order.py"
 BACKEND = keras.config.backend()
 DEVICES = {"jax": 8, "tensorflow": 2, "torch": 2}[BACKEND]
