@@ -50,11 +50,11 @@ def eigenvalue(hessian, restarts):
 
 def measure_here(restarts):
     """Prints the peak memory of a gradient (if `restarts` is None) or of the Lanczos method."""
-    from benchmarks import measure_backend, memory
+    from benchmarks import hand_written, memory
 
-    measure_backend.reference().use_one_thread()
+    hand_written.module().use_one_thread()
     hessian = build()
-    block = measure_backend.reference().block
+    block = hand_written.module().block
     if restarts is None:
         print(memory.peak_mib(hessian.gradient, block, warm_ups=2, runs=2))
     else:

@@ -87,9 +87,9 @@ def _milliseconds(run, block):
 def _measure(backend, quick):
     from rich.console import Console
 
-    from benchmarks import measure_backend, memory, tables
+    from benchmarks import hand_written, measure_backend, memory, tables
 
-    by_hand = measure_backend.reference()
+    by_hand = hand_written.module()
     by_hand.use_one_thread()
     result = {"backend": backend, "machine": measure_backend.machine(), "rows": [], "growth": [], "exponents": []}
     for name, (grows, points) in SERIES.items():
@@ -120,10 +120,10 @@ def _measure(backend, quick):
 
 
 def _print_memory(which):
-    from benchmarks import measure_backend, memory
+    from benchmarks import hand_written, memory
 
     name, i = which.rsplit(":", 1)
-    by_hand = measure_backend.reference()
+    by_hand = hand_written.module()
     by_hand.use_one_thread()
     print(memory.peak_mib(prepare(SERIES[name][1][int(i)]), by_hand.block, runs=2))
 

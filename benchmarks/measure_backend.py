@@ -1,7 +1,6 @@
 """The process that `run.py` starts for one backend. It measures the rows, prints the tables and saves the result."""
 
 import argparse
-import importlib
 import json
 import os
 import pathlib
@@ -12,51 +11,15 @@ import keras
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import memory, models, rows, tables, timing
+from benchmarks import hand_written, memory, tables, timing
+from benchmarks.cases import cases, prepare
 from benchmarks.run import RESULTS, ROOT
 
 LARGEST_BATCH = 4096
 
 
-def reference():
-    """The module of hand-written code for the current backend."""
-    return importlib.import_module(f"benchmarks.reference_{keras.backend.backend()}")
-
-
-def hand_written(name):
-    """The hand-written function `name`, from one of the modules for the current backend."""
-    for kind in ("", "_transforms", "_steps"):
-        module = importlib.import_module(f"benchmarks.reference_{keras.backend.backend()}{kind}")
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise LookupError(f"There is no hand-written {name!r} for {keras.backend.backend()}.")
-
-
-def cases(part, containing=""):
-    """Yields all combinations of row, mode, model and batch size."""
-    backend = keras.backend.backend()
-    for row in rows.rows_of(backend, part, containing):
-        for mode in row.modes_on(backend):
-            if mode in reference().MODES:
-                for model, batches in row.batches.items():
-                    yield from ((row, mode, model, batch) for batch in batches)
-
-
-def prepare(row, mode, model_name, batch):
-    """Returns our and the hand-written code as functions without arguments."""
-    compile_ours, compile_theirs = reference().MODES[mode]
-    model = models.build(model_name)
-    x, y = map(keras.ops.convert_to_tensor, models.data(model, batch))
-    ours = row.ours(model, compile_ours) if row.compiles else compile_ours(row.ours(model))
-    if callable(row.reference):
-        theirs = row.reference(model, compile_ours)
-    else:
-        theirs = hand_written(row.reference)(model, compile_theirs)
-    return lambda: ours(x, y), lambda: theirs(x, y)
-
-
 def _measure(row, mode, model_name, batch, quick):
-    by_hand = reference()
+    by_hand = hand_written.module()
     error = None
     while True:
         ours, theirs = prepare(row, mode, model_name, batch)
@@ -98,7 +61,7 @@ def _overheads(quick):
     """The time of the smallest uses of a tape, in microseconds."""
     import keras_gradtools as kg
 
-    by_hand = reference()
+    by_hand = hand_written.module()
     x = keras.ops.convert_to_tensor(3.0)
     repeats = 20 if quick else 200
 
@@ -146,7 +109,7 @@ def machine():
     return {
         "cpu": f"{model}, {os.cpu_count()} cores",
         "system": platform.system(),
-        "threads": reference().THREADS,
+        "threads": hand_written.module().THREADS,
         "versions": {
             "python": platform.python_version(),
             "keras": keras.__version__,
@@ -163,7 +126,7 @@ def main():
     parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
     backend = keras.backend.backend()
-    reference().use_one_thread()
+    hand_written.module().use_one_thread()
 
     console = Console()
     if not console.is_terminal:

@@ -68,20 +68,21 @@ def peak_mib(run, block, warm_ups=3, runs=RUNS):
 
 
 def _main():
-    from benchmarks import measure_backend
+    from benchmarks import hand_written
+    from benchmarks.cases import cases, prepare
 
     parser = argparse.ArgumentParser()
     for name in ("side", "row", "mode", "model", "batch"):
         parser.add_argument(name)
     options = parser.parse_args()
-    by_hand = measure_backend.reference()
+    by_hand = hand_written.module()
     by_hand.use_one_thread()
     row, mode, model, batch = next(
         case
-        for case in measure_backend.cases("gradients", options.row)
+        for case in cases("gradients", options.row)
         if (case[0].name, *case[1:]) == (options.row, options.mode, options.model, int(options.batch))
     )
-    ours, theirs = measure_backend.prepare(row, mode, model, batch)
+    ours, theirs = prepare(row, mode, model, batch)
     run = ours if options.side == "ours" else theirs
     print(peak_mib(run, by_hand.block))
 

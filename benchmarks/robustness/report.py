@@ -3,8 +3,8 @@
 import json
 import statistics
 
-from benchmarks.robustness import chosen, is_same, kept, results_of
-from benchmarks.robustness_methods import SETTINGS, STRENGTH, STRENGTHS
+from benchmarks.robustness.methods import SETTINGS, STRENGTH, STRENGTHS
+from benchmarks.robustness.runs import chosen, is_same, kept, results_of
 from benchmarks.run import BACKENDS, RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "robustness.md"

@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import robustness_methods as methods
+from benchmarks.robustness import methods
 from benchmarks.run import RESULTS
 from benchmarks.timing import compare
 

@@ -8,8 +8,8 @@ Each is the fastest of several versions: reverse over reverse for products with 
 import keras
 import torch
 
+from benchmarks.hand_written.torch import _parameters
 from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, direction, loss
-from benchmarks.reference_torch import _parameters
 from benchmarks.rows import with_preparation
 from benchmarks.rows.curvature import batches_of
 

@@ -1,4 +1,4 @@
-"""The hand-written JAX counterparts of the transforms. `reference_jax.py` has those of the tape.
+"""The hand-written JAX counterparts of the transforms. `jax.py` has those of the tape.
 
 Each is the fastest of several versions: forward over reverse for products with the Hessian, the cheaper mode for
 Jacobians, and chunks that fit into the cache for Hessians.
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.hand_written.jax import _apply, _weights, _with_weights
 from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, direction, loss
-from benchmarks.reference_jax import _apply, _weights, _with_weights
 from benchmarks.rows import with_preparation
 from benchmarks.rows.curvature import batches_of
 

@@ -1,0 +1,1 @@
+"""The robustness study, see `python -m benchmarks.robustness --help`."""
