@@ -1,4 +1,4 @@
-"""The hand-written TensorFlow counterparts of the transforms. `reference_tensorflow.py` has those of the tape.
+"""The hand-written TensorFlow counterparts of the transforms. `tensorflow.py` has those of the tape.
 
 Each is the fastest of several versions: reverse over reverse for products with the Hessian (a `ForwardAccumulator`
 around the tape took longer), two nested vjps for Jacobian-vector products, and chunks that fit into the cache for

@@ -1,4 +1,4 @@
-"""The hand-written PyTorch counterparts of the transforms. `reference_torch.py` has those of the tape.
+"""The hand-written PyTorch counterparts of the transforms. `torch.py` has those of the tape.
 
 Each is the fastest of several versions: reverse over reverse for products with the Hessian (forward mode and
 `torch.func` took longer) and for Jacobian-vector products, chunks that fit into the cache for Hessians, and

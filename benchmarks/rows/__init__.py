@@ -1,8 +1,8 @@
 """The rows of the benchmark: one function for each.
 
 The function takes a model and returns the function to time, which takes the inputs and labels. It is compared with the
-hand-written function of the same name in `reference_BACKEND.py`, `reference_BACKEND_transforms.py` or
-`reference_BACKEND_steps.py`, unless `reference` names another one. A new file of rows only has to be listed in `PARTS`
+hand-written function of the same name in `hand_written/BACKEND.py`, `hand_written/BACKEND_transforms.py` or
+`hand_written/BACKEND_steps.py`, unless `reference` names another one. A new file of rows only has to be listed in `PARTS`
 to be measured, checked and reported.
 """
 
