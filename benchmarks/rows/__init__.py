@@ -2,8 +2,8 @@
 
 The function takes a model and returns the function to time, which takes the inputs and labels. It is compared with the
 hand-written function of the same name in `hand_written/BACKEND.py`, `hand_written/BACKEND_transforms.py` or
-`hand_written/BACKEND_steps.py`, unless `reference` names another one. A new file of rows only has to be listed in `PARTS`
-to be measured, checked and reported.
+`hand_written/BACKEND_steps.py`, unless `reference` names another one. A new file of rows only has to be listed in
+`PARTS` to be measured, checked and reported.
 """
 
 import dataclasses
