@@ -12,15 +12,13 @@ from keras_gradtools import (
     regularization,
     testing,
 )
-from keras_gradtools.gradient_control.custom_gradients import custom_gradient
-from keras_gradtools.gradient_control.gradient_ops import (
-    clip_gradient_norm,
-    clip_gradient_value,
-    reverse_gradient,
-    scale_gradient,
-    stop_gradient,
-    straight_through,
-)
+from keras_gradtools.gradient_control.clip_gradient_norm import clip_gradient_norm
+from keras_gradtools.gradient_control.clip_gradient_value import clip_gradient_value
+from keras_gradtools.gradient_control.custom_gradient import custom_gradient
+from keras_gradtools.gradient_control.reverse_gradient import reverse_gradient
+from keras_gradtools.gradient_control.scale_gradient import scale_gradient
+from keras_gradtools.gradient_control.stop_gradient import stop_gradient
+from keras_gradtools.gradient_control.straight_through import straight_through
 from keras_gradtools.tape.gradient_tape import GradientTape
 from keras_gradtools.transforms import (
     batch_jacobian,

@@ -1,12 +1,12 @@
 """Gradient control, penalties and derivatives as layers, which are saved and loaded with their models."""
 
-from keras_gradtools.gradient_control.layers.clip_gradient_norm import ClipGradientNorm
-from keras_gradtools.gradient_control.layers.clip_gradient_value import ClipGradientValue
-from keras_gradtools.gradient_control.layers.custom_gradient import CustomGradient
-from keras_gradtools.gradient_control.layers.reverse_gradient import ReverseGradient
-from keras_gradtools.gradient_control.layers.scale_gradient import ScaleGradient
-from keras_gradtools.gradient_control.layers.stop_gradient import StopGradient
-from keras_gradtools.gradient_control.layers.straight_through import StraightThrough
+from keras_gradtools.gradient_control.clip_gradient_norm import ClipGradientNorm
+from keras_gradtools.gradient_control.clip_gradient_value import ClipGradientValue
+from keras_gradtools.gradient_control.custom_gradient import CustomGradient
+from keras_gradtools.gradient_control.reverse_gradient import ReverseGradient
+from keras_gradtools.gradient_control.scale_gradient import ScaleGradient
+from keras_gradtools.gradient_control.stop_gradient import StopGradient
+from keras_gradtools.gradient_control.straight_through import StraightThrough
 from keras_gradtools.input_gradients.input_gradient_penalty_layer import InputGradientPenalty
 from keras_gradtools.transforms.layers.batch_jacobian import BatchJacobian
 from keras_gradtools.transforms.layers.divergence import Divergence

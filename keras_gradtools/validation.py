@@ -116,13 +116,18 @@ def is_any_variable(x):
     return is_variable(x) or (keras.ops.is_tensor(x) and hasattr(x, "assign"))
 
 
-def require_differentiable(x, role, hint=""):
+def require_differentiable(x, role):
     """Raises `ValueError` unless `x` is a real floating-point tensor or Keras variable."""
     if not (is_variable(x) or keras.ops.is_tensor(x)):
         raise ValueError(
             f"{role} must be a tensor of the backend or a keras.Variable (or a nested structure of these). "
-            f"Received: {describe(x)}.{hint or _conversion_hint(x)}"
+            f"Received: {describe(x)}.{_conversion_hint(x)}"
         )
+    require_real_floating(x, role)
+
+
+def require_real_floating(x, role):
+    """Raises `ValueError` unless the dtype of `x`, a tensor of any kind, is real and floating-point."""
     dtype = dtype_of(x)
     if not _is_real_floating(dtype):
         what = "Complex" if dtype.startswith("complex") else "Only floating-point"

@@ -163,6 +163,8 @@ BAD["count from 0"] = lambda: [x for x in BAD["count"]() if not (isinstance(x, i
 BAD["projections"] = lambda: [x for x in BAD["count"]() if not (isinstance(x, int) and x == -1)]  # -1: all
 BAD["history"] = lambda: [None, "abc", 3, object(), generator(), symbolic(), {1, 2}]
 BAD["picture"] = lambda: [None, "abc", 3, object(), generator(), symbolic(), {1, 2}, np.ones(3) * 1j]
+BAD["node"] = lambda: ["abc", object(), generator(), {1, 2}, VECTOR * 1j, np.arange(3)]
+BAD["scale"] = lambda: ["abc", np.nan, True, 1j, object(), generator(), symbolic(), {1.0}, ops.ones(3), [1.0]]
 BAD["nesting"] = lambda: [None, "abc", 3, object(), generator(), {1, 2}]
 BAD["cotangent"] = lambda: ["abc", object(), generator(), symbolic(), {1, 2}, np.ones(4)]
 
@@ -296,14 +298,18 @@ def rows():
         ),
         "custom_gradient": (kg.custom_gradient, {"fun": lambda x: (x, lambda u: u)}, "fun: function"),
         "straight_through": (kg.straight_through, {"fun": ops.round}, "fun: function"),
-        "clip_gradient_norm": (kg.clip_gradient_norm, {"x": TENSOR, "max_norm": 1.0}, "x: tensor, max_norm: number"),
+        "clip_gradient_norm": (
+            kg.clip_gradient_norm,
+            {"x": TENSOR, "max_norm": 1.0},
+            "x: node, max_norm: number",
+        ),
         "clip_gradient_value": (
             kg.clip_gradient_value,
             {"x": TENSOR, "max_value": 1.0},
-            "x: tensor, max_value: number",
+            "x: node, max_value: number",
         ),
-        "scale_gradient": (kg.scale_gradient, {"x": TENSOR, "scale": 1.0}, "x: tensor"),
-        "reverse_gradient": (kg.reverse_gradient, {"x": TENSOR, "scale": 1.0}, "x: tensor"),
+        "scale_gradient": (kg.scale_gradient, {"x": TENSOR, "scale": 1.0}, "x: node, scale: scale"),
+        "reverse_gradient": (kg.reverse_gradient, {"x": TENSOR, "scale": 1.0}, "x: node, scale: scale"),
         "stop_gradient": (kg.stop_gradient, {"x": TENSOR}, "x: nesting"),
         "GradientTape": (kg.GradientTape, {"persistent": False}, "persistent: flag, watch_accessed_variables: flag"),
         "tape.watch": (watched, {"tensor": TENSOR}, "tensor: nesting"),

@@ -58,7 +58,7 @@ def tests_of_internals():
         "diagnostics/test_preflight.py",
         "transforms/test_models.py",
         "test_layer_contract.py",
-        "gradient_control/layers/test_*.py",
+        "gradient_control/test_*.py",
         "transforms/test_derivative_layers.py",
         "input_gradients/test_input_gradient_penalty_layer.py",
         # What `fit` wraps and what wraps `fit`.

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from keras_gradtools import backend  # noqa: E402
 from keras_gradtools.backend import torch_graph  # noqa: E402
 from keras_gradtools.backend.recording import active_tapes  # noqa: E402
-from keras_gradtools.gradient_control.custom_gradients import custom_gradient  # noqa: E402
+from keras_gradtools.gradient_control.custom_gradient import custom_gradient  # noqa: E402
 
 
 def variable(x, trainable=True):

@@ -1,12 +1,14 @@
-"""`ReverseGradient` in a domain-adversarial model, after Ganin & Lempitsky (2015)."""
+"""`reverse_gradient`, and its layer in a domain-adversarial model, after Ganin & Lempitsky (2015)."""
 
 import keras
 import numpy as np
 import pytest
 
 import keras_gradtools as kg
-from keras_gradtools import layers
+from keras_gradtools import layers, reverse_gradient
 from tests.cases import close, tensor
+from tests.compilers import with_every_compiler
+from tests.gradient_control.slopes import gradient_of
 
 X = np.array([[1.0], [2.0], [-1.0], [0.5]], "float32")
 LABELS = np.array([[1.0], [0.0], [2.0], [1.0]], "float32")
@@ -47,6 +49,46 @@ def by_hand(scales):
 
 def fit(model, epochs, callbacks=()):
     model.fit(X, [LABELS, DOMAINS], batch_size=len(X), epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [0.5, np.float32(0.5), np.float64(0.5), tensor(0.5), tensor(0.5, "float16"), keras.Variable(0.5)],
+    ids=["float", "float32", "float64", "tensor", "half_tensor", "variable"],
+)
+def test_kinds(scale):
+    close(gradient_of(lambda x: reverse_gradient(x * x, scale), tensor(3.0)), -3)
+
+
+def test_the_scale_has_no_gradient():
+    for scale in (tensor(0.5), keras.Variable(0.5)):
+        x = tensor(3.0)
+        with kg.GradientTape(persistent=True) as tape:
+            tape.watch([x, scale])
+            y = reverse_gradient(x, scale)
+        close(tape.gradient(y, scale), None)
+        close(tape.gradient(y, x), -0.5)
+
+
+@with_every_compiler
+def test_a_schedule_changes_it(compiler):
+    if not compiler.sees_assignments:
+        pytest.skip("this compiler takes variables for constants")
+    scale = keras.Variable(1.0, trainable=False)
+    slope = compiler.compile(lambda x: gradient_of(lambda x: reverse_gradient(x * x, scale), x))
+    for value in (1.0, 0.5, 0.0, 2.0):
+        scale.assign(value)
+        close(slope(tensor(3.0)), -6 * value)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [np.inf, np.nan, "1", None, True, np.ones(()), tensor([1.0]), tensor(True, "bool"), tensor(1, "complex64")],
+    ids=["inf", "nan", "str", "None", "bool", "array", "vector", "bool_tensor", "complex"],
+)
+def test_scales(scale):
+    with pytest.raises(ValueError, match="The scale of reverse_gradient must be a finite number, or .* Received: "):
+        reverse_gradient(tensor(1.0), scale)
 
 
 class CountCalls(keras.layers.Layer):

@@ -1,0 +1,68 @@
+"""The base classes of the layers that control a gradient, and what their functions check and convert."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_gradtools import validation
+from keras_gradtools.validation import name_of
+
+
+class GradientControl(keras.layers.Layer):
+    """Base class of the layers that return their inputs and change the gradient.
+
+    A subclass overrides `call`, with the function of its name. That function computes with tensors, and calls the layer
+    on symbolic tensors. So it works in a functional model, which is saved with the layer in it. (A plain
+    `keras.Operation` could be saved, too, but would lose the mask of its argument.)
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def compute_output_spec(self, inputs):
+        return keras.tree.map_structure(lambda x: keras.KerasTensor(x.shape, dtype=x.dtype), inputs)
+
+
+class FunctionControl(GradientControl):
+    """Base class of the layers that apply a function with another gradient, and are saved with the function."""
+
+    def __init__(self, fun, **kwargs):
+        super().__init__(**kwargs)
+        self.fun = fun
+
+    def get_config(self):
+        fun = keras.saving.serialize_keras_object(self.fun)
+        if getattr(ops, name_of(self.fun), None) is self.fun:
+            fun["module"] = "keras.ops"  # Keras leaves it out, and then finds only losses, metrics and activations.
+        return {**super().get_config(), "fun": fun}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "fun": keras.saving.deserialize_keras_object(config["fun"])})
+
+
+def as_differentiable(x, role):
+    """Returns `x` as a tensor; a symbolic tensor unchanged. Raises `ValueError` unless it is real floating-point."""
+    if isinstance(x, keras.KerasTensor):
+        validation.require_real_floating(x, f"The argument of {role}")
+        return x
+    validation.require_differentiable(x, f"The argument of {role}")
+    return ops.convert_to_tensor(x)
+
+
+def constant(number, x):
+    """`number` as a tensor without a gradient, in the precision in which the gradient of `x` is computed."""
+    dtype = "float64" if validation.dtype_of(x) == "float64" else "float32"
+    return ops.stop_gradient(ops.convert_to_tensor(number, dtype=dtype))
+
+
+def require_limit(limit, name):
+    """Returns `limit` as a float. Raises `ValueError` unless it is a positive finite number."""
+    if validation.is_number(limit) and 0 < limit < math.inf:
+        return float(limit)
+    raise ValueError(
+        f"{name} must be a positive finite number. Received: {name}={validation.describe(limit)}. To stop a gradient "
+        "altogether, use stop_gradient."
+    )

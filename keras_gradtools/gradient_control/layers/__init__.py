@@ -1,1 +1,0 @@
-"""Gradient control as layers, one public class in each file."""

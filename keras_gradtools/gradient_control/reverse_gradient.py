@@ -1,0 +1,111 @@
+"""Reversing the gradient: a function and a layer."""
+
+import keras
+
+from keras_gradtools.gradient_control.control import GradientControl, as_differentiable, constant
+from keras_gradtools.gradient_control.scale_gradient import require_number, require_scale, scaled
+
+
+def reverse_gradient(x, scale=1.0):
+    r"""Returns `x` and reverses its gradient $u$ to $-s \cdot u$.
+
+    Placed between a feature extractor and a domain classifier, it makes the extractor maximize the loss that the
+    classifier minimizes.
+
+    Args:
+        x: A real floating-point tensor, symbolic tensor or variable of any shape.
+        scale: The factor $s$, as for `scale_gradient`.
+
+    Returns:
+        A tensor with the values, shape and dtype of `x`. For a symbolic tensor, the output of a layer
+        `keras_gradtools.layers.ReverseGradient`, which a functional model saves and loads.
+
+    Raises:
+        ValueError: As `scale_gradient`.
+
+    Cost:
+        None in the forward pass. The backward pass reads the gradient once more.
+
+    Example:
+
+    >>> import keras_gradtools as kg
+    >>> from keras import ops
+    >>> x = ops.convert_to_tensor(3.0)
+    >>> with kg.GradientTape() as tape:
+    ...     tape.watch(x)
+    ...     y = ops.square(kg.reverse_gradient(x, 0.5))
+    >>> float(y), float(tape.gradient(y, x))
+    (9.0, -3.0)
+
+    Source: Ganin & Lempitsky, "Unsupervised domain adaptation by backpropagation" (2015), equations 11-12.
+    """
+    x = as_differentiable(x, "reverse_gradient")
+    if isinstance(x, keras.KerasTensor):
+        return ReverseGradient(scale, dtype=x.dtype)(x)
+    return scaled(x, -constant(require_scale(scale, "reverse_gradient"), x))
+
+
+@keras.saving.register_keras_serializable(package="keras_gradtools")
+class ReverseGradient(GradientControl):
+    """Passes its inputs on and multiplies their gradient by `-scale`, as `reverse_gradient` does.
+
+    Placed between a feature extractor and a domain classifier, it makes the extractor maximize the loss that the
+    classifier minimizes.
+
+    The scale is a non-trainable weight, so it is saved with the model, and a callback can change it during `fit` with
+    `layer.scale = value`, without recompilation. As for any variable that a callback assigns, the callback must access
+    `self.model` first, because on JAX that brings the variables up to date.
+
+    Args:
+        scale: The initial scale, a finite number.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: A floating-point tensor of any shape.
+
+    Returns:
+        The inputs, unchanged.
+
+    Raises:
+        ValueError: If `scale` is not a finite number.
+
+    Cost:
+        None in the forward pass. The backward pass reads the gradient once more.
+
+    Example:
+
+    >>> import keras_gradtools as kg
+    >>> from keras import ops
+    >>> reverse = kg.layers.ReverseGradient()
+    >>> reverse.scale = 0.5
+    >>> x = ops.convert_to_tensor(3.0)
+    >>> with kg.GradientTape() as tape:
+    ...     tape.watch(x)
+    ...     y = ops.square(reverse(x))
+    >>> float(tape.gradient(y, x))
+    -3.0
+
+    Source: As for `reverse_gradient`. Equation 14 there is a schedule for the scale.
+    """
+
+    def __init__(self, scale=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self._initial_scale = require_number(scale)
+        value = keras.initializers.Constant(self._initial_scale)
+        # The layer's own dtype may be half precision.
+        self._scale = self.add_weight((), value, "float32", trainable=False, autocast=False, name="scale")
+
+    @property
+    def scale(self):
+        """The `keras.Variable` that holds the scale. A number can be assigned to this attribute."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value):
+        self._scale.assign(require_scale(value, "ReverseGradient"))
+
+    def call(self, inputs):
+        return reverse_gradient(inputs, self._scale)
+
+    def get_config(self):
+        return {**super().get_config(), "scale": self._initial_scale}
