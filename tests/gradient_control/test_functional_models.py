@@ -125,13 +125,14 @@ def test_in_a_new_process(tmp_path):
     np.testing.assert_allclose(gradients, [rule(UPSTREAM) for _, rule in CONTROLS.values()], rtol=1e-5)
 
 
-def test_nested_structures_of_symbolic_tensors():
+def test_nested_structures_of_symbolic_tensors(tmp_path):
     inputs = {"a": keras.Input((2,), name="a"), "b": keras.Input((3,), dtype="int32", name="b")}
     stopped = kg.stop_gradient({"pair": [inputs["a"], inputs["b"]], "name": "constant", "none": None})
     assert stopped["name"] == "constant" and stopped["none"] is None
     a, b = stopped["pair"]
     assert (a.shape, a.dtype, b.shape, b.dtype) == ((None, 2), "float32", (None, 3), "int32")
-    model = keras.Model(inputs, {"product": inputs["a"] * a, "b": b})
+    keras.Model(inputs, {"product": inputs["a"] * a, "b": b}).save(tmp_path / "model.keras")
+    model = keras.models.load_model(tmp_path / "model.keras")
     given = {"a": tensor([[3.0, 4.0]]), "b": tensor([[1, 2, 3]], "int32")}
     with kg.GradientTape() as tape:
         tape.watch(given["a"])
