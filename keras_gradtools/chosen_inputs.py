@@ -64,7 +64,7 @@ def as_tensors(inputs, expected="An input of a model must be a tensor or an arra
     return nesting.map_structure(lambda x: x if x is None else validation.as_tensor(x, expected), inputs)
 
 
-def checked_choice(owner, names):
+def require_names(owner, names):
     """Returns the argument `inputs` as a tuple of names and positions, or None for all inputs.
 
     Raises `ValueError` for anything else.
@@ -73,10 +73,8 @@ def checked_choice(owner, names):
         return None
     given = names if isinstance(names, (list, tuple)) else [names]
     if not given or not all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in given):
-        raise ValueError(
-            f"{owner} expects the name of an input, its position, or a list of these as `inputs`. Received: "
-            f"inputs={validation.describe(names)}. None stands for all floating-point inputs."
-        )
+        expected = "the name of an input, its position, or a list of these"
+        raise validation.refused(owner, expected, "inputs", names, "None stands for all floating-point inputs.")
     return tuple(given)
 
 
@@ -89,7 +87,7 @@ def model_inputs(model):
 
 
 def choose(owner, model, inputs, names, advice=_INDICES):
-    """The `ChosenInputs` for `names` (from `checked_choice`), or for all floating-point inputs if it is None.
+    """The `ChosenInputs` for `names` (from `require_names`), or for all floating-point inputs if it is None.
 
     An error message about inputs without a gradient ends with `advice`.
     """

@@ -39,15 +39,12 @@ class Settings(typing.NamedTuple):
     random: np.random.Generator
 
     @classmethod
-    def checked(cls, check, rtol, atol, step, seed):
-        for name, x in (("rtol", rtol), ("atol", atol), ("step", step)):
-            if x is not None and not (validation.is_number(x) and 0 <= x < np.inf and (x or name != "step")):
-                raise ValueError(
-                    f"The {name} of `{check}` must be a {'positive' if name == 'step' else 'non-negative'} number, "
-                    f"or None. Received: {name}={validation.shown(x)}. None chooses it automatically."
-                )
-        validation.require_seed(check, seed)
-        return cls(check, rtol, atol, step, np.random.default_rng(seed))
+    def of(cls, check, rtol, atol, step, seed):
+        """The settings of the public function `check`. Raises `ValueError` for an invalid option."""
+        rtol = validation.require_number(check, "rtol", rtol, least=0, may_be_none=True)
+        atol = validation.require_number(check, "atol", atol, least=0, may_be_none=True)
+        step = validation.require_number(check, "step", step, above=0, may_be_none=True)
+        return cls(check, rtol, atol, step, np.random.default_rng(validation.require_seed(check, seed)))
 
 
 class Leaves:

@@ -58,7 +58,7 @@ def check_jvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.1; Fornberg, "Generation of finite
     difference formulas on arbitrarily spaced grids" (1988), table 1.
     """
-    point = Point(Settings.checked("check_jvp", rtol, atol, step, seed), fun, primals)
+    point = Point(Settings.of("check_jvp", rtol, atol, step, seed), fun, primals)
     _check_forward(point, point.direction(tangents), "order 1 (forward mode)")
 
 
@@ -98,7 +98,7 @@ def check_vjp(fun, primals, *, rtol=None, atol=None, step=None, seed=0):
 
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.2.
     """
-    point = Point(Settings.checked("check_vjp", rtol, atol, step, seed), fun, primals)
+    point = Point(Settings.of("check_vjp", rtol, atol, step, seed), fun, primals)
     _check_reverse(point, point.cotangent(), "order 1 (reverse mode)")
 
 
@@ -133,18 +133,13 @@ def check_gradients(fun, args, order=2, modes=("forward", "reverse"), *, rtol=No
 
     Source: As for `check_jvp`. The recursion is that of `jax.test_util.check_grads`.
     """
-    settings = Settings.checked("check_gradients", rtol, atol, step, seed)
+    settings = Settings.of("check_gradients", rtol, atol, step, seed)
     if not validation.is_one_of(order, (1, 2, 3)):
-        raise ValueError(
-            "The order of `check_gradients` must be 1, 2 or 3. "
-            f"Received: order={validation.shown(order)}. For a higher order, pass "
-            "the derivative as the function."
-        )
+        advice = "For a higher order, pass the derivative as the function."
+        raise validation.refused("check_gradients", "1, 2 or 3", "order", order, advice)
     if not isinstance(modes, (tuple, list)) or not modes or not all(m in ("forward", "reverse") for m in modes):
-        raise ValueError(
-            "The modes of `check_gradients` must be a tuple of 'forward', 'reverse', or both. Received: "
-            f"modes={validation.shown(modes)}. For one mode, write `('reverse',)`."
-        )
+        expected, advice = "a tuple of 'forward', 'reverse' or both", "For one mode, write `('reverse',)`."
+        raise validation.refused("check_gradients", expected, "modes", modes, advice)
     require_function("check_gradients", fun)
     _check_orders(settings, fun, args, order, tuple(modes), (), "output")
 
@@ -178,7 +173,7 @@ def check_hvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian" (1994), equation 1.
     """
-    settings = Settings.checked("check_hvp", rtol, atol, step, seed)
+    settings = Settings.of("check_hvp", rtol, atol, step, seed)
     require_function("check_hvp", fun)
     primals = require_tuple("check_hvp", "primals", primals)
     point = Point(settings, grad(fun, argnums=tuple(range(len(primals)))), primals, GRADIENT)

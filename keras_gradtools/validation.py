@@ -156,6 +156,14 @@ def as_tensors(owner, name, x):
     return nesting.map_structure(lambda leaf: as_tensor(leaf, f"{owner} expects tensors or arrays as `{name}`"), x)
 
 
+def require_examples(owner, x):
+    """Returns `x`, a nested structure of arrays of shape `(batch, ...)`, as tensors. Raises `ValueError` for others."""
+    tensors = as_tensors(owner, "x", x)
+    if any(not len(leaf.shape) for leaf in nesting.flatten(tensors)):
+        raise ValueError(f"{owner} expects examples of shape (batch, ...) as `x`. Received: x={shown(x)}.")
+    return tensors
+
+
 def as_tensor(x, expected, dtype=None, may_be_complex=False):
     """Returns `x` as a tensor. Raises `ValueError`, beginning with `expected`, if it does not hold real numbers."""
     if not keras.ops.is_tensor(x):
@@ -185,35 +193,73 @@ def as_array(x, expected):
     return found
 
 
+_OR_NONE = ", or None,"
+
+
 def require_flag(owner, name, x):
-    """Raises `ValueError` unless `x` is a bool."""
+    """Returns `x` as a bool. Raises `ValueError` for anything else."""
     if not isinstance(x, (bool, np.bool_)):
-        raise ValueError(f"{owner} expects True or False as `{name}`. Received: {name}={shown(x)}.")
+        raise refused(owner, "True or False", name, x)
+    return bool(x)
 
 
-def require_count(owner, name, x, least=1):
-    """Raises `ValueError` unless `x` is an integer of at least `least`."""
+def require_count(owner, name, x, least=1, may_be_none=False):
+    """Returns `x` as an int. Raises `ValueError` unless it is an integer of at least `least`, or an allowed None."""
+    if x is None and may_be_none:
+        return None
     if not is_count(x, least):
         what = "a positive integer" if least == 1 else f"an integer of {least} or more"
-        raise ValueError(f"{owner} expects {what} as `{name}`. Received: {name}={shown(x)}.")
+        raise refused(owner, what + _OR_NONE * may_be_none, name, x)
+    return int(x)
 
 
 def require_seed(owner, seed, may_be_none=False, may_be_generator=False):
-    """Raises `ValueError` unless `seed` is an integer of 0 or more, or one of the alternatives that are allowed."""
-    if is_count(seed, 0) or (may_be_none and seed is None):
-        return
-    if may_be_generator and isinstance(seed, keras.random.SeedGenerator):
-        return
-    others = [", a keras.random.SeedGenerator"] * may_be_generator + [", or None,"] * may_be_none
-    raise ValueError(
-        f"{owner} expects an integer of 0 or more{''.join(others)} as `seed`. Received: seed={shown(seed)}."
-    )
+    """Returns `seed`, an integer of 0 or more as an int. Raises `ValueError` unless it is that or an alternative."""
+    if may_be_none and seed is None or may_be_generator and isinstance(seed, keras.random.SeedGenerator):
+        return seed
+    if not is_count(seed, 0):
+        others = ", a keras.random.SeedGenerator" * may_be_generator + _OR_NONE * may_be_none
+        raise refused(owner, f"an integer of 0 or more{others}", "seed", seed)
+    return int(seed)
 
 
-def require_positive(owner, name, x):
-    """Raises `ValueError` unless `x` is a finite number above 0."""
-    if not is_number(x) or not 0 < x < math.inf:
-        raise ValueError(f"{owner} expects a positive number as `{name}`. Received: {name}={shown(x)}.")
+def require_number(owner, name, x, least=-math.inf, above=-math.inf, below=math.inf, may_be_none=False):
+    """Returns `x` as a float. Raises `ValueError` unless it is a finite number within the bounds, or an allowed None.
+
+    It is at least `least`, greater than `above`, and less than `below`.
+    """
+    if x is None and may_be_none:
+        return None
+    if not is_number(x) or not (least <= x and above < x < below):
+        raise refused(owner, _range(least, above, below) + _OR_NONE * may_be_none, name, x)
+    return float(x)
+
+
+def _range(least, above, below):
+    if below < math.inf:
+        return f"a number between {max(least, above):g} and {below:g}"
+    if least > -math.inf:
+        return f"a number of {least:g} or more"
+    return "a positive number" if above == 0 else f"a number above {above:g}" if above > 0 else "a finite number"
+
+
+def require_choice(owner, name, x, choices):
+    """Returns `x`. Raises `ValueError` unless it is one of `choices`."""
+    if not is_one_of(x, choices):
+        *others, last = map(repr, choices)
+        raise refused(owner, f"{', '.join(others)} or {last}", name, x)
+    return x
+
+
+def require_verbose(owner, verbose):
+    """Returns `verbose`. Raises `ValueError` unless it is one that a progress bar takes."""
+    return require_choice(owner, "verbose", verbose, ("auto", 0, 1))
+
+
+def refused(owner, expected, name, received, advice=""):
+    """The `ValueError` for the argument `name`. It says what was expected and received, and what to do."""
+    given = f"Received: {name}={shown(received)}."
+    return ValueError(f"{owner} expects {expected} as `{name}`. {given}" + (f" {advice}" if advice else ""))
 
 
 # Names for which `compile` chooses the cross-entropy that fits the labels.
@@ -236,15 +282,16 @@ def require_loss(owner, loss):
             )
 
 
+DATA = "(x, y) or (x, y, sample_weight), a tf.data.Dataset, a keras.utils.PyDataset or a torch DataLoader"
+
+
 def require_data(owner, data):
-    """Raises `ValueError` unless `data` is a tuple of arrays or an iterable of batches."""
+    """Raises `ValueError` unless `data` is a tuple of two or three arrays or an iterable of batches."""
     is_array = hasattr(data, "shape") or isinstance(data, (str, bytes, dict, set, frozenset))
     is_batches = hasattr(data, "__iter__") or isinstance(data, keras.utils.PyDataset)
-    if is_array or not is_batches:
-        raise ValueError(
-            f"{owner} expects as `data` (x, y) or (x, y, sample_weight), a tf.data.Dataset, a "
-            f"keras.utils.PyDataset or a torch DataLoader. Received: {describe(data)}."
-        )
+    if is_array or not is_batches or (isinstance(data, tuple) and len(data) not in (2, 3)):
+        advice = "Give the list of the batches that it returns, `list(data())`." if callable(data) else ""
+        raise refused(owner, DATA, "data", data, advice)
 
 
 def require_variables(owner, variables):
@@ -265,6 +312,15 @@ def require_callable_model(owner, model):
     """Raises `ValueError` unless `model` can be called."""
     if not callable(model) or isinstance(model, keras.KerasTensor):
         raise ValueError(f"{owner} expects a Keras model or a function as `model`. Received: {describe(model)}.")
+
+
+def require_built(owner, model):
+    """Raises `ValueError` unless the Keras model or layer `model` has its weights."""
+    if not model.built:
+        raise ValueError(
+            f"{owner} expects a built model. Received: the unbuilt model {model.name!r}. Give it a keras.Input, or "
+            "call it on data once."
+        )
 
 
 def _conversion_hint(x):

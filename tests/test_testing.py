@@ -239,7 +239,7 @@ class TestWrong:
     def test_second_order_names_the_gradient(self):
         # The pullback is differentiated in forward mode, so that its output is named.
         point = finite_differences.Point(
-            finite_differences.Settings.checked("check", None, None, None, 0),
+            finite_differences.Settings.of("check", None, None, None, 0),
             lambda p: kg.vjp(lambda q: cube_with_constant_slope(q["a"]), p)[1](1.0),
             ({"a": 2.0},),
             finite_differences.GRADIENT,
@@ -360,13 +360,22 @@ def unrepeatable(x, random=np.random.default_rng(0)):  # noqa: B008
             lambda: testing.check_jvp(ops.log, (-1.0,)),
             "same finite values.*Received: nan and nan.*Choose another point",
         ),
-        (lambda: testing.check_gradients(ops.sin, (1.0,), order=4), "must be 1, 2 or 3. Received: order=4"),
+        (lambda: testing.check_gradients(ops.sin, (1.0,), order=4), "expects 1, 2 or 3 as `order`. Received: order=4"),
         (lambda: testing.check_gradients(ops.sin, (1.0,), order=True), "Received: order=True"),
-        (lambda: testing.check_gradients(ops.sin, (1.0,), modes="reverse"), "modes of.*Received: modes='reverse'"),
+        (lambda: testing.check_gradients(ops.sin, (1.0,), modes="reverse"), "as `modes`. Received: modes='reverse'"),
         (lambda: testing.check_gradients(ops.sin, (1.0,), modes=("rev",)), "Received: modes=\\('rev',\\)"),
-        (lambda: testing.check_jvp(ops.sin, (1.0,), rtol=-1), "rtol of `check_jvp` must be a non-negative.*rtol=-1"),
-        (lambda: testing.check_vjp(ops.sin, (1.0,), atol="a"), "atol of `check_vjp` must be a non-neg.*atol='a'"),
-        (lambda: testing.check_hvp(ops.sin, (1.0,), step=0), "step of `check_hvp` must be a positive.*step=0"),
+        (
+            lambda: testing.check_jvp(ops.sin, (1.0,), rtol=-1),
+            "check_jvp expects a number of 0 or more, or None, as `rtol`.*rtol=-1",
+        ),
+        (
+            lambda: testing.check_vjp(ops.sin, (1.0,), atol="a"),
+            "check_vjp expects a number of 0 or more, or None, as `atol`.*atol='a'",
+        ),
+        (
+            lambda: testing.check_hvp(ops.sin, (1.0,), step=0),
+            "check_hvp expects a positive number, or None, as `step`.*step=0",
+        ),
         (lambda: testing.check_hvp(ops.sin, (tensor(X),)), "must return one scalar.*shape \\(3,\\)"),
     ],
 )

@@ -61,20 +61,17 @@ class AdversarialTraining(WrappedModel):
 
     def __init__(self, model, attack, seed=None, inputs=None, **kwargs):
         if not callable(getattr(attack, "perturb", None)):
-            raise ValueError(
-                f"{NAME} expects an attack, such as keras_gradtools.attacks.PGD(0.1, steps=7), as `attack`. Received: "
-                f"attack={validation.describe(attack)}."
-            )
-        inputs = chosen_inputs.checked_choice(NAME, inputs)
+            expected = "an attack, such as keras_gradtools.attacks.PGD(0.1, steps=7),"
+            raise validation.refused(NAME, expected, "attack", attack)
+        inputs = chosen_inputs.require_names(NAME, inputs)
         super().__init__(NAME, model, **kwargs)
         known = chosen_inputs.model_inputs(model)
         if known is not None and len(nesting.flatten(known)) > 1:
             chosen_inputs.choose_one(NAME, model, known, inputs)
         self._inputs = inputs
         self.attack = attack
-        validation.require_seed(NAME, seed, may_be_none=True)
-        self._seed = seed
-        self._seeds = keras.random.SeedGenerator(seed)
+        self._seed = validation.require_seed(NAME, seed, may_be_none=True)
+        self._seeds = keras.random.SeedGenerator(self._seed)
         self._step: Any = StateOfStep(labels=None)
 
     def train_step(self, *args):

@@ -52,8 +52,8 @@ class Examples(NamedTuple):
         return OfOneInput(model, self.chosen, self.carried(x, rest)), x
 
 
-def checked_examples(owner, model, x, y, clip, names=None):
-    """Returns the `Examples`, and raises `ValueError` if they do not fit. `names` is what `checked_choice` returned."""
+def require_examples(owner, model, x, y, clip, names=None):
+    """Returns the `Examples`, and raises `ValueError` if they do not fit. `names` is what `require_names` returned."""
     validation.require_callable_model(owner, model)
     expected = f"{owner} expects arrays or tensors of shape (batch, ...) as `x`"
     if nesting.is_nested(x) and len(nesting.flatten(x)):
@@ -91,14 +91,7 @@ def checked_examples(owner, model, x, y, clip, names=None):
     return Examples(x, y, given, chosen)
 
 
-def check_batching(owner, batch_size, verbose):
-    """Raises `ValueError` unless `batch_size` and `verbose` are valid."""
-    validation.require_count(owner, "batch_size", batch_size)
-    if not validation.is_one_of(verbose, ("auto", 0, 1)):
-        raise ValueError(f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}.")
-
-
-def check_labels(owner, model, examples):
+def require_labels(owner, model, examples):
     """Raises `ValueError` unless the model is a classifier and the labels are its classes, or one-hot."""
     y, outputs = examples.y, first_outputs(model, examples)
     if not ops.is_tensor(outputs) or len(outputs.shape) != 2:

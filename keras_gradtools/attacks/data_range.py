@@ -6,8 +6,8 @@ from keras import ops
 from keras_gradtools import validation
 
 
-def checked_clip(owner, clip):
-    """Returns `clip` as a pair of numbers or nested lists, or None, and raises `ValueError` for anything else."""
+def require_clip(owner, clip):
+    """Returns `clip` as a pair of numbers or nested lists, or None. Raises `ValueError` for anything else."""
     if clip is None:
         return None
     try:

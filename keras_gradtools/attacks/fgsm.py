@@ -4,6 +4,7 @@ import functools
 
 import keras
 
+from keras_gradtools import validation
 from keras_gradtools.attacks.gradient_attack import GradientAttack
 
 
@@ -24,7 +25,7 @@ class FGSM(GradientAttack):
     def __init__(self, epsilon, norm="inf", clip=(0.0, 1.0), loss=None, targeted=False):
         super().__init__(epsilon, norm, clip, "cross_entropy" if loss is None else loss, targeted)
         if len(self.objectives) > 1:
-            raise self._refused("loss", "one loss, as there is one step,", loss)
+            raise validation.refused(self.name, "one loss, as there is one step,", "loss", loss)
 
     def _attacker(self, ascent):
         return functools.partial(ascent.step, self.objectives[0])

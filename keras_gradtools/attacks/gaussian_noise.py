@@ -1,13 +1,11 @@
 """Random noise, the baseline for attacks and defenses."""
 
-import math
-
 import keras
 from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.attacks.attack import Attack
-from keras_gradtools.attacks.data_range import bounds, checked_clip
+from keras_gradtools.attacks.data_range import bounds, require_clip
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -32,12 +30,8 @@ class GaussianNoise(Attack):
     """
 
     def __init__(self, stddev, clip=None):
-        if not validation.is_number(stddev) or not math.isfinite(stddev) or stddev < 0:
-            raise ValueError(
-                "GaussianNoise expects a finite number of 0 or more as `stddev`. Received: "
-                f"stddev={validation.describe(stddev)}."
-            )
-        self.stddev, self.clip = float(stddev), checked_clip("GaussianNoise", clip)
+        self.stddev = validation.require_number(self.name, "stddev", stddev, least=0)
+        self.clip = require_clip(self.name, clip)
 
     def perturb(self, model, x, y, seed=None):
         """The noisy examples. The model and the labels are not used."""

@@ -1,7 +1,5 @@
 """The base class of the gradient attacks: their options, and their use inside and outside of a training step."""
 
-import math
-
 import keras
 from keras import ops
 
@@ -9,8 +7,8 @@ from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent, ascend
 from keras_gradtools.attacks.attack import Attack
-from keras_gradtools.attacks.batches import check_batching, check_labels, checked_examples, map_batches
-from keras_gradtools.attacks.data_range import bounds, checked_clip
+from keras_gradtools.attacks.batches import map_batches, require_examples, require_labels
+from keras_gradtools.attacks.data_range import bounds, require_clip
 from keras_gradtools.attacks.objectives import NAMED, Objective
 
 
@@ -24,13 +22,11 @@ class GradientAttack(Attack):
     random_start = False
 
     def __init__(self, epsilon, norm, clip, loss, targeted):
-        self.epsilon = self._checked_number("epsilon", epsilon)
-        self.norm = norm_balls.checked_norm(self.name, norm)
-        self.clip = checked_clip(self.name, clip)
-        if not isinstance(targeted, bool):
-            raise self._refused("targeted", "True or False", targeted)
-        self.targeted = targeted
-        self.objectives = tuple(Objective(loss, -1.0 if targeted else 1.0) for loss in self._checked_losses(loss))
+        self.epsilon = validation.require_number(self.name, "epsilon", epsilon, least=0)
+        self.norm = norm_balls.require_norm(self.name, norm)
+        self.clip = require_clip(self.name, clip)
+        self.targeted = validation.require_flag(self.name, "targeted", targeted)
+        self.objectives = tuple(Objective(loss, -1.0 if targeted else 1.0) for loss in self._require_losses(loss))
 
     @property
     def rate(self):
@@ -57,11 +53,12 @@ class GradientAttack(Attack):
 
     def generate(self, model, x, y, batch_size=128, verbose="auto", inputs=None):
         """The perturbed examples as a NumPy array, or in the nested structure of `x`, computed batch by batch."""
-        check_batching(self.name, batch_size, verbose)
-        names = chosen_inputs.checked_choice(self.name, inputs)
-        examples = checked_examples(self.name, model, x, y, self.clip, names)
+        batch_size = validation.require_count(self.name, "batch_size", batch_size)
+        validation.require_verbose(self.name, verbose)
+        names = chosen_inputs.require_names(self.name, inputs)
+        examples = require_examples(self.name, model, x, y, self.clip, names)
         if all(objective.is_named for objective in self.objectives):
-            check_labels(self.name, model, examples)
+            require_labels(self.name, model, examples)
         ascent = CompiledAscent(model, self.norm, self.clip, examples)
         attacker = self._attacker(ascent)
 
@@ -99,25 +96,10 @@ class GradientAttack(Attack):
             loss = keras.saving.deserialize_keras_object(loss, custom_objects=custom_objects)
         return cls(**config | {"loss": loss})
 
-    def _checked_losses(self, loss):
+    def _require_losses(self, loss):
         losses = tuple(loss) if isinstance(loss, (tuple, list)) else (loss,)
         is_named = [isinstance(each, str) and each in NAMED for each in losses]
         if losses and all(is_named) or len(losses) == 1 and (callable(losses[0]) or isinstance(losses[0], str)):
             return losses
-        raise self._refused(
-            "loss", "'cross_entropy', 'margin', both in a tuple, a Keras loss or a function (y, y_pred)", loss
-        )
-
-    def _checked_number(self, name, number):
-        if not validation.is_number(number) or not math.isfinite(number) or number < 0:
-            raise self._refused(name, "a finite number of 0 or more", number)
-        return float(number)
-
-    def _checked_count(self, name, number):
-        validation.require_count(self.name, name, number)
-        return int(number)
-
-    def _refused(self, name, expected, received):
-        return ValueError(
-            f"{self.name} expects {expected} as `{name}`. Received: {name}={validation.describe(received)}."
-        )
+        expected = "'cross_entropy', 'margin', both in a tuple, a Keras loss or a function (y, y_pred)"
+        raise validation.refused(self.name, expected, "loss", loss)

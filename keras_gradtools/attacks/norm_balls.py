@@ -11,15 +11,13 @@ from keras import ops
 from keras_gradtools import validation
 
 
-def checked_norm(owner, norm):
-    """Returns `norm` as 2 or "inf", and raises `ValueError` for anything else."""
+def require_norm(owner, norm):
+    """Returns `norm` as 2 or "inf". Raises `ValueError` for anything else."""
     if validation.is_one_of(norm, ("inf", math.inf)):
         return "inf"
     if validation.is_one_of(norm, (2,)):
         return 2
-    raise ValueError(
-        f"{owner} expects 2 or 'inf' as `norm` of the perturbation. Received: norm={validation.describe(norm)}."
-    )
+    raise validation.refused(owner, "2 or 'inf'", "norm", norm, "It is the norm of the perturbation.")
 
 
 def for_each(values, like):

@@ -41,14 +41,11 @@ class PGD(GradientAttack):
         seed=None,
     ):
         super().__init__(epsilon, norm, clip, NAMED if loss is None else loss, targeted)
-        self.steps = self._checked_count("steps", steps)
-        self.restarts = self._checked_count("restarts", restarts)
-        self.step_size = None if step_size is None else self._checked_number("step_size", step_size)
-        if not isinstance(random_start, bool):
-            raise self._refused("random_start", "True or False", random_start)
-        self.random_start = random_start
-        validation.require_seed(self.name, seed, may_be_none=True)
-        self.seed = None if seed is None else int(seed)
+        self.steps = validation.require_count(self.name, "steps", steps)
+        self.restarts = validation.require_count(self.name, "restarts", restarts)
+        self.step_size = validation.require_number(self.name, "step_size", step_size, least=0, may_be_none=True)
+        self.random_start = validation.require_flag(self.name, "random_start", random_start)
+        self.seed = validation.require_seed(self.name, seed, may_be_none=True)
 
     @property
     def rate(self):

@@ -8,14 +8,7 @@ from keras import ops
 from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent
-from keras_gradtools.attacks.batches import (
-    check_batching,
-    check_labels,
-    checked_examples,
-    first_outputs,
-    map_batches,
-    seeds_from,
-)
+from keras_gradtools.attacks.batches import first_outputs, map_batches, require_examples, require_labels, seeds_from
 from keras_gradtools.attacks.data_range import bounds, extent
 from keras_gradtools.attacks.masked_gradients import signs_of_masking
 from keras_gradtools.attacks.objectives import Objective
@@ -46,26 +39,22 @@ class RobustnessMetrics:
         owner="robustness_metrics",
         inputs=None,
     ):
-        self._owner, self._inputs = owner, chosen_inputs.checked_choice(owner, inputs)
-        self._epsilons = _checked_epsilons(owner, epsilons)
-        check_batching(owner, batch_size, 0)
-        if not isinstance(jacobian, bool):
-            raise ValueError(
-                f"{owner} expects True or False as `jacobian`. Received: jacobian={validation.describe(jacobian)}."
-            )
+        self._owner, self._inputs = owner, chosen_inputs.require_names(owner, inputs)
+        self._epsilons = _require_epsilons(owner, epsilons)
+        self._batch_size = validation.require_count(owner, "batch_size", batch_size)
+        self._has_jacobian = validation.require_flag(owner, "jacobian", jacobian)
         self._pgd = PGD(0.0, norm, clip, None, steps, restarts, seed=seed)
-        self._has_jacobian, self._seed, self._batch_size = jacobian, seed, batch_size
 
-    def checked(self, model, x, y):
+    def require_examples(self, model, x, y):
         """Returns the `Examples`, and raises `ValueError` if they or the model do not fit."""
-        examples = checked_examples(self._owner, model, x, y, self._pgd.clip, self._inputs)
-        check_labels(self._owner, model, examples)
+        examples = require_examples(self._owner, model, x, y, self._pgd.clip, self._inputs)
+        require_labels(self._owner, model, examples)
         return examples
 
     def measure(self, model, x, y, verbose=0):
         """A dict of the metrics, and a list of sentences, one for each sign of gradient masking."""
-        check_batching(self._owner, self._batch_size, verbose)
-        examples = self.checked(model, x, y)
+        validation.require_verbose(self._owner, verbose)
+        examples = self.require_examples(model, x, y)
         measure_batch = self._measure_batch(model, [*self._epsilons, self._huge(examples.x)], examples)
         rows = map_batches(measure_batch, examples.arrays, self._batch_size, verbose, "batch")
         clean, lengths, squares, *by_strength = rows
@@ -88,7 +77,7 @@ class RobustnessMetrics:
     def _measure_batch(self, model, strengths, examples):
         ascent = CompiledAscent(model, self._pgd.norm, self._pgd.clip, examples)
         objective = Objective("cross_entropy", 1.0)
-        seeds = seeds_from(self._seed)
+        seeds = seeds_from(self._pgd.seed)
         names = None if examples.chosen is None else examples.chosen.positions
         jacobian = batch_jacobian(model, inputs=names) if self._has_jacobian else None
 
@@ -213,12 +202,11 @@ def robustness_metrics(
     return metrics.measure(model, x, y, verbose)[0]
 
 
-def _checked_epsilons(owner, epsilons):
+def _require_epsilons(owner, epsilons):
     numbers_given = list(epsilons) if isinstance(epsilons, (list, tuple, np.ndarray)) else [epsilons]
     is_right = numbers_given and all(validation.is_number(e) and 0 < e < math.inf for e in numbers_given)
     if not is_right or len({f"{e:g}" for e in numbers_given}) < len(numbers_given):
-        raise ValueError(
-            f"{owner} expects a list of different positive numbers as `epsilons`, the strengths of the attacks. "
-            f"Received: epsilons={validation.describe(epsilons)}."
+        raise validation.refused(
+            owner, "a list of different positive numbers", "epsilons", epsilons, "These are strengths of the attacks."
         )
     return [float(e) for e in numbers_given]

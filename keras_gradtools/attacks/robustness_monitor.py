@@ -96,7 +96,7 @@ class RobustnessMonitor(Monitor):
         )
 
     def begin(self):
-        self._metrics.checked(self.model, *self._examples)
+        self._metrics.require_examples(self.model, *self._examples)
 
     def measure(self):
         had_signs = bool(self.signs)

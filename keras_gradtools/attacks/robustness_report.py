@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import chosen_inputs, validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent
-from keras_gradtools.attacks.batches import check_batching, check_labels, checked_examples, map_batches, seeds_from
+from keras_gradtools.attacks.batches import map_batches, require_examples, require_labels, seeds_from
 from keras_gradtools.attacks.data_range import extent
 from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
@@ -164,10 +164,11 @@ def robustness_report(
     2019), section 3, for the bounds.
     """
     attack = PGD(0.0, norm, clip, None, steps, restarts, seed=seed)
-    check_batching(NAME, batch_size, verbose)
-    examples = checked_examples(NAME, model, x, y, attack.clip, chosen_inputs.checked_choice(NAME, inputs))
-    check_labels(NAME, model, examples)
-    measure = _measure_batch(model, attack, _checked_most(max_epsilon, attack, examples.x), examples)
+    batch_size = validation.require_count(NAME, "batch_size", batch_size)
+    validation.require_verbose(NAME, verbose)
+    examples = require_examples(NAME, model, x, y, attack.clip, chosen_inputs.require_names(NAME, inputs))
+    require_labels(NAME, model, examples)
+    measure = _measure_batch(model, attack, _largest_strength(max_epsilon, attack, examples.x), examples)
     rows = map_batches(measure, examples.arrays, batch_size, verbose, "batch")
     margin, margin_slope, loss, loss_slope, largest_slope, curvature, found = (row.astype("float64") for row in rows)
     correct = margin > 0
@@ -194,7 +195,7 @@ def _ratio(numerator, denominator):
         return np.where(numerator > 0, numerator / denominator, 0.0)
 
 
-def _checked_most(max_epsilon, attack, x):
+def _largest_strength(max_epsilon, attack, x):
     if max_epsilon is None:
         if attack.clip is None:
             raise ValueError(
@@ -202,12 +203,7 @@ def _checked_most(max_epsilon, attack, x):
                 "Received: max_epsilon=None and clip=None."
             )
         return extent(attack.clip, x, attack.norm)
-    if not validation.is_number(max_epsilon) or not 0 < max_epsilon < math.inf:
-        raise ValueError(
-            f"{NAME} expects a positive number as `max_epsilon`. Received: "
-            f"max_epsilon={validation.describe(max_epsilon)}."
-        )
-    return float(max_epsilon)
+    return validation.require_number(NAME, "max_epsilon", max_epsilon, above=0)
 
 
 def _measure_batch(model, attack, most, examples):

@@ -92,18 +92,12 @@ class CurvatureMonitor(Monitor):
         batch_size=256,
     ):
         super().__init__(every)
-        if not validation.is_number(tol) or not 0 < tol < 1:
-            raise ValueError(
-                f"{NAME} expects a number between 0 and 1 as `tol`. Received: tol={validation.shown(tol)}."
-            )
-        validation.require_seed(NAME, seed)
+        self._tol = validation.require_number(NAME, "tol", tol, above=0, below=1)
+        self._seed = validation.require_seed(NAME, seed)
         if not validation.is_count(trace_matvecs, 0) or trace_matvecs == 1:
-            raise ValueError(
-                f"{NAME} expects 0, or an integer of 2 or more, as `trace_matvecs`. "
-                f"Received: trace_matvecs={validation.shown(trace_matvecs)}."
-            )
+            raise validation.refused(NAME, "0, or an integer of 2 or more,", "trace_matvecs", trace_matvecs)
+        self._trace_matvecs = int(trace_matvecs)
         self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
-        self._tol, self._trace_matvecs, self._seed = tol, trace_matvecs, seed
         self._operator: Any = None
         self._start: Any = None
         self._begins_at_once: bool | None = None

@@ -102,10 +102,7 @@ def plot_spectral_density(density, ax=None, floor=1e-6):
             "plot_spectral_density expects the result of `spectral_density` of a curvature operator. Received: "
             f"{validation.describe(density)}."
         )
-    if not validation.is_number(floor) or not 0 < floor < 1:
-        raise ValueError(
-            f"plot_spectral_density expects `floor` between 0 and 1. Received: floor={validation.shown(floor)}."
-        )
+    validation.require_number("plot_spectral_density", "floor", floor, above=0, below=1)
     pyplot = pyplot_or_error()
     ax = pyplot.gca() if ax is None else ax
     largest = density.density.max()
@@ -168,9 +165,7 @@ def plot_eigenvalue_history(history, ax=None, keys=None):
 def _curves(history, keys):
     history = getattr(history, "history", history)
     if keys is not None and not (isinstance(keys, (list, tuple)) and all(isinstance(key, str) for key in keys)):
-        raise ValueError(
-            f"plot_eigenvalue_history expects names of entries in a list as `keys`. Received: {validation.shown(keys)}."
-        )
+        raise validation.refused("plot_eigenvalue_history", "names of entries in a list", "keys", keys)
     if isinstance(history, dict):
         names = [name for name in history if "eigenvalue" in name] if keys is None else list(keys)
         missing = [name for name in names if name not in history]

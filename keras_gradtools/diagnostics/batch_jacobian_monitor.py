@@ -6,19 +6,18 @@ from typing import Any
 import numpy as np
 
 from keras_gradtools import chosen_inputs, validation
-from keras_gradtools.curvature.data.batch_loss import checked_model
+from keras_gradtools.curvature.data.batch_loss import require_model
 from keras_gradtools.diagnostics.jacobian_spectrum import (
-    ITERATIONS,
-    check_options,
-    checked_examples,
-    checked_inputs,
+    METHODS,
     chosen_method,
+    require_examples,
+    require_inputs,
     spectrum_of,
 )
-from keras_gradtools.diagnostics.local_lipschitz import check_radius, largest_ratios, random_directions
+from keras_gradtools.diagnostics.local_lipschitz import largest_ratios, random_directions
 from keras_gradtools.independence.batch_independence import batch_independence
 from keras_gradtools.training.monitor import Monitor
-from keras_gradtools.training.quantities import checked_quantities
+from keras_gradtools.training.quantities import require_quantities
 
 NAME = "BatchJacobianMonitor"
 OF_ALL_VALUES = ("condition_number", "effective_rank", "dynamical_isometry")
@@ -92,14 +91,13 @@ class BatchJacobianMonitor(Monitor):
         self, x, every="epoch", quantities=None, *, training=False, method="auto", radius=0.1, seed=0, inputs=None
     ):
         super().__init__(every, prefix="jacobian_")
-        check_options(NAME, method, ITERATIONS, seed)
-        check_radius(NAME, radius)
-        self._quantities = checked_quantities(NAME, quantities, QUANTITIES)
-        validation.require_flag(NAME, "training", training)
-        checked_examples(NAME, x)
-        self._given, self._inputs = x, chosen_inputs.checked_choice(NAME, inputs)
-        self._kwargs = {"training": training}
-        self._method, self._radius, self._seed = method, radius, seed
+        self._method = validation.require_choice(NAME, "method", method, METHODS)
+        self._radius = validation.require_number(NAME, "radius", radius, above=0)
+        self._seed = validation.require_seed(NAME, seed)
+        self._quantities = require_quantities(NAME, quantities, QUANTITIES)
+        require_examples(NAME, x)
+        self._given, self._inputs = x, chosen_inputs.require_names(NAME, inputs)
+        self._kwargs = {"training": validation.require_flag(NAME, "training", training)}
         self._examples: Any = None
         self._by: Any = None
         self._directions: Any = None
@@ -107,9 +105,9 @@ class BatchJacobianMonitor(Monitor):
         self.spectra: list = []
 
     def begin(self):
-        model = checked_model(NAME, self.model)
-        self._examples = checked_examples(NAME, self._given)
-        self._by = checked_inputs(NAME, model, self._examples, self._inputs)
+        model = require_model(NAME, self.model)
+        self._examples = require_examples(NAME, self._given)
+        self._by = require_inputs(NAME, model, self._examples, self._inputs)
         if len(self._by.parts(self._examples)[0]) > 1:
             report = batch_independence(model, self._examples, **self._kwargs, inputs=self._inputs)
             if report.independent is False:
@@ -118,13 +116,13 @@ class BatchJacobianMonitor(Monitor):
                 warnings.warn(f"{NAME}: {report}", stacklevel=2)
         if self._method == "auto":
             self._method = chosen_method(model, self._examples, self._by, self._kwargs)
-        self._chosen = self._checked_quantities()
+        self._chosen = self._measurable_quantities()
         self._directions = None
 
     def end(self):
         self._examples = self._by = self._directions = None
 
-    def _checked_quantities(self):
+    def _measurable_quantities(self):
         if self._method == "explicit":
             return self._quantities or QUANTITIES
         impossible = [q for q in self._quantities or () if q in OF_ALL_VALUES]
@@ -137,7 +135,7 @@ class BatchJacobianMonitor(Monitor):
         return tuple(q for q in self._quantities or QUANTITIES if q not in OF_ALL_VALUES)
 
     def measure(self):
-        model = checked_model(NAME, self.model)
+        model = require_model(NAME, self.model)
         found: dict[str, float] = {}
         spectrum: Any = None
         if set(self._chosen) - {"local_lipschitz"}:

@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import nesting, validation
 from keras_gradtools.backend import layer_calls
 from keras_gradtools.backend.state import StateScope, layers_of
-from keras_gradtools.curvature.data.batch_loss import checked_model
+from keras_gradtools.curvature.data.batch_loss import require_model
 from keras_gradtools.diagnostics.layer_names import layer_names
 from keras_gradtools.transforms import compiled
 
@@ -55,12 +55,9 @@ def dead_units(model, x, training=False):
 
     Source: Maas, Hannun & Ng, "Rectifier nonlinearities improve neural network acoustic models" (2013), section 2.
     """
-    model = checked_model(NAME, model)
-    if not isinstance(training, bool):
-        raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
-    x = validation.as_tensors(NAME, "x", x)
-    if any(not len(leaf.shape) for leaf in nesting.flatten(x)):
-        raise ValueError(f"{NAME} expects examples of shape (batch, ...) as `x`. Received: {validation.shown(x)}.")
+    model = require_model(NAME, model)
+    training = validation.require_flag(NAME, "training", training)
+    x = validation.require_examples(NAME, x)
     return zero_units(model, x, training, rectifying_layers(model))
 
 

@@ -14,7 +14,7 @@ from keras_gradtools.diagnostics.gradient_noise import ExampleGradients
 from keras_gradtools.diagnostics.layer_names import places_by_layer
 from keras_gradtools.training.loss_on_data import LossOnData
 from keras_gradtools.training.monitor import Monitor
-from keras_gradtools.training.quantities import checked_quantities
+from keras_gradtools.training.quantities import require_quantities
 
 NAME = "GradientMonitor"
 QUANTITIES = ("gradient_norm", "dead_units", "update_to_weight_ratio", "gradient_noise_scale")
@@ -101,9 +101,8 @@ class GradientMonitor(Monitor):
     ):
         super().__init__(every, log_dir=log_dir)
         self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
-        self._quantities = checked_quantities(NAME, quantities, QUANTITIES) or QUANTITIES
-        validation.require_flag(NAME, "per_layer", per_layer)
-        self._per_layer = per_layer
+        self._quantities = require_quantities(NAME, quantities, QUANTITIES) or QUANTITIES
+        self._per_layer = validation.require_flag(NAME, "per_layer", per_layer)
         self._operator: Any = None
         self._examples: Any = None
         self._batches: Any = None

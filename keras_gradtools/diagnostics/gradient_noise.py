@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.curvature.data.batch_loss import BatchLoss, checked_model
+from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.draws import Draws
 from keras_gradtools.curvature.operators.parameters import Parameters
@@ -102,7 +102,7 @@ class ExampleGradients:
 
     def __init__(self, owner, model, data, loss, variables, training, batch_size, chunk_size=None):
         self._owner = owner
-        self._model = checked_model(owner, model)
+        self._model = require_model(owner, model)
         validation.require_loss(owner, loss)
         self._parameters = Parameters(owner, self._model, variables)
         of = model if loss is None else self._model
@@ -110,13 +110,8 @@ class ExampleGradients:
         self._draws = Draws(self._model)
         self._is_checked = False
         self._batches = Batches(owner, data, batch_size)
-        if chunk_size is not None and (not validation.is_number(chunk_size) or chunk_size < 1 or chunk_size % 1):
-            raise ValueError(
-                f"{owner} expects a positive integer, or None, as `chunk_size`. "
-                f"Received: chunk_size={validation.shown(chunk_size)}."
-            )
-        most = _MOST_NUMBERS // max(self._parameters.size, 1)
-        self._chunk_size = min(max(most, 1), _MOST_EXAMPLES) if chunk_size is None else int(chunk_size)
+        most = min(max(_MOST_NUMBERS // max(self._parameters.size, 1), 1), _MOST_EXAMPLES)
+        self._chunk_size = validation.require_count(owner, "chunk_size", chunk_size, may_be_none=True) or most
 
     def noise(self):
         """The `GradientNoise` of all examples.

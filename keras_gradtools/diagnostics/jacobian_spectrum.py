@@ -118,12 +118,14 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     effective rank" (2007); Pennington, Schoenholz & Ganguli, "Resurrecting the sigmoid in deep learning through
     dynamical isometry" (arXiv:1711.04735, 2017).
     """
-    check_options(NAME, method, iterations, seed)
+    validation.require_choice(NAME, "method", method, METHODS)
+    iterations = validation.require_count(NAME, "iterations", iterations)
+    validation.require_seed(NAME, seed)
     validation.require_callable_model(NAME, model)
-    validation.require_flag(NAME, "training", training)
+    training = validation.require_flag(NAME, "training", training)
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
-    x = checked_examples(NAME, x)
-    chosen = checked_inputs(NAME, model, x, chosen_inputs.checked_choice(NAME, inputs))
+    x = require_examples(NAME, x)
+    chosen = require_inputs(NAME, model, x, chosen_inputs.require_names(NAME, inputs))
     if method == "auto":
         method = chosen_method(model, x, chosen, kwargs)
     spectrum = spectrum_of(model, x, chosen, kwargs, method, iterations, seed)
@@ -135,17 +137,7 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     return spectrum
 
 
-def check_options(name, method, iterations, seed):
-    """Raises `ValueError` unless the options are valid."""
-    if not validation.is_one_of(method, METHODS):
-        raise ValueError(
-            f"{name} expects one of {', '.join(METHODS)} as `method`. Received: method={validation.shown(method)}."
-        )
-    validation.require_count(name, "iterations", iterations)
-    validation.require_seed(name, seed)
-
-
-def checked_examples(name, x):
+def require_examples(name, x):
     """Returns `x` as tensors, and raises `ValueError` unless they are examples with floating-point values."""
     tensors = chosen_inputs.as_tensors(x, f"{name} expects tensors or arrays as `x`")
     chosen = chosen_inputs.choose(name, None, tensors, None)
@@ -154,7 +146,7 @@ def checked_examples(name, x):
     return tensors
 
 
-def checked_inputs(name, model, x, names):
+def require_inputs(name, model, x, names):
     """Returns the `ChosenInputs` for some names and examples as tensors; raises `ValueError` if they do not fit."""
     chosen = chosen_inputs.choose(name, model, x, names)
     chosen_inputs.require_examples(name, chosen, x, rank=2)

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
 from keras_gradtools.diagnostics.example_vectors import for_each, normalized, numbers, split, squares
-from keras_gradtools.diagnostics.jacobian_spectrum import checked_examples, checked_inputs, outputs_of, taped
+from keras_gradtools.diagnostics.jacobian_spectrum import outputs_of, require_examples, require_inputs, taped
 from keras_gradtools.transforms import compiled
 
 NAME = "local_lipschitz"
@@ -54,20 +54,15 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
     Source: Yang et al., "A closer look at accuracy vs. robustness" (arXiv:2003.02460, 2020), section 3, but with steps
     of power iteration.
     """
-    check_radius(NAME, radius)
+    radius = validation.require_number(NAME, "radius", radius, above=0)
     validation.require_callable_model(NAME, model)
-    validation.require_flag(NAME, "training", training)
-    validation.require_count(NAME, "iterations", iterations)
+    training = validation.require_flag(NAME, "training", training)
+    iterations = validation.require_count(NAME, "iterations", iterations)
     validation.require_seed(NAME, seed)
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
-    x = checked_examples(NAME, x)
-    chosen = checked_inputs(NAME, model, x, chosen_inputs.checked_choice(NAME, inputs))
+    x = require_examples(NAME, x)
+    chosen = require_inputs(NAME, model, x, chosen_inputs.require_names(NAME, inputs))
     return largest_ratios(model, x, chosen, kwargs, radius, iterations, random_directions(x, chosen, radius, seed))[0]
-
-
-def check_radius(name, radius):
-    """Raises `ValueError` unless `radius` is a positive number."""
-    validation.require_positive(name, "radius", radius)
 
 
 def random_directions(x, chosen, radius, seed):

@@ -152,11 +152,7 @@ _LABELS = {
 
 
 def _by_layer(given, quantity):
-    if not validation.is_one_of(quantity, _LABELS):
-        raise ValueError(
-            f"plot_gradient_flow expects one of {', '.join(_LABELS)} as `quantity`. "
-            f"Received: quantity={validation.shown(quantity)}."
-        )
+    validation.require_choice("plot_gradient_flow", "quantity", quantity, _LABELS)
     given = getattr(given, "layers", getattr(given, "history", given))
     if not isinstance(given, dict):
         return {}

@@ -64,19 +64,15 @@ def preflight(model, x=None, training=False, seed=0, verbose="auto"):
 
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.3, on derivatives of derivative code.
     """
-    if not isinstance(model, keras.Layer) or not model.built:
-        what = f"the unbuilt model {model.name!r}" if isinstance(model, keras.Layer) else validation.describe(model)
-        raise ValueError(f"preflight expects a built Keras model or layer. Received: {what}.")
-    if not isinstance(training, bool):
-        raise ValueError(f"preflight expects True or False as `training`. Received: {validation.describe(training)}.")
+    if not isinstance(model, keras.Layer):
+        raise validation.refused("preflight", "a Keras model or layer", "model", model)
+    validation.require_built("preflight", model)
+    training = validation.require_flag("preflight", "training", training)
     validation.require_seed("preflight", seed)
-    if not validation.is_one_of(verbose, ("auto", 0, 1)):
-        raise ValueError(
-            f"preflight expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}."
-        )
+    validation.require_verbose("preflight", verbose)
     # Spawned, because examples that the user drew with the same seed would equal the cotangents.
     random = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
-    inputs, note = (_examples(x), "") if x is not None else _drawn(model, random)
+    inputs, note = (validation.require_examples("preflight", x), "") if x is not None else _drawn(model, random)
     scope = StateScope()
     with scope, scope, layer_calls.recorded(model) as calls:
         model(inputs, training=training)
@@ -101,13 +97,6 @@ def _known_or_tried(call, known, training, random):
         known[kind] = verdict
     path = layer_calls.path_of(call.layer)
     return dataclasses.replace(known[kind], path=path)
-
-
-def _examples(x):
-    tensors = validation.as_tensors("preflight", "x", x)
-    if any(not len(leaf.shape) for leaf in nesting.flatten(tensors)):
-        raise ValueError(f"preflight expects examples of shape (batch, ...) as `x`. Received: {validation.shown(x)}.")
-    return tensors
 
 
 def _drawn(model, random):

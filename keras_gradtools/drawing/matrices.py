@@ -35,15 +35,11 @@ def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r")
     [-3.0, 3.0]
     """
     image = numbers(image, "imshow_zero_center", "(height, width)", (2,))
+    limit = validation.require_number("imshow_zero_center", "limit", limit, above=0, may_be_none=True)
     if limit is None:
         magnitudes = np.abs(image[np.isfinite(image)])
         limit = magnitudes.max(initial=0.0) or 1.0
     validation.require_flag("imshow_zero_center", "colorbar", colorbar)
-    if not (validation.is_number(limit) and 0 < limit < np.inf):
-        raise ValueError(
-            "imshow_zero_center expects a positive number as `limit`, or None for the largest value of the image. "
-            f"Received: limit={validation.shown(limit)}."
-        )
     pyplot = pyplot_or_error()
     ax = pyplot.gca() if ax is None else ax
     colors = pyplot.get_cmap(cmap).with_extremes(bad="0.8")
@@ -94,8 +90,7 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
     """
     jacobian = numbers(jacobian, "plot_as_patches", "(batch, out, in) or (batch, out, batch, in)", (3, 4))
     grid = _as_grid(jacobian, patch_axes)
-    if not validation.is_count(pad, 0):
-        raise ValueError(f"plot_as_patches expects 0 or more pixels as `pad`. Received: pad={validation.shown(pad)}.")
+    pad = validation.require_count("plot_as_patches", "pad", pad, 0)
     rows, columns, height, width = grid.shape
     # The separators after the last row and column are cut off below.
     image = np.full((rows, columns, height + pad, width + pad), np.nan)

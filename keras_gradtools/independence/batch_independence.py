@@ -63,11 +63,10 @@ def batch_independence(model, x, training=False, seed=0, *, inputs=None):
         raise ValueError(
             f"{NAME} expects a Keras model, a layer or a function. Received: {validation.describe(model)}."
         )
-    if not isinstance(training, bool):
-        raise ValueError(f"{NAME} expects True or False as `training`. Received: {validation.describe(training)}.")
+    validation.require_flag(NAME, "training", training)
     validation.require_seed(NAME, seed)
     x = chosen_inputs.as_tensors(x, f"{NAME} expects tensors or arrays as `x`")
-    names = chosen_inputs.checked_choice(NAME, inputs)
+    names = chosen_inputs.require_names(NAME, inputs)
     chosen = None if names is None else chosen_inputs.choose(NAME, model, x, names)
     if isinstance(model, keras.Layer):
         kwargs = {"training": training} if model._call_has_training_arg else {}

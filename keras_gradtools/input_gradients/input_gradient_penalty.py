@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_gradtools import nesting, validation
 from keras_gradtools.backend import example_losses
-from keras_gradtools.chosen_inputs import as_tensors, checked_choice
+from keras_gradtools.chosen_inputs import as_tensors, require_names
 from keras_gradtools.input_gradients.penalty import Penalty, chosen_positions
 from keras_gradtools.input_gradients.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.input_gradients.sample_weights import example_weights
@@ -101,16 +101,12 @@ def input_gradient_penalty(
     regularization for adversarial robustness" (arXiv:1905.11468).
     """
     penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
-    names = checked_choice(NAME, inputs)
+    names = require_names(NAME, inputs)
     validation.require_callable_model(NAME, model)
     validation.require_flag(NAME, "training", training)
-    if not isinstance(seed, keras.random.SeedGenerator):
-        validation.require_seed(NAME, seed, may_be_none=True, may_be_generator=True)
-    if isinstance(model, keras.Layer) and not model.built:
-        raise ValueError(
-            f"{NAME} takes a built model. Received: {model.name!r}, which is not built. Add a keras.Input to it, or "
-            "call it on data once."
-        )
+    seed = validation.require_seed(NAME, seed, may_be_none=True, may_be_generator=True)
+    if isinstance(model, keras.Layer):
+        validation.require_built(NAME, model)
     x = as_tensors(x)
     if any(leaf is not None and not len(leaf.shape) for leaf in nesting.flatten(x)):
         raise ValueError(f"{NAME} expects inputs of shape (batch, ...) as `x`. Received: {validation.shown(x)}.")

@@ -81,8 +81,8 @@ class InputGradientPenalty(keras.layers.Wrapper):
         **kwargs,
     ):
         if not isinstance(layer, keras.Layer):
-            raise ValueError(f"{NAME} expects a Keras layer as `layer`. Received: {validation.describe(layer)}.")
-        validation.require_seed(NAME, seed, may_be_none=True)
+            raise validation.refused(NAME, "a Keras layer", "layer", layer)
+        seed = validation.require_seed(NAME, seed, may_be_none=True)
         if validation.is_one_of(target, ("loss",)):
             raise ValueError(
                 f"{NAME} expects 'outputs' or a function of the output as `target`. Received: target='loss', but a "
@@ -98,7 +98,7 @@ class InputGradientPenalty(keras.layers.Wrapper):
             self._steps = self.add_weight(name="steps", shape=(), dtype="int32", initializer="zeros", trainable=False)
         self._choice: Any = None
         self._seeds = keras.random.SeedGenerator(seed) if penalty.may_draw else None
-        penalty.check_precision(self.compute_dtype)
+        penalty.warn_of_rounding(self.compute_dtype)
 
     def call(self, inputs, training=None):
         if not training:

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.backend import example_losses
-from keras_gradtools.chosen_inputs import as_tensors, checked_choice, model_inputs
+from keras_gradtools.chosen_inputs import as_tensors, model_inputs, require_names
 from keras_gradtools.input_gradients.penalty import Penalty, chosen_positions, restored
 from keras_gradtools.input_gradients.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.input_gradients.sample_weights import example_weights
@@ -149,8 +149,8 @@ class InputGradientRegularized(WrappedModel):
     ):
         penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
         strength = Strength(NAME, weight, every)
-        inputs = checked_choice(NAME, inputs)
-        validation.require_seed(NAME, seed, may_be_none=True)
+        inputs = require_names(NAME, inputs)
+        seed = validation.require_seed(NAME, seed, may_be_none=True)
         super().__init__(NAME, model, **kwargs)
         known = model_inputs(model)
         if known is not None:
@@ -166,7 +166,7 @@ class InputGradientRegularized(WrappedModel):
         self._inputs, self._seed = inputs, seed
         self._choice = None
         self._step: Any = StateOfStep(recording=False, record=None)
-        penalty.check_precision(self.compute_dtype)
+        penalty.warn_of_rounding(self.compute_dtype)
 
     @property
     def weight(self):
@@ -192,7 +192,7 @@ class InputGradientRegularized(WrappedModel):
     @WrappedModel.jit_compile.setter
     def jit_compile(self, value):
         choice = self._penalty.choose(self.model, bool(value))
-        self._penalty.check_compiled(choice, value)
+        self._penalty.require_compilable(choice, value)
         WrappedModel.jit_compile.fset(self, value)
         self._choice = choice
 

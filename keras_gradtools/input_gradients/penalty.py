@@ -54,14 +54,14 @@ class Penalty:
         frozen_statistics=False,
     ):
         self.owner = owner
-        self.target = self._checked_target(target)
-        self.norm = self._checked_norm(norm)
-        self.squared = self._checked_flag("squared", squared)
-        self.center = self._checked_number("center", center)
-        self.method = self._checked_method(method)
-        self.step_size = self._checked_number("step_size", step_size, is_positive=True)
-        self.projections = self._checked_projections(projections)
-        self.frozen_statistics = self._checked_flag("frozen_statistics", frozen_statistics)
+        self.target = self._require_target(target)
+        self.norm = self._require_norm(norm)
+        self.squared = validation.require_flag(owner, "squared", squared)
+        self.center = validation.require_number(owner, "center", center)
+        self.method = self._require_method(method)
+        self.step_size = validation.require_number(owner, "step_size", step_size, above=0)
+        self.projections = self._require_projections(projections)
+        self.frozen_statistics = validation.require_flag(owner, "frozen_statistics", frozen_statistics)
 
     @property
     def is_plain_square(self):
@@ -175,7 +175,7 @@ class Penalty:
         why = f", because {'; '.join(choice.reasons)}" if choice.reasons else ""
         return f"{how} of {target!r}, {what}{', squared' if self.squared else ''}{why}"
 
-    def check_precision(self, dtype):
+    def warn_of_rounding(self, dtype):
         """Warns if the step of finite differences is lost in rounding."""
         if self.method in ("finite_difference", "auto") and self.step_size < 1e-2 and dtype in ("float16", "bfloat16"):
             warnings.warn(
@@ -184,7 +184,7 @@ class Penalty:
                 stacklevel=3,
             )
 
-    def check_compiled(self, choice, jit_compile):
+    def require_compilable(self, choice, jit_compile):
         """Raises `ValueError` if the compiler of the backend cannot compile the chosen method."""
         if jit_compile and choice.method != "finite_difference" and not backend.COMPILES_SECOND_ORDER:
             raise ValueError(
@@ -194,7 +194,7 @@ class Penalty:
                 "differentiates once, or compile the model with jit_compile=False."
             )
 
-    def _checked_target(self, target):
+    def _require_target(self, target):
         if target in ("loss", "outputs") if isinstance(target, str) else callable(target):
             return target
         raise self._refused(
@@ -204,7 +204,7 @@ class Penalty:
             "A function takes (y, y_pred) and returns one number for each example.",
         )
 
-    def _checked_norm(self, norm):
+    def _require_norm(self, norm):
         if validation.is_one_of(norm, ("inf", math.inf)):
             return "inf"
         if validation.is_one_of(norm, (1, 2)):
@@ -213,19 +213,8 @@ class Penalty:
             "norm", "1, 2 or 'inf'", norm, "It is the norm of the gradient: 1 defends against l-infinity attacks."
         )
 
-    def _checked_flag(self, name, flag):
-        if not isinstance(flag, bool):
-            raise self._refused(name, "True or False", flag, "")
-        return flag
-
-    def _checked_number(self, name, number, is_positive=False):
-        if not validation.is_number(number) or not math.isfinite(number) or is_positive and number <= 0:
-            raise self._refused(name, f"a finite {'positive ' if is_positive else ''}number", number, "")
-        return float(number)
-
-    def _checked_method(self, method):
-        if not validation.is_one_of(method, METHODS):
-            raise self._refused("method", ", ".join(map(repr, METHODS[:-1])) + f" or {METHODS[-1]!r}", method, "")
+    def _require_method(self, method):
+        validation.require_choice(self.owner, "method", method, METHODS)
         if method == "random_projection" and self.target != "outputs":
             raise self._refused(
                 "method",
@@ -235,9 +224,9 @@ class Penalty:
             )
         return method
 
-    def _checked_projections(self, projections):
+    def _require_projections(self, projections):
         if not validation.is_count(projections) and not validation.is_one_of(projections, (ALL,)):
-            raise self._refused("projections", f"a positive integer, or {ALL} for all outputs,", projections, "")
+            raise self._refused("projections", f"a positive integer, or {ALL} for all outputs,", projections)
         is_estimate = self.target == "outputs" and self.method in ("random_projection", "finite_difference")
         if is_estimate and projections != ALL and not self.is_plain_square:
             raise self._refused(
@@ -248,11 +237,8 @@ class Penalty:
             )
         return int(projections)
 
-    def _refused(self, name, expected, received, advice):
-        return ValueError(
-            f"{self.owner} expects {expected} as `{name}`. Received: {name}={validation.describe(received)}."
-            + (f" {advice}" if advice else "")
-        )
+    def _refused(self, name, expected, received, advice=""):
+        return validation.refused(self.owner, expected, name, received, advice)
 
 
 def restored(config, names, custom_objects):

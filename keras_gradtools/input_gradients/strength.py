@@ -25,14 +25,8 @@ class Strength:
     """
 
     def __init__(self, owner, weight, every=1):
-        self.owner = owner
-        self.weight = self._checked_weight(weight)
-        if not validation.is_count(every):
-            raise ValueError(
-                f"{owner} expects a positive number of steps as `every`. Received: every={validation.describe(every)}. "
-                "1 is every step."
-            )
-        self.every = int(every)
+        self.weight = _require_weight(owner, weight)
+        self.every = validation.require_count(owner, "every", every)
 
     @property
     def depends_on_step(self):
@@ -72,13 +66,13 @@ class Strength:
         weight = keras.saving.serialize_keras_object(self.weight) if self.is_schedule else self.weight
         return {"weight": weight, "every": self.every}
 
-    def _checked_weight(self, weight):
-        if isinstance(weight, keras.optimizers.schedules.LearningRateSchedule):
-            return weight
-        if not validation.is_number(weight) or not math.isfinite(weight) or weight < 0:
-            raise ValueError(
-                f"{self.owner} expects a finite number of 0 or more as `weight`, or a "
-                f"keras.optimizers.schedules.LearningRateSchedule. Received: weight={validation.describe(weight)}. "
-                "Start with 0.1, and raise it until the clean accuracy drops."
-            )
-        return float(weight)
+
+def _require_weight(owner, weight):
+    if isinstance(weight, keras.optimizers.schedules.LearningRateSchedule):
+        return weight
+    if not validation.is_number(weight) or not 0 <= weight < math.inf:
+        expected = "a finite number of 0 or more, or a keras.optimizers.schedules.LearningRateSchedule,"
+        raise validation.refused(
+            owner, expected, "weight", weight, "Start with 0.1, and raise it until the clean accuracy drops."
+        )
+    return float(weight)

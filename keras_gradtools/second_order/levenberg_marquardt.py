@@ -5,13 +5,13 @@ import keras
 from keras_gradtools import validation
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
 from keras_gradtools.second_order.newton_step import DenseSolver
-from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.second_order.second_order_optimizer import MatrixOptimizer
 
 SCALINGS = ("identity", "diagonal")
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
-class LevenbergMarquardt(SecondOrderOptimizer):
+class LevenbergMarquardt(MatrixOptimizer):
     r"""The Levenberg-Marquardt method, $\theta \leftarrow \theta - (G + \lambda D)^{-1} g$.
 
     $G$ is the Gauss-Newton matrix of the batch. For squared errors it is $\frac{2}{N} J^\top J$ with the Jacobian $J$
@@ -24,16 +24,9 @@ class LevenbergMarquardt(SecondOrderOptimizer):
     The equation is always solved in double precision.
 
     Args:
-        damping: The initial $\lambda$, 0 or more. `optimizer.damping` holds the $\lambda$ of the next step and is
-            saved with the model.
+        damping, max_attempts, allow_underdetermined, learning_rate, name: As for `kg.optimizers.Newton`.
         scaling: `"identity"` (Levenberg), or `"diagonal"` (Marquardt), which makes the step independent of the units
             of the weights.
-        max_attempts: Maximum number of dampings that a step tries. If none of them lowers the loss, the weights do not
-            change.
-        allow_underdetermined: Whether to accept batches that have fewer outputs than the model has weights. In such a
-            batch, damping alone determines the step in some directions. By default such a batch raises an error.
-        learning_rate: Factor of each step, above 0 and at most 1, or a `LearningRateSchedule`.
-        name: Name of the optimizer.
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
@@ -69,10 +62,8 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         learning_rate=1.0,
         name="levenberg_marquardt",
     ):
-        validation.require_flag(type(self).__name__, "allow_underdetermined", allow_underdetermined)
-        super().__init__(damping, max_attempts, learning_rate, name)
-        self._check_choice("scaling", scaling, SCALINGS)
-        self.scaling, self.allow_underdetermined = scaling, allow_underdetermined
+        super().__init__(damping, max_attempts, allow_underdetermined, learning_rate, name)
+        self.scaling = validation.require_choice(type(self).__name__, "scaling", scaling, SCALINGS)
 
     def operator_class(self):
         return GaussNewton
@@ -81,5 +72,4 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         return DenseSolver(lambda: equations.of(operator), operator.dtype, self.scaling)
 
     def get_config(self):
-        options = {"scaling": self.scaling, "allow_underdetermined": self.allow_underdetermined}
-        return {**super().get_config(), **options}
+        return {**super().get_config(), "scaling": self.scaling}

@@ -2,14 +2,13 @@
 
 import keras
 
-from keras_gradtools import validation
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.second_order.newton_step import DenseSolver
-from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.second_order.second_order_optimizer import MatrixOptimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
-class Newton(SecondOrderOptimizer):
+class Newton(MatrixOptimizer):
     r"""Newton's method, $\theta \leftarrow \theta - (H + \lambda I)^{-1} g$, with the Hessian of the batch, factorized.
 
     Use it with `kg.models.SecondOrder`, for models of at most a few thousand weights. $\lambda$ grows while the matrix
@@ -50,15 +49,10 @@ class Newton(SecondOrderOptimizer):
     """
 
     def __init__(self, damping=1e-3, max_attempts=10, allow_underdetermined=False, learning_rate=1.0, name="newton"):
-        validation.require_flag(type(self).__name__, "allow_underdetermined", allow_underdetermined)
-        super().__init__(damping, max_attempts, learning_rate, name)
-        self.allow_underdetermined = allow_underdetermined
+        super().__init__(damping, max_attempts, allow_underdetermined, learning_rate, name)
 
     def operator_class(self):
         return Hessian
 
     def solver(self, operator, equations):
         return DenseSolver(lambda: equations.of(operator), operator.dtype)
-
-    def get_config(self):
-        return {**super().get_config(), "allow_underdetermined": self.allow_underdetermined}

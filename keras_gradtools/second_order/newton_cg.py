@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.second_order.newton_step import CURVATURES, ConjugateGradientsSolver
-from keras_gradtools.second_order.recycled_preconditioner import checked_rank, recycled_preconditioner
+from keras_gradtools.second_order.recycled_preconditioner import recycled_preconditioner, require_rank
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
 
 # Number of variables that hold the preconditioner.
@@ -33,8 +33,7 @@ class NewtonCG(SecondOrderOptimizer):
     products to 0.2 to 0.6 times that without it.
 
     Args:
-        damping: The initial $\lambda$, 0 or more. `optimizer.damping` holds the $\lambda$ of the next step and is
-            saved with the model.
+        damping, max_attempts, learning_rate, name: As for `kg.optimizers.Newton`.
         curvature: `"hessian"`, or `"gauss_newton"`, which has no negative curvature for convex losses and is the safer
             choice far from a minimum.
         max_iterations: Maximum number of products for each damping that is tried.
@@ -46,10 +45,6 @@ class NewtonCG(SecondOrderOptimizer):
             means 100, or fewer if the eigenvectors would have more than 2**20 numbers in all: 10 for 100,000 weights,
             and no preconditioner above 131,072 weights. The eigenvectors are saved with the model, by default at most
             4 MiB in float32.
-        max_attempts: Maximum number of dampings that a step tries. If none of them lowers the loss, the weights do not
-            change.
-        learning_rate: Factor of each step, above 0 and at most 1, or a `LearningRateSchedule`.
-        name: Name of the optimizer.
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
@@ -78,8 +73,6 @@ class NewtonCG(SecondOrderOptimizer):
     multiple right-hand sides" (2011).
     """
 
-    forms_matrix = False
-
     def __init__(
         self,
         damping=1e-3,
@@ -93,17 +86,12 @@ class NewtonCG(SecondOrderOptimizer):
         name="newton_cg",
     ):
         super().__init__(damping, max_attempts, learning_rate, name)
-        self._check_choice("curvature", curvature, tuple(CURVATURES))
-        self._check_count("max_iterations", max_iterations)
-        for option, value in (("rtol", rtol), ("progress_tol", progress_tol)):
-            if value is not None and not (validation.is_number(value) and 0 < value < 1):
-                raise ValueError(
-                    f"{type(self).__name__} expects a number between 0 and 1, or None, as `{option}`. Received: "
-                    f"{option}={validation.shown(value)}."
-                )
-        self.curvature, self.max_iterations = curvature, int(max_iterations)
-        self.rtol, self.progress_tol = rtol, progress_tol
-        self.preconditioner_rank = checked_rank(type(self).__name__, preconditioner_rank)
+        owner, fraction = type(self).__name__, {"above": 0, "below": 1, "may_be_none": True}
+        self.curvature = validation.require_choice(owner, "curvature", curvature, CURVATURES)
+        self.max_iterations = validation.require_count(owner, "max_iterations", max_iterations)
+        self.rtol = validation.require_number(owner, "rtol", rtol, **fraction)
+        self.progress_tol = validation.require_number(owner, "progress_tol", progress_tol, **fraction)
+        self.preconditioner_rank = require_rank(owner, preconditioner_rank)
         self._preconditioner = None
 
     def build(self, variables):

@@ -84,6 +84,16 @@ class NewtonStepResult(NamedTuple):
     iterations: int
     attempts: int
 
+    def logs(self):
+        """The entries for the logs of `fit` that the model and the callback share."""
+        return {
+            "damping": self.damping,
+            "step_length": self.step_length,
+            "ratio": self.ratio,
+            "cg_iterations": self.iterations,
+            "step_reason": int(self.reason),
+        }
+
 
 def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
     r"""Finds a step $p = -s \, (B + \lambda I)^{-1} g$ that lowers the loss, and raises the damping until it does.

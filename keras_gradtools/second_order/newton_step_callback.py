@@ -17,7 +17,7 @@ from keras_gradtools.second_order.newton_step import (
     require_enough_outputs,
 )
 from keras_gradtools.second_order.normal_equations import NormalEquations
-from keras_gradtools.second_order.recycled_preconditioner import checked_rank, recycled_preconditioner
+from keras_gradtools.second_order.recycled_preconditioner import recycled_preconditioner, require_rank
 from keras_gradtools.training.loss_on_data import LossOnData
 from keras_gradtools.training.monitor import Monitor
 
@@ -109,31 +109,19 @@ class NewtonStep(Monitor):
         verbose=0,
     ):
         super().__init__(every, prefix="newton_")
-        for name, value, choices in (("solver", solver, SOLVERS), ("curvature", curvature, tuple(CURVATURES))):
-            if not validation.is_one_of(value, choices):
-                raise ValueError(
-                    f"{NAME} expects one of {list(choices)} as `{name}`. Received: {name}={validation.shown(value)}."
-                )
-        if not validation.is_number(damping) or not 0 <= damping < np.inf:
-            raise ValueError(
-                f"{NAME} expects a number of 0 or more as `damping`. Received: damping={validation.shown(damping)}."
-            )
-        for name, value in (("max_iterations", max_iterations), ("max_attempts", max_attempts)):
-            validation.require_count(NAME, name, value)
-        validation.require_flag(NAME, "allow_underdetermined", allow_underdetermined)
-        if not validation.is_one_of(verbose, (0, 1)) and not isinstance(verbose, bool):
-            raise ValueError(f"{NAME} expects 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}.")
-        if rtol is not None and not (validation.is_number(rtol) and 0 < rtol < 1):
-            raise ValueError(
-                f"{NAME} expects a number between 0 and 1, or None, as `rtol`. Received: rtol={validation.shown(rtol)}."
-            )
-        self.damping = float(damping)
-        self.last_step: Any = None
+        self._solver = validation.require_choice(NAME, "solver", solver, SOLVERS)
+        self._curvature = validation.require_choice(NAME, "curvature", curvature, CURVATURES)
+        self.damping = validation.require_number(NAME, "damping", damping, least=0)
+        self._max_iterations = validation.require_count(NAME, "max_iterations", max_iterations)
+        self._rtol = validation.require_number(NAME, "rtol", rtol, above=0, below=1, may_be_none=True)
+        self._rank = require_rank(NAME, preconditioner_rank)
+        self._max_attempts = validation.require_count(NAME, "max_attempts", max_attempts)
+        self._allow_underdetermined = validation.require_flag(NAME, "allow_underdetermined", allow_underdetermined)
+        if not isinstance(verbose, bool):
+            validation.require_choice(NAME, "verbose", verbose, (0, 1))
+        self._verbose = bool(verbose)
         self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
-        self._solver, self._curvature = solver, curvature
-        self._max_iterations, self._rtol, self._max_attempts = max_iterations, rtol, max_attempts
-        self._rank = checked_rank(NAME, preconditioner_rank)
-        self._allow_underdetermined, self._verbose = allow_underdetermined, verbose
+        self.last_step: Any = None
         self._operator: Any = None
         self._equations: Any = None
         self._preconditioner: Any = None
@@ -148,7 +136,7 @@ class NewtonStep(Monitor):
         if self._solver == "dense" and not self._allow_underdetermined:
             require_enough_outputs(NAME, self._operator, self._operator.count_examples())
         if self._solver == "dense":
-            dense_memory.check(NAME, self._operator.shape[0], np.dtype("float64"))
+            dense_memory.require_room(NAME, self._operator.shape[0], np.dtype("float64"))
         self._operator.check("product")
 
     def end(self):
@@ -178,11 +166,4 @@ class NewtonStep(Monitor):
                 f"{NAME}: {found.message}, from {found.loss:.6g} by {found.decrease:.3g}; step of length "
                 f"{found.step_length:.3g}, ratio {found.ratio:.3g}, damping {found.damping:.3g}"
             )
-        return {
-            "step_length": found.step_length,
-            "damping": found.damping,
-            "ratio": found.ratio,
-            "decrease": found.decrease,
-            "cg_iterations": found.iterations,
-            "step_reason": int(found.reason),
-        }
+        return found.logs() | {"decrease": found.decrease}

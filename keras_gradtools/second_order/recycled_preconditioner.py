@@ -23,14 +23,9 @@ _LARGEST_SHARE = 0.1
 _LONGEST_WAIT = 15
 
 
-def checked_rank(owner, rank):
-    """Returns the given `preconditioner_rank`. Raises `ValueError` if it is invalid."""
-    if rank is not None and not validation.is_count(rank, 0):
-        raise ValueError(
-            f"{owner} expects an integer of 0 or more, or None, as `preconditioner_rank`. Received: "
-            f"preconditioner_rank={validation.describe(rank)}."
-        )
-    return rank if rank is None else int(rank)
+def require_rank(owner, rank):
+    """Returns the argument `preconditioner_rank` as an int or None. Raises `ValueError` if it is invalid."""
+    return validation.require_count(owner, "preconditioner_rank", rank, 0, may_be_none=True)
 
 
 def recycled_preconditioner(size, rank, dtype):

@@ -10,7 +10,7 @@ from keras import ops
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.backend.state import state_variables, undone_by_errors
 from keras_gradtools.curvature.data.batches import batch_size_of, refuse_non_finite
-from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason, newton_step, require_enough_outputs
+from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason, newton_step
 from keras_gradtools.second_order.normal_equations import NormalEquations
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
 from keras_gradtools.training.wrapped_model import WrappedModel
@@ -72,14 +72,14 @@ class SecondOrder(WrappedModel):
     """
 
     def __init__(self, model, training=True, **kwargs):
-        validation.require_flag(NAME, "training", training)
+        training = validation.require_flag(NAME, "training", training)
         super().__init__(NAME, model, **kwargs)
         if self.compute_dtype == "float16":
             raise ValueError(
                 f"{NAME} expects a model that computes in float32, float64 or bfloat16. Received: the model "
                 f"{model.name!r} in float16, whose range second derivatives exceed."
             )
-        self._training = bool(training)
+        self._training = training
         self._last = _LastStep()
         self._problem = None
         self._has_warned = False
@@ -122,8 +122,7 @@ class SecondOrder(WrappedModel):
             self._problem = _Problem(self, batch, self._training)
         problem, optimizer = self._problem, self.optimizer
         operator = problem.operator.of_batch(batch)
-        if optimizer.forms_matrix and not optimizer.allow_underdetermined:
-            require_enough_outputs(type(optimizer).__name__, problem.operator, batch_size_of(batch))
+        optimizer.require_enough_outputs(problem.operator, batch_size_of(batch))
         found = newton_step(
             operator,
             optimizer.solver(operator, problem.equations),
@@ -143,14 +142,7 @@ class SecondOrder(WrappedModel):
                 operator.move(found.step.astype(operator.dtype))
             optimizer.end_step(operator, found.damping)
             self._last.result = found
-        return logs | {
-            "damping": found.damping,
-            "step_length": found.step_length,
-            "ratio": found.ratio,
-            "gradient_norm": found.gradient_norm,
-            "cg_iterations": found.iterations,
-            "step_reason": int(found.reason),
-        }
+        return logs | found.logs() | {"gradient_norm": found.gradient_norm}
 
     def _warn(self, message):
         if not self._has_warned:

@@ -1,11 +1,10 @@
 """The base class of the second-order optimizers."""
 
-import math
-
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.second_order.newton_step import require_enough_outputs
 
 
 class SecondOrderOptimizer(keras.optimizers.Optimizer):
@@ -15,45 +14,14 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
     step.
     """
 
-    # Whether the matrix is formed, so that a batch needs enough examples to determine it.
-    forms_matrix = True
-
     def __init__(self, damping, max_attempts, learning_rate, name):
         owner = type(self).__name__
-        if not validation.is_number(damping) or not 0 <= damping < math.inf:
-            raise ValueError(
-                f"{owner} expects a number of 0 or more as `damping`. Received: damping={validation.shown(damping)}."
-            )
-        self._check_count("max_attempts", max_attempts)
-        is_schedule = isinstance(learning_rate, (keras.optimizers.schedules.LearningRateSchedule, keras.Variable))
-        is_function = callable(learning_rate) and not isinstance(learning_rate, keras.KerasTensor)
-        if not (validation.is_number(learning_rate) or is_schedule or is_function):
-            raise ValueError(
-                f"{owner} expects a number or a schedule as `learning_rate`. Received: learning_rate="
-                f"{validation.shown(learning_rate)}."
-            )
-        if validation.is_number(learning_rate):
-            learning_rate = float(learning_rate)
-            if not 0 < learning_rate <= 1:
-                raise ValueError(
-                    f"{owner} expects a number above 0, and at most 1, as `learning_rate`. Received: "
-                    f"learning_rate={validation.shown(learning_rate)}."
-                )
-        super().__init__(learning_rate, name=name)
-        self.initial_damping, self.max_attempts = float(damping), int(max_attempts)
+        super().__init__(_require_learning_rate(owner, learning_rate), name=name)
+        self.initial_damping = validation.require_number(owner, "damping", damping, least=0)
+        self.max_attempts = validation.require_count(owner, "max_attempts", max_attempts)
         initial = keras.initializers.Constant(self.initial_damping)
         self._damping = self.add_variable((), initial, aggregation="only_first_replica", name="damping")
         self.has_trainer = False
-
-    def _check_count(self, name, value):
-        validation.require_count(type(self).__name__, name, value)
-
-    def _check_choice(self, name, value, choices):
-        if not validation.is_one_of(value, choices):
-            raise ValueError(
-                f"{type(self).__name__} expects one of {list(choices)} as `{name}`. "
-                f"Received: {name}={validation.shown(value)}."
-            )
 
     @property
     def damping(self):
@@ -74,6 +42,9 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         `operator` is the operator of one batch, `equations` the `NormalEquations` that all batches share.
         """
         raise NotImplementedError
+
+    def require_enough_outputs(self, operator, examples):
+        """Raises `ValueError` if the method cannot take a step on a batch of so few examples."""
 
     def end_step(self, operator, damping):
         """Stores what the next step needs, such as its damping. `operator` is the operator of the step that ended."""
@@ -116,3 +87,29 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
                 config["learning_rate"], custom_objects=custom_objects
             )
         return cls(**config)
+
+
+class MatrixOptimizer(SecondOrderOptimizer):
+    """A method that forms and factorizes the matrix, which a batch with few outputs does not determine."""
+
+    def __init__(self, damping, max_attempts, allow_underdetermined, learning_rate, name):
+        super().__init__(damping, max_attempts, learning_rate, name)
+        owner = type(self).__name__
+        self.allow_underdetermined = validation.require_flag(owner, "allow_underdetermined", allow_underdetermined)
+
+    def require_enough_outputs(self, operator, examples):
+        if not self.allow_underdetermined:
+            require_enough_outputs(type(self).__name__, operator, examples)
+
+    def get_config(self):
+        return {**super().get_config(), "allow_underdetermined": self.allow_underdetermined}
+
+
+def _require_learning_rate(owner, learning_rate):
+    is_schedule = isinstance(learning_rate, (keras.optimizers.schedules.LearningRateSchedule, keras.Variable))
+    if is_schedule or (callable(learning_rate) and not isinstance(learning_rate, keras.KerasTensor)):
+        return learning_rate
+    if not validation.is_number(learning_rate) or not 0 < learning_rate <= 1:
+        expected = "a number above 0, and at most 1, or a schedule,"
+        raise validation.refused(owner, expected, "learning_rate", learning_rate)
+    return float(learning_rate)

@@ -185,7 +185,7 @@ class GradientTape:
                 unknown.
             RuntimeError: On the second call on a tape that is not persistent.
         """
-        targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "gradient")
+        targets, flat_sources, zero = self._require_arguments(target, sources, unconnected_gradients, "gradient")
         cotangents = vectors.like(output_gradients, target, "output_gradients", "`target`", vectors.ones)
         with self._pulling(targets) as targets:
             gradients = backend.pullback(self._tape, targets, flat_sources, cotangents)
@@ -209,7 +209,7 @@ class GradientTape:
         Raises:
             ValueError, RuntimeError: As `gradient`.
         """
-        targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "jvp")
+        targets, flat_sources, zero = self._require_arguments(target, sources, unconnected_gradients, "jvp")
         tangents = vectors.like(tangents, sources, "tangents", "`sources`", vectors.zeros)
         with self._pulling(targets) as targets:
             pushed = backend.pushforward(self._tape, targets, flat_sources, tangents)
@@ -235,7 +235,7 @@ class GradientTape:
         Raises:
             ValueError, RuntimeError: As `gradient`.
         """
-        targets, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "linearize")
+        targets, flat_sources, zero = self._require_arguments(target, sources, unconnected_gradients, "linearize")
         with self._pulling(targets) as targets:
             push_flat = backend.linearize(self._tape, targets, flat_sources)
 
@@ -277,12 +277,12 @@ class GradientTape:
         Raises:
             ValueError, RuntimeError: As `gradient`.
         """
-        target = self._checked_tensor(target, "jacobian")
+        target = self._require_tensor(target, "jacobian")
         chunk_size = jacobian_plans.rows_at_once(
             "GradientTape.jacobian", chunk_size, parallel_iterations, experimental_use_pfor
         )
-        _, flat_sources, zero = self._checked(target, sources, unconnected_gradients, "jacobian")
-        mode = jacobian_plans.checked_mode(mode)
+        _, flat_sources, zero = self._require_arguments(target, sources, unconnected_gradients, "jacobian")
+        jacobian_plans.require_mode("GradientTape.jacobian", mode)
         with self._pulling([target]) as targets:
             (blocks,) = jacobian_plans.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero)
         return vectors.pack_as(sources, blocks)
@@ -327,14 +327,14 @@ class GradientTape:
             RuntimeError: As `gradient`.
         """
         validation.require_flag("batch_jacobian", "check_independence", check_independence)
-        target = self._checked_tensor(target, "batch_jacobian")
+        target = self._require_tensor(target, "batch_jacobian")
         chunk_size = jacobian_plans.rows_at_once(
             "GradientTape.batch_jacobian", chunk_size, parallel_iterations, experimental_use_pfor
         )
-        _, flat_sources, _ = self._checked(target, source, unconnected_gradients, "batch_jacobian")
-        mode = jacobian_plans.checked_mode(mode)
+        _, flat_sources, _ = self._require_arguments(target, source, unconnected_gradients, "batch_jacobian")
+        jacobian_plans.require_mode("GradientTape.batch_jacobian", mode)
         for s in flat_sources:
-            jacobian_plans.check_batch("GradientTape.batch_jacobian", target, s)
+            jacobian_plans.require_same_batch("GradientTape.batch_jacobian", target, s)
         with self._pulling([target]) as targets:
             if check_independence:
                 gradient_leak.require_of_record("GradientTape.batch_jacobian", self._tape, targets, flat_sources)
@@ -368,7 +368,7 @@ class GradientTape:
         if not self._persistent:
             self._tape.release()
 
-    def _checked(self, target, sources, unconnected_gradients, method):
+    def _require_arguments(self, target, sources, unconnected_gradients, method):
         if self._used_up():
             raise RuntimeError(
                 "This GradientTape has already been used: a tape computes derivatives once, unless it was made "
@@ -377,16 +377,12 @@ class GradientTape:
         unconnected = unconnected_gradients
         if isinstance(unconnected, enum.Enum):
             unconnected = unconnected.value  # `tf.UnconnectedGradients`
-        if not validation.is_one_of(unconnected, ("none", "zero")):
-            raise ValueError(
-                "unconnected_gradients must be 'none' or 'zero'. "
-                f"Received: unconnected_gradients={validation.shown(unconnected_gradients)}."
-            )
+        validation.require_choice(f"GradientTape.{method}", "unconnected_gradients", unconnected, ("none", "zero"))
         targets = vectors.watchable(target, f"The target of GradientTape.{method}")
         flat_sources = vectors.watchable(sources, f"A source of GradientTape.{method}")
         return targets, flat_sources, unconnected == "zero"
 
-    def _checked_tensor(self, target, method):
+    def _require_tensor(self, target, method):
         if nesting.is_nested(target):
             raise ValueError(
                 f"GradientTape.{method} takes one target tensor. Received: a {type(target).__name__}. Make the "

@@ -130,44 +130,32 @@ def _shape(x):
     return tuple(ops.shape(x))
 
 
-def checked_mode(mode):
-    """Returns `mode`, and raises `ValueError` unless it is one of `MODES`."""
-    if not validation.is_one_of(mode, MODES):
-        raise ValueError(f"mode must be 'auto', 'forward' or 'reverse'. Received: mode={validation.shown(mode)}.")
-    return mode
+def require_mode(owner, mode):
+    """Returns `mode`. Raises `ValueError` unless it is one of `MODES`."""
+    return validation.require_choice(owner, "mode", mode, MODES)
 
 
-def checked_chunk_size(chunk_size):
-    """Returns `chunk_size` as an int or None, and raises `ValueError` for anything else."""
-    if chunk_size is None:
-        return None
-    if not validation.is_count(chunk_size):
-        raise ValueError(
-            f"chunk_size must be a positive integer or None. Received: chunk_size={validation.shown(chunk_size)}."
-        )
-    return int(chunk_size)
+def require_chunk_size(owner, chunk_size):
+    """Returns `chunk_size` as an int or None. Raises `ValueError` for anything else."""
+    return validation.require_count(owner, "chunk_size", chunk_size, may_be_none=True)
 
 
 def rows_at_once(owner, chunk_size, parallel_iterations, experimental_use_pfor):
     """Returns the `chunk_size` that follows from it and from TensorFlow's two arguments for the same purpose."""
     validation.require_flag(owner, "experimental_use_pfor", experimental_use_pfor)
-    chunk_size = checked_chunk_size(chunk_size)
+    chunk_size = require_chunk_size(owner, chunk_size)
+    parallel_iterations = validation.require_count(owner, "parallel_iterations", parallel_iterations, may_be_none=True)
     if parallel_iterations is not None:
-        if not validation.is_count(parallel_iterations):
-            raise ValueError(
-                "parallel_iterations must be a positive integer or None. Received: "
-                f"parallel_iterations={validation.shown(parallel_iterations)}."
-            )
         if chunk_size not in (None, parallel_iterations):
             raise ValueError(
                 "parallel_iterations is another name for chunk_size: give one of them. Received: "
                 f"{parallel_iterations} and {chunk_size}."
             )
-        chunk_size = int(parallel_iterations)
+        chunk_size = parallel_iterations
     return chunk_size if experimental_use_pfor else 1
 
 
-def check_batch(name, target, source):
+def require_same_batch(name, target, source):
     """Raises `ValueError` unless both are of shape `(batch, ...)`, with the same number of examples."""
     for role, x in (("target", target), ("source", source)):
         if len(x.shape) < 2:

@@ -10,10 +10,9 @@ class LossOnData:
         validation.require_data(owner, data)
         validation.require_variables(owner, variables)
         validation.require_loss(owner, loss)
-        validation.require_flag(owner, "training", training)
-        validation.require_count(owner, "batch_size", batch_size)
         self.data, self.variables, self.loss = data, variables, loss
-        self.training, self.batch_size = training, batch_size
+        self.training = validation.require_flag(owner, "training", training)
+        self.batch_size = validation.require_count(owner, "batch_size", batch_size)
 
     def operator(self, cls, model):
         """The curvature operator of this class for this model."""

@@ -69,13 +69,9 @@ class Monitor(keras.callbacks.Callback):
         self._owner = type(self).__name__
         self._schedule = Schedule(self._owner, every)
         if not isinstance(prefix, str):
-            raise ValueError(
-                f"{self._owner} expects a string as `prefix`. Received: prefix={validation.shown(prefix)}."
-            )
+            raise validation.refused(self._owner, "a string", "prefix", prefix)
         if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
-            raise ValueError(
-                f"{self._owner} expects a path as `log_dir`. Received: log_dir={validation.shown(log_dir)}."
-            )
+            raise validation.refused(self._owner, "a path", "log_dir", log_dir)
         self._prefix, self._log_dir = prefix, log_dir
         self._events: Any = None
         self._left_out = LeftOut(self._owner)

@@ -19,10 +19,8 @@ class Schedule:
     def __init__(self, owner, every):
         epochs = _EPOCHS.fullmatch(every) if isinstance(every, str) else None
         if epochs is None and not validation.is_count(every):
-            raise ValueError(
-                f"{owner} expects 'epoch', a number of epochs such as '5 epochs', or a positive number of batches, as "
-                f"`every`. Received: every={validation.shown(every)}."
-            )
+            expected = "'epoch', a number of epochs such as '5 epochs', or a positive number of batches,"
+            raise validation.refused(owner, expected, "every", every)
         self.counts_epochs = epochs is not None
         self._every = int(epochs[1] or 1) if epochs else int(every)
         self.begin()

@@ -13,7 +13,10 @@ class WrappedModel(keras.Model):
     """Base class of the wrappers. `model` is shared, not copied. `owner` is the name of the public class."""
 
     def __init__(self, owner, model, **kwargs):
-        _check_model(owner, model)
+        if not isinstance(model, keras.Model):
+            advice = "Put layers into a keras.Sequential with a keras.Input first."
+            raise validation.refused(owner, "a keras.Model", "model", model, advice)
+        validation.require_built(owner, model)
         kwargs.setdefault("dtype", model.dtype_policy)
         # Without autocasting, gradients are taken with respect to the given inputs, not to a copy in half precision.
         super().__init__(autocast=False, **kwargs)
@@ -80,16 +83,3 @@ class StateOfStep(threading.local):
 
     def __init__(self, **values):
         self.__dict__.update(values)
-
-
-def _check_model(owner, model):
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            f"{owner} expects a keras.Model as `model`. Received: {validation.describe(model)}. Put layers into a "
-            "keras.Sequential with a keras.Input first."
-        )
-    if not model.built:
-        raise ValueError(
-            f"{owner} expects a built model. Received: the unbuilt model {model.name!r}. Give it a keras.Input, call "
-            "`model.build(input_shape)`, or call it on data once."
-        )

@@ -51,7 +51,7 @@ def laplacian(fun, axes=None):
     @functools.wraps(fun, updated=())
     def transformed(x, *args, **kwargs):
         x = _points("laplacian", x)
-        chosen = checked_axes("laplacian", axes, x.shape[1])
+        chosen = require_axes("laplacian", axes, x.shape[1])
 
         def value(x):
             return fun(x, *args, **kwargs)
@@ -102,7 +102,7 @@ def divergence(fun, axes=None):
     @functools.wraps(fun, updated=())
     def transformed(x, *args, **kwargs):
         x = _points("divergence", x)
-        chosen = checked_axes("divergence", axes, x.shape[1])
+        chosen = require_axes("divergence", axes, x.shape[1])
 
         def value(x):
             return fun(x, *args, **kwargs)
@@ -122,29 +122,20 @@ def divergence(fun, axes=None):
     return transformed
 
 
-def require_axes(name, axes):
-    """Returns `axes` as a list. Raises `ValueError` if it cannot be a list of axes, whatever the size of the input."""
-    right = (
-        isinstance(axes, (list, tuple, range)) and len(axes) and all(validation.is_count(i, -math.inf) for i in axes)
-    )
-    if not right or len(set(axes)) < len(axes):
-        raise ValueError(
-            f"{name} expects a list of distinct axis indices as `axes`. Received: axes={validation.shown(axes)}."
-        )
-    return [int(i) for i in axes]
+def require_axes(name, axes, size=None):
+    """Returns `axes` as a list. Raises `ValueError` if an axis is repeated or does not exist.
 
-
-def checked_axes(name, axes, size):
-    """Returns `axes` as non-negative indices, by default all. Raises `ValueError` if an axis does not exist."""
-    given = range(size) if axes is None else axes
+    With `size`, the number of axes, None means all axes, and the returned indices are not negative.
+    """
+    given = range(size) if axes is None and size is not None else axes
     right = isinstance(given, (list, tuple, range)) and len(given) > 0
-    right = right and all(isinstance(i, int) and not isinstance(i, bool) and -size <= i < size for i in given)
-    if not right or len({i % size for i in given}) < len(given):
-        raise ValueError(
-            f"{name} expects a list of distinct axis indices as `axes`, from {-size} to {size - 1} for an input of "
-            f"shape (batch, {size}). Received: axes={validation.shown(axes)}."
-        )
-    return [i % size for i in given]
+    low, high = (-math.inf, math.inf) if size is None else (-size, size)
+    if right and all(validation.is_count(i, low) and i < high for i in given):
+        found = [int(i) if size is None else int(i) % size for i in given]
+        if len(set(found)) == len(found):
+            return found
+    below = "" if size is None else f" below {size}"
+    raise validation.refused(name, f"a list of distinct axis indices{below}, or None for all,", "axes", axes)
 
 
 def _points(name, x):

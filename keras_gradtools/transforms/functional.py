@@ -94,15 +94,11 @@ def functionalize(model):
     """
     if not isinstance(model, keras.Layer):
         raise ValueError(f"functionalize takes a Keras model or layer. Received: {validation.describe(model)}.")
-    if not model.built:
-        raise ValueError(
-            f"functionalize takes a built model. Received: {model.name!r}, which is not built. Give it a keras.Input, "
-            "or call it on data once."
-        )
+    validation.require_built("functionalize", model)
     variables = list(model.trainable_variables)
 
     def fun(weights, *inputs, training=False, return_losses=False, **kwargs):
-        mapping = list(zip(variables, _checked_weights(weights, variables), strict=True))
+        mapping = list(zip(variables, _require_weights(weights, variables), strict=True))
         scope = StateScope(mapping)
         with scope, scope:
             outputs = model(*inputs, training=training, **kwargs)
@@ -111,7 +107,7 @@ def functionalize(model):
     return fun, [ops.copy(ops.stop_gradient(ops.convert_to_tensor(v))) for v in variables]
 
 
-def _checked_weights(weights, variables):
+def _require_weights(weights, variables):
     given = list(weights) if isinstance(weights, (list, tuple)) else [weights]
     shapes = [tuple(getattr(w, "shape", ())) for w in given]
     if shapes != [tuple(v.shape) for v in variables]:

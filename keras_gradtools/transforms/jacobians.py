@@ -118,7 +118,7 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, 
     require_function(name, fun)
     options = _options(name, argnums, mode, chunk_size, has_aux, batch_axes=1)
     validation.require_flag(name, "check_independence", check_independence)
-    names = chosen_inputs.checked_choice(name, inputs)
+    names = chosen_inputs.require_names(name, inputs)
 
     @functools.wraps(fun, updated=())
     def transformed(*args, **kwargs):
@@ -162,10 +162,10 @@ def _placed(name, args, argnums, x):
 
 def _options(name, argnums, mode, chunk_size, has_aux, **others):
     require_argnums(name, argnums)
-    validation.require_flag(name, "has_aux", has_aux)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
-    mode, chunk_size = jacobian_plans.checked_mode(mode), jacobian_plans.checked_chunk_size(chunk_size)
-    return Options(name, argnums, mode, chunk_size, bool(has_aux), **others)
+    mode = jacobian_plans.require_mode(name, mode)
+    chunk_size = jacobian_plans.require_chunk_size(name, chunk_size)
+    return Options(name, argnums, mode, chunk_size, validation.require_flag(name, "has_aux", has_aux), **others)
 
 
 class Options(NamedTuple):
@@ -249,7 +249,7 @@ def _evaluated(options, fun, args, kwargs):
     if options.batch_axes:
         for target in targets:
             for source in sources:
-                jacobian_plans.check_batch(options.name, target, source)
+                jacobian_plans.require_same_batch(options.name, target, source)
     plan = jacobian_plans.Plan(targets, sources, options.mode, options.batch_axes)
     aux, rest = auxiliary.take_apart(call.aux)
     return call.record, targets, sources, aux, Note(plan, vectors.places(call.target), by, rest)

@@ -68,13 +68,13 @@ def kernel_hessian(fun, layer):
     section 2, before the expectation is split.
     """
     require_function("kernel_hessian", fun)
-    _check_layer(layer)
+    _require_layer(layer)
 
     @functools.wraps(fun, updated=())
     def hessian(*args, **kwargs):
         body = functools.partial(_evaluate, layer)
         options = ("kernel_hessian", Identity(layer))
-        return _checked(layer, *compiled.run("kernel_hessian", fun, body, options, args, kwargs)[0])
+        return _require_exact(layer, *compiled.run("kernel_hessian", fun, body, options, args, kwargs)[0])
 
     return hessian
 
@@ -234,7 +234,8 @@ def _relative(a, b):
     return ops.max(ops.abs(a - b)) / ops.maximum(largest, keras.config.epsilon() ** 2)
 
 
-def _checked(layer, hessian, elsewhere, mixing):
+def _require_exact(layer, hessian, elsewhere, mixing):
+    """Returns `hessian`. Raises `ValueError` if it is not that of `fun`. Inside a compilation, it is NaN then."""
     # The largest difference that rounding in the layer's precision can explain.
     tolerance = 1e-3 if layer.compute_dtype in ("float32", "float64") else 5e-2
     known = _number(elsewhere), _number(mixing)  # if examples mix, the first is wrong too, so the second comes first
@@ -264,7 +265,7 @@ def _number(x):
         return None
 
 
-def _check_layer(layer):
+def _require_layer(layer):
     if not isinstance(layer, keras.layers.Dense):
         raise ValueError(f"kernel_hessian takes a keras.layers.Dense. Received: {validation.describe(layer)}.")
     if not layer.built:

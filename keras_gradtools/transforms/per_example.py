@@ -57,24 +57,20 @@ def per_example_grad(fun, argnums=0, has_aux=False):
     """
     require_function("per_example_grad", fun)
     if not validation.is_count(argnums, -math.inf):
-        raise ValueError(
-            f"The argnums of `per_example_grad` must be one position. Received: argnums={validation.shown(argnums)}."
-        )
+        raise validation.refused("per_example_grad", "one position", "argnums", argnums)
 
     validation.require_flag("per_example_grad", "has_aux", has_aux)
 
     @functools.wraps(fun, updated=())
     def gradients(*args, **kwargs):
         if not -len(args) <= argnums < len(args):
-            raise ValueError(
-                "The argnums of `per_example_grad` must be the position of the weights among the "
-                f"{len(args)} arguments. Received: argnums={argnums}."
-            )
+            expected = f"the position of the weights among the {len(args)} arguments"
+            raise validation.refused("per_example_grad", expected, "argnums", argnums)
         place = argnums % len(args)
         weights = differentiable_argument("per_example_grad", place, args[place])
         batch = nesting.map_structure(_example_tensor, (*args[:place], *args[place + 1 :]))
         flat_batch = [x for x in nesting.flatten(batch) if x is not None]
-        _check_batch(flat_batch)
+        _require_one_batch_size(flat_batch)
 
         rest_of_aux = None
 
@@ -115,7 +111,7 @@ def _example_tensor(x):
     return validation.as_tensor(x, "per_example_grad takes, besides the weights, tensors of shape (batch, ...)")
 
 
-def _check_batch(batch):
+def _require_one_batch_size(batch):
     sizes = [x.shape[0] if len(x.shape) else "none" for x in batch]
     known = {n for n in sizes if n is not None}
     if not sizes or "none" in known or len(known) > 1:

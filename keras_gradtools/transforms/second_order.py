@@ -58,11 +58,11 @@ def hessian(fun, argnums=0, chunk_size=None, has_aux=False):
     require_function("hessian", fun)
     require_argnums("hessian", argnums)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
-    validation.require_flag("hessian", "has_aux", has_aux)
+    has_aux = validation.require_flag("hessian", "has_aux", has_aux)
     # The derivative has at least as many elements as the argument, so forward mode never needs more directions.
     mode = "auto" if backend.HESSIAN_MODE == "reverse" else "forward"
-    chunk_size = jacobian_plans.checked_chunk_size(chunk_size)
-    return Jacobian(fun, Options("hessian", argnums, mode, chunk_size, bool(has_aux), of_derivative=True)).as_function()
+    chunk_size = jacobian_plans.require_chunk_size("hessian", chunk_size)
+    return Jacobian(fun, Options("hessian", argnums, mode, chunk_size, has_aux, of_derivative=True)).as_function()
 
 
 class FlatHessian(NamedTuple):

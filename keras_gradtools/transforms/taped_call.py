@@ -149,14 +149,14 @@ def as_result(x):
     return ops.convert_to_tensor(x) if is_array else x
 
 
+_POSITIONS = "the position of an argument, or a tuple of different positions,"
+
+
 def require_argnums(name, argnums):
     """Raises `ValueError` unless `argnums` is a position or several positions, whatever the number of arguments."""
     chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     if not all(validation.is_count(i, -math.inf) for i in chosen):
-        raise ValueError(
-            f"The argnums of `{name}` must be the position of an argument, or a tuple of different positions. "
-            f"Received: argnums={validation.shown(argnums)}."
-        )
+        raise validation.refused(name, _POSITIONS, "argnums", argnums)
 
 
 def argument_positions(name, argnums, count):
@@ -164,10 +164,8 @@ def argument_positions(name, argnums, count):
     chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     right = chosen and all(validation.is_count(i, -count) and i < count for i in chosen)
     if not right or len({i % count for i in chosen}) < len(chosen):
-        raise ValueError(
-            f"The argnums of `{name}` must be the position of an argument, or a tuple of different positions. The "
-            f"call has {count} positional arguments. Received: argnums={validation.shown(argnums)}."
-        )
+        advice = f"The call has {count} positional arguments."
+        raise validation.refused(name, _POSITIONS, "argnums", argnums, advice)
     return [i % count for i in chosen]
 
 

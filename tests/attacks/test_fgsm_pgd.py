@@ -445,10 +445,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: FGSM(-0.1), "FGSM expects a finite number of 0 or more as `epsilon`. Received: epsilon=-0.1"),
+            (lambda: FGSM(-0.1), "FGSM expects a number of 0 or more as `epsilon`. Received: epsilon=-0.1"),
             (lambda: FGSM(True), "epsilon=True"),
             (lambda: FGSM("0.1"), "epsilon='0.1'"),
-            (lambda: PGD(math.nan), "PGD expects a finite number .* as `epsilon`. Received: epsilon=nan"),
+            (lambda: PGD(math.nan), "PGD expects a number .* as `epsilon`. Received: epsilon=nan"),
             (lambda: FGSM(0.1, norm=1), "FGSM expects 2 or 'inf' as `norm`.* Received: norm=1"),
             (lambda: FGSM(0.1, clip=(1, 0)), "range of the data as `clip`.* Received: clip=\\(1, 0\\)"),
             (lambda: FGSM(0.1, clip=1.0), "range of the data as `clip`"),
@@ -461,7 +461,7 @@ class TestErrors:
             (lambda: PGD(0.1, steps=0), "PGD expects a positive integer as `steps`. Received: steps=0"),
             (lambda: PGD(0.1, steps=2.0), "a positive integer as `steps`. Received: steps=2.0"),
             (lambda: PGD(0.1, restarts=True), "a positive integer as `restarts`. Received: restarts=True"),
-            (lambda: PGD(0.1, step_size=-1), "0 or more as `step_size`. Received: step_size=-1"),
+            (lambda: PGD(0.1, step_size=-1), "0 or more, or None, as `step_size`. Received: step_size=-1"),
             (lambda: PGD(0.1, random_start=None), "True or False as `random_start`. Received: random_start=None"),
             (lambda: GaussianNoise(-1), "GaussianNoise expects .* as `stddev`. Received: stddev=-1"),
             (lambda: GaussianNoise(math.inf), "as `stddev`. Received: stddev=inf"),

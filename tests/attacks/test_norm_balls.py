@@ -100,10 +100,10 @@ class TestRandomPoints:
 
 @pytest.mark.parametrize("norm", ["inf", math.inf, np.inf, 2, 2.0, np.int64(2)])
 def test_spellings_of_a_norm(norm):
-    assert norm_balls.checked_norm("PGD", norm) == (2 if norm == 2 else "inf")
+    assert norm_balls.require_norm("PGD", norm) == (2 if norm == 2 else "inf")
 
 
 @pytest.mark.parametrize("norm", [1, "2", None, True, -math.inf])
 def test_other_norms_are_refused(norm):
     with pytest.raises(ValueError, match="PGD expects 2 or 'inf' as `norm`.*Received: norm="):
-        norm_balls.checked_norm("PGD", norm)
+        norm_balls.require_norm("PGD", norm)

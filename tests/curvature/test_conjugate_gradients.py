@@ -306,7 +306,7 @@ class TestErrors:
             ({"rtol": np.nan}, "`rtol`. Received: rtol=nan"),
             ({"atol": "small"}, "`atol`. Received: atol='small'"),
             ({"progress_tol": -1}, "`progress_tol`. Received: progress_tol=-1"),
-            ({"max_iterations": -1}, "0 or more as `max_iterations`. Received: max_iterations=-1"),
+            ({"max_iterations": -1}, "0 or more, or None, as `max_iterations`. Received: max_iterations=-1"),
             ({"max_iterations": 2.0}, "`max_iterations`. Received: max_iterations=2.0"),
             ({"max_iterations": True}, "`max_iterations`. Received: max_iterations=True"),
             ({"preconditioner": np.ones(3)}, "a function, or 2 positive numbers"),

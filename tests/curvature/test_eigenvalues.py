@@ -319,20 +319,20 @@ class TestErrors:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"which": "SM"}, "`which` to be one of LA, SA, LM, BE. Received: which='SM'"),
+            ({"which": "SM"}, "'LA', 'SA', 'LM' or 'BE' as `which`. Received: which='SM'"),
             ({"which": None}, "Received: which=None"),
-            ({"k": 0}, "`k` from 1 to 6, the size of the matrix. Received: k=0"),
+            ({"k": 0}, "from 1 to 6, the size of the matrix, as `k`. Received: k=0"),
             ({"k": 7}, "Received: k=7"),
             ({"k": -1}, "Received: k=-1"),
             ({"k": 2.0}, "Received: k=2.0"),
             ({"k": True}, "Received: k=True"),
-            ({"ncv": 2}, "above k=2. Received: ncv=2"),
+            ({"ncv": 2}, "above k=2, the vectors of its basis, as `ncv`. Received: ncv=2"),
             ({"ncv": 1}, "Received: ncv=1"),
             ({"ncv": 4.5}, "Received: ncv=4.5"),
             ({"ncv": True, "k": 1}, "Received: ncv=True"),
-            ({"max_restarts": -1}, "0 or more as `max_restarts`. Received: max_restarts=-1"),
+            ({"max_restarts": -1}, "0 or more, or None, as `max_restarts`. Received: max_restarts=-1"),
             ({"max_restarts": 1.5}, "Received: max_restarts=1.5"),
-            ({"tol": -1e-3}, "0 or more as `tol`. Received: tol=-0.001"),
+            ({"tol": -1e-3}, "0 or more, or None, as `tol`. Received: tol=-0.001"),
             ({"tol": np.nan}, "Received: tol=nan"),
             ({"tol": "small"}, "Received: tol='small'"),
         ],
@@ -370,5 +370,5 @@ class TestOfATrainedClassifier:
         with pytest.raises(kg.curvature.EigenvalueConvergenceError, match="in 0 restarts") as caught:
             hessian.eigsh(3, ncv=4, max_restarts=0)
         assert caught.value.eigenvalues.shape == (3,)
-        with pytest.raises(ValueError, match="`k` from 1 to 56"):
+        with pytest.raises(ValueError, match="from 1 to 56, the size of the matrix, as `k`"):
             hessian.eigsh(57)

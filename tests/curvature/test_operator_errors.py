@@ -160,7 +160,7 @@ class TestOptions:
 class TestFisherOptions:
     @pytest.mark.parametrize("kind", ["Exact", None, "mc", True])
     def test_kind(self, kind):
-        with refused("Fisher expects 'exact', 'monte_carlo', 'empirical' as `kind`. Received: kind="):
+        with refused("Fisher expects 'exact', 'monte_carlo' or 'empirical' as `kind`. Received: kind="):
             made(Fisher, kind=kind)
 
     @pytest.mark.parametrize("samples", [0, -1, 1.0, True, None])
@@ -316,12 +316,12 @@ class TestData:
 
     @pytest.mark.parametrize("data", [X, "data", {"x": X, "y": T}, 3, None], ids=["x", "str", "dict", "int", "None"])
     def test_no_data(self, cls, data):
-        with refused(rf"{cls.__name__} expects as `data` \(x, y\) or \(x, y, sample_weight\), a tf.data.Dataset"):
+        with refused(rf"{cls.__name__} expects \(x, y\) or \(x, y, sample_weight\), .* as `data`\. Received"):
             made(cls, data=data)
 
     @pytest.mark.parametrize("data", [(), (X,), (X, T, None, None)], ids=[0, 1, 4])
     def test_a_tuple_of_another_length(self, cls, data):
-        with refused(rf"{cls.__name__} expects as `data` .*Received: a tuple of {len(data)}"):
+        with refused(rf"{cls.__name__} expects \(x, y\) or .* as `data`\. Received: data=\("):
             made(cls, data=data)
 
     @pytest.mark.parametrize("batch", [(X,), (X, T, T[:, 0], X), X, {"x": X}], ids=["1", "4", "array", "dict"])
@@ -463,8 +463,8 @@ class TestMemory:
 
         monkeypatch.setattr(dense_memory.os, "sysconf", unknown)
         with pytest.raises(MemoryError, match="this machine has 16 GiB"):
-            dense_memory.check("Hessian", 10**6, np.dtype("float32"))
-        dense_memory.check("Hessian", 10**4, np.dtype("float32"))
+            dense_memory.require_room("Hessian", 10**6, np.dtype("float32"))
+        dense_memory.require_room("Hessian", 10**4, np.dtype("float32"))
 
 
 # --- models that do not compute the same twice ---

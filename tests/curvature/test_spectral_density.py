@@ -190,7 +190,7 @@ class TestExtremes:
         ({"steps": "50"}, "as `steps`. Received: steps='50'"),
         ({"points": 1}, "an integer of 2 or more as `points`. Received: points=1"),
         ({"points": None}, "as `points`. Received: points=None"),
-        ({"width": 0}, "a positive number as `width`. Received: width=0"),
+        ({"width": 0}, "a positive number, or None, as `width`. Received: width=0"),
         ({"width": -0.1}, "Received: width=-0.1"),
         ({"width": np.nan}, "Received: width=nan"),
         ({"width": np.inf}, "Received: width=inf"),

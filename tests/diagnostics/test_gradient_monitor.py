@@ -332,5 +332,5 @@ def test_options(options, message):
 
 
 def test_data_that_do_not_fit():
-    with pytest.raises(ValueError, match="expects as `data`"):
+    with pytest.raises(ValueError, match="as `data`. Received: data="):
         fitted(GradientMonitor((X,)))

@@ -415,7 +415,7 @@ def test_nothing_changes():
     ("model", "match"),
     [
         (lambda: keras.Sequential([layers.Dense(1)], name="new"), "the unbuilt model 'new'"),
-        (lambda: abs, "expects a built Keras model"),
+        (lambda: abs, "expects a Keras model or layer as `model`"),
     ],
 )
 def test_what_is_no_model(model, match):

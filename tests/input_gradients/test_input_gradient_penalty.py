@@ -874,7 +874,7 @@ def test_the_loss_given_goes_before_the_one_compiled():
 
 def test_an_unbuilt_model_is_refused_and_left_unbuilt():
     model = keras.Sequential([layers.Dense(K), layers.Dropout(0.5)], name="raw")
-    with pytest.raises(ValueError, match="takes a built model. Received: 'raw', which is not"):
+    with pytest.raises(ValueError, match="expects a built model. Received: the unbuilt model 'raw'"):
         penalty_of(model, X.astype("float32"), target="outputs", method="exact")
     assert not model.built
     assert model(X.astype("float32")).shape == (N, K)
@@ -897,26 +897,26 @@ def test_the_first_random_number_of_a_process_may_be_ours():
     [
         (
             {"target": "logits"},
-            "expects 'loss', 'outputs' or a function as `target`. Received: target='logits' (of type",
+            "expects 'loss', 'outputs' or a function as `target`. Received: target='logits'",
         ),
-        ({"target": None}, "expects 'loss', 'outputs' or a function as `target`. Received: target=None (of type"),
-        ({"norm": 3}, "expects 1, 2 or 'inf' as `norm`. Received: norm=3 (of type"),
-        ({"norm": True}, "expects 1, 2 or 'inf' as `norm`. Received: norm=True (of type"),
-        ({"norm": "2"}, "expects 1, 2 or 'inf' as `norm`. Received: norm='2' (of type"),
-        ({"squared": 1}, "expects True or False as `squared`. Received: squared=1 (of type"),
+        ({"target": None}, "expects 'loss', 'outputs' or a function as `target`. Received: target=None"),
+        ({"norm": 3}, "expects 1, 2 or 'inf' as `norm`. Received: norm=3"),
+        ({"norm": True}, "expects 1, 2 or 'inf' as `norm`. Received: norm=True"),
+        ({"norm": "2"}, "expects 1, 2 or 'inf' as `norm`. Received: norm='2'"),
+        ({"squared": 1}, "expects True or False as `squared`. Received: squared=1"),
         (
             {"frozen_statistics": None},
-            "expects True or False as `frozen_statistics`. Received: frozen_statistics=None (of type",
+            "expects True or False as `frozen_statistics`. Received: frozen_statistics=None",
         ),
-        ({"center": "1"}, "expects a finite number as `center`. Received: center='1' (of type"),
-        ({"center": float("nan")}, "expects a finite number as `center`. Received: center=nan (of type"),
-        ({"step_size": 0.0}, "expects a finite positive number as `step_size`. Received: step_size=0.0 (of type"),
-        ({"step_size": -1}, "expects a finite positive number as `step_size`. Received: step_size=-1 (of type"),
+        ({"center": "1"}, "expects a finite number as `center`. Received: center='1'"),
+        ({"center": float("nan")}, "expects a finite number as `center`. Received: center=nan"),
+        ({"step_size": 0.0}, "expects a positive number as `step_size`. Received: step_size=0.0"),
+        ({"step_size": -1}, "expects a positive number as `step_size`. Received: step_size=-1"),
         (
             {"step_size": float("inf")},
-            "expects a finite positive number as `step_size`. Received: step_size=inf (of type",
+            "expects a positive number as `step_size`. Received: step_size=inf",
         ),
-        ({"method": "double"}, "as `method`. Received: method='double' (of type"),
+        ({"method": "double"}, "as `method`. Received: method='double'"),
         ({"method": None}, "expects 'auto', 'exact', 'finite_difference' or 'random_projection' as `method`."),
         (
             {"method": "random_projection", "target": score},
@@ -924,9 +924,9 @@ def test_the_first_random_number_of_a_process_may_be_ours():
         ),
         ({"method": "random_projection"}, "if `target` is not 'outputs' as `method`. Received: method="),
         ({"projections": 0}, "expects a positive integer, or -1 for all outputs, as `projections`. Received: "),
-        ({"projections": -2}, "Received: projections=-2 (of type"),
-        ({"projections": 1.0}, "Received: projections=1.0 (of type"),
-        ({"projections": True}, "Received: projections=True (of type"),
+        ({"projections": -2}, "Received: projections=-2"),
+        ({"projections": 1.0}, "Received: projections=1.0"),
+        ({"projections": True}, "Received: projections=True"),
         ({"inputs": []}, "expects the name of an input, its position, or a list of these as `inputs`. Received: "),
         ({"inputs": 1.5}, "as `inputs`. Received: inputs=1.5"),
         ({"inputs": True}, "as `inputs`. Received: inputs=True"),
@@ -947,7 +947,7 @@ def test_bad_options(options, message):
 def test_projections_are_refused_where_they_are_biased(method, options):
     with pytest.raises(ValueError, match="estimate only the squared l2 norm without bias") as error:
         penalty_of(perceptron(), X.astype("float32"), target="outputs", method=method, **options)
-    assert "Received: projections=1 (of type" in str(error.value)
+    assert "Received: projections=1" in str(error.value)
 
 
 @pytest.mark.parametrize(

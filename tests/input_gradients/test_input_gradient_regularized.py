@@ -366,11 +366,11 @@ class Unbuilt(keras.Model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda: (layers.Dense(1), 0.1), "expects a keras.Model as `model`. Received: <Dense"),
-        (lambda: ("model", 0.1), "expects a keras.Model as `model`. Received: 'model'"),
+        (lambda: (layers.Dense(1), 0.1), "expects a keras.Model as `model`. Received: model=<Dense"),
+        (lambda: ("model", 0.1), "expects a keras.Model as `model`. Received: model='model'"),
         (lambda: (Unbuilt(name="raw"), 0.1), "expects a built model. Received: the unbuilt model 'raw'"),
         (lambda: (keras.Sequential([layers.Dense(1)], name="raw"), 0.1), "the unbuilt model 'raw'"),
-        (lambda: (linear(), -0.1), "a finite number of 0 or more as `weight`, or a"),
+        (lambda: (linear(), -0.1), "a finite number of 0 or more, or a keras.optimizers.schedules"),
         (lambda: (linear(), float("nan")), "Received: weight=nan"),
         (lambda: (linear(), float("inf")), "Received: weight=inf"),
         (lambda: (linear(), "0.1"), "Received: weight='0.1'"),

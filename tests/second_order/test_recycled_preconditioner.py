@@ -8,8 +8,8 @@ import pytest
 from keras_gradtools.curvature.solvers.conjugate_gradients import conjugate_gradients
 from keras_gradtools.second_order.recycled_preconditioner import (
     RecycledPreconditioner,
-    checked_rank,
     recycled_preconditioner,
+    require_rank,
 )
 
 DTYPES = {"float32": 2e-4, "float64": 1e-9}
@@ -364,4 +364,4 @@ def test_ranks(size, rank, expected):
 @pytest.mark.parametrize("rank", [-1, 1.5, True, "all"])
 def test_a_rank_that_is_none(rank):
     with pytest.raises(ValueError, match="NewtonCG expects an integer of 0 or more, or None, as `preconditioner_rank`"):
-        checked_rank("NewtonCG", rank)
+        require_rank("NewtonCG", rank)

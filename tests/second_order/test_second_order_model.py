@@ -498,7 +498,7 @@ class TestErrors:
             (lambda: Newton(damping=-1.0), "number of 0 or more as `damping`"),
             (lambda: Newton(damping=float("nan")), "as `damping`"),
             (lambda: Newton(max_attempts=0), "positive integer as `max_attempts`"),
-            (lambda: Newton(learning_rate=2.0), "at most 1, as `learning_rate`"),
+            (lambda: Newton(learning_rate=2.0), "at most 1, or a schedule, as `learning_rate`"),
             (lambda: LevenbergMarquardt(scaling="units"), "as `scaling`"),
             (lambda: NewtonCG(curvature="fisher"), "as `curvature`"),
             (lambda: NewtonCG(max_iterations=True), "as `max_iterations`"),

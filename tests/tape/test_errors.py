@@ -89,11 +89,11 @@ def test_targets_and_sources(name, method, role):
 BAD_CALLS = {
     "unconnected_gradients": (
         lambda tape, x, y: tape.gradient(y, x, unconnected_gradients="zeros"),
-        r"unconnected_gradients must be 'none' or 'zero'\. Received: unconnected_gradients='zeros'",
+        r"expects 'none' or 'zero' as `unconnected_gradients`\. Received: unconnected_gradients='zeros'",
     ),
     "unconnected_gradients of a jacobian": (
         lambda tape, x, y: tape.jacobian(y, x, unconnected_gradients=None),
-        r"unconnected_gradients must be 'none' or 'zero'\. Received: unconnected_gradients=None",
+        r"expects 'none' or 'zero' as `unconnected_gradients`\. Received: unconnected_gradients=None",
     ),
     "output_gradients of another shape": (
         lambda tape, x, y: tape.gradient(y, x, tensor([1.0, 2.0])),
@@ -134,7 +134,7 @@ BAD_CALLS = {
     **{
         f"chunk_size {size!r} of {method}": (
             lambda tape, x, y, size=size, method=method: getattr(tape, method)(y, x, chunk_size=size),
-            rf"chunk_size must be a positive integer or None\. Received: chunk_size={size!r}",
+            rf"{method} expects a positive integer, or None, as `chunk_size`\. Received: chunk_size={size!r}",
         )
         for size in (0, -1, 2.0, True, "auto")
         for method in ("jacobian", "batch_jacobian")

@@ -233,7 +233,7 @@ class TestArgumentsOfTensorFlow:
         "options, message",
         [
             ({"experimental_use_pfor": "no"}, "expects True or False as `experimental_use_pfor`"),
-            ({"parallel_iterations": 0}, "parallel_iterations must be a positive integer or None"),
+            ({"parallel_iterations": 0}, "a positive integer, or None, as `parallel_iterations`"),
             ({"parallel_iterations": 2, "chunk_size": 3}, "parallel_iterations.*chunk_size.*2 and 3"),
         ],
     )
@@ -264,7 +264,7 @@ class TestArgumentsOfTensorFlow:
             found = getattr(tape, method)(y, other, unconnected_gradients=UnconnectedGradients.ZERO)
             assert not np.any(ops.convert_to_numpy(found))
         close(tape.jvp(y, other, other, unconnected_gradients=UnconnectedGradients.ZERO), np.zeros((2, 3)))
-        with pytest.raises(ValueError, match="must be 'none' or 'zero'.*OTHER"):
+        with pytest.raises(ValueError, match="expects 'none' or 'zero' .*'other'"):
             tape.gradient(y, x, unconnected_gradients=UnconnectedGradients.OTHER)
 
 

@@ -337,9 +337,18 @@ class TestBatchJacobian:
     "call, message",
     [
         (lambda: kg.jacobian(3), "jacobian takes a function"),
-        (lambda: kg.jacobian(ops.tanh, mode="backward"), "mode must be .*'backward'"),
-        (lambda: kg.jacobian(ops.tanh, chunk_size=0), "chunk_size must be a positive integer.*0"),
-        (lambda: kg.batch_jacobian(ops.tanh, chunk_size=True), "chunk_size must be a positive integer.*True"),
+        (
+            lambda: kg.jacobian(ops.tanh, mode="backward"),
+            "jacobian expects 'auto', 'forward' or 'reverse' as `mode`.*'backward'",
+        ),
+        (
+            lambda: kg.jacobian(ops.tanh, chunk_size=0),
+            "jacobian expects a positive integer, or None, as `chunk_size`.*0",
+        ),
+        (
+            lambda: kg.batch_jacobian(ops.tanh, chunk_size=True),
+            "batch_jacobian expects a positive integer, or None, as `chunk_size`.*True",
+        ),
         (lambda: kg.jacobian(ops.tanh)(np.arange(3)), "Argument 0 under `jacobian` must be real and floating.*int"),
         (lambda: kg.jacobian(ops.tanh, argnums=2)(1.0), "argnums=2"),
         (lambda: kg.jacobian(lambda x: "y")(1.0), "returns must be a tensor.*'y'"),

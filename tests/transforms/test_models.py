@@ -978,8 +978,11 @@ def _functional():
     [
         (lambda: kg.functionalize(3), "takes a Keras model or layer. Received: 3"),
         (lambda: kg.functionalize(ops.tanh), "takes a Keras model or layer. Received: <function tanh"),
-        (lambda: kg.functionalize(keras.Sequential([layers.Dense(1)], name="raw")), "built model. Received: 'raw'"),
-        (lambda: kg.functionalize(layers.Dense(1, name="raw")), "built model. Received: 'raw'"),
+        (
+            lambda: kg.functionalize(keras.Sequential([layers.Dense(1)], name="raw")),
+            "built model. Received: the unbuilt model 'raw'",
+        ),
+        (lambda: kg.functionalize(layers.Dense(1, name="raw")), "built model. Received: the unbuilt model 'raw'"),
         (
             lambda: _functional()[0](_functional()[1][:3], np.ones((1, 3))),
             "\\(4, 2\\), \\(2,\\)\\]. Received: \\[\\(3, 4\\), \\(4,\\), \\(4, 2\\)\\]",

@@ -108,7 +108,7 @@ def test_unconnected_is_zero():
     "call, message",
     [
         (lambda: kg.per_example_grad(3), "per_example_grad takes a function"),
-        (lambda: kg.per_example_grad(squares, argnums=(0, 1)), "must be one position.*\\(0, 1\\)"),
+        (lambda: kg.per_example_grad(squares, argnums=(0, 1)), "expects one position as `argnums`.*\\(0, 1\\)"),
         (lambda: kg.per_example_grad(squares, argnums=3)(W, X, Y), "argnums=3"),
         (lambda: kg.per_example_grad(squares)(W, X, Y[:2]), "one batch size.*\\(5, 3\\), \\(2,\\)"),
         (lambda: kg.per_example_grad(lambda w, x: w)(2.0, 3.0), "tensors of shape \\(batch"),

@@ -26,9 +26,8 @@ class BatchLoss:
     """
 
     def __init__(self, owner, model, loss, variables, training):
-        if not isinstance(training, bool):
-            raise ValueError(f"{owner} expects True or False as `training`. Received: {validation.describe(training)}.")
-        self._owner, self._variables, self.training = owner, variables, training
+        self._owner, self._variables = owner, variables
+        self.training = validation.require_flag(owner, "training", training)
         self._draws: Any = None
         self._outputs_of = _as_they_are
         self._loss_weights = None
@@ -47,7 +46,7 @@ class BatchLoss:
             self._compile_loss = example_losses.compiled(loss)
             self.loss = loss
             what = loss if isinstance(loss, str) else Identity(loss)
-        self.key: tuple = (what, training, tuple(map(Identity, variables)))
+        self.key: tuple = (what, self.training, tuple(map(Identity, variables)))
 
     def of_logits(self, likelihood):
         """The equivalent loss of the logits, for a `likelihood` whose loss takes probabilities.
@@ -142,17 +141,13 @@ def with_masks_of(outputs, originals):
     return outputs
 
 
-def checked_model(owner, model):
+def require_model(owner, model):
     """Returns `model`, or its wrapped model if it is a wrapper. Raises `ValueError` unless that is built."""
     while isinstance(getattr(model, "wrapped_model", None), keras.Model):
         model = model.wrapped_model
     if not isinstance(model, keras.Layer):
         raise ValueError(f"{owner} expects a keras.Model as `model`. Received: {validation.describe(model)}.")
-    if not model.built:
-        raise ValueError(
-            f"{owner} expects a built model. Received: the unbuilt model {model.name!r}. Give it a keras.Input, or "
-            "call it on data once."
-        )
+    validation.require_built(owner, model)
     return model
 
 

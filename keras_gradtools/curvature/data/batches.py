@@ -27,25 +27,25 @@ class Batches:
     """
 
     def __init__(self, owner, data, batch_size, must_repeat=False):
+        validation.require_data(owner, data)
         self._owner = owner
         self._data = data
-        self._size = batch_size
+        self._size = validation.require_count(owner, "batch_size", batch_size)
         self._examples = None
         # Arrays and lists always repeat.
         self._passes_to_see = _PASSES if must_repeat and not isinstance(data, (tuple, list)) else 0
         self._first: Pass | None = None
         self.is_reordered = self.counts_order = False
-        validation.require_count(owner, "batch_size", batch_size)
         if isinstance(data, tuple):
             self._data = tuple(nesting.map_structure(self._array, part) for part in data)
             self._examples = self._number_of_examples(self._data)
-            self.count = math.ceil(self._examples / batch_size)
+            self.count = math.ceil(self._examples / self._size)
         elif isinstance(data, keras.utils.PyDataset):
             self.count = data.num_batches
             if self.count is None:
                 raise ValueError(f"{owner} needs a finite data set. Received: a PyDataset without `num_batches`.")
         else:
-            self.count = self._checked_length(data)
+            self.count = self._count_of(data)
         if self.count == 0:
             raise ValueError(f"{owner} needs examples. Received: an empty data set, {validation.describe(data)}.")
 
@@ -59,7 +59,7 @@ class Batches:
         is_empty = True
         seen = Pass() if self._passes_to_see else None
         for batch in self._raw():
-            batch = self._checked(batch)
+            batch = self._require_batch(batch)
             if batch_size_of(batch):
                 if seen is not None:
                     seen.add(batch)
@@ -113,7 +113,7 @@ class Batches:
         else:
             yield from self._data
 
-    def _checked(self, batch):
+    def _require_batch(self, batch):
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             what = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else validation.describe(batch)
             raise ValueError(
@@ -125,11 +125,6 @@ class Batches:
         return tensors
 
     def _number_of_examples(self, parts):
-        if len(parts) not in (2, 3):
-            raise ValueError(
-                f"{self._owner} expects as `data` (x, y) or (x, y, sample_weight), a tf.data.Dataset, a "
-                f"keras.utils.PyDataset or a torch DataLoader. Received: a tuple of {len(parts)}."
-            )
         shapes = [tuple(a.shape) for a in nesting.flatten(parts) if a is not None]
         sizes = {shape[0] if shape else None for shape in shapes}
         if len(sizes) != 1 or None in sizes:
@@ -147,13 +142,7 @@ class Batches:
             raise ValueError(f"{self._owner} expects arrays of numbers as `data`. Received: {validation.describe(x)}.")
         return array
 
-    def _checked_length(self, data):
-        if hasattr(data, "shape") or isinstance(data, (str, dict, set, frozenset)) or not hasattr(data, "__iter__"):
-            hint = " Give the list of the batches that it returns, `list(data())`." if callable(data) else ""
-            raise ValueError(
-                f"{self._owner} expects as `data` (x, y) or (x, y, sample_weight), a tf.data.Dataset, a "
-                f"keras.utils.PyDataset or a torch DataLoader. Received: {validation.describe(data)}.{hint}"
-            )
+    def _count_of(self, data):
         if hasattr(data, "__next__"):
             raise ValueError(
                 f"{self._owner} goes through the data at every product, and cannot go through a generator twice. "

@@ -6,7 +6,7 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.trace import random_signs, units
 from keras_gradtools.curvature.operators.products import matvec_of, progress_of, square_matrix
-from keras_gradtools.curvature.solvers.options import checked_matvecs
+from keras_gradtools.curvature.solvers.options import require_matvecs
 
 
 def diagonal(a, matvecs=99, seed=0):
@@ -39,7 +39,7 @@ def diagonal(a, matvecs=99, seed=0):
     """
     a = square_matrix("diagonal", a)
     validation.require_seed("diagonal", seed)
-    matvecs = checked_matvecs("diagonal", matvecs, 2)
+    matvecs = require_matvecs("diagonal", matvecs, 2)
     n, matvec = a.shape[0], matvec_of(a)
     with progress_of(a, "diagonal", min(matvecs, n)) as bar:
         if matvecs >= n:

@@ -76,7 +76,7 @@ def eigsh(a, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
     """
     a = symmetric_matrix("eigsh", a)
     n, dtype = a.shape[0], precision_of(a)
-    _check(n, k, which, ncv, max_restarts, tol)
+    _require_options(n, k, which, ncv, max_restarts, tol)
     validation.require_seed("eigsh", seed)
     matvec = matvec_of(a)
     ncv = min(n, max(2 * k + 1, 20) if ncv is None else ncv)
@@ -159,18 +159,11 @@ def _order(values, which):
     return ends
 
 
-def _check(n, k, which, ncv, max_restarts, tol):
-    if not validation.is_one_of(which, WHICH):
-        raise ValueError(
-            f"eigsh expects `which` to be one of {', '.join(WHICH)}. Received: which={validation.shown(which)}."
-        )
+def _require_options(n, k, which, ncv, max_restarts, tol):
+    validation.require_choice("eigsh", "which", which, WHICH)
     if not validation.is_count(k) or k > n:
-        raise ValueError(f"eigsh expects `k` from 1 to {n}, the size of the matrix. Received: k={validation.shown(k)}.")
+        raise validation.refused("eigsh", f"an integer from 1 to {n}, the size of the matrix,", "k", k)
     if ncv is not None and (not validation.is_count(ncv) or not (k < ncv or k == ncv == n)):
-        raise ValueError(
-            f"eigsh expects `ncv`, the vectors of its basis, above k={k}. Received: ncv={validation.shown(ncv)}."
-        )
-    if max_restarts is not None:
-        validation.require_count("eigsh", "max_restarts", max_restarts, 0)
-    if tol is not None and not (validation.is_number(tol) and tol >= 0):
-        raise ValueError(f"eigsh expects a number of 0 or more as `tol`. Received: tol={validation.shown(tol)}.")
+        raise validation.refused("eigsh", f"an integer above k={k}, the vectors of its basis,", "ncv", ncv)
+    validation.require_count("eigsh", "max_restarts", max_restarts, 0, may_be_none=True)
+    validation.require_number("eigsh", "tol", tol, least=0, may_be_none=True)

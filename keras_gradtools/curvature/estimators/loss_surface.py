@@ -66,7 +66,7 @@ def loss_surface(operator, directions=None, distance=1.0, points=21, seed=0):
             "loss_surface expects a curvature operator, which has a loss. Received: operator="
             f"{validation.describe(operator)}."
         )
-    validation.require_positive("loss_surface", "distance", distance)
+    validation.require_number("loss_surface", "distance", distance, above=0)
     validation.require_count("loss_surface", "points", points, 2)
     validation.require_seed("loss_surface", seed)
     if directions is None:

@@ -75,8 +75,7 @@ def spectral_density(a, probes=10, steps=50, *, points=1000, width=None, seed=0)
     for name, given, least in (("probes", probes, 2), ("steps", steps, 1), ("points", points, 2)):
         validation.require_count("spectral_density", name, given, least)
     validation.require_seed("spectral_density", seed)
-    if width is not None:
-        validation.require_positive("spectral_density", "width", width)
+    validation.require_number("spectral_density", "width", width, above=0, may_be_none=True)
     n, dtype, matvec = a.shape[0], precision_of(a), matvec_of(a)
     steps = min(steps, n)
     generator = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, dot
 from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, square_matrix
-from keras_gradtools.curvature.solvers.options import checked_matvecs
+from keras_gradtools.curvature.solvers.options import require_matvecs
 
 METHODS = ("hutch++", "hutchinson")
 
@@ -48,12 +48,9 @@ def trace(a, matvecs=99, method="hutch++", seed=0):
     """
     a = square_matrix("trace", a)
     validation.require_seed("trace", seed)
-    if not validation.is_one_of(method, METHODS):
-        raise ValueError(
-            f"trace expects 'hutch++' or 'hutchinson' as `method`. Received: method={validation.shown(method)}."
-        )
+    validation.require_choice("trace", "method", method, METHODS)
     least = 6 if method == "hutch++" else 2
-    matvecs = checked_matvecs("trace", matvecs, least)
+    matvecs = require_matvecs("trace", matvecs, least)
     n, matvec = a.shape[0], matvec_of(a)
     with progress_of(a, "trace", min(matvecs, n)) as bar:
         if matvecs >= n:

@@ -10,7 +10,7 @@ _SHARE = 0.5
 _TILE = 256
 
 
-def check(owner, n, dtype):
+def require_room(owner, n, dtype):
     """Raises `MemoryError` if a matrix of shape `(n, n)` would take more than half of the machine's memory."""
     needed, there = n * n * np.dtype(dtype).itemsize, _physical_memory()
     if needed > _SHARE * there:

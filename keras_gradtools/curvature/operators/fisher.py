@@ -85,16 +85,11 @@ class Fisher(CurvatureOperator):
         batch_size=256,
         verbose="auto",
     ):
-        if not validation.is_one_of(kind, KINDS):
-            raise ValueError(
-                f"Fisher expects {', '.join(map(repr, KINDS))} as `kind`. Received: kind={validation.shown(kind)}."
-            )
-        validation.require_count("Fisher", "samples", samples)
+        self._kind = validation.require_choice("Fisher", "kind", kind, KINDS)
+        self._samples = validation.require_count("Fisher", "samples", samples)
         if not validation.is_count(seed, 0) or seed >= 2**31:
-            raise ValueError(
-                f"Fisher expects an integer from 0 to 2**31 - 1 as `seed`. Received: seed={validation.shown(seed)}."
-            )
-        self._kind, self._samples, self._seed_given = kind, int(samples), int(seed)
+            raise validation.refused("Fisher", "an integer from 0 to 2**31 - 1", "seed", seed)
+        self._seed_given = int(seed)
         super().__init__(model, loss, data, variables, training, batch_size=batch_size, verbose=verbose)
 
     def _make_spec(self):

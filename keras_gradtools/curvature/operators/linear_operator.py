@@ -74,7 +74,7 @@ class LinearOperator:
     def dense(self):
         """The matrix as a NumPy array of shape `(n, n)`, from `n` products."""
         n, dtype = self.shape[0], solver_dtype(self.dtype)
-        dense_memory.check(type(self).__name__, n, dtype)
+        dense_memory.require_room(type(self).__name__, n, dtype)
         return self @ np.eye(n, dtype=dtype)
 
     def trace(self, matvecs=99, method="hutch++", seed=0):

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.curvature.data.batch_loss import BatchLoss, checked_model
+from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.data_sums import DataSums
 from keras_gradtools.curvature.data.progress import Progress
@@ -47,11 +47,8 @@ class CurvatureOperator(AlgebraicOperator):
     def __init__(self, model, loss, data, variables=None, training=False, *, batch_size=256, verbose="auto"):
         owner = type(self).__name__
         validation.require_loss(owner, loss)
-        if not validation.is_one_of(verbose, ("auto", 0, 1)):
-            raise ValueError(
-                f"{owner} expects 'auto', 0 or 1 as `verbose`. Received: verbose={validation.shown(verbose)}."
-            )
-        self.model = checked_model(owner, model)
+        validation.require_verbose(owner, verbose)
+        self.model = require_model(owner, model)
         self._parameters = Parameters(owner, self.model, variables)
         # A wrapper is compiled itself, so the compiled loss is that of `model`, not of the wrapped model.
         self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
@@ -92,10 +89,10 @@ class CurvatureOperator(AlgebraicOperator):
         Raises:
             MemoryError: If the matrix would take more than half of the machine's memory.
         """
-        chunk_size = jacobian_plans.checked_chunk_size(chunk_size) or COLUMNS
+        chunk_size = jacobian_plans.require_chunk_size(f"{type(self).__name__}.dense", chunk_size) or COLUMNS
         n, dtype = self._parameters.size, solver_dtype(self.dtype)
         owner = type(self).__name__
-        dense_memory.check(owner, n, dtype)
+        dense_memory.require_room(owner, n, dtype)
         matrix = np.empty((n, n), dtype)
         per_call = max(_NUMBERS_OF_A_CALL // max(n, 1) // chunk_size, 1) * chunk_size
         tasks = [

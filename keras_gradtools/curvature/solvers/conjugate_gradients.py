@@ -10,7 +10,6 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
 from keras_gradtools.curvature.operators.products import matvec_of, real_matrix, require_symmetric
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, real_numbers
-from keras_gradtools.curvature.solvers.options import require_non_negative
 
 # The window of Martens' rule: at least this many iterations, and at least this share of all iterations.
 _LEAST_WINDOW = 10
@@ -104,26 +103,17 @@ def conjugate_gradients(
     """
     a = real_matrix("conjugate_gradients", a)
     if callback is not None and (not callable(callback) or isinstance(callback, keras.KerasTensor)):
-        raise ValueError(
-            "conjugate_gradients expects a function of (i, x, value) as `callback`. Received: "
-            f"{validation.describe(callback)}."
-        )
+        raise validation.refused("conjugate_gradients", "a function of (i, x, value)", "callback", callback)
     b_given, b = b, _vector("b", b)
     n = len(b)
     shape = tuple(getattr(a, "shape", (n, n)))
     if shape != (n, n):
         raise ValueError(f"conjugate_gradients expects a square matrix for b of shape ({n},). Received: shape {shape}.")
     require_symmetric("conjugate_gradients", a)
-    options = (
-        ("damping", damping),
-        ("rtol", rtol),
-        ("atol", atol),
-        ("progress_tol", 0.0 if progress_tol is None else progress_tol),
-    )
-    for name, value in options:
-        require_non_negative("conjugate_gradients", name, value)
-    if max_iterations is not None:
-        validation.require_count("conjugate_gradients", "max_iterations", max_iterations, 0)
+    for name, value in (("damping", damping), ("rtol", rtol), ("atol", atol)):
+        validation.require_number("conjugate_gradients", name, value, least=0)
+    validation.require_number("conjugate_gradients", "progress_tol", progress_tol, least=0, may_be_none=True)
+    validation.require_count("conjugate_gradients", "max_iterations", max_iterations, 0, may_be_none=True)
     precondition = _preconditioner(preconditioner, n)
     matvec = matvec_of(a)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, lower_triangle, real_numbers
-from keras_gradtools.curvature.solvers.options import require_non_negative, scipy_module
+from keras_gradtools.curvature.solvers.options import scipy_module
 
 # The least damping of a matrix that needs some, relative to its largest entry.
 _SMALLEST_SHARE = 1e-10
@@ -69,11 +69,8 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
             "damped_solve expects a matrix of shape (n, n) and `b` of shape (n,) or (n, columns), of real numbers. "
             f"Received: {validation.describe(a)} and {validation.describe(b)}."
         )
-    require_non_negative("damped_solve", "damping", damping)
-    if not validation.is_number(factor) or not 1 < factor < np.inf:
-        raise ValueError(
-            f"damped_solve expects a number above 1 as `factor`. Received: factor={validation.shown(factor)}."
-        )
+    damping = validation.require_number("damped_solve", "damping", damping, least=0)
+    factor = validation.require_number("damped_solve", "factor", factor, above=1)
     matrix, columns = lower_triangle(matrix), columns.astype("float64")
     if not np.isfinite(matrix).all() or not np.isfinite(columns).all():
         raise ValueError("damped_solve expects finite numbers. Received: NaN or infinity in the matrix or in `b`.")
@@ -90,4 +87,4 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
             # This ends, since by Gershgorin's theorem no eigenvalue is below -n times the largest entry.
             damping = max(factor * damping, _SMALLEST_SHARE * scale)
             continue
-        return DampedSolution(in_kind_of(b, x), float(damping), attempts)
+        return DampedSolution(in_kind_of(b, x), damping, attempts)

@@ -11,17 +11,10 @@ class Derivative(keras.layers.Wrapper):
 
     def __init__(self, layer, return_outputs=False, inputs=None, **kwargs):
         if not isinstance(layer, keras.Layer):
-            raise ValueError(
-                f"{type(self).__name__} expects a Keras layer or model. Received: {validation.describe(layer)}."
-            )
-        if not isinstance(return_outputs, bool):
-            raise ValueError(
-                f"{type(self).__name__} expects True or False as `return_outputs`. "
-                f"Received: {validation.shown(return_outputs)}."
-            )
-        self._inputs = chosen_inputs.checked_choice(type(self).__name__, inputs)
+            raise validation.refused(type(self).__name__, "a Keras layer or model", "layer", layer)
+        self.return_outputs = validation.require_flag(type(self).__name__, "return_outputs", return_outputs)
+        self._inputs = chosen_inputs.require_names(type(self).__name__, inputs)
         super().__init__(layer, **kwargs)
-        self.return_outputs = return_outputs
 
     def build(self, input_shape=None):
         # `Wrapper.build` assumes a single input shape.

@@ -1,6 +1,6 @@
 """The base class of layers that return the Laplacian or the divergence of a wrapped layer."""
 
-from keras_gradtools.transforms.differential_operators import checked_axes, require_axes
+from keras_gradtools.transforms.differential_operators import require_axes
 from keras_gradtools.transforms.layers.derivative import Derivative
 
 
@@ -11,12 +11,12 @@ class DifferentialOperator(Derivative):
         super().__init__(layer, return_outputs, inputs, **kwargs)
         self.axes = None if axes is None else require_axes(type(self).__name__, axes)
 
-    def _check_axes(self, inputs):
+    def _require_axes(self, inputs):
         if len(inputs.shape) != 2 or inputs.shape[1] is None:
             raise ValueError(
                 f"{type(self).__name__} expects an input of shape (batch, n). Received: shape {tuple(inputs.shape)}."
             )
-        return checked_axes(type(self).__name__, self.axes, inputs.shape[1])
+        return require_axes(type(self).__name__, self.axes, inputs.shape[1])
 
     def get_config(self):
         return {**super().get_config(), "axes": self.axes}

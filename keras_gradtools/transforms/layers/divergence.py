@@ -51,7 +51,7 @@ class Divergence(DifferentialOperator):
         return divergence(fun, self.axes)(x)
 
     def derivative_spec(self, inputs, outputs):
-        axes = self._check_axes(inputs)
+        axes = self._require_axes(inputs)
         if len(outputs.shape) != 2 or outputs.shape[1] != len(axes):
             raise ValueError(
                 f"Divergence expects outputs of shape (batch, {len(axes)}), one for each axis. Received: shape "

@@ -50,5 +50,5 @@ class Laplacian(DifferentialOperator):
         return laplacian(fun, self.axes)(x)
 
     def derivative_spec(self, inputs, outputs):
-        self._check_axes(inputs)
+        self._require_axes(inputs)
         return outputs.shape
