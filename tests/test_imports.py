@@ -12,7 +12,7 @@ LEVELS = [
     {"nesting"},
     {"validation", "keras_internals"},
     {"backend"},
-    {"chosen_inputs", "drawing"},
+    {"chosen_inputs", "drawing", "example_vectors"},
     {"independence"},
     {"tape"},
     {"gradient_control"},

@@ -10,6 +10,7 @@ from keras_gradtools import backend, validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.data_range import bounds
 from keras_gradtools.attacks.perturbed_input import OfOneInput, called, constant_weights, output_activation
+from keras_gradtools.example_vectors import for_each
 from keras_gradtools.transforms import compiled
 
 
@@ -34,7 +35,7 @@ def input_gradients(model, objective, x, y):
 def ascend(model, objective, norm, moved, x, y, epsilon, step_size, low, high):
     """The end point of one ascent step from `moved`, and the badness at `moved`."""
     gradients, _, badness = input_gradients(model, objective, moved, y)
-    step = norm_balls.for_each(step_size, x) * ops.cast(norm_balls.steepest(gradients, norm), x.dtype)
+    step = for_each(step_size, x) * ops.cast(norm_balls.steepest(gradients, norm), x.dtype)
     further = x + norm_balls.projected(moved + step - x, epsilon, norm)
     # If x is in the range, clipping moves no element further from x, so the result stays in the ball.
     return ops.clip(further, low, high), badness
@@ -79,7 +80,7 @@ def just_ascend(model, objective, norm, *args):
 def _worse(badness, moved, best, worst):
     badness = ops.cast(badness, worst.dtype)
     is_worse = badness > worst
-    return ops.where(norm_balls.for_each(is_worse, moved), moved, best), ops.where(is_worse, badness, worst)
+    return ops.where(for_each(is_worse, moved), moved, best), ops.where(is_worse, badness, worst)
 
 
 class CompiledAscent:

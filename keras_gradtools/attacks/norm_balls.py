@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.example_vectors import at_least_single, flattened, for_each, norms
 
 
 def require_norm(owner, norm):
@@ -20,34 +21,21 @@ def require_norm(owner, norm):
     raise validation.refused(owner, "2 or 'inf'", "norm", norm, "It is the norm of the perturbation.")
 
 
-def for_each(values, like):
-    """`values` of shape `(batch,)`, reshaped to broadcast over examples of shape `(batch, ...)`."""
-    return ops.reshape(values, (-1, *[1] * (len(like.shape) - 1)))
-
-
 def lengths(perturbations, norm):
-    """The norm of each perturbation, of shape `(batch,)`."""
-    flat = ops.reshape(perturbations, (ops.shape(perturbations)[0], -1))
-    if norm == "inf":
-        return ops.max(ops.abs(flat), axis=1)
-    flat = _in_full_precision(flat)
-    # Scaled first, because the squares of small gradients would underflow.
-    largest = ops.maximum(ops.max(ops.abs(flat), axis=1), 1e-37)
-    return largest * ops.sqrt(ops.sum(ops.square(flat / largest[:, None]), axis=1))
+    """The norm of each perturbation, of shape `(batch,)`, in float32 or float64."""
+    return norms(flattened([perturbations]), norm)
 
 
 def dual_lengths(gradients, norm):
     """The dual norm of each gradient: the largest slope along a perturbation of norm 1."""
-    if norm == 2:
-        return lengths(gradients, 2)
-    return ops.sum(ops.abs(ops.reshape(gradients, (ops.shape(gradients)[0], -1))), axis=1)
+    return norms(flattened([gradients]), 2 if norm == 2 else 1)
 
 
 def steepest(gradients, norm):
     """The steepest ascent direction of norm 1 for each gradient, zero where the gradient is zero."""
     if norm == "inf":
         return ops.sign(gradients)
-    gradients = _in_full_precision(gradients)
+    gradients = at_least_single(gradients)
     return gradients / for_each(ops.maximum(lengths(gradients, 2), 1e-37), gradients)
 
 
@@ -58,11 +46,7 @@ def projected(perturbations, epsilon, norm):
         return ops.clip(perturbations, -bound, bound)
     length = ops.maximum(lengths(perturbations, 2), 1e-37)
     share = ops.minimum(ops.cast(epsilon, length.dtype) / length, 1.0)
-    return ops.cast(_in_full_precision(perturbations) * for_each(share, perturbations), perturbations.dtype)
-
-
-def _in_full_precision(x):
-    return ops.cast(x, keras.backend.result_type(validation.dtype_of(x), "float32"))
+    return ops.cast(at_least_single(perturbations) * for_each(share, perturbations), perturbations.dtype)
 
 
 def random_points(like, epsilon, norm, seed):

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.backend import example_losses
+from keras_gradtools.example_vectors import at_least_single
 
 NAMED = ("cross_entropy", "margin")
 # Tolerance on the sum of probabilities, large enough for half precision.
@@ -23,7 +24,7 @@ def classifier_scores(outputs, activation=None):
     logarithms. Their gradient is that of the logits even if the largest probability is rounded to 1, as long as the
     others are not rounded to 0. A single output is the logit of class 1, or its probability after a sigmoid.
     """
-    scores = ops.cast(outputs, keras.backend.result_type(validation.dtype_of(outputs), "float32"))
+    scores = at_least_single(outputs)
     if scores.shape[-1] == 1:
         if activation is keras.activations.sigmoid:
             return _logarithms(ops.concatenate([1.0 - scores, scores], axis=-1))

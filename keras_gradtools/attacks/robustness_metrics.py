@@ -13,6 +13,7 @@ from keras_gradtools.attacks.data_range import bounds, extent
 from keras_gradtools.attacks.masked_gradients import signs_of_masking
 from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
+from keras_gradtools.example_vectors import for_each
 from keras_gradtools.transforms import batch_jacobian
 
 DRAWS_OF_NOISE = 10
@@ -109,7 +110,7 @@ class RobustnessMetrics:
         worst = None
         for _ in range(DRAWS_OF_NOISE):
             drawn = norm_balls.random_points(x, epsilon, norm, seeds.randrange(2**31))
-            noise = norm_balls.for_each(epsilon, x) * norm_balls.steepest(drawn, norm)
+            noise = for_each(epsilon, x) * norm_balls.steepest(drawn, norm)
             badness = ascent.badness(objective, ops.clip(x + noise, low, high), y)
             worst = badness if worst is None else ops.maximum(worst, badness)
         return worst

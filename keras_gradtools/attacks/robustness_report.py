@@ -13,6 +13,7 @@ from keras_gradtools.attacks.batches import map_batches, require_examples, requi
 from keras_gradtools.attacks.data_range import extent
 from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
+from keras_gradtools.example_vectors import for_each
 
 NAME = "robustness_report"
 # A misclassified label has a probability of 1/2 or less.
@@ -223,7 +224,7 @@ def _measure_batch(model, attack, most, examples):
         way = np.where(is_right, found, 0.0).clip(LEAST_WAY * most, most).astype("float32")
         for share in SAMPLED:
             h = ops.convert_to_tensor(share * way)
-            moved = x + ops.cast(norm_balls.for_each(h, x) * direction, x.dtype)
+            moved = x + ops.cast(for_each(h, x) * direction, x.dtype)
             further, slope_there, _ = ascent.slopes(loss_objective, moved, y)
             largest_slope = ops.maximum(largest_slope, slope_there)
             curvature = ops.maximum(curvature, 2 * (further - loss - h * slope) / ops.square(h))

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
-from keras_gradtools.diagnostics.example_vectors import for_each, normalized, numbers, split, squares
+from keras_gradtools.example_vectors import normalized, numbers, scaled, split, squares
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.jacobians import batch_jacobian
 from keras_gradtools.transforms.taped_call import TapedCall
@@ -242,9 +242,9 @@ def _bidiagonalize(chosen, fun, x, v, u, beta, **kwargs):
     call = taped(NAME, chosen, fun, x, kwargs)
     call.record.keeps_graph = True
     pushed = nesting.flatten(call.push(v))
-    u, alpha = normalized([p - for_each(beta, p) * old for p, old in zip(pushed, u, strict=True)])
+    u, alpha = normalized([p - scaled(beta, old) for p, old in zip(pushed, u, strict=True)])
     pulled = nesting.flatten(call.pull(nesting.pack_as(call.target, u)))
-    v, beta = normalized([p - for_each(alpha, p) * old for p, old in zip(pulled, v, strict=True)])
+    v, beta = normalized([p - scaled(alpha, old) for p, old in zip(pulled, v, strict=True)])
     return (u, v, alpha, beta), None
 
 

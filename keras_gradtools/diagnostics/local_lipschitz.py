@@ -7,8 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
-from keras_gradtools.diagnostics.example_vectors import for_each, normalized, numbers, split, squares
 from keras_gradtools.diagnostics.jacobian_spectrum import outputs_of, require_examples, require_inputs, taped
+from keras_gradtools.example_vectors import for_each, normalized, numbers, split, squares
 from keras_gradtools.transforms import compiled
 
 NAME = "local_lipschitz"
@@ -95,7 +95,7 @@ def _step(chosen, fun, x, here, delta, radius, **kwargs):
     direction, length = normalized(pulled)
     # Where the gradient is zero, keep the perturbation.
     following = [
-        ops.where(for_each(length, d) > 0, ops.cast(radius, d.dtype) * new, d)
+        ops.where(for_each(ops.cast(length, d.dtype), d) > 0, ops.cast(radius, d.dtype) * new, d)
         for new, d in zip(direction, delta, strict=True)
     ]
     return (ratio, following), None

@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.example_vectors import numbers
 
 # In epsilons. Sums in a different order differ by a few of them. Any statistic of a batch has a far larger effect.
 _ROUNDING = 64
@@ -118,10 +119,10 @@ def halves(batch_size, seed=0):
     return [half for chosen in (in_turn, first, drawn) for half in (chosen, ~chosen)]
 
 
-def numbers(x):
-    """A tensor's values as a NumPy array, or None inside a compiled function. Half precision becomes float32."""
+def known_numbers(x):
+    """A tensor as a NumPy array in double precision, or None inside a compiled function."""
     try:
-        return np.asarray(ops.convert_to_numpy(ops.cast(ops.stop_gradient(x), "float32" if _is_short(x) else x.dtype)))
+        return numbers(ops.stop_gradient(x))
     except Exception:  # each framework raises its own class
         return None
 
@@ -134,7 +135,7 @@ class Leak:
 
     def add(self, values, own):
         """Adds derivatives with respect to all rows. `own` selects the rows of the examples that are differentiated."""
-        rows = np.asarray(values, "float64").reshape(len(own), -1)
+        rows = values.reshape(len(own), -1)
         self.is_finite = self.is_finite and bool(np.isfinite(rows).all())
         self.crossing += float((rows[~own] ** 2).sum())
         self.within += float((rows[own] ** 2).sum())
@@ -170,7 +171,7 @@ def of_record(tape, targets, sources, batch_size, seed=0):
         ]
         for found, owner in zip(backend.pullback(tape, targets, sources, chosen), by, strict=True):
             if found is not None:
-                leak.add(numbers(found), half[owner])
+                leak.add(known_numbers(found), half[owner])
     return leak
 
 
@@ -212,7 +213,7 @@ def require_finite(name, leak):
 
 def require_values(name, tensors):
     """Raises `ValueError` inside a compiled function, where tensors have no values to compare."""
-    if any(numbers(x) is None for x in nesting.flatten(tensors)):
+    if any(known_numbers(x) is None for x in nesting.flatten(tensors)):
         raise ValueError(
             f"{name} compares values, which are not known inside a compiled function. Call it eagerly. Or call "
             "`keras_gradtools.diagnostics.batch_independence(model, x)` first, and do not pass `check_independence` "
@@ -227,7 +228,3 @@ def _owners(x, batch_size):
 
 def _along_rows(chosen, like):
     return chosen.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _is_short(x):
-    return validation.dtype_of(x) in ("float16", "bfloat16")

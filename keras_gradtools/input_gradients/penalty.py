@@ -7,9 +7,9 @@ import warnings
 import keras
 from keras import ops
 
-from keras_gradtools import backend, chosen_inputs, validation
+from keras_gradtools import backend, chosen_inputs, example_vectors, validation
 from keras_gradtools.backend import state
-from keras_gradtools.input_gradients import gradient_norms, smoothness
+from keras_gradtools.input_gradients import smoothness
 from keras_gradtools.input_gradients.targets import ALL
 from keras_gradtools.tape import vectors
 
@@ -101,26 +101,26 @@ class Penalty:
     def _measure(self, choice, call, target):
         if choice.method == "finite_difference":
             return self._finite_differences(call, target)
-        g = gradient_norms.rows(self._connected(call, target.pull(call)))
-        return Penalties(self._of_gradients(g), gradient_norms.norms(ops.stop_gradient(g), self.norm))
+        g = example_vectors.flattened(self._connected(call, target.pull(call)))
+        return Penalties(self._of_gradients(g), example_vectors.norms(ops.stop_gradient(g), self.norm))
 
     def _finite_differences(self, call, target):
-        quotients, row_norms = [], []
+        quotients, part_norms = [], []
         for part in target.parts():
             values = part.recorded(call)
             pulled = call.pull_constant([values], [ops.ones_like(values)])
             self._connected(call, pulled)
             pairs = zip(pulled, call.sources, strict=True)
-            g = gradient_norms.rows([vectors.zeros(x) if u is None else u for u, x in pairs])
-            norms, directions = gradient_norms.norms_and_directions(g, self.norm)
+            g = example_vectors.flattened([vectors.zeros(x) if u is None else u for u, x in pairs])
+            norms, directions = example_vectors.norms_and_directions(g, self.norm)
             further = part.each(call.again(self._shifted(call.sources, directions)))
-            difference = gradient_norms.at_least_single(further) - gradient_norms.at_least_single(values)
+            difference = example_vectors.at_least_single(further) - example_vectors.at_least_single(values)
             # Where nothing was shifted, the two values may still be rounded differently.
             quotients.append(ops.where(norms > 0, difference / self.step_size, 0.0))
-            row_norms.append(norms)
+            part_norms.append(norms)
         if len(quotients) == 1:
-            return Penalties(self._from_center(quotients[0]), row_norms[0])
-        norms = gradient_norms.norms(ops.stack(row_norms, axis=1), self.norm)
+            return Penalties(self._from_center(quotients[0]), part_norms[0])
+        norms = example_vectors.norms(ops.stack(part_norms, axis=1), self.norm)
         return Penalties(self._of_gradients(ops.stack(quotients, axis=1)), norms)
 
     def _connected(self, call, gradients):
@@ -144,11 +144,11 @@ class Penalty:
     def _of_gradients(self, g):
         if self.is_plain_square:
             return ops.sum(ops.square(g), axis=1)
-        return self._from_center(gradient_norms.norms(g, self.norm))
+        return self._from_center(example_vectors.norms(g, self.norm))
 
     def _from_center(self, norms):
         distance = norms - self.center if self.center else norms
-        return ops.square(distance) if self.squared else gradient_norms.magnitude(distance)
+        return ops.square(distance) if self.squared else example_vectors.magnitude(distance)
 
     def get_config(self):
         target = self.target

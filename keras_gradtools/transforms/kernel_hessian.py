@@ -12,6 +12,7 @@ from keras import ops
 from keras_gradtools import backend, validation
 from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.state import StateScope
+from keras_gradtools.example_vectors import for_each
 from keras_gradtools.tape.gradient_tape import GradientTape
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.closures import Identity
@@ -217,11 +218,8 @@ def _mixing(tape, gradients, outputs, curvature):
         return ops.convert_to_tensor(elements, dtype=z.dtype)
 
     vectors = [vector(z, salt) for salt, z in enumerate(outputs)]
-    scaled = [
-        ops.reshape(ops.cast(factors, z.dtype), (-1, *[1] * (len(z.shape) - 1))) * v[None]
-        for z, v in zip(outputs, vectors, strict=True)
-    ]
-    pulled = tape.gradient(gradients, outputs, scaled, unconnected_gradients="zero")
+    cotangents = [for_each(ops.cast(factors, z.dtype), z) * v[None] for z, v in zip(outputs, vectors, strict=True)]
+    pulled = tape.gradient(gradients, outputs, cotangents, unconnected_gradients="zero")
     pulled = ops.concatenate([_by_position(p, curvature.dtype) for p in pulled], axis=1)
     joined = ops.concatenate([_by_position(v[None], curvature.dtype) for v in vectors], axis=1)[0]
     own = ops.einsum("po,bpoqr->bqr", joined, curvature) * ops.cast(factors, curvature.dtype)[:, None, None]
