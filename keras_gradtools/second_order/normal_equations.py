@@ -1,6 +1,5 @@
 """The Gauss-Newton matrix and the gradient of a small model, from the Jacobians of its examples."""
 
-import functools
 import math
 
 import numpy as np
@@ -9,10 +8,8 @@ from keras import ops
 from keras_gradtools import backend, nesting
 from keras_gradtools.curvature.data.batch_loss import with_masks_of
 from keras_gradtools.curvature.data.batches import batch_size_of
-from keras_gradtools.curvature.data.data_sums import spread
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
 from keras_gradtools.curvature.operators.linear_maps import SecondDerivative
-from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.first_order import value_and_grad
 
 # Above these limits, products with unit vectors are better: each output takes a vjp of the whole batch, the Jacobian is
@@ -42,13 +39,12 @@ class NormalEquations:
     def __init__(self, operator):
         self._operator = operator
         # If the model returns probabilities, the operator uses a loss of their logits, which is not handled here.
-        is_gauss_newton = isinstance(operator, GaussNewton)
-        self._is_possible = is_gauss_newton and operator._sums.spec.loss is operator._sums.loss
+        self._is_possible = isinstance(operator, GaussNewton) and not operator.is_of_logits
         self._is_checked = False
 
     def of(self, operator):
         """The loss, the gradient and the matrix at the current weights."""
-        operator._sums.prepare()
+        operator.check()
         found = self._summed(operator) if self._is_possible else None
         if found is None:
             return (*operator.loss_and_gradient(), operator.dense())
@@ -56,13 +52,13 @@ class NormalEquations:
 
     def _summed(self, operator):
         sums, count = None, 0
-        for batch in operator._sums.batches:
+        for batch in operator.batches():
             if not self._fits(batch):
                 return None
             try:
-                of_batch = self._sums(batch, operator._sums.draws)
+                of_batch = _sums(operator, batch)
                 if not self._is_checked:
-                    self._is_possible = self._agrees(operator._on(batch), batch, of_batch)
+                    self._is_possible = _agrees(operator.of_batch(batch, draws_anew=False), batch, of_batch)
                     self._is_checked = True
             except Exception:
                 # If the model itself is at fault, products with unit vectors will raise its error again.
@@ -78,26 +74,23 @@ class NormalEquations:
         n, p = batch_size_of(batch), self._operator.shape[0]
         return n * p <= _MOST_NUMBERS and n * p * p <= _MOST_MULTIPLICATIONS
 
-    def _sums(self, batch, draws):
-        operator = self._operator
-        batch = spread(batch)
-        key = ("NormalEquations", operator._sums.spec.key, draws.key)
-        body = functools.partial(_of_batch, operator._sums.spec.loss, operator._sums.parameters, draws)
-        parts, _ = compiled.run("NormalEquations", operator.model, body, key, (batch, draws.values), {})
-        total, gradient, matrix = np.zeros(()), 0.0, 0.0
-        for part in parts:
-            jacobian, curved, residual, loss = (ops.convert_to_numpy(x).astype("float64", copy=False) for x in part)
-            matrix = matrix + jacobian.T @ curved
-            gradient = gradient + residual @ jacobian
-            total = total + loss
-        return [total, gradient, matrix]
 
-    def _agrees(self, operator, batch, sums):
-        _, _, matrix = _means(sums, batch_size_of(batch))
-        v = np.random.default_rng(0).choice([-1.0, 1.0], len(matrix))
-        expected = np.asarray(operator @ v.astype(operator.dtype), "float64")
-        # Written so that NaN counts as a mismatch.
-        return bool(np.linalg.norm(matrix @ v - expected) <= _TOLERANCE * np.linalg.norm(expected))
+def _sums(operator, batch):
+    total, gradient, matrix = np.zeros(()), 0.0, 0.0
+    for part in operator.compute("normal equations", _of_batch, batch):
+        jacobian, curved, residual, loss = (ops.convert_to_numpy(x).astype("float64", copy=False) for x in part)
+        matrix = matrix + jacobian.T @ curved
+        gradient = gradient + residual @ jacobian
+        total = total + loss
+    return [total, gradient, matrix]
+
+
+def _agrees(operator, batch, sums):
+    _, _, matrix = _means(sums, batch_size_of(batch))
+    v = np.random.default_rng(0).choice([-1.0, 1.0], len(matrix))
+    expected = np.asarray(operator @ v.astype(operator.dtype), "float64")
+    # Written so that NaN counts as a mismatch.
+    return bool(np.linalg.norm(matrix @ v - expected) <= _TOLERANCE * np.linalg.norm(expected))
 
 
 def _means(sums, count):
@@ -106,13 +99,12 @@ def _means(sums, count):
     return float(total), gradient, 0.5 * (matrix + matrix.T)
 
 
-def _of_batch(loss, parameters, draws, model, batch, values):
+def _of_batch(spec, loss, parameters, model, batch):
     """For each replica's part: the Jacobian J, H J with the Hessian H of the loss, the gradient of the loss, the loss.
 
     H and the gradient are with respect to the outputs. J has a row for each output of each example. Everything except J
     is multiplied by the number of examples in the part.
     """
-    loss = loss.drawing(draws.with_values(values))
 
     def of_part(part):
         x, y, sample_weight = part

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.training.current_weights import sync_weights
 from keras_gradtools.training.event_file import EventFile
 from keras_gradtools.training.left_out import LeftOut
 from keras_gradtools.training.schedule import Schedule
@@ -102,10 +103,7 @@ class Monitor(keras.callbacks.Callback):
 
     def sync_weights(self):
         """Brings the current weights into the variables of the model, as before `measure`."""
-        # Between training steps on JAX, Keras keeps the current weights outside of the variables.
-        sync = getattr(self.model, "jax_state_sync", None)
-        if sync is not None:
-            sync()
+        sync_weights(self.model)
 
     def on_train_begin(self, logs=None):
         self._left_out = LeftOut(self._owner)

@@ -13,6 +13,7 @@ from keras_gradtools.curvature.data import batch_sums
 from keras_gradtools.curvature.data.batches import OneBatch, batch_size_of
 from keras_gradtools.curvature.data.draws import Draws
 from keras_gradtools.curvature.data.repeatability import Repeatability
+from keras_gradtools.training.current_weights import sync_weights
 from keras_gradtools.transforms import compiled
 
 # Larger models take long to trace. Both limits matter: two transformer blocks have few variables, but hundreds of
@@ -159,11 +160,7 @@ class DataSums:
 
     def sync(self):
         """Gets the current weights."""
-        # Between training steps on JAX, Keras keeps them outside of the variables.
-        for model in (self._trainer, self.model):
-            sync = getattr(model, "jax_state_sync", None)
-            if sync is not None:
-                sync()
+        sync_weights(self._trainer, self.model)
 
 
 def spread(batch):

@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import nesting, validation
 from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
-from keras_gradtools.curvature.data.data_sums import DataSums
+from keras_gradtools.curvature.data.data_sums import DataSums, spread
 from keras_gradtools.curvature.data.progress import Progress
 from keras_gradtools.curvature.estimators.loss_surface import loss_surface
 from keras_gradtools.curvature.operators import dense_memory
@@ -175,22 +175,27 @@ class CurvatureOperator(AlgebraicOperator):
         """The number of examples in the data."""
         return sum(map(batch_size_of, self._sums.batches))
 
-    def of_batch(self, batch):
+    def of_batch(self, batch, draws_anew=True):
         """The same operator on a single batch, `(x, y, sample_weight)` as tensors.
 
-        Its random numbers start from the current states of the seeds.
+        Its random numbers start from the current states of the seeds, or are those of this operator.
         """
-        other = self._on(batch)
-        other.draw_anew()
-        # Both share the set of passed checks. The seeds that a check finds are kept for the next batch.
-        other._sums.prepare()
-        self._sums.draws = other._sums.draws
-        return other
-
-    def _on(self, batch):
         other = copy.copy(self)
         other._sums = self._sums.of_batch(batch)
+        if draws_anew:
+            other.draw_anew()
+            # Both share the set of passed checks. The seeds that a check finds are kept for the next batch.
+            other._sums.prepare()
+            self._sums.draws = other._sums.draws
         return other
+
+    def compute(self, what, body, batch):
+        """Runs `body(spec, loss, parameters, model, batch)` compiled, with the random numbers of this operator.
+
+        `what` tells programs apart. `spec` is the `OfBatch` of the operator, `loss` its `BatchLoss`, and `parameters`
+        its `Parameters`.
+        """
+        return self._sums.run(what, body, spread(batch))
 
     def draw_anew(self):
         """Takes the current states of the model's seeds, so that dropout uses new masks from here on.
@@ -203,6 +208,11 @@ class CurvatureOperator(AlgebraicOperator):
     def check(self, of="product"):
         """Runs the checks of the first product now. With `of="gradient"`, those of the first loss or gradient."""
         self._sums.prepare(of)
+
+    @property
+    def is_of_logits(self):
+        """Whether the model returns probabilities, and the matrix is that of the loss of their logits."""
+        return self._sums.spec.loss is not self._sums.loss
 
     def outputs_of_example(self):
         """The number of outputs of the model for one example. None if there are regularizers, which add to the rank."""
