@@ -223,15 +223,15 @@ def require_seed(owner, seed, may_be_none=False, may_be_generator=False):
     return int(seed)
 
 
-def require_number(owner, name, x, least=-math.inf, above=-math.inf, below=math.inf, may_be_none=False):
+def require_number(owner, name, x, least=-math.inf, above=-math.inf, below=math.inf, may_be_none=False, advice=""):
     """Returns `x` as a float. Raises `ValueError` unless it is a finite number within the bounds, or an allowed None.
 
-    It is at least `least`, greater than `above`, and less than `below`.
+    It is at least `least`, greater than `above`, and less than `below`. `advice` says what to do about others.
     """
     if x is None and may_be_none:
         return None
     if not is_number(x) or not (least <= x and above < x < below):
-        raise refused(owner, _range(least, above, below) + _OR_NONE * may_be_none, name, x)
+        raise refused(owner, _range(least, above, below) + _OR_NONE * may_be_none, name, x, advice)
     return float(x)
 
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_gradtools.gradient_control.control import GradientControl, as_differentiable, constant, require_limit
+from keras_gradtools.gradient_control.control import GradientControl, constant, require_differentiable, require_limit
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
 
 
@@ -48,7 +48,8 @@ def clip_gradient_norm(x, max_norm):
     Source: TensorFlow's guide "Advanced automatic differentiation", section "Custom gradients";
     Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks" (2013), algorithm 1.
     """
-    x, max_norm = as_differentiable(x, "clip_gradient_norm"), require_limit(max_norm, "max_norm")
+    x = require_differentiable("clip_gradient_norm", x)
+    max_norm = require_limit("clip_gradient_norm", "max_norm", max_norm)
     if isinstance(x, keras.KerasTensor):
         return ClipGradientNorm(max_norm, dtype=x.dtype)(x)
     return _clip_norm(x, constant(max_norm, x))
@@ -106,7 +107,7 @@ class ClipGradientNorm(GradientControl):
 
     def __init__(self, max_norm, **kwargs):
         super().__init__(**kwargs)
-        self.max_norm = require_limit(max_norm, "max_norm")
+        self.max_norm = require_limit("ClipGradientNorm", "max_norm", max_norm)
 
     def call(self, inputs):
         return clip_gradient_norm(inputs, self.max_norm)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_gradtools.gradient_control.control import GradientControl, as_differentiable, constant, require_limit
+from keras_gradtools.gradient_control.control import GradientControl, constant, require_differentiable, require_limit
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
 
 
@@ -37,7 +37,8 @@ def clip_gradient_value(x, max_value):
 
     Source: Mikolov, "Statistical language models based on neural networks" (2012), section 3.2.2.
     """
-    x, max_value = as_differentiable(x, "clip_gradient_value"), require_limit(max_value, "max_value")
+    x = require_differentiable("clip_gradient_value", x)
+    max_value = require_limit("clip_gradient_value", "max_value", max_value)
     if isinstance(x, keras.KerasTensor):
         return ClipGradientValue(max_value, dtype=x.dtype)(x)
     return _clip_value(x, constant(max_value, x))
@@ -90,7 +91,7 @@ class ClipGradientValue(GradientControl):
 
     def __init__(self, max_value, **kwargs):
         super().__init__(**kwargs)
-        self.max_value = require_limit(max_value, "max_value")
+        self.max_value = require_limit("ClipGradientValue", "max_value", max_value)
 
     def call(self, inputs):
         return clip_gradient_value(inputs, self.max_value)

@@ -1,7 +1,5 @@
 """The base classes of the layers that control a gradient, and what their functions check and convert."""
 
-import math
-
 import keras
 from keras import ops
 
@@ -43,12 +41,12 @@ class FunctionControl(GradientControl):
         return cls(**{**config, "fun": keras.saving.deserialize_keras_object(config["fun"])})
 
 
-def as_differentiable(x, role):
+def require_differentiable(owner, x):
     """Returns `x` as a tensor; a symbolic tensor unchanged. Raises `ValueError` unless it is real floating-point."""
     if isinstance(x, keras.KerasTensor):
-        validation.require_real_floating(x, f"The argument of {role}")
+        validation.require_real_floating(x, f"The argument of {owner}")
         return x
-    validation.require_differentiable(x, f"The argument of {role}")
+    validation.require_differentiable(x, f"The argument of {owner}")
     return ops.convert_to_tensor(x)
 
 
@@ -58,11 +56,7 @@ def constant(number, x):
     return ops.stop_gradient(ops.convert_to_tensor(number, dtype=dtype))
 
 
-def require_limit(limit, name):
+def require_limit(owner, name, limit):
     """Returns `limit` as a float. Raises `ValueError` unless it is a positive finite number."""
-    if validation.is_number(limit) and 0 < limit < math.inf:
-        return float(limit)
-    raise ValueError(
-        f"{name} must be a positive finite number. Received: {name}={validation.describe(limit)}. To stop a gradient "
-        "altogether, use stop_gradient."
-    )
+    advice = "To stop a gradient altogether, use stop_gradient."
+    return validation.require_number(owner, name, limit, above=0, advice=advice)

@@ -2,8 +2,8 @@
 
 import keras
 
-from keras_gradtools.gradient_control.control import GradientControl, as_differentiable, constant
-from keras_gradtools.gradient_control.scale_gradient import require_number, require_scale, scaled
+from keras_gradtools.gradient_control.control import GradientControl, constant, require_differentiable
+from keras_gradtools.gradient_control.scale_gradient import require_scale, require_scale_of_layer, scaled
 
 
 def reverse_gradient(x, scale=1.0):
@@ -39,10 +39,10 @@ def reverse_gradient(x, scale=1.0):
 
     Source: Ganin & Lempitsky, "Unsupervised domain adaptation by backpropagation" (2015), equations 11-12.
     """
-    x = as_differentiable(x, "reverse_gradient")
+    x = require_differentiable("reverse_gradient", x)
     if isinstance(x, keras.KerasTensor):
         return ReverseGradient(scale, dtype=x.dtype)(x)
-    return scaled(x, -constant(require_scale(scale, "reverse_gradient"), x))
+    return scaled(x, -constant(require_scale("reverse_gradient", scale), x))
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -90,7 +90,7 @@ class ReverseGradient(GradientControl):
 
     def __init__(self, scale=1.0, **kwargs):
         super().__init__(**kwargs)
-        self._initial_scale = require_number(scale)
+        self._initial_scale = require_scale_of_layer("ReverseGradient", scale)
         value = keras.initializers.Constant(self._initial_scale)
         # The layer's own dtype may be half precision.
         self._scale = self.add_weight((), value, "float32", trainable=False, autocast=False, name="scale")
@@ -102,7 +102,7 @@ class ReverseGradient(GradientControl):
 
     @scale.setter
     def scale(self, value):
-        self._scale.assign(require_scale(value, "ReverseGradient"))
+        self._scale.assign(require_scale("ReverseGradient", value))
 
     def call(self, inputs):
         return reverse_gradient(inputs, self._scale)

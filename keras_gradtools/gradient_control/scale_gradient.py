@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.gradient_control.control import GradientControl, as_differentiable, constant
+from keras_gradtools.gradient_control.control import GradientControl, constant, require_differentiable
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
 
 
@@ -42,10 +42,10 @@ def scale_gradient(x, scale):
     Source: Silver et al., "A general reinforcement learning algorithm that masters chess, shogi, and Go"
     (2018) and its successor MuZero (Schrittwieser et al. 2020, appendix G), which scale gradients in this way.
     """
-    x = as_differentiable(x, "scale_gradient")
+    x = require_differentiable("scale_gradient", x)
     if isinstance(x, keras.KerasTensor):
         return ScaleGradient(scale, dtype=x.dtype)(x)
-    return scaled(x, constant(require_scale(scale, "scale_gradient"), x))
+    return scaled(x, constant(require_scale("scale_gradient", scale), x))
 
 
 @custom_gradient
@@ -54,7 +54,7 @@ def scaled(x, scale):
     return x, lambda upstream: (scale * ops.cast(upstream, scale.dtype), None)
 
 
-def require_scale(scale, role):
+def require_scale(owner, scale):
     """Returns `scale`. Raises `ValueError` unless it is a finite number, or a real scalar tensor or variable."""
     if validation.is_number(scale) and math.isfinite(scale):
         return float(scale)
@@ -62,20 +62,15 @@ def require_scale(scale, role):
         dtype = validation.dtype_of(scale)
         if len(scale.shape) == 0 and dtype != "bool" and not dtype.startswith("complex"):
             return scale
-    raise ValueError(
-        f"The scale of {role} must be a finite number, or a real scalar tensor or keras.Variable. Received: "
-        f"{validation.describe(scale)}. For a different factor per element, write a custom_gradient."
-    )
+    expected = "a finite number, or a real scalar tensor or keras.Variable,"
+    advice = "For a different factor per element, write a custom_gradient."
+    raise validation.refused(owner, expected, "scale", scale, advice)
 
 
-def require_number(scale):
-    """Returns the `scale` of a layer as a float. Raises `ValueError` unless it is a finite number."""
-    if validation.is_number(scale) and math.isfinite(scale):
-        return float(scale)
-    raise ValueError(
-        f"scale must be a finite number. Received: scale={validation.describe(scale)}. To change the scale of a layer "
-        "later, assign to the attribute `scale` of a keras_gradtools.layers.ReverseGradient."
-    )
+def require_scale_of_layer(owner, scale):
+    """Returns `scale` as a float. Raises `ValueError` unless it is a finite number."""
+    advice = "To change the scale later, assign to the attribute `scale` of a keras_gradtools.layers.ReverseGradient."
+    return validation.require_number(owner, "scale", scale, advice=advice)
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -115,7 +110,7 @@ class ScaleGradient(GradientControl):
 
     def __init__(self, scale, **kwargs):
         super().__init__(**kwargs)
-        self.scale = require_number(scale)
+        self.scale = require_scale_of_layer("ScaleGradient", scale)
 
     def call(self, inputs):
         return scale_gradient(inputs, self.scale)

@@ -5,7 +5,7 @@ import functools
 import keras
 
 from keras_gradtools import validation
-from keras_gradtools.gradient_control.control import FunctionControl, as_differentiable
+from keras_gradtools.gradient_control.control import FunctionControl, require_differentiable
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
 from keras_gradtools.tape import vectors
 from keras_gradtools.validation import name_of
@@ -58,7 +58,7 @@ def straight_through(fun):
 
     @functools.wraps(fun)
     def straight(x):
-        x = as_differentiable(x, "straight_through")
+        x = require_differentiable("straight_through", x)
         return StraightThrough(fun, dtype=x.dtype)(x) if isinstance(x, keras.KerasTensor) else forward(x)
 
     return straight

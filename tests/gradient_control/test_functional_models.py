@@ -166,7 +166,7 @@ def test_straight_through_a_function_of_ones_own(tmp_path):
 )
 @pytest.mark.parametrize("control", [kg.scale_gradient, kg.reverse_gradient])
 def test_the_scale_is_a_number(control, scale):
-    with pytest.raises(ValueError, match="scale must be a finite number. Received: .* keras_gradtools.layers.Reverse"):
+    with pytest.raises(ValueError, match="expects a finite number as `scale`. Received: .*layers.ReverseGradient"):
         control(keras.Input((2,)), scale)
 
 

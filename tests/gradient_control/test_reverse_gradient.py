@@ -87,7 +87,7 @@ def test_a_schedule_changes_it(compiler):
     ids=["inf", "nan", "str", "None", "bool", "array", "vector", "bool_tensor", "complex"],
 )
 def test_scales(scale):
-    with pytest.raises(ValueError, match="The scale of reverse_gradient must be a finite number, or .* Received: "):
+    with pytest.raises(ValueError, match="reverse_gradient expects a finite number, or .* as `scale`. Received: "):
         reverse_gradient(tensor(1.0), scale)
 
 
@@ -161,9 +161,9 @@ class TestReverseGradient:
 
     @pytest.mark.parametrize("scale", [float("nan"), "1", None, True])
     def test_refuses_scales(self, scale):
-        with pytest.raises(ValueError, match="scale must be a finite number. Received: scale="):
+        with pytest.raises(ValueError, match="ReverseGradient expects a finite number as `scale`. Received: scale="):
             layers.ReverseGradient(scale)
         layer = layers.ReverseGradient()
-        with pytest.raises(ValueError, match="scale of ReverseGradient must be a finite number, or .* Received: "):
+        with pytest.raises(ValueError, match="ReverseGradient expects a finite number, or .* as `scale`. Received: "):
             layer.scale = scale
         close(layer.scale, 1)

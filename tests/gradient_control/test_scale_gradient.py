@@ -45,7 +45,7 @@ def test_double_precision():
     ids=["inf", "nan", "str", "None", "bool", "array", "vector", "bool_tensor", "complex"],
 )
 def test_scales(scale):
-    with pytest.raises(ValueError, match="The scale of scale_gradient must be a finite number, or .* Received: "):
+    with pytest.raises(ValueError, match="scale_gradient expects a finite number, or .* as `scale`. Received: "):
         scale_gradient(tensor(1.0), scale)
 
 
@@ -61,5 +61,5 @@ def test_in_fit():
     "scale", [float("inf"), "1", None, True, tensor(1.0)], ids=["inf", "str", "None", "bool", "tensor"]
 )
 def test_scales_of_the_layer(scale):
-    with pytest.raises(ValueError, match="scale must be a finite number. Received: scale="):
+    with pytest.raises(ValueError, match="ScaleGradient expects a finite number as `scale`. Received: scale="):
         layers.ScaleGradient(scale)
