@@ -5,6 +5,7 @@
 | `celu`           | 2 at 0, instead of 1: both branches count 0                          |
 | `power`          | NaN at 0 instead of 0, once the order exceeds the exponent           |
 | `hsv_to_rgb`     | zero                                                                 |
+| `rgb_to_hsv`     | wrong for colors with a negative component, as in normalized images  |
 | `softsign`       | no second derivative                                                 |
 """
 
@@ -69,6 +70,28 @@ def _hsv_to_rgb(original):
     return hsv_to_rgb
 
 
+def _rgb_to_hsv(original):
+    @_where_followed(original)
+    def rgb_to_hsv(images, name=None):
+        """The values of TensorFlow's kernel, by operations that have right gradients."""
+        red, green, blue = tf.unstack(images, 3, axis=-1)
+        value = tf.reduce_max(images, -1)
+        length = value - tf.reduce_min(images, -1)
+        # Gray has no hue, and black no saturation. The denominators are 1 there, since 0 would leave NaN.
+        is_gray, is_black = length <= 0, value <= 0
+        sixth = 1 / (6 * tf.where(is_gray, tf.ones_like(length), length))
+        hue = tf.where(
+            tf.equal(red, value),
+            (green - blue) * sixth,
+            tf.where(tf.equal(green, value), (blue - red) * sixth + 1 / 3, (red - green) * sixth + 2 / 3),
+        )
+        hue = tf.where(is_gray, tf.zeros_like(hue), tf.where(hue < 0, hue + 1, hue))
+        saturation = tf.where(is_black, tf.zeros_like(value), length / tf.where(is_black, tf.ones_like(value), value))
+        return tf.stack([hue, saturation, value], -1)
+
+    return rgb_to_hsv
+
+
 def _pull_power(original):
     def gradient(op, upstream):
         x, y = op.inputs
@@ -96,3 +119,4 @@ def install():
     if "SoftsignGrad" not in _registry:
         ops.RegisterGradient("SoftsignGrad")(_pull_softsign_gradient)
     tf.image.hsv_to_rgb = _hsv_to_rgb(tf.image.hsv_to_rgb)
+    tf.image.rgb_to_hsv = _rgb_to_hsv(tf.image.rgb_to_hsv)

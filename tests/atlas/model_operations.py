@@ -144,7 +144,10 @@ IMAGES = {
     "image.extract_patches_3d": [(lambda x: ops.image.extract_patches_3d(x, 2, **_last), (normal(1, 2, 2, 2, 1),))],
     "image.gaussian_blur": [(lambda x: ops.image.gaussian_blur(x, (3, 3), (1.0, 1.0), **_last), (normal(1, 3, 3, 1),))],
     "image.hsv_to_rgb": [(lambda x: ops.image.hsv_to_rgb(x, **_last), (0.7 * _rgb,))],
-    "image.rgb_to_hsv": [(lambda x: ops.image.rgb_to_hsv(x, **_last), (0.7 * _rgb,))],
+    "image.rgb_to_hsv": [
+        (lambda x: ops.image.rgb_to_hsv(x, **_last), (0.7 * _rgb,)),
+        (lambda x: ops.image.rgb_to_hsv(x, **_last), (_rgb - 0.4,)),
+    ],
     "image.rgb_to_grayscale": [(lambda x: ops.image.rgb_to_grayscale(x, **_last), (_rgb,))],
     "image.map_coordinates": [
         (lambda x, c: ops.image.map_coordinates(x, c, order=1), (normal(4, 4), 1.3 + positive(2, 3))),

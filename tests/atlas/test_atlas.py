@@ -101,6 +101,9 @@ def test_preflight_says_the_same(name, backend):
             continue
         model = Around(entry)
         x = tuple(ops.convert_to_tensor(np.asarray(array, "float32")) for array in entry.inputs)
+        if name == "Normalization":
+            # On TensorFlow, Keras builds it within a graph otherwise, and keeps that graph's tensors.
+            model.layer.build(x[0].shape)
         model(x)
         report = kg.diagnostics.preflight(model, x, training=bool(entry.training))
         expected = {"yes", "constant", "unclear"} if found["hvp"] == "right" else {"no", "once", "unclear", "constant"}

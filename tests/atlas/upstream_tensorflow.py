@@ -43,6 +43,11 @@ REPORTS = (
         2.3,
     ),
     Report(
+        "the saturation of `tf.image.rgb_to_hsv([[[0.4, g, 0.3]]])` by g = -0.1",
+        lambda: slope(lambda g: tf.image.rgb_to_hsv(tf.stack([0.4, g, 0.3])[None, None])[0, 0, 1], -0.1),
+        -2.5,
+    ),
+    Report(
         "the sum of cubes of a `LayerNormalization` of (1 + t, 2 - t, 4 + t / 2) at t = 0, second derivative",
         lambda: slope(normalized, 0.0, 2),
         differences(lambda t: cube_of_normalized(t, 1e-3), 2),

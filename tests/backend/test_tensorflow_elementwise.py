@@ -55,9 +55,32 @@ def test_hsv_to_rgb(compiler):
     close(ops.reshape(compiler(kg.jacobian(ops.image.hsv_to_rgb))(x), (3, 3)), jacobian, 1e-4)
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_rgb_to_hsv(compiler):
+    """For r > b > g: h = 1 + (g - b) / 6 (r - g), s = (r - g) / r, v = r, also where g is negative."""
+    r, g, b = 0.4, -0.1, 0.3
+    length = r - g
+    jacobian = [
+        [-(g - b) / (6 * length**2), (length + g - b) / (6 * length**2), -1 / (6 * length)],
+        [g / r**2, -1 / r, 0],
+        [1, 0, 0],
+    ]
+    x = tensor([[[r, g, b]]])
+    close(ops.reshape(compiler(kg.jacobian(ops.image.rgb_to_hsv))(x), (3, 3)), jacobian, 1e-4)
+    # d^2 s / dr dg = 1 / r^2, and d^2 s / dr^2 = -2 g / r^3.
+    saturation = compiler(kg.hessian(lambda x: ops.image.rgb_to_hsv(x)[0, 0, 1]))(x)
+    close(ops.reshape(saturation, (3, 3)), [[-2 * g / r**3, 1 / r**2, 0], [1 / r**2, 0, 0], [0, 0, 0]], 1e-3)
+
+
+@pytest.mark.parametrize("color", [(0.5, 0.5, 0.5), (0.0, 0.0, 0.0), (-0.5, -0.2, -0.1)])
+def test_rgb_to_hsv_of_gray_and_black_has_finite_gradients(color):
+    gradient = kg.grad(lambda x: ops.sum(ops.image.rgb_to_hsv(x)))(tensor([[color]]))
+    assert np.all(np.isfinite(ops.convert_to_numpy(gradient)))
+
+
 def test_values_are_those_of_keras():
     x = tensor(np.random.default_rng(0).uniform(size=(2, 2, 3)))
-    for fun in (ops.celu, ops.image.hsv_to_rgb):
+    for fun in (ops.celu, ops.image.hsv_to_rgb, ops.image.rgb_to_hsv):
         expected = ops.convert_to_numpy(fun(x))
         with kg.GradientTape():
             close(fun(x), expected)
