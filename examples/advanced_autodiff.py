@@ -8,6 +8,7 @@ writes its plots to out/.
 """
 
 import argparse
+import math
 import os
 import pathlib
 import tempfile
@@ -406,13 +407,13 @@ def full_hessian(out):
 
     loss, g = kg.value_and_grad(loss_of)(weights)
     blocks = kg.hessian(loss_of)(weights)
-    h_mat, slices = kg.flatten_hessian(blocks)
-    g_vec = ops.concatenate([ops.reshape(part, (-1, 1)) for part in g])
+    h_mat, unravel = kg.flatten_hessian(blocks)
+    g_vec = ops.concatenate([ops.reshape(part, (-1,)) for part in g])
     n_params = model.count_params()
 
     console.print(f"h_mat.shape: {tuple(h_mat.shape)}")
     assert tuple(h_mat.shape) == (n_params, n_params) == (102, 102)
-    assert [part.stop - part.start for part in slices] == [40, 8, 48, 6]
+    assert [tuple(part.shape) for part in unravel(g_vec)] == [(5, 8), (8,), (8, 6), (6,)]
     assert_near(h_mat, ops.transpose(h_mat))
 
     # A Hessian-vector product is a derivative of the gradient and needs no matrix, so it suits larger models.
@@ -423,18 +424,20 @@ def full_hessian(out):
         relu_gradient(x64, *(w + step * part for w, part in zip(w64, v64, strict=True))) for step in (1e-6, -1e-6)
     )
     change = flat([(a - b) / 2e-6 for a, b in zip(after, before, strict=True)])
-    assert_near(g_vec[:, 0], flat(relu_gradient(x64, *w64)))
+    assert_near(g_vec, flat(relu_gradient(x64, *w64)))
     assert_near(flat(product), change)
     assert_near(numbers(h_mat) @ flat(v), change)
 
     figure, ax = pyplot.subplots(figsize=(7, 6), layout="constrained")
     kg.plots.imshow_zero_center(h_mat, ax)
-    middles = [(part.start + part.stop - 1) / 2 for part in slices]
+    sizes = [math.prod(w.shape) for w in weights]
+    ends = np.cumsum(sizes)
+    middles = [end - (size + 1) / 2 for end, size in zip(ends, sizes, strict=True)]
     ax.set_xticks(middles, PARAMETERS)
     ax.set_yticks(middles, PARAMETERS, rotation="vertical", verticalalignment="center")
-    for part in slices[1:]:
-        ax.axhline(part.start - 0.5, color="0.6", linewidth=0.8)
-        ax.axvline(part.start - 0.5, color="0.6", linewidth=0.8)
+    for end in ends[:-1]:
+        ax.axhline(end - 0.5, color="0.6", linewidth=0.8)
+        ax.axvline(end - 0.5, color="0.6", linewidth=0.8)
     ax.set(title="Hessian of the loss by all variables")
     save(figure, out / "guide_full_hessian.png")
 
@@ -445,9 +448,9 @@ def full_hessian(out):
     eps = 1e-3 - 2.0 * lowest
     eye_eps = ops.eye(n_params) * eps
 
-    update = ops.solve(h_mat + eye_eps, g_vec)
-    for variable, part in zip(model.trainable_variables, slices, strict=True):
-        variable.assign_sub(ops.reshape(update[part], variable.shape))
+    update = unravel(ops.solve(h_mat + eye_eps, g_vec))
+    for variable, part in zip(model.trainable_variables, update, strict=True):
+        variable.assign_sub(part)
 
     new_loss = ops.mean(model(x) ** 2)
     console.print(f"loss: {number(loss):.4f} -> {number(new_loss):.4f}")

@@ -1,8 +1,8 @@
 """Second derivatives of functions: Hessians, Hessian-vector products and Gauss-Newton-vector products."""
 
+import functools
 import math
 import operator
-from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -65,13 +65,6 @@ def hessian(fun, argnums=0, chunk_size=None, has_aux=False):
     return Jacobian(fun, Options("hessian", argnums, mode, chunk_size, has_aux, of_derivative=True)).as_function()
 
 
-class FlatHessian(NamedTuple):
-    """A Hessian as one matrix, and the slice of rows and columns that belongs to each entry of the argument."""
-
-    matrix: Any
-    slices: Any
-
-
 def flatten_hessian(blocks):
     r"""Joins the blocks of a Hessian with respect to several tensors into one matrix of shape `(n, n)`.
 
@@ -84,26 +77,30 @@ def flatten_hessian(blocks):
             leaves without a derivative, is skipped.
 
     Returns:
-        A named tuple `(matrix, slices)`: the matrix, and a slice for each tensor in the structure of the argument.
-        For the slice `s` of a tensor `x`, `keras.ops.reshape(vector[s], x.shape)` extracts the part of a vector of
-        length `n` that belongs to `x`.
+        `(matrix, unravel)`. `unravel(vector)` takes a vector of shape `(n,)`, such as the solution of an equation with
+        the matrix, and returns its parts in the structure and the shapes of the argument, with None for leaves without
+        a derivative.
 
     Raises:
-        ValueError: If `blocks` is not the Hessian of a scalar function.
+        ValueError: If `blocks` is not the Hessian of a scalar function. In `unravel`, for another shape.
 
     Cost:
         One copy of the blocks.
 
     Example:
 
+    >>> import keras
     >>> import keras_gradtools as kg
     >>> blocks = kg.hessian(lambda p: p["a"] ** 2 * p["b"])({"a": 3.0, "b": 5.0})
-    >>> matrix, slices = kg.flatten_hessian(blocks)
-    >>> [[float(d) for d in row] for row in matrix], slices
-    ([[10.0, 6.0], [6.0, 0.0]], {'a': slice(0, 1, None), 'b': slice(1, 2, None)})
+    >>> matrix, unravel = kg.flatten_hessian(blocks)
+    >>> [[float(d) for d in row] for row in matrix]
+    [[10.0, 6.0], [6.0, 0.0]]
+    >>> step = unravel(matrix @ keras.ops.ones(2))
+    >>> float(step["a"]), float(step["b"])
+    (16.0, 6.0)
 
     Source: TensorFlow's guide "Advanced automatic differentiation", which notes that a Hessian matrix of several
-    tensors needs "careful concatenation and slicing".
+    tensors needs "careful concatenation and slicing". `unravel` is as in `jax.flatten_util.ravel_pytree`.
     """
     argument = _like_the_argument(blocks)
     flat = [block for block in nesting.flatten(blocks) if block is not None]
@@ -121,10 +118,17 @@ def flatten_hessian(blocks):
         ],
         axis=0,
     )
-    starts = [sum(sizes[:i]) for i in range(number)]
-    slices = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    given = iter(slices)
-    return FlatHessian(matrix, nesting.map_structure(lambda row: None if row is None else next(given), argument))
+    return matrix, functools.partial(_unraveled, argument, shapes)
+
+
+def _unraveled(argument, shapes, vector):
+    """The parts of a vector in these shapes, in the structure of `argument`, with None where that has None."""
+    sizes = [math.prod(shape) for shape in shapes]
+    vector = validation.as_tensor(vector, f"unravel expects a vector of shape ({sum(sizes)},)")
+    validation.require_shape(vector, (sum(sizes),), "The vector of `unravel`", "a row of the Hessian")
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    parts = iter([ops.reshape(vector[end - n : end], s) for end, n, s in zip(ends, sizes, shapes, strict=True)])
+    return nesting.map_structure(lambda row: None if row is None else next(parts), argument)
 
 
 def _like_the_argument(blocks):

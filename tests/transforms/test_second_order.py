@@ -120,9 +120,9 @@ class TestBlocks:
         )
         close(blocks["x"][0]["y"], ab)
         close(blocks["y"]["x"][0], ab.transpose(1, 2, 0))
-        matrix, slices = kg.flatten_hessian(blocks)
+        matrix, unravel = kg.flatten_hessian(blocks)
         close(matrix, np.block([[aa, ab[:, :, 0]], [ab[:, :, 0].T, np.zeros((2, 2))]]))
-        assert slices == {"x": [slice(0, 2)], "y": slice(2, 4)}
+        close(unravel(tensor([1.0, 2.0, 3.0, 4.0])), {"x": [[1, 2]], "y": [[3], [4]]})
 
     @pytest.mark.parametrize(
         "structure", [[0], [[0]], (0, 1), {"a": {"b": 0}, "c": [1, 2]}, [[0, 1], [2, 3]], [[0, 1]]]
@@ -133,15 +133,42 @@ class TestBlocks:
         def fun(p):
             return ops.sum(ops.concatenate(keras.tree.flatten(p))) ** 2
 
-        matrix, slices = kg.flatten_hessian(kg.hessian(fun)(argument))
+        matrix, unravel = kg.flatten_hessian(kg.hessian(fun)(argument))
         n = sum(i + 1 for i in keras.tree.flatten(structure))
         close(matrix, np.full((n, n), 2.0))
-        keras.tree.assert_same_structure(keras.tree.map_structure(lambda _: 0, slices), structure)
+        parts = unravel(np.arange(n))
+        keras.tree.assert_same_structure(keras.tree.map_structure(lambda _: 0, parts), structure)
+        close(ops.concatenate(keras.tree.flatten(parts)), np.arange(n))
 
     def test_one_tensor(self):
-        matrix, one = kg.flatten_hessian(kg.hessian(lambda x: ops.sum(x) ** 2)(tensor(normal(2, 3))))
+        matrix, unravel = kg.flatten_hessian(kg.hessian(lambda x: ops.sum(x) ** 2)(tensor(normal(2, 3))))
         close(matrix, np.full((6, 6), 2.0))
-        assert one == slice(0, 6)
+        close(unravel(ops.arange(6)), [[0, 1, 2], [3, 4, 5]])
+
+    def test_a_newton_step_on_a_quadratic_reaches_its_minimum(self):
+        a, b = normal(2, 3), normal(3)
+
+        def fun(p):
+            return ops.sum((p["a"] - tensor(a)) ** 2) + ops.sum((p["b"] - tensor(b)) ** 2) + p["a"][0, 0] * p["b"][0]
+
+        p = {"a": tensor(normal(2, 3)), "b": tensor(normal(3))}
+        gradient = kg.grad(fun)(p)
+        matrix, unravel = kg.flatten_hessian(kg.hessian(fun)(p))
+        flat = ops.concatenate([ops.reshape(g, (-1,)) for g in (gradient["a"], gradient["b"])])
+        step = unravel(ops.solve(matrix, flat))
+        there = kg.grad(fun)({name: p[name] - step[name] for name in p})
+        close(there, {"a": np.zeros((2, 3)), "b": np.zeros(3)}, atol=1e-5)
+
+    @pytest.mark.parametrize("vector", [np.ones(5), np.ones((6, 1)), np.ones((1, 6)), 3.0])
+    def test_unravel_takes_a_vector_of_its_length(self, vector):
+        _, unravel = kg.flatten_hessian(kg.hessian(lambda x: ops.sum(x) ** 2)(tensor(normal(2, 3))))
+        with pytest.raises(ValueError, match=r"vector of `unravel` must have the shape of.*\(6,\).*Received"):
+            unravel(vector)
+
+    def test_unravel_takes_numbers(self):
+        _, unravel = kg.flatten_hessian(kg.hessian(lambda x: ops.sum(x) ** 2)(tensor(normal(2, 3))))
+        with pytest.raises(ValueError, match=r"unravel expects a vector of shape \(6,\)"):
+            unravel("step")
 
 
 class TestGaussNewton:

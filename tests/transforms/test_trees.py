@@ -113,9 +113,9 @@ class TestEveryContainer:
         f = Cubes(c)
         blocks = compiler(kg.hessian(f, chunk_size=chunk_size))(c.make(tensor(X), None))
         close(f.found(f.found(blocks)), H)
-        matrix, slices = kg.flatten_hessian(blocks)
+        matrix, unravel = kg.flatten_hessian(blocks)
         close(matrix, H)
-        assert f.found(slices) == slice(0, 2)
+        close(f.found(unravel(V)), V)
 
     def test_hvp(self, c, compiler):
         f = Cubes(c)
@@ -285,9 +285,9 @@ class TestCountersAndMasks:
         hessian = H * s * np.ones(2)[:, None]
         blocks = compiler(kg.hessian(self.fun))(p)
         close(blocks, self.result(self.result(hessian)))
-        matrix, slices = kg.flatten_hessian(blocks)
+        matrix, unravel = kg.flatten_hessian(blocks)
         close(matrix, hessian)
-        assert slices == self.result(slice(0, 2))
+        close(unravel(V), self.result(V))
         close(compiler(lambda p: kg.hvp(self.fun, (p,), (self.result(V),)))(p), (self.result(hessian @ V),))
         curved = compiler(lambda p: kg.ggnvp(lambda p: p["w"] ** 3, ops.sum, (p,), (None,)))(p)
         close(curved, (self.result(0 * X),))
