@@ -352,8 +352,8 @@ def rows():
                 "batch_size: count, chunk_size: count?"
             ),
         ),
-        "preflight": (
-            d.preflight,
+        "layer_derivatives": (
+            d.layer_derivatives,
             {**common, "verbose": 0},
             "model: model, x: examples?, training: flag, seed: seed, verbose: bar",
         ),
@@ -597,7 +597,7 @@ def rows():
             {"jacobians": {"a": np.ones((2, 2, 2))}},
             "jacobians: structure, patch_axes: axes?, pad: count from 0",
         ),
-        "plot_hessian": (pl.plot_hessian, {"hessian": np.eye(3)}, "hessian: picture, operator: model?"),
+        "plot_hessian": (pl.plot_hessian, {"hessian": np.eye(3)}, "hessian: picture, blocks: model?"),
         "plot_spectral_density": (pl.plot_spectral_density, {"density": density}, "density: model, floor: number"),
         "plot_eigenvalue_history": (
             pl.plot_eigenvalue_history,
@@ -726,8 +726,9 @@ def test_the_numbers_of_numpy_are_numbers():
     one, two, tenth = np.int64(1), np.int32(2), np.float32(0.1)
     np.testing.assert_array_equal(kg.jacobian(lambda x: x, argnums=np.int64(0), chunk_size=two)(VECTOR), np.eye(3))
     np.testing.assert_array_equal(kg.per_example_grad(weighted, np.int64(0))(VECTOR, X), X)
-    found = kg.diagnostics.local_lipschitz(model(), X, tenth, iterations=two, seed=one)
-    np.testing.assert_array_equal(found, kg.diagnostics.local_lipschitz(model(), X, float(tenth), iterations=2, seed=1))
+    found = kg.diagnostics.local_lipschitz(model(), X, radius=tenth, iterations=two, seed=one)
+    same = kg.diagnostics.local_lipschitz(model(), X, radius=float(tenth), iterations=2, seed=1)
+    np.testing.assert_array_equal(found, same)
     options = {"steps": one, "restarts": one, "batch_size": two, "seed": one, "verbose": 0}
     assert kg.attacks.pgd(classifier(), PICTURES, Y.tolist(), np.float64(0.1), **options).shape == PICTURES.shape
     assert hessian_operator().diagonal(np.int64(3), seed=one).value.shape == (8,)

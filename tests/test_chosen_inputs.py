@@ -135,7 +135,7 @@ def test_spectrum(method, inputs):
 
 @pytest.mark.parametrize("inputs", [None, "x"])
 def test_lipschitz_constant_of_a_small_ball_is_the_spectral_norm(inputs):
-    found = kg.diagnostics.local_lipschitz(conditional(), EXAMPLES, 0.01, iterations=30, inputs=inputs)
+    found = kg.diagnostics.local_lipschitz(conditional(), EXAMPLES, radius=0.01, iterations=30, inputs=inputs)
     close(found, np.linalg.svd(jacobian(), compute_uv=False)[:, 0], rtol=0.03)
 
 

@@ -55,7 +55,7 @@ def tests_of_internals():
         "input_gradients/test_example_losses.py",
         # Layers' calls, frozen statistics, derivatives as layers.
         "diagnostics/test_dead_units.py",
-        "diagnostics/test_preflight.py",
+        "diagnostics/test_layer_derivatives.py",
         "transforms/test_models.py",
         "test_layer_contract.py",
         "gradient_control/test_*.py",

@@ -9,14 +9,14 @@ from keras_gradtools.drawing.pyplot import numbers, pyplot_or_error
 _LEVELS = 12
 
 
-def plot_hessian(hessian, operator=None, ax=None, **kwargs):
+def plot_hessian(hessian, ax=None, blocks=None, **kwargs):
     """Plots a Hessian as an image with zero at the center of the color map, and marks the blocks of its variables.
 
     Args:
         hessian: Real numbers of shape `(n, n)`, as returned by `operator.dense()`.
-        operator: The curvature operator that the Hessian comes from, whose variables label the blocks, or a dict from
-            names to slices. None marks no blocks.
         ax: The matplotlib Axes to draw on. By default, the current one.
+        blocks: The curvature operator that the Hessian comes from, whose variables label the blocks, or a dict from
+            names to slices. None marks no blocks.
         **kwargs: The options `limit`, `colorbar` and `cmap` of `imshow_zero_center`.
 
     Returns:
@@ -32,13 +32,13 @@ def plot_hessian(hessian, operator=None, ax=None, **kwargs):
     >>> matplotlib.use("agg")
     >>> import numpy as np
     >>> import keras_gradtools as kg
-    >>> ax = kg.plots.plot_hessian(np.eye(3), {"kernel": slice(0, 2), "bias": slice(2, 3)})
+    >>> ax = kg.plots.plot_hessian(np.eye(3), blocks={"kernel": slice(0, 2), "bias": slice(2, 3)})
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['kernel', 'bias']
     """
     matrix = numbers(hessian, "plot_hessian", "(n, n)", (2,))
     n = len(matrix)
-    blocks = _blocks(operator)
+    blocks = _slices_by_name(blocks)
     ends = [place.stop for place in blocks.values()]
     if matrix.shape != (n, n) or (blocks and max(ends) != n):
         raise ValueError(
@@ -56,19 +56,16 @@ def plot_hessian(hessian, operator=None, ax=None, **kwargs):
     return ax
 
 
-def _blocks(operator):
-    if operator is None:
+def _slices_by_name(blocks):
+    if blocks is None:
         return {}
-    if isinstance(operator, dict):
-        return dict(operator)
-    if not hasattr(operator, "slices") or not hasattr(operator, "variables"):
-        raise ValueError(
-            "plot_hessian expects a curvature operator or a dict of slices by name as `operator`. Received: "
-            f"{validation.describe(operator)}."
-        )
+    if isinstance(blocks, dict):
+        return dict(blocks)
+    if not hasattr(blocks, "slices") or not hasattr(blocks, "variables"):
+        raise validation.refused("plot_hessian", "a curvature operator or a dict of slices by name", "blocks", blocks)
     # The name of the model is the same in all labels.
-    names = [v.path.split("/", 1)[-1] for v in operator.variables]
-    return dict(zip(names, operator.slices, strict=True))
+    names = [v.path.split("/", 1)[-1] for v in blocks.variables]
+    return dict(zip(names, blocks.slices, strict=True))
 
 
 def plot_spectral_density(density, ax=None, floor=1e-6):

@@ -3,9 +3,9 @@
 from keras_gradtools.diagnostics.dead_units import dead_units
 from keras_gradtools.diagnostics.gradient_noise import GradientNoise, gradient_noise_scale
 from keras_gradtools.diagnostics.jacobian_spectrum import JacobianSpectrum, jacobian_spectrum
-from keras_gradtools.diagnostics.layer_verdict import LayerVerdict, PreflightReport
+from keras_gradtools.diagnostics.layer_derivatives import layer_derivatives
+from keras_gradtools.diagnostics.layer_verdict import LayerDerivatives, LayerVerdict
 from keras_gradtools.diagnostics.local_lipschitz import local_lipschitz
-from keras_gradtools.diagnostics.preflight import preflight
 from keras_gradtools.independence.batch_independence import batch_independence
 from keras_gradtools.independence.gradient_leak import BatchIndependence
 
@@ -13,12 +13,12 @@ __all__ = [
     "BatchIndependence",
     "GradientNoise",
     "JacobianSpectrum",
+    "LayerDerivatives",
     "LayerVerdict",
-    "PreflightReport",
     "batch_independence",
     "dead_units",
     "gradient_noise_scale",
     "jacobian_spectrum",
+    "layer_derivatives",
     "local_lipschitz",
-    "preflight",
 ]

@@ -122,7 +122,7 @@ class GradientMonitor(Monitor):
             self._operator.check("gradient")
         self._places = places_by_layer(self._operator.model, self._operator.variables)
         if "gradient_noise_scale" in self._quantities:
-            common = (given.data, given.loss, given.variables, given.training, given.batch_size)
+            common = (given.loss, given.data, given.variables, given.training, given.batch_size)
             self._examples = ExampleGradients(NAME, self.model, *common)
         if "dead_units" in self._quantities:
             self._batches = Batches(NAME, given.data, given.batch_size)

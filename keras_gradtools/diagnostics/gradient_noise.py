@@ -44,7 +44,7 @@ class GradientNoise:
 
 
 def gradient_noise_scale(
-    model, data, loss=None, variables=None, training=False, *, batch_size=_MOST_EXAMPLES, chunk_size=None
+    model, loss, data, variables=None, training=False, *, batch_size=_MOST_EXAMPLES, chunk_size=None
 ):
     r"""The gradient noise scale: the batch size at which the noise of the gradient equals the gradient.
 
@@ -59,9 +59,9 @@ def gradient_noise_scale(
 
     Args:
         model: A built Keras model. For a wrapper of `kg.models`, the wrapped model is used.
+        loss: The loss, as `compile` takes it, or None for the compiled loss.
         data: Two or more examples, in the forms that `kg.curvature.Hessian` takes. The estimate is rough if $n$ is far
             below the noise scale.
-        loss: The loss, as `compile` takes it. By default, the compiled loss.
         variables: A list of trainable variables, or a layer. By default, all trainable variables of the model.
         training: Whether the model is called in training mode.
         batch_size: Number of examples per batch if `data` holds arrays.
@@ -87,20 +87,20 @@ def gradient_noise_scale(
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     >>> model.set_weights([np.array([[0.0]])])
     >>> x, y = np.ones((2, 1), "float32"), np.array([[1.0], [2.0]], "float32")  # the gradients are -2 and -4
-    >>> noise = kg.diagnostics.gradient_noise_scale(model, (x, y), "mse")
+    >>> noise = kg.diagnostics.gradient_noise_scale(model, "mse", (x, y))
     >>> noise.covariance_trace, noise.squared_norm, noise.noise_scale
     (2.0, 8.0, 0.25)
 
     Source: McCandlish, Kaplan, Amodei & the OpenAI Dota team, "An empirical model of large-batch training"
     (arXiv:1812.06162, 2018), equations 2.9 and A.2.
     """
-    return ExampleGradients(NAME, model, data, loss, variables, training, batch_size, chunk_size).noise()
+    return ExampleGradients(NAME, model, loss, data, variables, training, batch_size, chunk_size).noise()
 
 
 class ExampleGradients:
     """Computes the `GradientNoise` of fixed data at the current weights, any number of times."""
 
-    def __init__(self, owner, model, data, loss, variables, training, batch_size, chunk_size=None):
+    def __init__(self, owner, model, loss, data, variables, training, batch_size, chunk_size=None):
         self._owner = owner
         self._model = require_model(owner, model)
         validation.require_loss(owner, loss)

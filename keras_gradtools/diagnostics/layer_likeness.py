@@ -1,4 +1,4 @@
-"""Detects layer calls that differ only in numeric values, so that `preflight` has to try only one of them."""
+"""Detects layer calls that differ only in numeric values, so that `layer_derivatives` has to try only one of them."""
 
 import collections.abc
 import functools

@@ -11,6 +11,7 @@ from keras_gradtools.backend import layer_calls
 from keras_gradtools.backend.state import StateScope, get_keras_mask, set_keras_mask
 from keras_gradtools.diagnostics.layer_verdict import failed, verdict_on
 from keras_gradtools.diagnostics.slope_search import SlopeSearch
+from keras_gradtools.example_vectors import at_least_single
 from keras_gradtools.finite_differences import Leaves
 from keras_gradtools.transforms.first_order import grad
 from keras_gradtools.transforms.functional import functionalize
@@ -39,7 +40,7 @@ def tried(call, training, random):
         gradient = computation.gradient(*primals)
     except Exception as error:
         return failed(layer, "no", error)
-    leaves = Leaves("preflight", primals, "argument")
+    leaves = Leaves("layer_derivatives", primals, "argument")
     if not leaves.vector(gradient).any():
         return verdict_on(layer, "constant")
     # In half precision, only check that the product exists. Compare it in single precision, because half precision
@@ -49,7 +50,7 @@ def tried(call, training, random):
         if is_coarse:
             computation.product(primals, primals)
         with layer_calls.in_single_precision() if is_coarse else contextlib.nullcontext():
-            verdict, off = _compared(layer, computation, nesting.map_structure(_at_least_single, primals), random)
+            verdict, off = _compared(layer, computation, nesting.map_structure(at_least_single, primals), random)
     except _HasNone as error:
         return failed(layer, "once", error.__cause__)
     if verdict == "wrong":
@@ -68,7 +69,7 @@ def _compared(layer, computation, primals, random):
 
 def _along(computation, primals, only_inputs, random):
     """The verdict of `SlopeSearch` along random directions, and the largest error of a wrong product."""
-    leaves = Leaves("preflight", primals, "argument")
+    leaves = Leaves("layer_derivatives", primals, "argument")
     start, off = leaves.vector(primals), []
     parts = leaves.split(start)
     large = _joined(map(_stands_for_infinity, parts))
@@ -173,7 +174,7 @@ class _Computation:
         products = []
         for y, c in zip(self._called(values, weights), self._cotangents, strict=True):
             if is_float_tensor(y):
-                y = _at_least_single(y)
+                y = at_least_single(y)
                 products.append(ops.sum(y * ops.convert_to_tensor(c, dtype=y.dtype)))
         return sum(products)
 
@@ -185,7 +186,3 @@ def is_float_tensor(x):
 
 def _is_floating(dtype):
     return keras.backend.is_float_dtype(dtype)
-
-
-def _at_least_single(x):
-    return ops.cast(x, "float32") if validation.dtype_of(x) in _COARSE else x

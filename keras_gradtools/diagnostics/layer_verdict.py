@@ -69,8 +69,10 @@ class LayerVerdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreflightReport:
-    """The result of `preflight`. Printed, it is a summary and one line for each layer that has a problem or is unclear.
+class LayerDerivatives:
+    """The result of `layer_derivatives`.
+
+    Printed, it is a summary and one line for each layer that has a problem or is unclear.
 
     Attributes:
         model: The name of the model.

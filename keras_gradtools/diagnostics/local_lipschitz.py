@@ -14,7 +14,7 @@ from keras_gradtools.transforms import compiled
 NAME = "local_lipschitz"
 
 
-def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed=0, inputs=None):
+def local_lipschitz(model, x, training=False, *, radius=0.1, iterations=10, seed=0, inputs=None):
     r"""Computes a lower bound of the Lipschitz constant of a model within a ball around each example.
 
     The constant is $\max_{\lVert \delta \rVert \le r} \lVert f(x + \delta) - f(x) \rVert / \lVert \delta \rVert$. It is
@@ -25,8 +25,8 @@ def local_lipschitz(model, x, radius=0.1, training=False, *, iterations=10, seed
     Args:
         model: A Keras model, or a function of `x`. The examples must be independent.
         x: Tensors of shape `(batch, ...)`, in any nested structure.
-        radius: $r$, in units of `x`.
         training: Whether a model is called in training mode.
+        radius: $r$, in units of `x`.
         iterations: Number of steps of the search.
         seed: An integer that seeds the initial directions.
         inputs: The names, keys or positions of the inputs to move. By default, all floating-point inputs. The others

@@ -108,15 +108,16 @@ class SlopeSearch:
         counted = (gradient != 0) | (np.abs(slope) > rounding) | (np.abs(product) > rounding)
         change = np.abs(slope - last)
         typical = np.median(np.abs(slope[counted])) if counted.any() else 0.0
-        settled = change <= self._rtol / 2 * (np.abs(slope) + typical) + rounding
-        settled &= counted & np.isfinite(slope)
-        share = settled.sum() / counted.sum() if counted.any() else 1.0
-        error = float(np.linalg.norm(np.nan_to_num((product - slope)[settled], nan=np.inf)))
-        size = float(max(np.linalg.norm(np.nan_to_num(product[settled])), np.linalg.norm(slope[settled])))
+        converged = change <= self._rtol / 2 * (np.abs(slope) + typical) + rounding
+        converged &= counted & np.isfinite(slope)
+        share = converged.sum() / counted.sum() if counted.any() else 1.0
+        error = float(np.linalg.norm(np.nan_to_num((product - slope)[converged], nan=np.inf)))
+        size = float(max(np.linalg.norm(np.nan_to_num(product[converged])), np.linalg.norm(slope[converged])))
         # Few of many elements reach their bound.
-        noise = float(np.linalg.norm(rounding[settled])) / _OF_MANY
+        noise = float(np.linalg.norm(rounding[converged])) / _OF_MANY
         allowed, is_fine = self._rtol * size + noise, is_first or bool(noise <= 2 * self._rtol * size)
-        return _Comparison(share, error, float(np.linalg.norm(change[settled])), size, bool(error <= allowed), is_fine)
+        change = float(np.linalg.norm(change[converged]))
+        return _Comparison(share, error, change, size, bool(error <= allowed), is_fine)
 
     def _concluded(self, tensors):
         verdict, off = "yes", 0.0

@@ -8,7 +8,7 @@ from keras_gradtools.independence.examination import examine
 NAME = "batch_independence"
 
 
-def batch_independence(model, x, training=False, seed=0, *, inputs=None):
+def batch_independence(model, x, training=False, *, seed=0, inputs=None):
     r"""Tests whether any output of example i depends on the input of example j, and finds the layers that cause it.
 
     Batch Jacobians, per-example gradients and penalties on input gradients assume that examples are independent,

@@ -92,8 +92,8 @@ class Around(keras.Model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(layer_cases.LAYERS))
-def test_preflight_says_the_same(name, backend):
-    """Of each layer at its generic points, at which `kg.diagnostics.preflight` reads it in single precision."""
+def test_layer_derivatives_says_the_same(name, backend):
+    """Of each layer at its generic points, at which `kg.diagnostics.layer_derivatives` reads it in single precision."""
     points = table.read(backend).get(f"layers.{name}", {})
     for i, entry in enumerate(layer_cases.LAYERS[name]):
         found = points.get(f"generic {i + 1}" if i else "generic")
@@ -105,6 +105,6 @@ def test_preflight_says_the_same(name, backend):
             # On TensorFlow, Keras builds it within a graph otherwise, and keeps that graph's tensors.
             model.layer.build(x[0].shape)
         model(x)
-        report = kg.diagnostics.preflight(model, x, training=bool(entry.training))
+        report = kg.diagnostics.layer_derivatives(model, x, training=bool(entry.training))
         expected = {"yes", "constant", "unclear"} if found["hvp"] == "right" else {"no", "once", "unclear", "constant"}
         assert {layer.verdict for layer in report.layers} <= expected, (found, report)

@@ -201,4 +201,4 @@ def test_it_is_looked_at_once_and_without_the_model():
 
 
 def test_the_noise_of_gradients_may_be_of_other_examples():
-    kg.diagnostics.gradient_noise_scale(linear(), Data(dropping), "mse")
+    kg.diagnostics.gradient_noise_scale(linear(), "mse", Data(dropping))

@@ -32,7 +32,7 @@ def hessian():
 
 def test_hessian_has_its_blocks_marked(ax, hessian):
     matrix = hessian.dense()
-    assert plots.plot_hessian(matrix, hessian, ax) is ax
+    assert plots.plot_hessian(matrix, ax, hessian) is ax
     np.testing.assert_array_equal(ax.images[-1].get_array(), matrix)
     low, high = ax.images[-1].get_clim()
     assert -low == high == pytest.approx(np.abs(matrix).max())
@@ -48,7 +48,7 @@ def test_hessian_without_blocks(ax):
 
 
 @pytest.mark.parametrize(
-    ("matrix", "operator", "match"),
+    ("matrix", "blocks", "match"),
     [
         (np.ones((2, 3)), None, "square"),
         (np.eye(3), {"a": slice(0, 2)}, "of size 2"),
@@ -56,9 +56,9 @@ def test_hessian_without_blocks(ax):
         (np.ones(3), None, r"\(n, n\)"),
     ],
 )
-def test_hessian_refuses(ax, matrix, operator, match):
+def test_hessian_refuses(ax, matrix, blocks, match):
     with pytest.raises(ValueError, match=match):
-        plots.plot_hessian(matrix, operator, ax)
+        plots.plot_hessian(matrix, ax, blocks)
 
 
 def test_spectral_density(ax, hessian):

@@ -143,7 +143,7 @@ def test_masked_places_are_no_part_of_a_sum():
 def test_the_noise_of_the_gradient(reduction):
     # Each example is a batch of one: what it is divided by is 1, or its own weight.
     loss = keras.losses.MeanSquaredError(reduction=reduction)
-    found = kg.diagnostics.gradient_noise_scale(linear(), (X, T, WEIGHT), loss)
+    found = kg.diagnostics.gradient_noise_scale(linear(), loss, (X, T, WEIGHT))
     weight = np.ones(N) if reduction == "mean_with_sample_weight" else WEIGHT.astype("float64")
     g = weight[:, None] * gradients_of_examples()
     trace = g.var(axis=0, ddof=1).sum()

@@ -44,22 +44,22 @@ def of_linear(weight=1.0):
 
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 5}, {"batch_size": 6}, {"batch_size": 7, "chunk_size": 3}])
 def test_linear_regression(options):
-    check(gradient_noise_scale(linear(), (X, Y), "mse", **options), of_linear())
+    check(gradient_noise_scale(linear(), "mse", (X, Y), **options), of_linear())
 
 
 def test_sample_weights():
-    check(gradient_noise_scale(linear(), (X, Y, W), "mse"), of_linear(W))
+    check(gradient_noise_scale(linear(), "mse", (X, Y, W)), of_linear(W))
 
 
 def test_the_compiled_loss_and_a_regularizer():
     model = linear(kernel_regularizer=keras.regularizers.L2(0.3))
     model.compile("sgd", "mse")
-    check(gradient_noise_scale(model, (X, Y)), of_linear() + 0.6 * np.linspace(-1, 1, D))
+    check(gradient_noise_scale(model, None, (X, Y)), of_linear() + 0.6 * np.linspace(-1, 1, D))
 
 
 def test_batches_of_a_data_set():
     data = [(X[:10], Y[:10]), (X[10:], Y[10:])]
-    check(gradient_noise_scale(linear(), data, "mse", chunk_size=4), of_linear())
+    check(gradient_noise_scale(linear(), "mse", data, chunk_size=4), of_linear())
 
 
 @pytest.mark.parametrize("variables", [None, "head"])
@@ -83,7 +83,7 @@ def test_a_network_example_by_example(variables):
         gradients = tape.gradient(value, chosen)
         rows.append(np.concatenate([ops.convert_to_numpy(g).ravel() for g in gradients]))
     given = None if variables is None else model.get_layer(variables)
-    check(gradient_noise_scale(model, (x, y), loss, given), np.stack(rows).astype("float64"), rel=1e-3)
+    check(gradient_noise_scale(model, loss, (x, y), given), np.stack(rows).astype("float64"), rel=1e-3)
 
 
 def test_it_predicts_the_variance_of_the_gradient_of_batches():
@@ -91,7 +91,7 @@ def test_it_predicts_the_variance_of_the_gradient_of_batches():
     draw = np.random.default_rng(0)
     x = draw.normal(size=(n, D)).astype("float32")
     y = (x.sum(axis=1, keepdims=True) + draw.normal(size=(n, 1))).astype("float32")
-    found = gradient_noise_scale(linear(), (x, y), "mse")
+    found = gradient_noise_scale(linear(), "mse", (x, y))
     model, size = linear(), 50
     operator = [kg.curvature.Hessian(model, "mse", (x[i : i + size], y[i : i + size])) for i in range(0, n, size)]
     gradients = np.stack([o.gradient() for o in operator]).astype("float64")
@@ -104,9 +104,9 @@ def test_no_gradient_above_the_noise():
     x = np.ones((2, 1), "float32")
     model = keras.Sequential([keras.Input((1,)), layers.Dense(1, use_bias=False)])
     model.set_weights([np.zeros((1, 1))])
-    found = gradient_noise_scale(model, (x, np.array([[1.0], [-1.0]], "float32")), "mse")
+    found = gradient_noise_scale(model, "mse", (x, np.array([[1.0], [-1.0]], "float32")))
     assert found.noise_scale == np.inf and found.squared_norm < 0
-    same = gradient_noise_scale(model, (x, x), "mse")
+    same = gradient_noise_scale(model, "mse", (x, x))
     assert same.noise_scale == 0 and same.squared_norm == 4
 
 
@@ -122,10 +122,10 @@ def test_nothing_is_traced_again(backend):
 
     model = keras.Sequential([keras.Input((D,)), Counted(), layers.Dense(1)])
     model.compile("sgd", "mse")
-    gradient_noise_scale(model, (X, Y))
+    gradient_noise_scale(model, None, (X, Y))
     before = len(calls)
     model.set_weights([2 * w for w in model.get_weights()])
-    gradient_noise_scale(model, (X, Y))
+    gradient_noise_scale(model, None, (X, Y))
     # Whether an example stands alone is looked at in two calls that are not traced.
     assert len(calls) == before + 2
 
@@ -133,8 +133,8 @@ def test_nothing_is_traced_again(backend):
 def test_nothing_changes_in_training_mode():
     model = keras.Sequential([keras.Input((D,)), layers.BatchNormalization(), layers.Dropout(0.5), layers.Dense(1)])
     before = [ops.convert_to_numpy(v).copy() for v in model.variables]
-    first = gradient_noise_scale(model, (X, Y), "mse", training=True)
-    assert gradient_noise_scale(model, (X, Y), "mse", training=True) == first
+    first = gradient_noise_scale(model, "mse", (X, Y), training=True)
+    assert gradient_noise_scale(model, "mse", (X, Y), training=True) == first
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
 
@@ -161,4 +161,4 @@ def test_refused(options, message):
 def test_infinity_is_no_number():
     x = X.copy()
     x[2, 1] = np.inf
-    assert np.isnan(gradient_noise_scale(linear(), (x, Y), "mse").noise_scale)
+    assert np.isnan(gradient_noise_scale(linear(), "mse", (x, Y)).noise_scale)

@@ -107,7 +107,7 @@ class TestGradientMonitor:
     def test_the_function_says_so(self):
         model, y = contrast()
         with pytest.raises(ValueError, match=r"an example of this model does not stand alone: from a batch of 8 .*\(8"):
-            kg.diagnostics.gradient_noise_scale(model, (X, y))
+            kg.diagnostics.gradient_noise_scale(model, None, (X, y))
 
     def test_one_derivative_is_enough(self, backend):
         if backend == "jax":

@@ -188,8 +188,8 @@ def independence(specimen):
     return Found("right" if report.independent is not crosses else "wrong", "" if report.independent else str(report))
 
 
-def preflight(specimen):
-    report = kg.diagnostics.preflight(specimen.model, specimen.x, verbose=0)
+def layer_derivatives(specimen):
+    report = kg.diagnostics.layer_derivatives(specimen.model, specimen.x, verbose=0)
     if report.twice_differentiable:
         unclear = ", ".join(layer.path for layer in report.unclear)
         return Found("right", f"unclear: {unclear}" if unclear else "")
@@ -295,7 +295,7 @@ IN_SINGLE = {
     f.__name__: f
     for f in (
         independence,
-        preflight,
+        layer_derivatives,
         penalty,
         adversarial,
         second_order,

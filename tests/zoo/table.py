@@ -18,7 +18,7 @@ that differences say nothing. `CurvatureMonitor` of EfficientNet logs NaN there 
 - `gradient`, `hvp`, `ggn`, `jacobian`: against central differences, in double precision where the model allows it;
   `jacobian` is the batch Jacobian by the inputs, or by the embedding of tokens.
 - `independence`: whether `batch_independence` agrees with what an example returns among copies of itself.
-  `preflight`: whether it accuses no layer, or a product with the Hessian is wrong as it says.
+  `layer_derivatives`: whether it accuses no layer, or a product with the Hessian is wrong as it says.
 - `penalty`, `adversarial`, `second_order`: two steps of each trainer, with finite losses and weights. The monitors:
   one measurement each, of finite numbers. `save`: a trainer saved and loaded computes the same.
 

@@ -12,7 +12,7 @@ from keras_gradtools.backend.state import StateScope
 from keras_gradtools.curvature.data.progress import Progress
 from keras_gradtools.diagnostics.layer_likeness import likeness
 from keras_gradtools.diagnostics.layer_trial import tried
-from keras_gradtools.diagnostics.layer_verdict import PreflightReport
+from keras_gradtools.diagnostics.layer_verdict import LayerDerivatives
 
 _EXAMPLES = 2
 _UNKNOWN_LENGTH = 8
@@ -21,7 +21,7 @@ _ORDER = ("constant", "yes", "unclear", "wrong", "once", "no")
 _BY_NUMBERS = ("constant", "unclear")
 
 
-def preflight(model, x=None, training=False, seed=0, verbose="auto"):
+def layer_derivatives(model, x=None, training=False, *, seed=0, verbose="auto"):
     r"""Tests which layers of a model can be differentiated twice on this backend, and gives advice on the others.
 
     The model is called once. For each call $f$ of a layer with inputs and weights $z$, a random cotangent $c$ and a
@@ -43,7 +43,7 @@ def preflight(model, x=None, training=False, seed=0, verbose="auto"):
         verbose: 1 for a progress bar, 0 for none, `"auto"` for one if it takes long.
 
     Returns:
-        A `PreflightReport` with the attributes `twice_differentiable`, `problems` and `unclear`. Print it for a report
+        A `LayerDerivatives` with the attributes `twice_differentiable`, `problems` and `unclear`. Print it for a report
         in words.
 
     Raises:
@@ -58,34 +58,34 @@ def preflight(model, x=None, training=False, seed=0, verbose="auto"):
     >>> import keras
     >>> import keras_gradtools as kg
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "tanh"), keras.layers.Dense(1)], name="net")
-    >>> report = kg.diagnostics.preflight(model)
+    >>> report = kg.diagnostics.layer_derivatives(model)
     >>> report.twice_differentiable, [layer.verdict for layer in report.layers]
     (True, ['yes', 'yes'])
 
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.3, on derivatives of derivative code.
     """
     if not isinstance(model, keras.Layer):
-        raise validation.refused("preflight", "a Keras model or layer", "model", model)
-    validation.require_built("preflight", model)
-    training = validation.require_flag("preflight", "training", training)
-    validation.require_seed("preflight", seed)
-    validation.require_verbose("preflight", verbose)
+        raise validation.refused("layer_derivatives", "a Keras model or layer", "model", model)
+    validation.require_built("layer_derivatives", model)
+    training = validation.require_flag("layer_derivatives", "training", training)
+    validation.require_seed("layer_derivatives", seed)
+    validation.require_verbose("layer_derivatives", verbose)
     # Spawned, because examples that the user drew with the same seed would equal the cotangents.
     random = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
-    inputs, note = (validation.require_examples("preflight", x), "") if x is not None else _drawn(model, random)
+    inputs, note = (validation.require_examples("layer_derivatives", x), "") if x is not None else _drawn(model, random)
     scope = StateScope()
     with scope, scope, layer_calls.recorded(model) as calls:
         model(inputs, training=training)
     verdicts, known = {}, {}
     calls = _outermost(model, calls)
-    with Progress(len(calls), f"preflight of {model.name!r}", verbose, unit="layer") as progress:
+    with Progress(len(calls), f"layer_derivatives of {model.name!r}", verbose, unit="layer") as progress:
         for call in calls:
             # For a layer that is called several times, the worst verdict counts.
             key, found = id(call.layer), _known_or_tried(call, known, training, random)
             if key not in verdicts or _ORDER.index(found.verdict) > _ORDER.index(verdicts[key].verdict):
                 verdicts[key] = found
             progress.update()
-    return PreflightReport(model.name, backend.name(), tuple(verdicts.values()), note)
+    return LayerDerivatives(model.name, backend.name(), tuple(verdicts.values()), note)
 
 
 def _known_or_tried(call, known, training, random):
@@ -108,8 +108,8 @@ def _drawn(model, random):
         inputs = inputs[0] if len(inputs) == 1 else list(inputs)
     if not nesting.flatten(inputs):
         raise ValueError(
-            f"preflight needs examples to call the model {model.name!r} on, whose inputs are not known. Received: "
-            "x=None. Pass two or more examples as `x`."
+            f"layer_derivatives needs examples to call the model {model.name!r} on, whose inputs are not known. "
+            "Received: x=None. Pass two or more examples as `x`."
         )
 
     def drawn(spec):

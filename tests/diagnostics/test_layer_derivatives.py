@@ -1,4 +1,4 @@
-"""`preflight` against layers whose second derivative is known to be there, to be missing, or to be wrong."""
+"""`layer_derivatives` against layers whose second derivative is known to be there, to be missing, or to be wrong."""
 
 import sys
 
@@ -9,7 +9,7 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools.backend import layer_calls
-from keras_gradtools.diagnostics import layer_trial, preflight
+from keras_gradtools.diagnostics import layer_derivatives, layer_trial
 
 X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
 
@@ -56,7 +56,7 @@ class Never(layers.Layer):
 def of_one(layer, shape=(4,), dtype="float32", x=None, **options):
     inputs = keras.Input(shape, dtype=dtype)
     model = keras.Model(inputs, layer(inputs), name="net")
-    (verdict,) = preflight(model, x, verbose=0, **options).layers
+    (verdict,) = layer_derivatives(model, x, verbose=0, **options).layers
     return verdict
 
 
@@ -169,7 +169,7 @@ def test_small_numbers_are_no_mistake(seed):
     tokens = keras.Input((5,), dtype="int32")
     x = layers.Embedding(20, 8, embeddings_initializer=SMALL)(tokens)
     model = keras.Model(tokens, layers.Dense(2)(layers.LayerNormalization(epsilon=1e-6)(x)))
-    report = preflight(model, seed=seed, verbose=0)
+    report = layer_derivatives(model, seed=seed, verbose=0)
     assert [layer.verdict for layer in report.layers] == ["yes", "yes", "yes"], str(report)
 
 
@@ -185,7 +185,7 @@ def test_a_fresh_transformer(policy):
     finally:
         keras.config.set_dtype_policy(before)
     tokens = np.random.default_rng(1).integers(0, 20, (2, 5))
-    report = preflight(model, tokens, verbose=0)
+    report = layer_derivatives(model, tokens, verbose=0)
     assert not report.problems and not report.unclear, str(report)
     assert len([layer for layer in report.layers if layer.verdict == "yes"]) >= 9
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_told():
     assert verdict.verdict == "unclear"
     assert "do not converge" in verdict.message
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), Signs(name="signs")], name="net")
-    report = preflight(model, verbose=0)
+    report = layer_derivatives(model, verbose=0)
     assert report.twice_differentiable and [layer.path for layer in report.unclear] == ["net/signs"]
     assert "1 could not be decided" in str(report) and "all of them" not in str(report)
 
@@ -248,13 +248,13 @@ def test_equal_numbers_are_tried_aside():
     # Of a window of zeros another element is the largest at each step.
     inputs = keras.Input((8, 3))
     model = keras.Model(inputs, layers.MaxPooling1D(2)(layers.ReLU()(inputs)))
-    assert [layer.verdict for layer in preflight(model, verbose=0).layers] == ["yes", "yes"]
+    assert [layer.verdict for layer in layer_derivatives(model, verbose=0).layers] == ["yes", "yes"]
 
 
 def test_dropout_without_a_seed_in_training():
     inputs = keras.Input((16, 4))
     model = keras.Model(inputs, layers.Dense(3, "tanh")(layers.Dropout(0.3)(inputs)))
-    assert [layer.verdict for layer in preflight(model, training=True, verbose=0).layers] == ["yes", "yes"]
+    assert [layer.verdict for layer in layer_derivatives(model, training=True, verbose=0).layers] == ["yes", "yes"]
 
 
 def test_like_layers_are_tried_once(monkeypatch):
@@ -265,10 +265,10 @@ def test_like_layers_are_tried_once(monkeypatch):
         return original(call, *args)
 
     # The package's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["keras_gradtools.diagnostics.preflight"], "tried", counted)
+    monkeypatch.setattr(sys.modules["keras_gradtools.diagnostics.layer_derivatives"], "tried", counted)
     parts = [layers.Dense(4, "tanh") for _ in range(3)] + [layers.Dense(4, "gelu"), layers.Dense(4, use_bias=False)]
     parts += [layers.Dense(4, with_slope(*FUNCTIONS["square"], factor)) for factor in (1.0, 0.0)]
-    report = preflight(keras.Sequential([keras.Input((4,)), *parts]), verbose=0)
+    report = layer_derivatives(keras.Sequential([keras.Input((4,)), *parts]), verbose=0)
     assert [layer.verdict for layer in report.layers] == ["yes"] * 6 + ["wrong"]
     assert len({layer.path for layer in report.layers}) == 7
     assert tried == [parts[0], *parts[3:]]
@@ -295,23 +295,23 @@ def test_the_cause_is_shown():
 def test_lengths_that_are_not_known():
     inputs = keras.Input((None, 3), name="steps")
     model = keras.Model(inputs, layers.Conv1D(2, 2)(inputs))
-    assert "Unknown lengths were set to 8: (None, None, 3) of 'steps'" in str(preflight(model, verbose=0))
-    report = preflight(model, np.ones((2, 5, 3), "float32"), verbose=0)
+    assert "Unknown lengths were set to 8: (None, None, 3) of 'steps'" in str(layer_derivatives(model, verbose=0))
+    report = layer_derivatives(model, np.ones((2, 5, 3), "float32"), verbose=0)
     assert report.note == "" and "Unknown" not in str(report)
 
 
 def test_the_bar(capsys):
     model = keras.Sequential([keras.Input((2,)), layers.Dense(2), layers.Dense(2)], name="net")
-    preflight(model, verbose=0)
+    layer_derivatives(model, verbose=0)
     assert capsys.readouterr().out == ""
-    preflight(model, verbose=1)
-    assert "preflight of 'net'" in capsys.readouterr().out
+    layer_derivatives(model, verbose=1)
+    assert "layer_derivatives of 'net'" in capsys.readouterr().out
 
 
 def test_attention():
     inputs = keras.Input((5, 4))
     model = keras.Model(inputs, layers.MultiHeadAttention(2, 3)(inputs, inputs))
-    report = preflight(model)
+    report = layer_derivatives(model)
     assert report.twice_differentiable
     # The dense layers inside of it are a part of it.
     assert len(report.layers) == 1
@@ -360,7 +360,7 @@ def test_the_report_names_the_layers_of_nested_models():
         [keras.Input((4,)), layers.Dense(3, "tanh", name="fine"), Never(name="never")], name="inner"
     )
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="first"), inner, layers.Dense(1)], name="outer")
-    report = preflight(model)
+    report = layer_derivatives(model)
     assert [layer.verdict for layer in report.layers] == ["yes", "yes", "no", "yes"]
     (problem,) = report.problems
     assert "never" in problem.path and problem.layer_class.endswith("Never")
@@ -375,11 +375,11 @@ def test_integers_dicts_and_given_examples():
     outputs = layers.Dense(1)(layers.Concatenate()([embedded, inputs["numbers"]]))
     model = keras.Model(inputs, outputs)
     kinds = {"Embedding": "yes", "LSTM": "yes", "Concatenate": "yes", "Dense": "yes", "NotEqual": "constant"}
-    report = preflight(model, {"words": np.array([[1, 2, 3, 0, 0, 0]] * 2), "numbers": X[:2]})
+    report = layer_derivatives(model, {"words": np.array([[1, 2, 3, 0, 0, 0]] * 2), "numbers": X[:2]})
     assert report.twice_differentiable
     for layer in report.layers:
         assert layer.verdict == kinds.get(layer.layer_class.rpartition(".")[2], layer.verdict), str(layer)
-    assert preflight(model).twice_differentiable
+    assert layer_derivatives(model).twice_differentiable
 
 
 def test_a_model_whose_inputs_are_not_known():
@@ -394,8 +394,8 @@ def test_a_model_whose_inputs_are_not_known():
     model = Subclassed()
     model(X)
     with pytest.raises(ValueError, match="examples as `x`"):
-        preflight(model)
-    assert [layer.verdict for layer in preflight(model, X).layers] == ["yes"]
+        layer_derivatives(model)
+    assert [layer.verdict for layer in layer_derivatives(model, X).layers] == ["yes"]
 
 
 def test_nothing_changes():
@@ -404,7 +404,7 @@ def test_nothing_changes():
     )
     before = [ops.convert_to_numpy(v) for v in model.variables]
     original = keras.Layer.__call__
-    report = preflight(model, training=True)
+    report = layer_derivatives(model, training=True)
     assert report.twice_differentiable, str(report)
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
@@ -420,12 +420,12 @@ def test_nothing_changes():
 )
 def test_what_is_no_model(model, match):
     with pytest.raises(ValueError, match=match):
-        preflight(model())
+        layer_derivatives(model())
 
 
 def test_training_is_a_bool():
     with pytest.raises(ValueError, match="True or False"):
-        preflight(keras.Sequential([keras.Input((2,)), layers.Dense(1)]), training=None)
+        layer_derivatives(keras.Sequential([keras.Input((2,)), layers.Dense(1)]), training=None)
 
 
 class Biased(layers.Layer):
@@ -449,7 +449,7 @@ def test_what_masks_is_not_moved_by_its_own_size(masked, ordinary):
     x, bias = keras.Input((4,)), keras.Input((4,))
     model = keras.Model([x, bias], Biased()(x, bias))
     given = np.where(np.arange(4) == 3, masked, ordinary).astype("float32")
-    report = preflight(model, [X, np.tile(given, (len(X), 1))])
+    report = layer_derivatives(model, [X, np.tile(given, (len(X), 1))])
     assert [layer.verdict for layer in report.layers] == ["yes"], str(report)
 
 
@@ -471,7 +471,7 @@ def test_the_zeros_of_a_mask_in_numbers_are_not_moved():
     model = keras.Model([x, mask], Chosen()(x, mask))
     given = (np.arange(X.size).reshape(X.shape) % 3 > 0).astype("float32")
     Chosen.given.clear()
-    report = preflight(model, [X, given])
+    report = layer_derivatives(model, [X, given])
     assert [layer.verdict for layer in report.layers] == ["yes"], str(report)
     seen = [mask for mask in Chosen.given if mask is not None]
     assert seen and all(np.all(mask[given == 0] == 0) for mask in seen)
@@ -491,5 +491,5 @@ def test_one_direction_that_refutes_an_accusation(verdicts, expected, monkeypatc
     said = iter(verdicts)
     monkeypatch.setattr(layer_trial.SlopeSearch, "verdict", lambda *_: (next(said), 0.08))
     model = keras.Sequential([layers.Input((3,)), layers.Dense(2, "tanh")])
-    (found,) = preflight(model).layers
+    (found,) = layer_derivatives(model).layers
     assert found.verdict == expected
