@@ -1,7 +1,8 @@
 """The time of products with a curvature operator: `python -m benchmarks.curvature_modes`.
 
-Compares a product from one kept tape, the compiled product (eager on torch) and a gradient. They are timed alternately
-in one process for each backend, and the medians are reported. Writes benchmarks/results/BACKEND_curvature_modes.json.
+Compares a product from one cached tape, the compiled product (eager on torch) and a gradient. They are timed
+alternately in one process for each backend, and the medians are reported. Writes
+benchmarks/results/BACKEND_curvature_modes.json.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def measure(runs):
     import keras_gradtools as kg
     from benchmarks import models
     from keras_gradtools.backend import name
-    from keras_gradtools.curvature.operators.linearized_products import matvec_by_one_record
+    from keras_gradtools.curvature.operators.linearized_products import matvec_by_one_tape
 
     results = []
     for model_name, batch in BATCHES.items():
@@ -32,8 +33,8 @@ def measure(runs):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         hessian = kg.curvature.Hessian(model, loss, models.data(model, batch), batch_size=batch, verbose=0)
         v = np.random.default_rng(0).normal(size=hessian.shape[0]).astype("float32")
-        kept = matvec_by_one_record(hessian._sums)
-        ways = {"one record": lambda: kept(v), "product": lambda: hessian @ v, "gradient": hessian.gradient}  # noqa: B023
+        cached = matvec_by_one_tape(hessian._sums)
+        ways = {"one tape": lambda: cached(v), "product": lambda: hessian @ v, "gradient": hessian.gradient}  # noqa: B023
         seconds = {way: [] for way in ways}
         for i in range(WARM_UPS + runs):
             for way, run in ways.items():
@@ -42,10 +43,10 @@ def measure(runs):
                 if i >= WARM_UPS:
                     seconds[way].append(time.perf_counter() - start)
         ms = {way: 1e3 * float(np.median(values)) for way, values in seconds.items()}
-        error = np.abs(kept(v) - hessian @ v).max() / np.abs(hessian @ v).max()
+        error = np.abs(cached(v) - hessian @ v).max() / np.abs(hessian @ v).max()
         print(
-            f"{name()}, {model_name}, {batch}: one tape {ms['one record']:.2f} ms, product {ms['product']:.2f} ms, "
-            f"gradient {ms['gradient']:.2f} ms; one tape / product {ms['one record'] / ms['product']:.2f}, "
+            f"{name()}, {model_name}, {batch}: one tape {ms['one tape']:.2f} ms, product {ms['product']:.2f} ms, "
+            f"gradient {ms['gradient']:.2f} ms; one tape / product {ms['one tape'] / ms['product']:.2f}, "
             f"product / gradient {ms['product'] / ms['gradient']:.2f}; relative difference {error:.0e}",
             flush=True,
         )

@@ -75,10 +75,10 @@ def modes_section():
         "backend",
         "model",
         "batch",
-        "one record ms",
+        "one tape ms",
         "product ms",
         "gradient ms",
-        "one record / product",
+        "one tape / product",
         "product / gradient",
     )
     body = [
@@ -86,16 +86,16 @@ def modes_section():
             backend,
             e["model"],
             str(e["batch"]),
-            *(f"{e[way]:.2f}" for way in ("one_record_ms", "product_ms", "gradient_ms")),
-            f"{e['one_record_ms'] / e['product_ms']:.2f}",
+            *(f"{e[way]:.2f}" for way in ("one_tape_ms", "product_ms", "gradient_ms")),
+            f"{e['one_tape_ms'] / e['product_ms']:.2f}",
             f"{e['product_ms'] / e['gradient_ms']:.2f}",
         )
         for backend, path in saved("curvature_modes")
         for e in json.loads(path.read_text())
     ]
     yield (
-        "## Curvature: modes\n\nA product with a cached record (`linearized()`), the compiled product (eager on "
-        "torch), and a gradient of the same operator, with the data in one batch. Where the record is much faster "
+        "## Curvature: modes\n\nA product with a cached tape (`linearized()`), the compiled product (eager on "
+        "torch), and a gradient of the same operator, with the data in one batch. Where the tape is much faster "
         "(torch), solvers and estimators use it."
     )
     yield markdown(head, body)

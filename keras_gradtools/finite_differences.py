@@ -212,9 +212,9 @@ class Point:
             for _ in range(1 if self.settings.step else 1 + _HALVINGS):
                 near, largest = self._across(h * v)
                 slope, noise = (8 * near - far) / (12 * h), np.maximum(self._noise, self.epsilon * largest) / h
-                spread = np.abs(slope - estimates[-1][0]) if estimates else np.full(slope.shape, np.inf)
-                estimates.append((slope, noise, np.nan_to_num(spread + noise, nan=np.inf)))
-                if (spread <= self._rtol / 4 * np.abs(slope) + 2 * noise).all():
+                change = np.abs(slope - estimates[-1][0]) if estimates else np.full(slope.shape, np.inf)
+                estimates.append((slope, noise, np.nan_to_num(change + noise, nan=np.inf)))
+                if (change <= self._rtol / 4 * np.abs(slope) + 2 * noise).all():
                     break
                 far, h = near, h / 2
         slopes, noises, doubts = np.array(estimates).transpose(1, 0, 2)

@@ -216,8 +216,8 @@ def _check_orders(settings, fun, args, order, modes, under, returns):
 
 
 def _check_forward(point, v, what):
-    _, pushed = jvp(point.fun, point.inputs.pack(point.start), point.inputs.pack_direction(v))
-    point.require_close(what, point.outputs.vector(pushed), *point.slope(v), point.outputs.name)
+    _, derivative = jvp(point.fun, point.inputs.pack(point.start), point.inputs.pack_direction(v))
+    point.require_close(what, point.outputs.vector(derivative), *point.slope(v), point.outputs.name)
 
 
 def _check_reverse(point, u, what):

@@ -19,11 +19,11 @@ def input_gradients(model, objective, x, y):
     x = backend.alias(x)
     scope = constant_weights(model)
     with scope, scope:
-        record = backend.Tape(watch_accessed_variables=False)
-        with record, record:
-            record.watch(x)
+        tape = backend.Tape(watch_accessed_variables=False)
+        with tape, tape:
+            tape.watch(x)
             values, badness = objective(y, called(model, x), output_activation(model))
-        (gradients,) = backend.constant_pullback(record, [values], [x], [ops.ones_like(values)])
+        (gradients,) = backend.constant_pullback(tape, [values], [x], [ops.ones_like(values)])
     if gradients is None:
         raise ValueError(
             "An attack needs outputs that depend differentiably on the input. Received: a model without a gradient "

@@ -214,7 +214,7 @@ def _implicit(model, x, chosen, kwargs, iterations, seed):
     largest[is_finite] = np.linalg.svd(bidiagonal[is_finite], compute_uv=False)[:, 0]
 
     # A random orthonormal frame, the same for all examples, in the smaller of the input and output spaces.
-    smaller, like, body = (m, outputs, _pull) if m <= n else (n, inputs, _push)
+    smaller, like, body = (m, outputs, _squared_vjp) if m <= n else (n, inputs, _squared_jvp)
     directions = min(iterations, smaller)
     frame, _ = np.linalg.qr(random.standard_normal((smaller, directions)))
     total = 0.0
@@ -240,20 +240,20 @@ def taped(name, chosen, fun, x, kwargs):
 def _bidiagonalize(chosen, fun, x, v, u, beta, **kwargs):
     """One step: J v = alpha u' + beta u and J^T u' = alpha v + beta' v', where u, v, u' and v' have length 1."""
     call = taped(NAME, chosen, fun, x, kwargs)
-    call.record.keeps_graph = True
-    pushed = nesting.flatten(call.push(v))
-    u, alpha = normalized([p - scaled(beta, old) for p, old in zip(pushed, u, strict=True)])
-    pulled = nesting.flatten(call.pull(nesting.pack_as(call.target, u)))
-    v, beta = normalized([p - scaled(alpha, old) for p, old in zip(pulled, v, strict=True)])
+    call.tape.keeps_graph = True
+    forward = nesting.flatten(call.jvp(v))
+    u, alpha = normalized([p - scaled(beta, old) for p, old in zip(forward, u, strict=True)])
+    back = nesting.flatten(call.vjp(nesting.pack_as(call.target, u)))
+    v, beta = normalized([p - scaled(alpha, old) for p, old in zip(back, v, strict=True)])
     return (u, v, alpha, beta), None
 
 
-def _pull(chosen, fun, x, u, **kwargs):
+def _squared_vjp(chosen, fun, x, u, **kwargs):
     call = taped(NAME, chosen, fun, x, kwargs)
-    return squares(nesting.flatten(call.pull(nesting.pack_as(call.target, u), is_last=True))), None
+    return squares(nesting.flatten(call.vjp(nesting.pack_as(call.target, u), is_last=True))), None
 
 
-def _push(chosen, fun, x, v, **kwargs):
+def _squared_jvp(chosen, fun, x, v, **kwargs):
     call = taped(NAME, chosen, fun, x, kwargs)
-    call.record.keeps_graph = True
-    return squares(nesting.flatten(call.push(v))), None
+    call.tape.keeps_graph = True
+    return squares(nesting.flatten(call.jvp(v))), None

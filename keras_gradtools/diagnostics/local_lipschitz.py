@@ -91,8 +91,8 @@ def _step(chosen, fun, x, here, delta, radius, **kwargs):
     there = taped(NAME, chosen, fun, chosen.filled(x, moved), kwargs)
     change = [b - a for a, b in zip(here, there.flat_targets, strict=True)]
     ratio = ops.sqrt(squares(change) / squares(delta))
-    pulled = nesting.flatten(there.pull(nesting.pack_as(there.target, change), is_last=True))
-    direction, length = normalized(pulled)
+    gradients = nesting.flatten(there.vjp(nesting.pack_as(there.target, change), is_last=True))
+    direction, length = normalized(gradients)
     # Where the gradient is zero, keep the perturbation.
     following = [
         ops.where(for_each(ops.cast(length, d.dtype), d) > 0, ops.cast(radius, d.dtype) * new, d)

@@ -56,19 +56,19 @@ def _leak_of(name, called, leaves, judged, batch_size, seed):
     leak, reason = Leak(), ""
     outputs = []
     if floats:
-        record = backend.Tape(watch_accessed_variables=False)
+        tape = backend.Tape(watch_accessed_variables=False)
         aliases = list(leaves)
         scope = StateScope()
-        with scope, scope, record, record:
+        with scope, scope, tape, tape:
             for i in floats:
                 aliases[i] = backend.alias(leaves[i])
-                record.watch(aliases[i])
+                tape.watch(aliases[i])
             outputs = _float_leaves(called(aliases))
         _require_outputs(name, outputs, batch_size)
         sources = [aliases[i] for i in floats]
-        leak = gradient_leak.of_record(record, outputs, sources, batch_size, seed)
+        leak = gradient_leak.of_tape(tape, outputs, sources, batch_size, seed)
         gradient_leak.require_finite(name, leak)
-        unreached = _count_unreached(record, outputs, sources, leak, seed)
+        unreached = _count_unreached(tape, outputs, sources, leak, seed)
         if unreached:
             some = "" if unreached == len(outputs) else f" of {unreached} of the {len(outputs)} outputs"
             reason = f"the gradient{some} is zero everywhere, for instance because a layer's weights are zero"
@@ -87,14 +87,14 @@ def _leak_of(name, called, leaves, judged, batch_size, seed):
     return leak, dtype, reason
 
 
-def _count_unreached(record, outputs, sources, leak, seed):
+def _count_unreached(tape, outputs, sources, leak, seed):
     """The number of outputs whose gradient with respect to all sources is zero."""
     if len(outputs) == 1 or leak.is_zero:
         return len(outputs) if leak.is_zero else 0
     random, count = np.random.default_rng(seed), 0
     for y in outputs:
         cotangent = ops.convert_to_tensor(random.uniform(0.5, 1.5, tuple(y.shape)), dtype=y.dtype)
-        found = backend.pullback(record, [y], sources, [cotangent])
+        found = backend.pullback(tape, [y], sources, [cotangent])
         count += not any(g is not None and np.any(gradient_leak.known_numbers(g)) for g in found)
     return count
 
@@ -128,12 +128,12 @@ def _with_others_replaced(leaves, others, half):
 
 def _mixing_layers(called, leaves, batch_size, seed):
     """The names and classes of the innermost layers in which an example's output has a gradient at another example."""
-    record, calls = _watched(called, leaves)
+    tape, calls = _watched(called, leaves)
     mixing = []
     for call in calls:
         outputs = _float_leaves(call.outputs)
         if call.inputs and outputs:
-            leak = gradient_leak.of_record(record, outputs, call.inputs, batch_size, seed)
+            leak = gradient_leak.of_tape(tape, outputs, call.inputs, batch_size, seed)
             if leak.value > gradient_leak.tolerance(outputs[0]):
                 mixing.append(call)
     return _innermost(mixing)
@@ -160,11 +160,11 @@ def _layers_that_change_others(called, leaves, others, batch_size, seed):
 
 def _watched(called, leaves):
     """The tape that has recorded a call, and the layer calls in it."""
-    record = backend.Tape(watch_accessed_variables=False)
-    scope, watched = StateScope(), layer_calls.watched(record)
-    with scope, scope, record, record, watched, watched:
+    tape = backend.Tape(watch_accessed_variables=False)
+    scope, watched = StateScope(), layer_calls.watched(tape)
+    with scope, scope, tape, tape, watched, watched:
         called(leaves)
-    return record, watched.calls
+    return tape, watched.calls
 
 
 def _innermost(mixing):

@@ -69,7 +69,7 @@ class BatchIndependence:
 
     def _cause(self):
         if not self.layers:
-            if self.of == RECORD:
+            if self.of == RECORDED:
                 return (
                     "A tape does not know layers. `keras_gradtools.diagnostics.batch_independence` names the layers of "
                     "a model that are the cause."
@@ -92,12 +92,12 @@ class BatchIndependence:
             return "call the model with training=False, so that BatchNormalization uses its moving statistics"
         if self.training:
             return "remove what mixes the examples (some layers do not mix them with training=False)"
-        if self.of == RECORD:
+        if self.of == RECORDED:
             return "remove what mixes the examples, such as BatchNormalization in training mode"
         return "remove what mixes the examples"
 
 
-RECORD = "what the tape has recorded"
+RECORDED = "what the tape has recorded"
 
 
 def tolerance(dtype):
@@ -152,7 +152,7 @@ class Leak:
         return float(np.sqrt(self.crossing / self.within)) if self.within else np.inf
 
 
-def of_record(tape, targets, sources, batch_size, seed=0):
+def of_tape(tape, targets, sources, batch_size, seed=0):
     """The `Leak` of recorded operations, from the gradients of the outputs of half of the examples at a time.
 
     The rows of a tensor are divided evenly among the examples, in order, if there are more or fewer rows than examples.
@@ -175,14 +175,14 @@ def of_record(tape, targets, sources, batch_size, seed=0):
     return leak
 
 
-def require_of_record(name, tape, targets, sources):
+def require_independence(name, tape, targets, sources):
     """Raises `ValueError` with a report if examples depend on one another in the recorded operations of a tape."""
     require_values(name, targets)
     batch_size = require_batch(name, "a target", targets)
-    leak = of_record(tape, targets, sources, batch_size)
+    leak = of_tape(tape, targets, sources, batch_size)
     require_finite(name, leak)
     if leak.value > tolerance(targets[0]):
-        report = BatchIndependence(False, leak.value, (), (), batch_size, RECORD)
+        report = BatchIndependence(False, leak.value, (), (), batch_size, RECORDED)
         raise ValueError(f"{name}: {report}")
 
 

@@ -108,24 +108,24 @@ class InputGradientPenalty(keras.layers.Wrapper):
         choice = self._choice
         chosen = chosen_positions(NAME, self.layer, inputs, None)
         snapshot = Snapshot(self.layer) if self._penalty.calls_again(choice) else None
-        record = RecordedCall(lambda x: self.layer(x, training=True), inputs, chosen, snapshot)
+        call = RecordedCall(lambda x: self.layer(x, training=True), inputs, chosen, snapshot)
         target: Any
         if self._penalty.target == "outputs":
-            target = OutputsTarget(record.outputs, choice.projections, self._seeds)
+            target = OutputsTarget(call.outputs, choice.projections, self._seeds)
         else:
             target = FunctionTarget(NAME, self._penalty.target)
 
         def measured():
-            found = self._penalty.measure(choice, record, target, self.layer, training)
+            found = self._penalty.measure(choice, call, target, self.layer, training)
             return ops.mean(found.values), ops.mean(found.norms)
 
-        dtype = keras.backend.result_type(record.sources[0].dtype, "float32")
+        dtype = keras.backend.result_type(call.sources[0].dtype, "float32")
         applied = self._strength.apply(measured, self._steps, training, dtype)
         if self._steps is not None:
             self._steps.assign_add(1)
         if applied.weighted is not None:
             self.add_loss(applied.weighted)
-        return record.outputs
+        return call.outputs
 
     def compute_output_spec(self, inputs, training=None):
         # The penalty changes the loss, not the output.

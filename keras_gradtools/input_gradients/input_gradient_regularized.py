@@ -165,7 +165,7 @@ class InputGradientRegularized(WrappedModel):
         self._seeds = keras.random.SeedGenerator(seed) if target == "outputs" and penalty.may_draw else None
         self._inputs, self._seed = inputs, seed
         self._choice = None
-        self._step: Any = StateOfStep(recording=False, record=None)
+        self._step: Any = StateOfStep(recording=False, call=None)
         penalty.warn_of_rounding(self.compute_dtype)
 
     @property
@@ -187,7 +187,7 @@ class InputGradientRegularized(WrappedModel):
     @property
     def method(self):
         """The method in use, with `"auto"` resolved."""
-        return self._settled().method
+        return self._current_choice().method
 
     @WrappedModel.jit_compile.setter
     def jit_compile(self, value):
@@ -205,7 +205,7 @@ class InputGradientRegularized(WrappedModel):
             )
         super().compile(optimizer, loss, *args, **kwargs)
 
-    def _settled(self):
+    def _current_choice(self):
         if self._choice is None:
             self._choice = self._penalty.choose(self.model)
         return self._choice
@@ -215,7 +215,7 @@ class InputGradientRegularized(WrappedModel):
         super().summary(*args, **kwargs)
         bound = inspect.signature(keras.Model.summary).bind(self, *args, **kwargs)
         (bound.arguments.get("print_fn") or print)(
-            f" Input-gradient penalty: {self._penalty.describe(self._settled())}"
+            f" Input-gradient penalty: {self._penalty.describe(self._current_choice())}"
         )
 
     @functools.wraps(keras.Model.fit)
@@ -224,7 +224,7 @@ class InputGradientRegularized(WrappedModel):
         given = bound.arguments.get("callbacks")
         if not isinstance(given, keras.callbacks.CallbackList):
             given = given if isinstance(given, (list, tuple)) else [given] if given else []
-            bound.arguments["callbacks"] = [*given, _DrownedLoss()]
+            bound.arguments["callbacks"] = [*given, _DominantPenalty()]
         return super().fit(*bound.args[1:], **bound.kwargs)
 
     def train_step(self, *args):
@@ -242,74 +242,74 @@ class InputGradientRegularized(WrappedModel):
         try:
             yield
         finally:
-            self._step.recording, self._step.record = False, None
+            self._step.recording, self._step.call = False, None
 
     def call(self, inputs, training=None):
         if not self._step.recording:
             return self._forward(inputs, training)
         inputs = as_tensors(inputs)
         chosen = chosen_positions(NAME, self.model, inputs, self._inputs)
-        snapshot = Snapshot(self.model) if self._penalty.calls_again(self._settled()) else None
-        record = RecordedCall(lambda x: self._forward(x, training), inputs, chosen, snapshot)
-        self._step.record = record
-        return record.outputs
+        snapshot = Snapshot(self.model) if self._penalty.calls_again(self._current_choice()) else None
+        call = RecordedCall(lambda x: self._forward(x, training), inputs, chosen, snapshot)
+        self._step.call = call
+        return call.outputs
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not self._step.recording:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         is_of_loss = self._penalty.target == "loss"
-        record = self._take_record(y_pred)
+        call = self._take_call(y_pred)
         target = self._target(y, y_pred)
         if not is_of_loss or sample_weight is not None or self.losses:
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        elif self._settled().method == "finite_difference" and not self._compile_loss.metrics:
+        elif self._current_choice().method == "finite_difference" and not self._compile_loss.metrics:
             # The trained loss is the one to differentiate, and Keras tracks no separate loss for each output.
-            target.losses = target.recorded(record)
+            target.losses = target.recorded(call)
             loss = example_losses.on_replica(ops.mean(target.losses))
         else:
             plain = super().compute_loss
-            loss = target.total = record.recorded(lambda: plain(x, y, y_pred, None, training))
-        weighted = self._measure(record, target, sample_weight, loss.dtype, training)
+            loss = target.total = call.recorded(lambda: plain(x, y, y_pred, None, training))
+        weighted = self._measure(call, target, sample_weight, loss.dtype, training)
         return loss if weighted is None else loss + ops.cast(example_losses.on_replica(weighted), loss.dtype)
 
     def _target(self, y, y_pred):
         if self._penalty.target == "loss":
             return LossTarget(NAME, self._compile_loss, y)
         if self._penalty.target == "outputs":
-            return OutputsTarget(y_pred, self._settled().projections, self._seeds)
+            return OutputsTarget(y_pred, self._current_choice().projections, self._seeds)
         return FunctionTarget(NAME, self._penalty.target, as_tensors(y))
 
-    def _measure(self, record, target, sample_weight, dtype, training):
+    def _measure(self, call, target, sample_weight, dtype, training):
         """Returns the weighted penalty, a mean over the examples, or None if the weight is 0. Updates the trackers."""
         dtype = keras.backend.result_type(dtype, "float32")
 
         def measured():
-            found = self._penalty.measure(self._settled(), record, target, self.model, training)
+            found = self._penalty.measure(self._current_choice(), call, target, self.model, training)
             values = found.values
             if sample_weight is not None:
-                weights = example_weights(sample_weight, record.outputs, record.batch_size)
+                weights = example_weights(sample_weight, call.outputs, call.batch_size)
                 values = values * ops.cast(weights, values.dtype)
             return ops.cast(ops.mean(values), dtype), ops.cast(ops.mean(found.norms), dtype)
 
         applied = self._strength.apply(measured, self._steps, training, dtype)
-        count = ops.cast(record.batch_size, dtype) * applied.is_due
+        count = ops.cast(call.batch_size, dtype) * applied.is_due
         self.penalty_tracker.update_state(ops.stop_gradient(applied.penalty), sample_weight=count)
         self.norm_tracker.update_state(applied.norm, sample_weight=count)
         if training and self._steps is not None:
             self._steps.assign_add(1)
         return applied.weighted
 
-    def _take_record(self, y_pred):
-        record, self._step.record = self._step.record, None
+    def _take_call(self, y_pred):
+        call, self._step.call = self._step.call, None
         given = keras.tree.flatten(y_pred)
-        if record is None or [id(t) for t in given] != [id(t) for t in keras.tree.flatten(record.outputs)]:
+        if call is None or [id(t) for t in given] != [id(t) for t in keras.tree.flatten(call.outputs)]:
             raise ValueError(
                 f"{NAME}.compute_loss expects the very `y_pred` that the last call of the model in this step returned, "
                 f"and only one call of compute_loss for it. Received: "
                 f"{', '.join(validation.describe(t) for t in given)}, computed in another way. Apply what follows the "
                 "model's output inside the wrapped model, or in the loss."
             )
-        return record
+        return call
 
     def get_config(self):
         return {
@@ -325,7 +325,7 @@ class InputGradientRegularized(WrappedModel):
         return cls(**restored(config, ("model", "weight", "target"), custom_objects))
 
 
-class _DrownedLoss(keras.callbacks.Callback):
+class _DominantPenalty(keras.callbacks.Callback):
     """Warns after the first epoch of `fit` if the weighted penalty is more than `MOST` times the rest of the loss."""
 
     MOST = 10

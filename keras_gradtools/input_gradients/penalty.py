@@ -101,16 +101,16 @@ class Penalty:
     def _measure(self, choice, call, target):
         if choice.method == "finite_difference":
             return self._finite_differences(call, target)
-        g = example_vectors.flattened(self._connected(call, target.pull(call)))
+        g = example_vectors.flattened(self._connected(call, target.gradients(call)))
         return Penalties(self._of_gradients(g), example_vectors.norms(ops.stop_gradient(g), self.norm))
 
     def _finite_differences(self, call, target):
         quotients, part_norms = [], []
         for part in target.parts():
             values = part.recorded(call)
-            pulled = call.pull_constant([values], [ops.ones_like(values)])
-            self._connected(call, pulled)
-            pairs = zip(pulled, call.sources, strict=True)
+            gradients = call.constant_vjp([values], [ops.ones_like(values)])
+            self._connected(call, gradients)
+            pairs = zip(gradients, call.sources, strict=True)
             g = example_vectors.flattened([vectors.zeros(x) if u is None else u for u, x in pairs])
             norms, directions = example_vectors.norms_and_directions(g, self.norm)
             further = part.each(call.again(self._shifted(call.sources, directions)))

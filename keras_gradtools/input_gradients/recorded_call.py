@@ -38,7 +38,7 @@ class RecordedCall:
     Attributes:
         sources: The chosen inputs, as the tape watches them.
         outputs: The result of `fun`.
-        record: The backend's tape.
+        tape: The backend's tape.
     """
 
     def __init__(self, fun, inputs, chosen, snapshot=None, keeps_state=True):
@@ -47,32 +47,32 @@ class RecordedCall:
         flat = nesting.flatten(inputs)
         # Aliases, so that the same tensor passed as two inputs counts as two inputs.
         self.sources = [backend.alias(flat[i]) for i in chosen]
-        self.record = backend.Tape(watch_accessed_variables=False)
-        with self.record, self.record:
+        self.tape = backend.Tape(watch_accessed_variables=False)
+        with self.tape, self.tape:
             for x in self.sources:
-                self.record.watch(x)
+                self.tape.watch(x)
             self.outputs = fun(self._with(self.sources)) if keeps_state else self.again(self.sources)
 
     def recorded(self, fun):
         """The result of `fun()`, recorded on the tape of the call."""
-        with self.record, self.record:
+        with self.tape, self.tape:
             return fun()
 
     @property
     def batch_size(self):
         return ops.shape(self.sources[0])[0]
 
-    def pull(self, targets, cotangents):
+    def vjp(self, targets, cotangents):
         """The vjp of `targets` for each of the sources, or None for unconnected ones."""
-        return backend.pullback(self.record, targets, self.sources, cotangents)
+        return backend.pullback(self.tape, targets, self.sources, cotangents)
 
-    def pull_constant(self, targets, cotangents):
-        """`pull` with a constant result, which cannot be differentiated again."""
-        return backend.constant_pullback(self.record, targets, self.sources, cotangents)
+    def constant_vjp(self, targets, cotangents):
+        """`vjp` with a constant result, which cannot be differentiated again."""
+        return backend.constant_pullback(self.tape, targets, self.sources, cotangents)
 
-    def pull_batch(self, targets, cotangents):
-        """`pull` for a stack of cotangents along axis 0."""
-        return backend.pullback_batch(self.record, targets, self.sources, cotangents)
+    def vjp_batch(self, targets, cotangents):
+        """`vjp` for a stack of cotangents along axis 0."""
+        return backend.pullback_batch(self.tape, targets, self.sources, cotangents)
 
     def again(self, sources):
         """The outputs for other values of the sources, with everything else as before the call."""

@@ -25,5 +25,5 @@ def _mean(weights, mask, batch_size):
     weights = ops.reshape(weights, (batch_size, -1))
     if mask is None or weights.shape[1] == 1:
         return ops.mean(weights, axis=1)
-    kept = ops.cast(ops.reshape(mask, (batch_size, -1)), "float32")
-    return ops.divide_no_nan(ops.sum(weights * kept, axis=1), ops.sum(kept, axis=1))
+    counted = ops.cast(ops.reshape(mask, (batch_size, -1)), "float32")
+    return ops.divide_no_nan(ops.sum(weights * counted, axis=1), ops.sum(counted, axis=1))

@@ -19,7 +19,7 @@ ALL = -1
 class Target:
     """The base class of targets.
 
-    `pull(call)` is the gradient of each example's target with respect to its inputs, None for unconnected ones.
+    `gradients(call)` is the gradient of each example's target with respect to its inputs, None for unconnected ones.
     `parts()` are the targets that finite differences are taken of, each with one number for each example.
     """
 
@@ -27,9 +27,9 @@ class Target:
         """The same target for another call, without values cached from the first one."""
         return self
 
-    def pull(self, call):
+    def gradients(self, call):
         values = self.recorded(call)
-        return call.pull([values], [ops.ones_like(values)])
+        return call.vjp([values], [ops.ones_like(values)])
 
     def parts(self):
         return [self]
@@ -57,13 +57,13 @@ class LossTarget(Target):
     def recomputed(self):
         return LossTarget(self._owner, self._compile_loss, self._y)
 
-    def pull(self, call):
+    def gradients(self, call):
         loss = self.total
         if loss is None:
             loss = call.recorded(lambda: example_losses.total_loss(self._compile_loss, self._y, call.outputs))
         # The factor is applied to the cotangent, because in half precision the gradients of a mean may underflow.
         factor = example_losses.off_replica(ops.cast(call.batch_size, loss.dtype))
-        return call.pull([loss], [ops.broadcast_to(factor, ops.shape(loss))])
+        return call.vjp([loss], [ops.broadcast_to(factor, ops.shape(loss))])
 
     def recorded(self, call):
         return super().recorded(call) if self.losses is None else self.losses
@@ -110,14 +110,14 @@ class OutputsTarget(Target):
         # Drawn here, because the place where they are used may be a branch that is traced separately.
         self._mixtures = None if projections == ALL else _mixtures(self._outputs, projections, seed)
 
-    def pull(self, call):
+    def gradients(self, call):
         outputs = call.recorded(lambda: float_outputs(call.outputs))
         if self._mixtures is None:
-            blocks = jacobian_plans.jacobians(call.record, outputs, call.sources, "reverse", None, False, batch_axes=1)
+            blocks = jacobian_plans.jacobians(call.tape, outputs, call.sources, "reverse", None, False, batch_axes=1)
             return [block for row in blocks for block in row]
         scale, stacks = self._mixtures
-        pulled = call.pull_batch(outputs, stacks)
-        return [None if g is None else scale * at_least_single(ops.moveaxis(g, 0, 1)) for g in pulled]
+        found = call.vjp_batch(outputs, stacks)
+        return [None if g is None else scale * at_least_single(ops.moveaxis(g, 0, 1)) for g in found]
 
     def parts(self):
         if self._mixtures is not None:

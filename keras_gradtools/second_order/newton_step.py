@@ -26,8 +26,8 @@ _POLISHING_ATTEMPTS = 6
 _LEAST_FACTOR, _FIRST_GROWTH = 1.0 / 3.0, 2.0
 # The least damping after a rejected step, relative to the size of the curvature.
 _SMALLEST_SHARE = 1e-6
-# The numbers of the conjugate gradient iterates that are kept grow at least by this factor.
-_KEPT_APART = 1.5
+# The numbers of the conjugate gradient iterates that may be tried grow at least by this factor.
+_LEAST_GROWTH = 1.5
 # Nocedal & Wright's forcing term: the relative residual is at most this, and at most the root of the gradient norm.
 _LARGEST_RESIDUAL = 0.5
 
@@ -272,11 +272,11 @@ class ConjugateGradientsSolver:
                 self._linearized = _Recorded(self._linearized, self._preconditioner)
         length = norm(gradient)
         rtol = min(_LARGEST_RESIDUAL, length**0.5) if self._rtol is None else self._rtol
-        kept: list[Any] = []
+        iterates: list[Any] = []
 
-        def keep(i, x, value):
-            if not kept or i >= _KEPT_APART * kept[-1][0]:
-                kept.append((i, x, value))
+        def store(i, x, value):
+            if not iterates or i >= _LEAST_GROWTH * iterates[-1][0]:
+                iterates.append((i, x, value))
 
         found = conjugate_gradients(
             self._linearized,
@@ -286,7 +286,7 @@ class ConjugateGradientsSolver:
             rtol=rtol,
             progress_tol=self._progress_tol,
             max_iterations=self._max_iterations,
-            callback=keep,
+            callback=store,
         )
         if self._preconditioner is not None:
             self._preconditioner.finish()
@@ -303,7 +303,7 @@ class ConjugateGradientsSolver:
             curved = -dot(gradient, x) - damping * dot(x, x)
         size = length if found.curvature is None else max(length, abs(found.curvature - damping))
         shorter = []
-        for i, earlier, _ in reversed(kept):
+        for i, earlier, _ in reversed(iterates):
             if i < found.iterations:
                 slope = dot(gradient, earlier)
                 shorter.append((earlier, slope, -slope - damping * dot(earlier, earlier)))

@@ -52,7 +52,7 @@ class RecycledPreconditioner:
     exactly. $B$ is approximated by the symmetric matrix that satisfies this equation and differs least from the former
     approximation $s I + U^\top \operatorname{diag}(w - s) \, U$, where $s$ is the smallest $|w_i|$. This is the
     Powell-symmetric-Broyden update for several pairs. It is computed on the span of $P$ and of the part of $U$ outside
-    that span, and its eigenpairs of largest magnitude are kept. Before the update, each $|w_i|$ is limited to
+    that span, and its eigenpairs of largest magnitude are retained. Before the update, each $|w_i|$ is limited to
     $|q^\top B q| / \lVert p \rVert^2$, where $p$ is the projection of $u_i$ onto the span of $P$ and
     $q = p / \lVert p \rVert$. No eigenvalue of a positive semi-definite matrix can exceed this.
 
@@ -208,5 +208,5 @@ def _limits(along, matrix):
 def _whitened(gram, least, is_relative=True):
     """Coefficients, in columns, of an orthonormal basis of vectors with this Gram matrix. Short ones are left out."""
     values, vectors = np.linalg.eigh(gram)
-    kept = values > least * (values[-1] if is_relative else 1.0)
-    return vectors[:, kept] / np.sqrt(values[kept])
+    significant = values > least * (values[-1] if is_relative else 1.0)
+    return vectors[:, significant] / np.sqrt(values[significant])

@@ -187,7 +187,7 @@ class GradientTape:
         """
         targets, flat_sources, zero = self._require_arguments(target, sources, unconnected_gradients, "gradient")
         cotangents = vectors.like(output_gradients, target, "output_gradients", "`target`", vectors.ones)
-        with self._pulling(targets) as targets:
+        with self._differentiating(targets) as targets:
             gradients = backend.pullback(self._tape, targets, flat_sources, cotangents)
         if zero:
             gradients = [vectors.zeros(s) if g is None else g for g, s in zip(gradients, flat_sources, strict=True)]
@@ -211,11 +211,11 @@ class GradientTape:
         """
         targets, flat_sources, zero = self._require_arguments(target, sources, unconnected_gradients, "jvp")
         tangents = vectors.like(tangents, sources, "tangents", "`sources`", vectors.zeros)
-        with self._pulling(targets) as targets:
-            pushed = backend.pushforward(self._tape, targets, flat_sources, tangents)
+        with self._differentiating(targets) as targets:
+            found = backend.pushforward(self._tape, targets, flat_sources, tangents)
         if zero:
-            pushed = [vectors.zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
-        return vectors.pack_as(target, pushed)
+            found = [vectors.zeros(t) if p is None else p for p, t in zip(found, targets, strict=True)]
+        return vectors.pack_as(target, found)
 
     def linearize(self, target, sources, unconnected_gradients="none"):
         r"""Returns the linear map $v \mapsto \sum_i (\partial y / \partial x_i) v_i$ as a function.
@@ -236,16 +236,16 @@ class GradientTape:
             ValueError, RuntimeError: As `gradient`.
         """
         targets, flat_sources, zero = self._require_arguments(target, sources, unconnected_gradients, "linearize")
-        with self._pulling(targets) as targets:
-            push_flat = backend.linearize(self._tape, targets, flat_sources)
+        with self._differentiating(targets) as targets:
+            linear = backend.linearize(self._tape, targets, flat_sources)
 
-        def push(tangents):
-            pushed = push_flat(vectors.like(tangents, sources, "tangents", "`sources`", vectors.zeros))
+        def jvp(tangents):
+            found = linear(vectors.like(tangents, sources, "tangents", "`sources`", vectors.zeros))
             if zero:
-                pushed = [vectors.zeros(t) if p is None else p for p, t in zip(pushed, targets, strict=True)]
-            return vectors.pack_as(target, pushed)
+                found = [vectors.zeros(t) if p is None else p for p, t in zip(found, targets, strict=True)]
+            return vectors.pack_as(target, found)
 
-        return push
+        return jvp
 
     def jacobian(
         self,
@@ -283,7 +283,7 @@ class GradientTape:
         )
         _, flat_sources, zero = self._require_arguments(target, sources, unconnected_gradients, "jacobian")
         jacobian_plans.require_mode("GradientTape.jacobian", mode)
-        with self._pulling([target]) as targets:
+        with self._differentiating([target]) as targets:
             (blocks,) = jacobian_plans.jacobians(self._tape, targets, flat_sources, mode, chunk_size, zero)
         return vectors.pack_as(sources, blocks)
 
@@ -335,9 +335,9 @@ class GradientTape:
         jacobian_plans.require_mode("GradientTape.batch_jacobian", mode)
         for s in flat_sources:
             jacobian_plans.require_same_batch("GradientTape.batch_jacobian", target, s)
-        with self._pulling([target]) as targets:
+        with self._differentiating([target]) as targets:
             if check_independence:
-                gradient_leak.require_of_record("GradientTape.batch_jacobian", self._tape, targets, flat_sources)
+                gradient_leak.require_independence("GradientTape.batch_jacobian", self._tape, targets, flat_sources)
             (blocks,) = jacobian_plans.jacobians(
                 self._tape, targets, flat_sources, mode, chunk_size, True, batch_axes=1
             )
@@ -355,7 +355,7 @@ class GradientTape:
         self._recording = True
 
     @contextlib.contextmanager
-    def _pulling(self, targets):
+    def _differentiating(self, targets):
         """The context in which derivatives are computed. Yields the targets as tensors."""
         if any(validation.is_variable(t) for t in targets):
             # A watching tape sees a variable only when it is read.

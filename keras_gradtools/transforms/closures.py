@@ -47,7 +47,7 @@ class Identity:
         return isinstance(other, Identity) and mine is not None and mine is other._object()
 
 
-class Surroundings(NamedTuple):
+class CapturedValues(NamedTuple):
     """The captured values of a function: `key`, for comparison, and a label for where each part was found."""
 
     key: tuple
@@ -66,7 +66,7 @@ class Surroundings(NamedTuple):
         return found
 
 
-def surroundings(fun, ignored=frozenset(), reads=frozenset(), guards=None):
+def captured_values(fun, ignored=frozenset(), reads=frozenset(), guards=None):
     """The captured values of `fun`: what it closes over, its defaults, and the globals and attributes that it names.
 
     The walk enters the functions and methods among them, except those of installed packages.
@@ -89,7 +89,7 @@ def surroundings(fun, ignored=frozenset(), reads=frozenset(), guards=None):
     """
     walk = _Walk(ignored, guards or Guards())
     walk.add(fun, (), reads)
-    return Surroundings(tuple(walk.found), tuple(walk.labels))
+    return CapturedValues(tuple(walk.found), tuple(walk.labels))
 
 
 def attributes_read_by(fun):
@@ -344,8 +344,8 @@ def _find_rules(cls):
     names = [name for name in ("lora_enabled", "quantization_mode") if hasattr(cls, name)]
     code = getattr(cls.__init__, "__code__", None)
     arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount] if code else ()
-    kept = [a for a in arguments if not a.endswith(("initializer", "regularizer", "constraint")) and a != "name"]
-    return operator.attrgetter("trainable", "dtype_policy.name", *names), tuple(kept)
+    compared = [a for a in arguments if not a.endswith(("initializer", "regularizer", "constraint")) and a != "name"]
+    return operator.attrgetter("trainable", "dtype_policy.name", *names), tuple(compared)
 
 
 def _attributes_behind_rules(layer):

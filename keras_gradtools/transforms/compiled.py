@@ -19,7 +19,7 @@ from keras_gradtools.transforms.guards import Guards
 
 MOST_PROGRAMS = 64
 # The most of these that differ only in the captured values.
-MOST_SURROUNDINGS = 4
+MOST_BY_CAPTURED_VALUES = 4
 
 
 class Program:
@@ -50,7 +50,7 @@ class _Key(NamedTuple):
     options: Any
     ambient: Any
     signature: Any
-    surroundings: Any
+    captured_values: Any
 
 
 class Programs:
@@ -65,16 +65,16 @@ class Programs:
         self._last = None
         self._guarded = None
 
-    def surroundings(self, fun):
-        return closures.surroundings(fun, self._ignored)
+    def captured_values(self, fun):
+        return closures.captured_values(fun, self._ignored)
 
-    def guarded_surroundings(self, fun):
-        """As `surroundings`, but faster if nothing has changed. Holds the function and its captured values strongly."""
+    def guarded_captured_values(self, fun):
+        """As `captured_values`, but faster if nothing has changed. Holds the function and the values strongly."""
         if self._guarded is not None and self._guarded[0].hold():
             return self._guarded[1]
         self._guarded = None
         guards = Guards()
-        found = closures.surroundings(fun, self._ignored, guards=guards)
+        found = closures.captured_values(fun, self._ignored, guards=guards)
         self._guarded = guards, found
         return found
 
@@ -85,7 +85,7 @@ class Programs:
         with self.lock:
             program = self.by_key.pop(key, None)
             if program is None:
-                self._forget_former_surroundings(key)
+                self._forget_former_captured_values(key)
                 program = make()
             self.by_key[key] = program
             if len(self.by_key) > MOST_PROGRAMS:
@@ -93,10 +93,10 @@ class Programs:
             self._last = (key, program)
         return program
 
-    def _forget_former_surroundings(self, key):
-        # A program holds the arrays that its function closed over when it was traced, so few are kept.
+    def _forget_former_captured_values(self, key):
+        # A program holds the arrays that its function closed over when it was traced, so only few are cached.
         former = [k for k in self.by_key if k[:-1] == key[:-1]]
-        for k in former[: max(len(former) - MOST_SURROUNDINGS + 1, 0)]:
+        for k in former[: max(len(former) - MOST_BY_CAPTURED_VALUES + 1, 0)]:
             del self.by_key[k]
 
     def has_traced(self, fun, key, before):
@@ -104,7 +104,7 @@ class Programs:
 
         `before` are the captured values before the trace. From now on, what the trace has changed is ignored.
         """
-        after = self.surroundings(fun)
+        after = self.captured_values(fun)
         if after.key == before.key:
             return
         with self.lock:
@@ -113,7 +113,7 @@ class Programs:
             program = self.by_key.pop(key, None)
             if program is not None:
                 self._last = None
-                self.by_key[key._replace(surroundings=self.surroundings(fun).key)] = program
+                self.by_key[key._replace(captured_values=self.captured_values(fun).key)] = program
 
     def warn_once(self, name, fun, error, reason):
         if self._has_warned:
@@ -176,8 +176,8 @@ def prepare(name, fun, body, options, args, kwargs):
         return eager
     try:
         programs = _programs_of(fun)
-        around = programs.surroundings(fun)
-        key = _Key((name, options), state.ambient(), _signature(fun, args, kwargs), around.key)
+        captured = programs.captured_values(fun)
+        key = _Key((name, options), state.ambient(), _signature(fun, args, kwargs), captured.key)
     except TypeError:
         return eager
     program = programs.get(key, lambda: Program(fun, body))
@@ -196,7 +196,7 @@ def prepare(name, fun, body, options, args, kwargs):
                 raise
             reason = error
         else:
-            programs.has_traced(fun, key, around)
+            programs.has_traced(fun, key, captured)
             return result
         # An error that also occurs without the compiler is raised from here, with a shorter traceback.
         result = eager(args, kwargs)
@@ -216,17 +216,17 @@ def jitted(fun):
         reads = closures.attributes_read_by(fun)
         leaves = nesting.flatten((args, kwargs) if kwargs else args)
         try:
-            around = programs.guarded_surroundings(fun)
+            captured = programs.guarded_captured_values(fun)
             # The compiler itself distinguishes the shapes and dtypes of tensors.
             constants = [
-                closures.surroundings(x, reads=reads).key
+                closures.captured_values(x, reads=reads).key
                 for x in leaves
                 if not hasattr(x, "dtype") and not isinstance(x, float)
             ]
         except TypeError as error:
             programs.warn_once("kg.jit", fun, error, _TOO_MUCH)
             return fun(*args, **kwargs)
-        key = _Key("jit", state.ambient(), tuple(constants), around.key)
+        key = _Key("jit", state.ambient(), tuple(constants), captured.key)
         made = []
 
         def make():
@@ -241,7 +241,7 @@ def jitted(fun):
         except BaseException:
             programs.discard(key)
             raise
-        programs.has_traced(fun, key, around)
+        programs.has_traced(fun, key, captured)
         return result
 
     return call
@@ -289,4 +289,4 @@ def _leaf(x, reads):
     if isinstance(x, float):
         return float
     hash(x)  # a constant of the program must be hashable, else this raises TypeError
-    return closures.surroundings(x, reads=reads).key
+    return closures.captured_values(x, reads=reads).key

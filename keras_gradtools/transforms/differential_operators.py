@@ -110,13 +110,13 @@ def divergence(fun, axes=None):
         if backend.HESSIAN_MODE == "forward":
             columns = []
             for k, axis in enumerate(chosen):
-                y, pushed = jvp(value, (x,), (_unit(x, axis),))
+                y, derivative = jvp(value, (x,), (_unit(x, axis),))
                 _require_field(y, chosen)
-                columns.append(pushed[:, k])
+                columns.append(derivative[:, k])
         else:
             call = TapedCall("divergence", value, (x,))
             _require_field(call.target, chosen)
-            columns = [call.pull(_unit(call.target, k))[:, axis] for k, axis in enumerate(chosen)]
+            columns = [call.vjp(_unit(call.target, k))[:, axis] for k, axis in enumerate(chosen)]
         return sum(columns)[:, None]
 
     return transformed
@@ -179,13 +179,13 @@ def _laplacian_reverse(value, x, axes):
         call = TapedCall("laplacian", value, (x,))
         _require_output(call.target)
         shapes.append(call.target.shape)
-        return [call.pull(_unit(call.target, k)) for k in range(math.prod(call.target.shape[1:]))]
+        return [call.vjp(_unit(call.target, k)) for k in range(math.prod(call.target.shape[1:]))]
 
     shapes: list[Any] = []
     outer = TapedCall("laplacian", gradients, (x,))
     columns = []
     for gradient in outer.target:
-        along = [backend.pullback(outer.record, [gradient], outer.flat_sources, [_unit(x, axis)])[0] for axis in axes]
+        along = [backend.pullback(outer.tape, [gradient], outer.flat_sources, [_unit(x, axis)])[0] for axis in axes]
         found = [second[:, axis] for second, axis in zip(along, axes, strict=True) if second is not None]
         columns.append(sum(found) if found else ops.zeros_like(x[:, 0]))
     if not columns:

@@ -99,7 +99,7 @@ def value_and_grad(fun, argnums=0, has_aux=False):
 def _gradient(name, fun, args, kwargs, argnums, has_aux):
     call = TapedCall(name, fun, args, kwargs, argnums, has_aux)
     require_scalar(name, call.target)
-    return call, call.pull(is_last=True)
+    return call, call.vjp(is_last=True)
 
 
 def vjp(fun, *primals, has_aux=False):
@@ -136,7 +136,7 @@ def vjp(fun, *primals, has_aux=False):
     call = TapedCall("vjp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
 
     def pullback(cotangent):
-        return call.pull(cotangent)
+        return call.vjp(cotangent)
 
     return (call.value, pullback, call.aux) if has_aux else (call.value, pullback)
 
@@ -178,8 +178,8 @@ def jvp(fun, primals, tangents, has_aux=False):
     primals = require_tuple("jvp", "primals", primals)
     tangents = require_tuple("jvp", "tangents", tangents)
     call = TapedCall("jvp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
-    pushed = call.push(tangents)
-    return (call.value, pushed, call.aux) if has_aux else (call.value, pushed)
+    derivative = call.jvp(tangents)
+    return (call.value, derivative, call.aux) if has_aux else (call.value, derivative)
 
 
 def linearize(fun, *primals, has_aux=False):
@@ -218,10 +218,10 @@ def linearize(fun, *primals, has_aux=False):
     require_function("linearize", fun)
     validation.require_flag("linearize", "has_aux", has_aux)
     call = TapedCall("linearize", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
-    push = call.linearize(_is_gradient(fun, len(primals), has_aux) and not call.record.has_custom_gradient)
+    linear = call.linearize(_is_gradient(fun, len(primals), has_aux) and not call.tape.has_custom_gradient)
 
     def pushforward(*tangents):
-        return push(tangents)
+        return linear(tangents)
 
     return (call.value, pushforward, call.aux) if has_aux else (call.value, pushforward)
 

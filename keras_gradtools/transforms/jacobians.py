@@ -252,7 +252,7 @@ def _evaluated(options, fun, args, kwargs):
                 jacobian_plans.require_same_batch(options.name, target, source)
     plan = jacobian_plans.Plan(targets, sources, options.mode, options.batch_axes)
     aux, rest = auxiliary.take_apart(call.aux)
-    return call.record, targets, sources, aux, Note(plan, vectors.places(call.target), by, rest)
+    return call.tape, targets, sources, aux, Note(plan, vectors.places(call.target), by, rest)
 
 
 def _called(options, fun, args, kwargs):
@@ -272,11 +272,9 @@ def _derivative(options, fun):
     def derivative(*args, **kwargs):
         call = TapedCall(options.name, fun, args, kwargs, options.argnums, options.has_aux)
         if is_scalar(call.target):
-            found = call.pull(is_last=True)
+            found = call.vjp(is_last=True)
         else:
-            blocks = jacobian_plans.jacobians(
-                call.record, call.flat_targets, call.flat_sources, "auto", None, zero=True
-            )
+            blocks = jacobian_plans.jacobians(call.tape, call.flat_targets, call.flat_sources, "auto", None, zero=True)
             found = vectors.pack_as(call.target, [vectors.pack_as(call.sources, row) for row in blocks])
         return (found, call.aux) if options.has_aux else found
 

@@ -219,11 +219,11 @@ def _mixing(tape, gradients, outputs, curvature):
 
     vectors = [vector(z, salt) for salt, z in enumerate(outputs)]
     cotangents = [for_each(ops.cast(factors, z.dtype), z) * v[None] for z, v in zip(outputs, vectors, strict=True)]
-    pulled = tape.gradient(gradients, outputs, cotangents, unconnected_gradients="zero")
-    pulled = ops.concatenate([_by_position(p, curvature.dtype) for p in pulled], axis=1)
+    products = tape.gradient(gradients, outputs, cotangents, unconnected_gradients="zero")
+    products = ops.concatenate([_by_position(p, curvature.dtype) for p in products], axis=1)
     joined = ops.concatenate([_by_position(v[None], curvature.dtype) for v in vectors], axis=1)[0]
     own = ops.einsum("po,bpoqr->bqr", joined, curvature) * ops.cast(factors, curvature.dtype)[:, None, None]
-    return _relative(own, pulled)
+    return _relative(own, products)
 
 
 def _relative(a, b):

@@ -198,12 +198,12 @@ def hvp(fun, primals, tangents):
     tangents = require_tuple("hvp", "tangents", tangents)
     every = tuple(range(len(primals)))
     call = TapedCall("hvp", grad(fun, every), primals, argnums=every)
-    if backend.HESSIAN_MODE == "forward" or call.record.has_custom_gradient:
-        return call.push(tangents)
+    if backend.HESSIAN_MODE == "forward" or call.tape.has_custom_gradient:
+        return call.jvp(tangents)
     # A Hessian is symmetric, so a vector-Jacobian product of the gradient gives H v. With a custom gradient the
     # field may not be the gradient of any function, and its Jacobian not symmetric.
     tangents = vectors.like(tangents, call.sources, "tangents", "`primals`", vectors.zeros)
-    return call.pull(vectors.pack_as(call.sources, tangents), is_last=True)
+    return call.vjp(vectors.pack_as(call.sources, tangents), is_last=True)
 
 
 def ggnvp(model_fun, loss_fun, primals, tangents):
@@ -245,12 +245,12 @@ def ggnvp(model_fun, loss_fun, primals, tangents):
     primals = require_tuple("ggnvp", "primals", primals)
     tangents = require_tuple("ggnvp", "tangents", tangents)
     model = TapedCall("ggnvp", model_fun, primals, argnums=tuple(range(len(primals))))
-    pushed = model.push(tangents)
+    along = model.jvp(tangents)
 
     def loss_of(out):
         value = loss_fun(out)
         require_scalar("ggnvp", value)
         return value
 
-    (curved,) = hvp(loss_of, (model.value,), (pushed,))
-    return model.pull(curved, is_last=True)
+    (curved,) = hvp(loss_of, (model.value,), (along,))
+    return model.vjp(curved, is_last=True)

@@ -22,7 +22,7 @@ class TapedCall:
     It uses the kernels of the backend directly, because it does not need the checks of a `GradientTape`.
 
     Attributes:
-        record: The backend's tape that recorded the call.
+        tape: The backend's tape that recorded the call.
         sources: The argument to differentiate with respect to, or a tuple of arguments if `argnums` is a tuple.
         target: What the function returned, as the tape knows it. Without `aux` if `has_aux`.
         flat_sources, flat_targets: The tensors in `sources` and `target` that have a derivative.
@@ -38,52 +38,52 @@ class TapedCall:
         chosen = tuple(args[i] for i in positions)
         self.sources = chosen if isinstance(argnums, (tuple, list)) else chosen[0]
         self.flat_sources = vectors.differentiable(self.sources)
-        self.record = backend.Tape(watch_accessed_variables=False)
-        scope, record = StateScope(), self.record
-        with scope, scope, record, record:
+        self.tape = backend.Tape(watch_accessed_variables=False)
+        scope, tape = StateScope(), self.tape
+        with scope, scope, tape, tape:
             for x in self.flat_sources:
-                self.record.watch(x)
+                tape.watch(x)
             returned = fun(*args, **(kwargs or {}))
             target, aux = auxiliary.split(name, returned) if has_aux else (returned, None)
             self.target, self._aux = nesting.map_structure(as_result, target), auxiliary.held(aux)
             leaves = nesting.flatten(self.target)
-            self.record.note_results(leaves)
+            tape.note_results(leaves)
         validation.require_some_differentiable(leaves, f"What the function under `{name}` returns")
         self.flat_targets = vectors.differentiable(self.target)
 
     @property
     def value(self):
-        return _settled(self.target)
+        return _as_returned(self.target)
 
     @property
     def aux(self):
-        return _settled(self._aux)
+        return _as_returned(self._aux)
 
-    def pull(self, cotangents=None, is_last=False):
+    def vjp(self, cotangents=None, is_last=False):
         """The gradient with respect to the sources, zeros where unconnected. No derivative may follow if `is_last`."""
         cotangents = vectors.like(cotangents, self.target, "output_gradients", "`target`", vectors.ones)
-        self.record.keeps_graph = not is_last
-        pulled = backend.pullback(self.record, self.flat_targets, self.flat_sources, cotangents)
-        return vectors.pack_as(self.sources, _filled(pulled, self.flat_sources))
+        self.tape.keeps_graph = not is_last
+        found = backend.pullback(self.tape, self.flat_targets, self.flat_sources, cotangents)
+        return vectors.pack_as(self.sources, _filled(found, self.flat_sources))
 
-    def push(self, tangents):
+    def jvp(self, tangents):
         """The derivative of the target along `tangents`, with zeros where unconnected."""
         tangents = vectors.like(tangents, self.sources, "tangents", "`primals`", vectors.zeros)
-        pushed = backend.pushforward(self.record, self.flat_targets, self.flat_sources, tangents)
-        return vectors.pack_as(self.target, _filled(pushed, self.flat_targets))
+        found = backend.pushforward(self.tape, self.flat_targets, self.flat_sources, tangents)
+        return vectors.pack_as(self.target, _filled(found, self.flat_targets))
 
     def linearize(self, is_symmetric=False):
-        """Returns `push` as a function. The work that does not depend on the tangents is done here, once.
+        """Returns `jvp` as a function. The work that does not depend on the tangents is done here, once.
 
         `is_symmetric` says that the target has the structure of the sources, and that the Jacobian is symmetric.
         """
-        push = backend.linearize(self.record, self.flat_targets, self.flat_sources, is_symmetric)
+        linear = backend.linearize(self.tape, self.flat_targets, self.flat_sources, is_symmetric)
 
-        def pushforward(tangents):
+        def jvp(tangents):
             tangents = vectors.like(tangents, self.sources, "tangents", "`primals`", vectors.zeros)
-            return vectors.pack_as(self.target, _filled(push(tangents), self.flat_targets))
+            return vectors.pack_as(self.target, _filled(linear(tangents), self.flat_targets))
 
-        return pushforward
+        return jvp
 
 
 def require_function(name, fun):
@@ -173,6 +173,7 @@ def _filled(derivatives, like):
     return [vectors.zeros(x) if d is None else d for d, x in zip(derivatives, like, strict=True)]
 
 
-def _settled(structure):
+def _as_returned(structure):
+    """The structure with its tensors in the form that is returned to the caller."""
     tensors, rest = auxiliary.take_apart(structure)
     return auxiliary.put_together(backend.settled(tensors), rest)

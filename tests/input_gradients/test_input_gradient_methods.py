@@ -805,7 +805,7 @@ def test_a_step_of_a_model_that_torch_compiled(backend):
 # --- the warning ---
 
 
-def drowned(wrapped, **kwargs):
+def warnings_of_dominance(wrapped, **kwargs):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(wrapped, 3, **kwargs)
@@ -815,11 +815,11 @@ def drowned(wrapped, **kwargs):
 def test_a_penalty_that_drowns_the_loss_is_warned_of_once_a_fit():
     wrapped = regularized(weight=1e3, rate=0.0, compiled=QUICK)
     for _ in range(2):
-        (message,) = drowned(wrapped)
+        (message,) = warnings_of_dominance(wrapped)
         assert "Received: weight=1000.0" in message
         assert f"{1e3 * PENALTIES['exact', 'loss', 2][0]:.3g}, and the rest" in message
-    assert len(drowned(wrapped, callbacks=[keras.callbacks.History()])) == 1
-    assert not drowned(regularized(weight=1.0, compiled=QUICK))
+    assert len(warnings_of_dominance(wrapped, callbacks=[keras.callbacks.History()])) == 1
+    assert not warnings_of_dominance(regularized(weight=1.0, compiled=QUICK))
 
 
 # --- copies ---

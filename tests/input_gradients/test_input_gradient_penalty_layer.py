@@ -312,8 +312,8 @@ def test_a_step_changes_statistics_once(method, frozen):
     x, w = X.astype("float64"), KERNEL[:, 0].astype("float64")
 
     def values(x, frozen=frozen):
-        mean, spread = (0.0, variance) if frozen else (x.mean(axis=0), x.var(axis=0))
-        return ((x - mean) / np.sqrt(spread + 1e-3) @ w) ** 2
+        mean, of_batch = (0.0, variance) if frozen else (x.mean(axis=0), x.var(axis=0))
+        return ((x - mean) / np.sqrt(of_batch + 1e-3) @ w) ** 2
 
     g = central_differences(lambda v: values(v[0]).sum(), [x])[0]
     slope = np.linalg.norm(g, axis=1)

@@ -258,17 +258,17 @@ def test_nothing_is_kept_between_steps():
     wrapped = softmax_regression()
     for use in (wrapped, lambda x: wrapped.predict(x, verbose=0), lambda x: wrapped(x, training=True)):
         use(X)
-        assert wrapped._step.record is None
+        assert wrapped._step.call is None
     wrapped.fit(X, Y, verbose=0)
     evaluate(wrapped, X, Y)
-    assert wrapped._step.record is None and not wrapped._step.recording
+    assert wrapped._step.call is None and not wrapped._step.recording
 
 
 def test_a_failed_step_leaves_nothing_behind():
     wrapped = regularized(linear(), "mse", run_eagerly=True)
     with pytest.raises(Exception):  # noqa: B017 - the words are Keras'
         wrapped.train_on_batch(X, np.zeros((N, K + 2), "float32"))
-    assert wrapped._step.record is None and not wrapped._step.recording
+    assert wrapped._step.call is None and not wrapped._step.recording
     wrapped.train_on_batch(X, np.zeros((N, K), "float32"))
 
 

@@ -1,4 +1,4 @@
-"""What all that compiles sees of a function's surroundings: with each change, the next call gives the new value."""
+"""What all that compiles sees of a function's captured values: with each change, the next call gives the new value."""
 
 import functools
 import gc
@@ -13,7 +13,7 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools.transforms import compiled
-from keras_gradtools.transforms.closures import surroundings
+from keras_gradtools.transforms.closures import captured_values
 from tests.cases import close, tensor
 
 factor = 2.0
@@ -341,7 +341,7 @@ def test_installed_packages_are_not_looked_into():
     import scipy.optimize
 
     fun = lambda x: scipy.optimize.rosen(x)  # noqa: E731
-    assert len(surroundings(fun).key) <= 3
+    assert len(captured_values(fun).key) <= 3
 
 
 combine = operator.add
@@ -446,7 +446,7 @@ class TestWhatAProgramDependsOn:
                 alive.append(weakref.ref(data))
             close(kg.jacobian(fun)(tensor([1.0, 1.0])), np.diag([float(i), 2.0]))
         gc.collect()
-        assert sum(r() is not None for r in alive) <= compiled.MOST_SURROUNDINGS
+        assert sum(r() is not None for r in alive) <= compiled.MOST_BY_CAPTURED_VALUES
 
     def test_floatx(self):
         try:

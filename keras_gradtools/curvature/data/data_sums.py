@@ -125,14 +125,14 @@ class DataSums:
         count = 0
         for number, batch in enumerate(self.batches):
             count += batch_size_of(batch)
-            totals = self.run(what, add, totals, vectors, spread(batch), self.seed(number))
+            totals = self.run(what, add, totals, vectors, on_devices(batch), self.seed(number))
         return backend.summed_over_processes(totals, count)
 
     def of_one_batch(self, what, body, vectors):
         """Runs `body(spec, loss, parameters, model, vectors, batch, seed)` compiled, for data that is one batch."""
         self.prepare()
         (batch,) = self.batches
-        return self.run(what, body, vectors, spread(batch), self.seed(0))
+        return self.run(what, body, vectors, on_devices(batch), self.seed(0))
 
     def run(self, what, body, *args):
         """Runs `body` compiled. `what` tells programs apart."""
@@ -163,6 +163,6 @@ class DataSums:
         sync_weights(self._trainer, self.model)
 
 
-def spread(batch):
+def on_devices(batch):
     """The batch on the devices of the distribution, if there is one."""
     return nesting.map_structure(lambda x: x if x is None else backend.spread(x), batch)

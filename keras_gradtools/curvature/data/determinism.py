@@ -78,9 +78,9 @@ def _what_goes_by_the_batch(model, training):
 def _agree(first, second):
     if not np.all(np.isfinite(first) == np.isfinite(second)):
         return False
-    kept = np.isfinite(first)
-    difference = np.linalg.norm((first - second)[kept].astype("float64"))
-    return difference <= _TOLERANCE * np.linalg.norm(first[kept].astype("float64"))
+    is_finite = np.isfinite(first)
+    difference = np.linalg.norm((first - second)[is_finite].astype("float64"))
+    return difference <= _TOLERANCE * np.linalg.norm(first[is_finite].astype("float64"))
 
 
 def _first_difference(model, loss, parameters, x):

@@ -98,17 +98,17 @@ def eigsh(a, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
             if np.all(residuals <= allowed) or ncv == n:
                 basis.count = ncv
                 return values[wanted].astype(dtype), basis.combined(vectors[:, wanted])
-            kept = np.sort(_order(values, which)[: k + int(_EXTRA_SHARE * (ncv - 1 - k))])
-            _restart(basis, projected, values, vectors, kept, ncv)
+            retained = np.sort(_order(values, which)[: k + int(_EXTRA_SHARE * (ncv - 1 - k))])
+            _restart(basis, projected, values, vectors, retained, ncv)
     # The last restart has put the wanted Ritz vectors among the first vectors of the basis.
-    inside = np.isin(kept, wanted)
-    found = values[kept][inside].astype(dtype)
+    inside = np.isin(retained, wanted)
+    found = values[retained][inside].astype(dtype)
     raise EigenvalueConvergenceError(
         f"{int((residuals > allowed).sum())} of {k} eigenvalues did not converge to the relative residual "
         f"{tol:.1g} in {max_restarts} restarts: the residuals are {np.array2string(residuals, precision=2)}. Allow a "
         "larger `ncv`, more `max_restarts` or a larger `tol`. The attributes of this error have the approximations.",
         found,
-        basis.combined(np.eye(basis.count)[:, : len(kept)][:, inside]),
+        basis.combined(np.eye(basis.count)[:, : len(retained)][:, inside]),
         residuals,
     )
 
@@ -133,14 +133,14 @@ def _extend(matvec, basis, projected, ncv, n, generator, bar):
     return remainder
 
 
-def _restart(basis, projected, values, vectors, kept, ncv):
+def _restart(basis, projected, values, vectors, retained, ncv):
     """Keeps some Ritz vectors, followed by the vector that was to extend the basis next."""
     basis.count = ncv
-    basis.replace(vectors[:, kept])
+    basis.replace(vectors[:, retained])
     basis.move(ncv, basis.count)
     basis.count += 1
     projected[:] = 0.0
-    projected[np.arange(len(kept)), np.arange(len(kept))] = values[kept]
+    projected[np.arange(len(retained)), np.arange(len(retained))] = values[retained]
 
 
 def _order(values, which):

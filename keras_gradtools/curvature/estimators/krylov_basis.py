@@ -41,11 +41,11 @@ class KrylovBasis:
 
     def replace(self, combinations):
         """Replaces the vectors, in place, by `combinations.T @ basis`."""
-        kept = combinations.shape[1]
+        count = combinations.shape[1]
         for block in self._blocks():
             part = self._rows[: self.count, block].astype("float64")
-            self._rows[:kept, block] = combinations.T @ part
-        self.count = kept
+            self._rows[:count, block] = combinations.T @ part
+        self.count = count
 
     def combined(self, combinations):
         """`basis.T @ combinations`, vectors in columns."""

@@ -86,9 +86,9 @@ def spectral_density(a, probes=10, steps=50, *, points=1000, width=None, seed=0)
             nodes[i, : len(values)], weights[i, : len(values)] = values, vectors[0] ** 2
     low, high = np.nanmin(nodes), np.nanmax(nodes)
     if width is None:
-        spread, scale = high - low, max(abs(high), abs(low))
+        value_range, scale = high - low, max(abs(high), abs(low))
         # A multiple of the identity has a single eigenvalue, so its magnitude replaces the range.
-        width = _RELATIVE_WIDTH * (spread if spread > 100 * np.finfo(dtype).eps * scale else scale or 1.0)
+        width = _RELATIVE_WIDTH * (value_range if value_range > 100 * np.finfo(dtype).eps * scale else scale or 1.0)
     grid = np.linspace(low - _MARGIN * width, high + _MARGIN * width, points)
     of_each = np.stack([_smoothed(grid, t, w, width) for t, w in zip(nodes, weights, strict=True)])
     density, error = mean_of(of_each)
@@ -116,10 +116,10 @@ def _tridiagonal(matvec, n, steps, generator, dtype, bar):
 
 def _smoothed(grid, nodes, weights, width):
     """A sum of Gaussians. Each one integrates to its weight on this grid, even if the grid is coarse."""
-    kept = weights > 0
-    exponents = 0.5 * ((grid - nodes[kept, None]) / width) ** 2
+    positive = weights > 0
+    exponents = 0.5 * ((grid - nodes[positive, None]) / width) ** 2
     # Relative to the nearest grid point, so that no narrow peak is lost between two points.
     peaks = np.exp(exponents.min(axis=1, keepdims=True) - exponents)
     spacing = grid[1] - grid[0]
     totals = spacing * (peaks.sum(axis=1) - 0.5 * (peaks[:, 0] + peaks[:, -1]))  # the trapezoidal rule
-    return (weights[kept] / totals) @ peaks
+    return (weights[positive] / totals) @ peaks

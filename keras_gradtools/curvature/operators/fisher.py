@@ -131,11 +131,11 @@ class _MonteCarloOfBatch(OfBatch):
         with scope, scope:
             for _ in range(self._samples):
                 labels = self._likelihood.sampled(z, self._generator)
-                gradient = self._pulled(labels, z, call.target, sample_weight)
+                gradient = self._gradient(labels, z, call.target, sample_weight)
                 samples.append((gradient, self._likelihood.scores(labels, z)))
         return Sandwich(call, OuterProducts(samples, has_last_axis=len(z.shape) > 1))
 
-    def _pulled(self, labels, z, original, sample_weight):
+    def _gradient(self, labels, z, original, sample_weight):
         """The gradient of the loss for these labels, with its sample weights, masks and means."""
 
         def loss_of(outputs):

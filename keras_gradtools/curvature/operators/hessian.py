@@ -106,7 +106,7 @@ class _FlatHessian:
         flat = parameters.joined(parameters.variables_as_tensors())
         self._map = SecondDerivative("Hessian", lambda w: loss.total(model, parameters.split(w), *batch), flat)
         if backend.LINEARIZES_ONCE:
-            self._map.keep()
+            self._map.linearize()
 
     def gradient(self):
         return self._mean(self._map.gradient()[0])

@@ -47,26 +47,26 @@ class SecondDerivative:
 
     def __init__(self, name, fun, sources):
         call = TapedCall(name, grad(fun), (sources,))
-        call.record.keeps_graph = False
+        call.tape.keeps_graph = False
         self._name, self._fun, self._given = name, fun, sources
-        self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
+        self._tape, self._targets, self._sources = call.tape, call.flat_targets, call.flat_sources
         # A Hessian is symmetric, unless a custom gradient makes the derivative something that is not a gradient.
-        self._is_symmetric = not call.record.has_custom_gradient
+        self._is_symmetric = not call.tape.has_custom_gradient
         self._is_forward = backend.HESSIAN_MODE == "forward" or not self._is_symmetric
         self._linear = None
 
-    def keep(self):
-        """Computes and keeps what `apply` needs for every vector."""
-        self._record.keeps_graph = True
-        self._linear = backend.linearize(self._record, self._targets, self._sources, self._is_symmetric)
+    def linearize(self):
+        """Computes what `apply` needs for every vector."""
+        self._tape.keeps_graph = True
+        self._linear = backend.linearize(self._tape, self._targets, self._sources, self._is_symmetric)
 
     def apply(self, vector):
         if self._linear is not None:
             found = self._linear(vector)
         elif self._is_forward:
-            found = backend.pushforward(self._record, self._targets, self._sources, vector)
+            found = backend.pushforward(self._tape, self._targets, self._sources, vector)
         else:
-            found = backend.pullback(self._record, self._targets, self._sources, vector)
+            found = backend.pullback(self._tape, self._targets, self._sources, vector)
         return filled(found, self._sources)
 
     def gradient(self):
@@ -77,27 +77,27 @@ class SecondDerivative:
         """The dot product of `vector`, a tensor for each source, with its image.
 
         It is computed by two nested jvps, which need no reverse pass and cost about half as much as a product. They
-        cannot use what `keep` has computed, so after `keep` it is computed from a product.
+        cannot use what `linearize` has computed, so after that it is computed from a product.
         """
         if self._linear is not None:
             return sum(ops.sum(v * p) for v, p in zip(vector, self.apply(vector), strict=True))
         tangents = nesting.pack_as(self._given, vector)
 
         def along(sources):
-            return TapedCall(self._name, self._fun, (sources,)).push(tangents)
+            return TapedCall(self._name, self._fun, (sources,)).jvp(tangents)
 
-        return TapedCall(self._name, along, (self._given,)).push(tangents)
+        return TapedCall(self._name, along, (self._given,)).jvp(tangents)
 
     def apply_stack(self, stack):
         batch = backend.pushforward_batch if self._is_forward else backend.pullback_batch
-        return filled(batch(self._record, self._targets, self._sources, stack), self._sources, stack[0].shape[0])
+        return filled(batch(self._tape, self._targets, self._sources, stack), self._sources, stack[0].shape[0])
 
     def rows(self, place, units):
         sources = self._sources[place:]
         if self._is_forward:
-            found = backend.pushforward_batch(self._record, self._targets[place:], sources[:1], [units])
+            found = backend.pushforward_batch(self._tape, self._targets[place:], sources[:1], [units])
         else:
-            found = backend.pullback_batch(self._record, [self._targets[place]], sources, [units])
+            found = backend.pullback_batch(self._tape, [self._targets[place]], sources, [units])
         return filled(found, sources, units.shape[0])
 
 
@@ -105,30 +105,30 @@ class Sandwich:
     """The map $J^T B J$, where $J$ is the Jacobian of a call and $B$ a linear map on its outputs."""
 
     def __init__(self, call, middle):
-        call.record.keeps_graph = True
-        self._record, self._targets, self._sources = call.record, call.flat_targets, call.flat_sources
+        call.tape.keeps_graph = True
+        self._tape, self._targets, self._sources = call.tape, call.flat_targets, call.flat_sources
         self._middle = middle
 
-    def keep(self):
-        self._middle.keep()
+    def linearize(self):
+        self._middle.linearize()
 
     def apply(self, vector):
-        pushed = backend.pushforward(self._record, self._targets, self._sources, vector)
-        upstream = self._middle.apply(filled(pushed, self._targets))
-        return filled(backend.pullback(self._record, self._targets, self._sources, upstream), self._sources)
+        tangents = backend.pushforward(self._tape, self._targets, self._sources, vector)
+        cotangents = self._middle.apply(filled(tangents, self._targets))
+        return filled(backend.pullback(self._tape, self._targets, self._sources, cotangents), self._sources)
 
     def apply_stack(self, stack):
-        pushed = backend.pushforward_batch(self._record, self._targets, self._sources, stack)
-        return self._pulled(pushed, self._sources, stack[0].shape[0])
+        tangents = backend.pushforward_batch(self._tape, self._targets, self._sources, stack)
+        return self._carried_back(tangents, self._sources, stack[0].shape[0])
 
     def rows(self, place, units):
         sources = self._sources[place:]
-        pushed = backend.pushforward_batch(self._record, self._targets, sources[:1], [units])
-        return self._pulled(pushed, sources, units.shape[0])
+        tangents = backend.pushforward_batch(self._tape, self._targets, sources[:1], [units])
+        return self._carried_back(tangents, sources, units.shape[0])
 
-    def _pulled(self, pushed, sources, count):
-        upstream = self._middle.apply_stack(filled(pushed, self._targets, count))
-        return filled(backend.pullback_batch(self._record, self._targets, sources, upstream), sources, count)
+    def _carried_back(self, tangents, sources, count):
+        cotangents = self._middle.apply_stack(filled(tangents, self._targets, count))
+        return filled(backend.pullback_batch(self._tape, self._targets, sources, cotangents), sources, count)
 
 
 class OuterProducts:
@@ -142,7 +142,7 @@ class OuterProducts:
     def __init__(self, samples, has_last_axis):
         self._samples, self._has_last_axis = samples, has_last_axis
 
-    def keep(self):
+    def linearize(self):
         pass
 
     def apply(self, vector):
@@ -165,9 +165,9 @@ class Sum:
     def __init__(self, *maps):
         self._maps = maps
 
-    def keep(self):
+    def linearize(self):
         for part in self._maps:
-            part.keep()
+            part.linearize()
 
     def apply(self, vector):
         return _added([part.apply(vector) for part in self._maps])

@@ -6,7 +6,7 @@ from keras import ops
 from keras_gradtools import backend
 from keras_gradtools.curvature.data import batch_sums
 from keras_gradtools.curvature.data.batches import batch_size_of
-from keras_gradtools.curvature.data.data_sums import spread
+from keras_gradtools.curvature.data.data_sums import on_devices
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 
 
@@ -15,20 +15,20 @@ def fast_matvec(sums):
     if not sums.is_one_batch:
         return None
     if backend.LINEARIZES_ONCE:
-        return matvec_by_one_record(sums)
+        return matvec_by_one_tape(sums)
     # Large models use the program of `operator @ vector`, which exists already. Its call overhead is small beside the
     # product.
     return matvec_by_one_program(sums) if sums.is_quick_to_trace else None
 
 
-def matvec_by_one_record(sums):
-    """The product from a record, in which what does not depend on the vector is computed once."""
+def matvec_by_one_tape(sums):
+    """The product from one tape, by which what does not depend on the vector is computed once."""
     sums.prepare()
     (batch,) = sums.batches
-    size, batch, parameters = batch_size_of(batch), spread(batch), sums.parameters
+    size, batch, parameters = batch_size_of(batch), on_devices(batch), sums.parameters
     spec = sums.spec.drawing(sums.draws)
     linear = spec.of_batch(sums.model, parameters.variables_as_tensors(), batch, sums.seed(0))
-    linear.keep()
+    linear.linearize()
 
     def product(vector):
         products = linear.apply(parameters.split(np.asarray(vector)))
@@ -45,7 +45,7 @@ def matvec_by_one_program(sums):
     """
     sums.prepare()
     (batch,) = sums.batches
-    size, seed, batch = batch_size_of(batch), sums.seed(0), spread(batch)
+    size, seed, batch = batch_size_of(batch), sums.seed(0), on_devices(batch)
     dtype, values = solver_dtype(sums.parameters.dtype), sums.draws.values
     run = sums.compiled("flat product", batch_sums.flat_product, np.zeros(sums.parameters.size, dtype), batch, seed)
 

@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import nesting, validation
 from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
-from keras_gradtools.curvature.data.data_sums import DataSums, spread
+from keras_gradtools.curvature.data.data_sums import DataSums, on_devices
 from keras_gradtools.curvature.data.progress import Progress
 from keras_gradtools.curvature.estimators.loss_surface import loss_surface
 from keras_gradtools.curvature.operators import dense_memory
@@ -195,7 +195,7 @@ class CurvatureOperator(AlgebraicOperator):
         `what` tells programs apart. `spec` is the `OfBatch` of the operator, `loss` its `BatchLoss`, and `parameters`
         its `Parameters`.
         """
-        return self._sums.run(what, body, spread(batch))
+        return self._sums.run(what, body, on_devices(batch))
 
     def draw_anew(self):
         """Takes the current states of the model's seeds, so that dropout uses new masks from here on.
