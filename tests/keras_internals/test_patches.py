@@ -123,7 +123,7 @@ class TestInThisKeras:
         loss.reduction = None
         close(found, loss(y, y_pred))
 
-    def test_what_a_layer_is_told_by_its_caller_is_part_of_the_surroundings(self):
+    def test_what_a_layer_is_told_by_its_caller_is_one_of_the_captured_values(self):
         seen = []
 
         class Surroundings(layers.Layer):
