@@ -16,10 +16,8 @@ def require_clip(owner, clip):
     except Exception:  # each framework raises its own error for a tensor without values
         is_range = False
     if not is_range:
-        raise ValueError(
-            f"{owner} expects the range of the data as `clip`, a pair of a smallest and a largest value (or of arrays "
-            f"of them), or None. Received: clip={validation.describe(clip)}."
-        )
+        advice = "It is a pair of a smallest and a largest value (or of arrays of them), or None for no range."
+        raise validation.refused(owner, "the range of the data", "clip", clip, advice)
     return low.tolist(), high.tolist()
 
 

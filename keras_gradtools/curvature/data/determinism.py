@@ -12,7 +12,7 @@ from keras_gradtools.backend.state import has_seeds, layers_of
 _TOLERANCE = 1e-3
 
 
-def check(owner, model, loss, parameters, batch, losses, product):
+def require_same_twice(owner, model, loss, parameters, batch, losses, product):
     """Raises `ValueError` if two products with the first batch differ. `losses` are the losses of its examples."""
     x, y, _ = batch
     first, second = product(batch), product(batch)
@@ -33,7 +33,7 @@ def check(owner, model, loss, parameters, batch, losses, product):
     )
 
 
-def check_order(owner, model, training, is_drawn, computed):
+def require_same_in_any_order(owner, model, training, is_drawn, computed):
     """Raises `ValueError` if the order of the examples changes the results of all functions in `computed`.
 
     Each function goes through all of the data. If one of them returns the same array twice, the differences of the

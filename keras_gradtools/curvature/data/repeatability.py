@@ -19,11 +19,11 @@ class Repeatability:
         If products repeat, gradients do, so a check of products covers both.
         """
         if not self._passed & {what, "product"}:
-            self._check(sums, what)
+            self._require_same_twice(sums, what)
         if sums.batches.is_reordered and what not in self._passed_in_any_order:
-            self._check_order(sums, what)
+            self._require_same_in_any_order(sums, what)
 
-    def _check(self, sums, what):
+    def _require_same_twice(self, sums, what):
         """Raises `ValueError` if the loss has no value for each example, or if results of the first batch differ."""
         batch = next(iter(sums.batches))
         loss, weights = sums.loss.drawing(sums.draws), sums.parameters.variables_as_tensors()
@@ -33,14 +33,14 @@ class Repeatability:
         sums.draws = sums.draws.with_variables(assigned)
         first = _first_product if what == "product" else _first_gradient
         loss = sums.loss.drawing(sums.draws)
-        determinism.check(
+        determinism.require_same_twice(
             sums.owner, sums.model, loss, sums.parameters, batch, losses, lambda batch: first(sums, batch)
         )
         if not self._passed:
             sums.batches.look()
         self._passed.add(what)
 
-    def _check_order(self, sums, what):
+    def _require_same_in_any_order(self, sums, what):
         """Raises `ValueError` if the order of the examples, which changes from pass to pass, changes the result."""
         joined = sums.parameters.joined_in_numpy
 
@@ -52,7 +52,7 @@ class Repeatability:
 
         is_drawn = sums.spec.draws_by_batch
         computed = [gradient] if what == "gradient" else [product] if is_drawn else [product, gradient]
-        determinism.check_order(sums.owner, sums.model, sums.loss.training, is_drawn, computed)
+        determinism.require_same_in_any_order(sums.owner, sums.model, sums.loss.training, is_drawn, computed)
         self._passed_in_any_order.add(what)
 
 

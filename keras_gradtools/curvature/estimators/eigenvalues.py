@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_gradtools import validation
-from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, checked_length
+from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, require_finite_length
 from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, symmetric_matrix
 
 WHICH = ("LA", "SA", "LM", "BE")
@@ -118,7 +118,7 @@ def _extend(matvec, basis, projected, ncv, n, generator, bar):
     remainder = 0.0
     for j in range(basis.count - 1, ncv):
         product = np.array(matvec(basis[j]), dtype=basis[j].dtype)
-        length = checked_length(product)
+        length = require_finite_length(product)
         parts, remainder = basis.orthogonalize(product)
         projected[: j + 1, j] = projected[j, : j + 1] = parts
         bar.update()

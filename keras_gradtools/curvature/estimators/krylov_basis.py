@@ -73,7 +73,7 @@ class KrylovBasis:
         return (slice(start, start + _BLOCK) for start in range(0, size, _BLOCK))
 
 
-def checked_length(product):
+def require_finite_length(product):
     """The norm of a product with the matrix. Raises `FloatingPointError` if it is not finite."""
     length = norm(product)
     if not np.isfinite(length):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_gradtools import validation
-from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, checked_length
+from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, require_finite_length
 from keras_gradtools.curvature.estimators.trace import mean_of
 from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, symmetric_matrix
 
@@ -101,7 +101,7 @@ def _tridiagonal(matvec, n, steps, generator, dtype, bar):
     projected = np.zeros((steps, steps))
     for j in range(steps):
         product = np.array(matvec(basis[j]), dtype=dtype)
-        length = checked_length(product)
+        length = require_finite_length(product)
         parts, remainder = basis.orthogonalize(product)
         bar.update()
         projected[j, j] = parts[j]

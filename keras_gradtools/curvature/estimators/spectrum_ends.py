@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, checked_length, dot, norm
+from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, dot, norm, require_finite_length
 from keras_gradtools.curvature.estimators.trace import mean_of
 
 # Length of the random part of the starting vector, so that no eigenvector is missed for good.
@@ -75,7 +75,7 @@ def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=
     while not is_done:
         j = ritz.count
         product = np.array(matvec(basis[j]), dtype=dtype)
-        length = checked_length(product)
+        length = require_finite_length(product)
         parts, remainder = basis.orthogonalize(product)
         # If the basis spans an invariant subspace, the remainder is rounding noise.
         is_invariant = remainder <= 10 * np.finfo(dtype).eps * length
@@ -154,7 +154,7 @@ def _trace(diagonal, sampled):
 def _finite(tensor):
     numbers = np.asarray(ops.convert_to_numpy(tensor), "float64")
     for number in numbers:
-        checked_length(np.array([number]))
+        require_finite_length(np.array([number]))
     return numbers
 
 
