@@ -4,8 +4,8 @@ import keras
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
-from keras_gradtools.second_order.newton_step import DenseSolver
 from keras_gradtools.second_order.second_order_optimizer import MatrixOptimizer
+from keras_gradtools.second_order.step_solvers import DenseSolver
 
 SCALINGS = ("identity", "diagonal")
 

@@ -3,8 +3,8 @@
 import keras
 
 from keras_gradtools.curvature.operators.hessian import Hessian
-from keras_gradtools.second_order.newton_step import DenseSolver
 from keras_gradtools.second_order.second_order_optimizer import MatrixOptimizer
+from keras_gradtools.second_order.step_solvers import DenseSolver
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")

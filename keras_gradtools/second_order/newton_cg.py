@@ -6,9 +6,9 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.second_order.newton_step import CURVATURES, ConjugateGradientsSolver
 from keras_gradtools.second_order.recycled_preconditioner import recycled_preconditioner, require_rank
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.second_order.step_solvers import CURVATURES, ConjugateGradientsSolver
 
 # Number of variables that hold the preconditioner.
 _PAIRS = 3

@@ -8,16 +8,15 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.data.batches import refuse_non_finite
 from keras_gradtools.curvature.operators import dense_memory
-from keras_gradtools.second_order.newton_step import (
+from keras_gradtools.second_order.newton_step import StepReason, newton_step
+from keras_gradtools.second_order.normal_equations import NormalEquations
+from keras_gradtools.second_order.recycled_preconditioner import recycled_preconditioner, require_rank
+from keras_gradtools.second_order.step_solvers import (
     CURVATURES,
     ConjugateGradientsSolver,
     DenseSolver,
-    StepReason,
-    newton_step,
     require_enough_outputs,
 )
-from keras_gradtools.second_order.normal_equations import NormalEquations
-from keras_gradtools.second_order.recycled_preconditioner import recycled_preconditioner, require_rank
 from keras_gradtools.training.loss_on_data import LossOnData
 from keras_gradtools.training.monitor import Monitor
 

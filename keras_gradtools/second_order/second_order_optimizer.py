@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.second_order.newton_step import require_enough_outputs
+from keras_gradtools.second_order.step_solvers import require_enough_outputs
 
 
 class SecondOrderOptimizer(keras.optimizers.Optimizer):
@@ -37,7 +37,7 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         raise NotImplementedError
 
     def solver(self, operator, equations):
-        """The solver for the step, as `curvature.newton_step` takes it.
+        """The solver for the step, as `newton_step` takes it.
 
         `operator` is the operator of one batch, `equations` the `NormalEquations` that all batches share.
         """

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from keras_gradtools.second_order.newton_step import DenseSolver, Proposal, StepReason, newton_step
+from keras_gradtools.second_order.newton_step import StepReason, newton_step
+from keras_gradtools.second_order.step_solvers import DenseSolver, Proposal
 
 # log cosh(x) is almost straight at x = 3, so that Newton's step from there leads a hundred too far.
 HEIGHT, START = 1e-9, 3.0

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from keras_gradtools.second_order.newton_step import ConjugateGradientsSolver
 from keras_gradtools.second_order.recycled_preconditioner import RecycledPreconditioner
+from keras_gradtools.second_order.step_solvers import ConjugateGradientsSolver
 
 N = 20
 

@@ -1,0 +1,177 @@
+"""Solvers of Newton's equation for one damping: by a factorization, or by conjugate gradients."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
+from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
+from keras_gradtools.curvature.operators.hessian import Hessian
+from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+from keras_gradtools.curvature.solvers.conjugate_gradients import conjugate_gradients
+from keras_gradtools.curvature.solvers.damped_solve import damped_solve
+
+CURVATURES = {"hessian": Hessian, "gauss_newton": GaussNewton}
+# The least damping after a rejected step, relative to the size of the curvature.
+SMALLEST_SHARE = 1e-6
+# The numbers of the conjugate gradient iterates that may be tried grow at least by this factor.
+_LEAST_GROWTH = 1.5
+# Nocedal & Wright's forcing term: the relative residual is at most this, and at most the root of the gradient norm.
+_LARGEST_RESIDUAL = 0.5
+
+
+def require_enough_outputs(owner, operator, examples):
+    """Raises `ValueError` if the examples have fewer outputs than there are weights."""
+    weights, outputs = operator.shape[0], operator.outputs_of_example()
+    if outputs is not None and examples * outputs < weights:
+        raise ValueError(
+            f"{owner} forms the matrix of {weights} weights, and fewer outputs cannot determine it. Received: "
+            f"{examples} examples with {outputs} outputs each. Take at least {-(-weights // outputs)} examples at a "
+            "time, use fewer variables, or use a method with conjugate gradients. Or pass "
+            "`allow_underdetermined=True`, so that damping determines the remaining directions."
+        )
+
+
+class Proposal(NamedTuple):
+    r"""A step that was not tried yet.
+
+    Attributes:
+        step: The step $p$. None if a number is not finite.
+        slope: $g^\top p$, the linear term of the quadratic model.
+        curved: $p^\top B p$, twice the quadratic term.
+        damping: The damping of the step.
+        iterations: Number of conjugate gradient iterations.
+        size: A scale of the matrix, to which the least damping is relative.
+        shorter: Other steps, as `(step, slope, curved)`, to try in this order if the loss does not go down.
+        least_damping: The least damping for the next step.
+    """
+
+    step: np.ndarray | None
+    slope: float
+    curved: float
+    damping: float
+    iterations: int
+    size: float
+    shorter: tuple = ()
+    least_damping: float = 0.0
+
+
+class DenseSolver:
+    """Solves Newton's equation by factorizing the matrix, in double precision.
+
+    Args:
+        system: A function without arguments that returns the loss, its gradient and the matrix.
+        dtype: The dtype of the weights.
+        scaling: `"identity"`, or `"diagonal"` for Marquardt's damping with the diagonal of the matrix.
+    """
+
+    def __init__(self, system, dtype, scaling="identity"):
+        self._system, self.dtype, self._scaling = system, np.dtype(dtype), scaling
+
+    def start(self, objective):
+        loss, gradient, self._matrix = self._system()
+        self._is_finite = bool(np.isfinite(self._matrix).all())
+        self._largest = float(np.abs(self._matrix).max(initial=0.0)) if self._is_finite else 0.0
+        return loss, np.asarray(gradient, "float64")
+
+    def solve(self, gradient, damping):
+        if not self._is_finite:
+            return Proposal(None, 0.0, 0.0, damping, 0, 0.0)
+        matrix, right, scale = self._matrix, -gradient, None
+        if self._scaling == "diagonal":
+            diagonal = np.abs(np.diag(matrix)).astype("float64")
+            scale = 1.0 / np.sqrt(np.maximum(diagonal, SMALLEST_SHARE * (self._largest or 1.0)))
+            matrix, right = scale[:, None] * matrix * scale, scale * right
+        solution = damped_solve(matrix, right, damping)
+        step = solution.x if scale is None else scale * solution.x
+        curved = dot(step, self._matrix @ step)
+        size = self._largest if scale is None else 1.0
+        return Proposal(step, dot(gradient, step), curved, solution.damping, 0, size)
+
+
+class ConjugateGradientsSolver:
+    """Solves Newton's equation by conjugate gradients, using only products.
+
+    A direction of negative curvature ends the iteration, and the step is the iterate before it. If the first direction
+    has negative curvature, the step goes along that direction, to the minimum of a parabola with the absolute value of
+    the curvature. See Nocedal & Wright, algorithm 7.1.
+
+    Args:
+        operator: A curvature operator. Its `linearized()` is used.
+        max_iterations: Maximum number of products for each damping.
+        rtol: Tolerance for the residual relative to the gradient. None for the smaller of 1/2 and the square root of
+            the norm of the gradient.
+        progress_tol: As for `kg.curvature.conjugate_gradients`.
+        preconditioner: A `RecycledPreconditioner`, which learns from every system. None for no preconditioner.
+    """
+
+    def __init__(self, operator, max_iterations, rtol=None, progress_tol=None, preconditioner=None):
+        self._operator, self.dtype = operator, solver_dtype(operator.dtype)
+        self._max_iterations, self._rtol, self._progress_tol = max_iterations, rtol, progress_tol
+        self._preconditioner = preconditioner
+
+    def start(self, objective):
+        self._linearized = None
+        if self._preconditioner is not None:
+            self._preconditioner.begin()
+        return objective.loss_and_gradient()
+
+    def solve(self, gradient, damping):
+        if self._linearized is None:
+            self._linearized = self._operator.linearized()
+            if self._preconditioner is not None:
+                self._linearized = _Recorded(self._linearized, self._preconditioner)
+        length = norm(gradient)
+        rtol = min(_LARGEST_RESIDUAL, length**0.5) if self._rtol is None else self._rtol
+        iterates: list[Any] = []
+
+        def store(i, x, value):
+            if not iterates or i >= _LEAST_GROWTH * iterates[-1][0]:
+                iterates.append((i, x, value))
+
+        found = conjugate_gradients(
+            self._linearized,
+            -gradient.astype(self.dtype),
+            damping=damping,
+            preconditioner=None if self._preconditioner is None else self._preconditioner.of(damping),
+            rtol=rtol,
+            progress_tol=self._progress_tol,
+            max_iterations=self._max_iterations,
+            callback=store,
+        )
+        if self._preconditioner is not None:
+            self._preconditioner.finish()
+        x = np.asarray(found.x, "float64")
+        if found.reason == "not_finite" or not np.isfinite(x).all():
+            return Proposal(None, 0.0, 0.0, damping, found.iterations, 0.0)
+        if found.reason == "negative_curvature" and not x.any():
+            # The minimum along the first direction, of a parabola with the absolute value of its curvature.
+            x = np.asarray(found.negative_curvature, "float64")
+            x = -dot(gradient, x) / dot(x, x) / max(abs(found.curvature), SMALLEST_SHARE) * x
+            curved = (found.curvature - damping) * dot(x, x)
+        else:
+            # x'(B + damping) x = x'(b - r), and the residual r of conjugate gradients is orthogonal to x.
+            curved = -dot(gradient, x) - damping * dot(x, x)
+        size = length if found.curvature is None else max(length, abs(found.curvature - damping))
+        shorter = []
+        for i, earlier, _ in reversed(iterates):
+            if i < found.iterations:
+                slope = dot(gradient, earlier)
+                shorter.append((earlier, slope, -slope - damping * dot(earlier, earlier)))
+        # The smallest damping that removes this negative curvature.
+        least = damping - found.curvature if found.reason == "negative_curvature" else 0.0
+        return Proposal(x, dot(gradient, x), curved, damping, found.iterations, size, tuple(shorter), least)
+
+
+class _Recorded:
+    """A matrix that passes its products on to the preconditioner, which learns from them for the next system."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, matrix, preconditioner):
+        self.shape, self._matrix, self._preconditioner = matrix.shape, matrix, preconditioner
+
+    def __matmul__(self, vector):
+        product = self._matrix @ vector
+        self._preconditioner.record(vector, product)
+        return product
