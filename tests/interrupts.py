@@ -55,22 +55,23 @@ def left_behind():
     if backend == "torch":
         import torch
 
-        from keras_gradtools.backend import torch_graph, torch_levels, torch_tape
+        from keras_gradtools.backend.torch import backward_pass, borrowing, levels, tape
 
         found += ["grad mode"] if not torch.is_grad_enabled() else []
         found += ["threads of the engine"] if not torch._C._is_multithreading_enabled() else []
-        found += ["borrowed tensors"] if torch_graph._borrowed else []
+        found += ["borrowed tensors"] if borrowing._borrowed else []
         found += ["levels of functorch"] if torch._C._functorch.get_dynamic_layer_stack_depth() else []
-        found += ["a vectorized pass"] if torch_levels.is_in_vectorized_pass() else []
-        found += ["passes"] if torch_graph._thread.passes else []
-        found += ["grad modes"] if torch_tape._thread.grad_modes else []
+        found += ["a vectorized pass"] if levels.is_in_vectorized_pass() else []
+        found += ["passes"] if backward_pass._thread.passes else []
+        found += ["grad modes"] if tape._thread.grad_modes else []
     elif backend == "jax":
         from jax._src import core
 
-        from keras_gradtools.backend import jax_trace
+        from keras_gradtools.backend.jax import current_trace
 
         found += ["a trace"] if core.trace_ctx.trace is not core.eval_trace else []
-        found += ["tapes of the trace"] if jax_trace._thread.eager.tapes or jax_trace._thread.eager.open_tapes else []
+        eager = current_trace._thread.eager
+        found += ["tapes of the trace"] if eager.tapes or eager.open_tapes else []
     else:
         from tensorflow.python import pywrap_tfe
 

@@ -23,8 +23,8 @@ LEVELS = [
     {"layers", "models", "callbacks", "optimizers", "plots", "regularization"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-# These belong to the adapters alone: the frameworks, and the question which backend it is.
-FRAMEWORKS = ("tensorflow", "jax", "jaxlib", "torch")
+# These belong to the adapters alone: each framework to the folder of its name, and the question which backend it is.
+FRAMEWORKS = {"tensorflow": "tensorflow", "jax": "jax", "jaxlib": "jax", "torch": "torch"}
 # `keras.src` comes in here, as an import or spelled in a string, and goes on to the adapters alone.
 ROOM = "keras_internals"
 WHICH_BACKEND = ("backend.backend", "config.backend")
@@ -63,8 +63,9 @@ def violations(path, source):
         return
     for name, line in references(ast.parse(source), folder):
         asks = f".{name}".endswith(tuple(f".{question}" for question in WHICH_BACKEND))
-        if here != "backend" and is_below(name, FRAMEWORKS):
-            yield f"{path}:{line}: {name} outside backend/"
+        home = FRAMEWORKS.get(name.split(".")[0])
+        if home is not None and parts[:2] != ("backend", home):
+            yield f"{path}:{line}: {name} outside backend/{home}/"
         if here not in ("backend", ROOM) and (asks or is_below(name, [f"keras_gradtools.{ROOM}"])):
             yield f"{path}:{line}: {name} outside backend/"
         if here != ROOM and is_below(name, ["keras.src"]):
@@ -84,10 +85,12 @@ def test_module_keeps_the_rules(path):
     ("path", "source", "message"),
     [
         ("tape/a.py", "def f():\n    import jax.numpy as jnp", "tape/a.py:2: jax.numpy outside backend/"),
-        ("plots.py", "from torch import nn", "torch.nn outside backend/"),
+        ("plots.py", "from torch import nn", "torch.nn outside backend/torch/"),
+        ("backend/chunks.py", "import jax", "jax outside backend/jax/"),
+        ("backend/torch/tape.py", "import jaxlib", "jaxlib outside backend/jax/"),
         ("tape/a.py", "from keras.src import tree", "keras.src.tree outside keras_internals/"),
-        ("backend/jax.py", "from keras.src import tree", "keras.src.tree outside keras_internals/"),
-        ("backend/jax.py", "find('keras.src.tree:flatten')", "keras.src.tree:flatten outside keras_internals/"),
+        ("backend/jax/backend.py", "from keras.src import tree", "keras.src.tree outside keras_internals/"),
+        ("backend/jax/backend.py", "find('keras.src.tree:flatten')", "keras.src.tree:flatten outside keras_internals/"),
         ("tape/a.py", "from keras_gradtools.keras_internals import layers", "keras_internals.layers outside backend/"),
         ("keras_internals/scopes.py", "import torch", "torch outside backend/"),
         ("keras_internals/scopes.py", "from keras_gradtools.backend import state", "is not below keras_internals"),
@@ -95,7 +98,7 @@ def test_module_keeps_the_rules(path):
         ("tape/a.py", "import keras\nkeras.backend.backend()", "keras.backend.backend outside backend/"),
         ("attacks/noise.py", "keras.config.backend() == 'jax'", "keras.config.backend outside backend/"),
         ("attacks/noise.py", "from keras.config import backend", "keras.config.backend outside backend/"),
-        ("backend/jax.py", "from keras_gradtools import tape", "keras_gradtools.tape is not below backend"),
+        ("backend/jax/backend.py", "from keras_gradtools import tape", "keras_gradtools.tape is not below backend"),
         ("tape/a.py", "from keras_gradtools.transforms.jacobians import f", "is not below tape"),
         ("tape/a.py", "from ..gradient_control.scale_gradient import f", "scale_gradient.f is not below tape"),
         ("transforms/jacobians.py", "from ..curvature import f", "keras_gradtools.curvature.f is not below transforms"),
@@ -117,7 +120,10 @@ def test_a_breach_is_found(path, source, message):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("backend/jax.py", "import jax\nfrom keras_gradtools.keras_internals import layers\nfrom . import recording"),
+        (
+            "backend/jax/backend.py",
+            "import jax\nfrom keras_gradtools.keras_internals import layers\nfrom . import recording",
+        ),
         ("keras_internals/scopes.py", "from keras.src import tree\nkeras.config.backend()"),
         ("attacks/a.py", "from keras_gradtools.attacks import b\nfrom ..tape import GradientTape"),
         (

@@ -50,7 +50,7 @@ def tests_of_internals():
     """The tests of what knows the insides of Keras or of a framework."""
     patterns = (
         "tape/test_*.py",
-        "backend/test_*.py",
+        "backend/**/test_*.py",
         "keras_internals/test_*.py",
         "input_gradients/test_example_losses.py",
         # Layers' calls, frozen statistics, derivatives as layers.

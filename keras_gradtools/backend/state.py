@@ -349,9 +349,9 @@ all_regularization_losses.replace(_regularization_losses_of)
 
 if keras.backend.backend() == "jax":
     # Installed on import, before any training step: models trained by Keras itself may contain our layers.
-    from keras_gradtools.backend import jax_training
+    from keras_gradtools.backend.jax import training
 
-    jax_training.install()
+    training.install()
 
 
 def read(x):

@@ -13,8 +13,9 @@ from keras_gradtools.curvature import Hessian
 from tests.interrupts import Interrupt, at_every_point, left_behind
 
 HERE = (
-    "blocks.py", "recording.py", "torch_tape.py", "torch_graph.py", "jax_trace.py", "gradient_tape.py",
-    "backend/torch.py", "backend/jax.py", "backend/tensorflow.py", "backend/state.py", "taped_call.py",
+    "blocks.py", "recording.py", "tape.py", "graph.py", "trace.py", "gradient_tape.py",
+    "borrowing.py", "windows.py", "backward_pass.py", "backend/torch/backend.py", "backend/jax/backend.py",
+    "backend/tensorflow/backend.py", "random_numbers.py", "backend/state.py", "taped_call.py",
 )  # fmt: skip
 X = np.array([1.0, 2.0], "float32")
 
@@ -97,7 +98,7 @@ def test_an_interrupt_leaves_nothing_behind(run):
 
 def test_an_interrupt_inside_of_a_pass_of_many_cotangents(backend):
     """torch counts such passes; one that it would go on to count refuses random numbers from then on."""
-    files = HERE if backend != "torch" else (*HERE, "torch_levels.py", "torch/_vmap_internals.py")
+    files = HERE if backend != "torch" else (*HERE, "levels.py", "torch/_vmap_internals.py")
     x = ops.convert_to_tensor(X)
 
     def run():

@@ -1,0 +1,170 @@
+"""`Backend`, the base class of the adapters: its methods are the kernels, and their docstrings the contract.
+
+A method without a body differs between all frameworks. The others have the body that most frameworks share.
+"""
+
+import abc
+import contextlib
+from typing import Any
+
+from keras_gradtools.backend import chunks
+from keras_gradtools.backend.blocks import Block
+
+
+class Backend(abc.ABC):
+    """The kernels of one framework.
+
+    Kernels take flat lists of differentiable tensors and Keras variables. Nested structures, defaults and checks of
+    arguments are handled once for all backends, in `tape/` and above.
+
+    `pullback` returns None for a source, and `pushforward` for a target, that no recorded operation connects with the
+    other side. Every cotangent has the shape and dtype of its target, every tangent those of its source, and the
+    gradient of a variable those of the variable. All other tapes that are recording record the computation of the
+    results.
+    """
+
+    # A subclass of `recording.Recording`, made by `Tape(watch_accessed_variables)`.
+    Tape: Any
+
+    # Whether compiled functions have second derivatives.
+    COMPILES_SECOND_ORDER = True
+    # The faster mode for Hessians, "forward" or "reverse", as measured.
+    HESSIAN_MODE = "reverse"
+    # Whether `linearize` is faster than a compiled product.
+    LINEARIZES_ONCE = False
+
+    # Derivatives of a tape.
+
+    @abc.abstractmethod
+    def pullback(self, tape, targets, sources, cotangents):
+        """Reverse mode: `sum_k J_k' u_k` for every source."""
+
+    @abc.abstractmethod
+    def constant_pullback(self, tape, targets, sources, cotangents):
+        """As `pullback`, but the results are constants for all other tapes."""
+
+    @abc.abstractmethod
+    def pullback_batch(self, tape, targets, sources, cotangents):
+        """As `pullback`, for a stack of cotangents along axis 0."""
+
+    @abc.abstractmethod
+    def pushforward_batch(self, tape, targets, sources, tangents):
+        """As `pushforward`, for a stack of tangents along axis 0."""
+
+    @abc.abstractmethod
+    def linearize(self, tape, targets, sources, is_symmetric=False):
+        """Returns `tangents -> pushforward`. What does not depend on the tangents is computed only once.
+
+        With `is_symmetric`, a vjp may take the place of a jvp.
+        """
+
+    def pushforward(self, tape, targets, sources, tangents):
+        """Forward mode: `sum_i J_i v_i` for every target."""
+        return self.linearize(tape, targets, sources)(tangents)
+
+    # Transforms of functions.
+
+    @abc.abstractmethod
+    def per_example_gradients(self, fun, weights, examples, must_vectorize=False):
+        """The gradients of `fun(weights, example) -> (value, auxiliary tensors)` for each example.
+
+        Returns two lists: the gradients for `weights`, and the auxiliary tensors, both with the examples along axis 0.
+        With `must_vectorize`, the framework's error is raised where it cannot vectorize `fun`.
+        """
+
+    @abc.abstractmethod
+    def custom_gradient(self, fun):
+        """A function with its own gradient, from `fun(*args) -> (values, grad_fn)`.
+
+        The gradient can be differentiated again. What `grad_fn` closes over counts.
+        """
+
+    @abc.abstractmethod
+    def jit(self, fun):
+        """`fun`, compiled where a compiled function has second derivatives. Variables are its state."""
+
+    def compiled(self, fun):
+        """`fun`, compiled where Keras does not already compile the whole training step, which includes `fun`."""
+        return fun
+
+    def may_compile(self):
+        """Whether a function that is called here may be compiled."""
+        return False
+
+    def depends_on_values(self, error):
+        """Whether `error` says that a function could not be traced because Python needs values."""
+        return False
+
+    def tried(self, fun):
+        """Runs `fun()`, or only traces it, to see its errors."""
+        fun()
+
+    def map_chunks(self, fun, count, chunk_size):
+        """`fun(indices) -> list of tensors or None` for `0 ... count - 1`, in chunks; the results are concatenated."""
+        return chunks.loop(fun, count, chunk_size)
+
+    # Tensors.
+
+    @abc.abstractmethod
+    def alias(self, x):
+        """A new tensor equal to `x`, as a recorded operation."""
+
+    @abc.abstractmethod
+    def containers(self):
+        """The `nesting.Registry` of the containers that are registered with the framework."""
+
+    def settled(self, tensors):
+        """The tensors, detached if only tapes need their graph."""
+        return tensors
+
+    # State and modes of the framework.
+
+    def eagerly(self):
+        """A block that runs eagerly, even inside a trace."""
+        return contextlib.nullcontext()
+
+    def modes_kept(self):
+        """A block that restores the framework's modes, for frameworks with modes that outlive an error."""
+        return Block()
+
+    def can_make_variables(self):
+        """Whether variables can be created here."""
+        return True
+
+    def assigns_at_once(self):
+        """Whether a training step assigns to variables immediately."""
+        return True
+
+    def random_state(self):
+        """The state of random generators other than Keras' seeds. None if there are none."""
+        return None
+
+    def with_random_state(self, state):
+        """A block in which those generators have this state."""
+        return contextlib.nullcontext()
+
+    # Training on several devices.
+
+    @abc.abstractmethod
+    def train_function(self, model, step):
+        """What `fit` calls, made from a Python function `step(batch) -> logs`."""
+
+    def spread(self, x):
+        """`x`, distributed over the devices of a data layout."""
+        return x
+
+    def is_shared_by_replicas(self, batch, variable):
+        """Whether several replicas share the batch. `variable` is any variable of the model."""
+        return False
+
+    def summed_over_replicas(self, fun, batch, variable):
+        """The sum of `fun(part)` over the replicas' parts of the batch."""
+        return fun(batch)
+
+    def replica_results(self, fun, batch, variable):
+        """The list of `fun(part)` for each replica's part of the batch."""
+        return [fun(batch)]
+
+    def summed_over_processes(self, totals, count):
+        """Tensors and a count, summed over all processes."""
+        return totals, count

@@ -1,0 +1,90 @@
+"""The kernels on JAX.
+
+JAX has no tape: `trace.py` records operations, and `sweep.py` differentiates them.
+"""
+
+import jax
+import keras
+
+from keras_gradtools.backend import chunks, recording
+from keras_gradtools.backend.base import Backend
+from keras_gradtools.backend.jax import (
+    aliases,
+    closure_convert,
+    current_trace,
+    keras_ops,
+    pullbacks,
+    pushforwards,
+    scan,
+    tape,
+)
+from keras_gradtools.backend.jax.containers import containers
+from keras_gradtools.backend.jax.custom_gradient import custom_gradient
+from keras_gradtools.backend.jax.jit import depends_on_values, jit
+from keras_gradtools.backend.jax.train_function import train_function
+
+tape.install()
+keras_ops.install()
+closure_convert.install()
+scan.install()
+
+
+class JaxBackend(Backend):
+    """The kernels on JAX. A kernel that is a function of another file is a static method here."""
+
+    Tape = tape.Tape
+
+    HESSIAN_MODE = "forward"
+
+    pullback = staticmethod(pullbacks.pullback)
+    constant_pullback = staticmethod(pullbacks.constant_pullback)
+    pullback_batch = staticmethod(pullbacks.pullback_batch)
+    pushforward = staticmethod(pushforwards.pushforward)
+    pushforward_batch = staticmethod(pushforwards.pushforward_batch)
+    linearize = staticmethod(pushforwards.linearize)
+    custom_gradient = staticmethod(custom_gradient)
+    jit = staticmethod(jit)
+    depends_on_values = staticmethod(depends_on_values)
+    alias = staticmethod(aliases.recorded_alias)
+    containers = staticmethod(containers)
+    train_function = staticmethod(train_function)
+
+    def per_example_gradients(self, fun, weights, examples, must_vectorize=False):
+        return jax.vmap(jax.grad(fun, has_aux=True), in_axes=(None, 0))(weights, examples)
+
+    def may_compile(self):
+        # An active tape would not see the closed-over values in a compiled function, and could not detect that.
+        return current_trace.is_eager() and not recording.active_tapes()
+
+    def tried(self, fun):
+        def without_result():
+            fun()
+
+        jax.eval_shape(without_result)
+
+    def map_chunks(self, fun, count, chunk_size):
+        if current_trace.is_eager():
+            return chunks.loop(fun, count, chunk_size)
+        number = -(-count // chunk_size)
+        present = chunks.Present(fun)
+        index = jax.numpy.arange(number * chunk_size, dtype="int32").reshape(number, chunk_size)
+        mapped = jax.lax.map(present, index)
+        return present.restore([x.reshape(-1, *x.shape[2:])[:count] for x in mapped])
+
+    def eagerly(self):
+        return jax.ensure_compile_time_eval()
+
+    def assigns_at_once(self):
+        # Keras' training step on JAX receives the state as arguments and returns it.
+        return False
+
+    def spread(self, x):
+        distribution = keras.distribution.distribution()
+        if distribution is None or current_trace.is_traced([x]):
+            return x
+        layout = distribution.get_data_layout(x.shape)
+        try:
+            return keras.distribution.distribute_tensor(x, layout)
+        except ValueError:
+            # A last batch that cannot be split evenly is not distributed: each device computes all of it.
+            return x

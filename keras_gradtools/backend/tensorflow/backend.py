@@ -1,0 +1,77 @@
+"""The kernels on TensorFlow, built on `tf.GradientTape`.
+
+Some of TensorFlow's gradients are wrong or missing: `gradients.py`, `resizing.py`, `elementwise.py`, `keras_ops.py` and
+`closed_over.py` correct them.
+"""
+
+import tensorflow as tf
+
+from keras_gradtools.backend.base import Backend
+from keras_gradtools.backend.tensorflow import (
+    closed_over,
+    elementwise,
+    gradients,
+    keras_ops,
+    pullbacks,
+    pushforwards,
+    replicas,
+    resizing,
+    tape,
+)
+from keras_gradtools.backend.tensorflow.chunks import map_chunks
+from keras_gradtools.backend.tensorflow.containers import containers
+from keras_gradtools.backend.tensorflow.custom_gradient import custom_gradient
+from keras_gradtools.backend.tensorflow.jit import depends_on_values, jit
+from keras_gradtools.backend.tensorflow.per_example import per_example_gradients
+
+tape.install()
+closed_over.install()
+elementwise.install()
+resizing.install()
+gradients.install()
+keras_ops.install()
+
+
+class TensorFlowBackend(Backend):
+    """The kernels on TensorFlow. A kernel that is a function of another file is a static method here."""
+
+    Tape = tape.Tape
+
+    pullback = staticmethod(pullbacks.pullback)
+    constant_pullback = staticmethod(pullbacks.constant_pullback)
+    pullback_batch = staticmethod(pullbacks.pullback_batch)
+    pushforward_batch = staticmethod(pushforwards.pushforward_batch)
+    linearize = staticmethod(pushforwards.linearize)
+    per_example_gradients = staticmethod(per_example_gradients)
+    custom_gradient = staticmethod(custom_gradient)
+    jit = staticmethod(jit)
+    depends_on_values = staticmethod(depends_on_values)
+    map_chunks = staticmethod(map_chunks)
+    containers = staticmethod(containers)
+    train_function = staticmethod(replicas.train_function)
+    is_shared_by_replicas = staticmethod(replicas.is_shared_by_replicas)
+    summed_over_replicas = staticmethod(replicas.summed_over_replicas)
+    replica_results = staticmethod(replicas.replica_results)
+
+    def alias(self, x):
+        return tf.identity(x)
+
+    def may_compile(self):
+        return tf.executing_eagerly()
+
+    def tried(self, fun):
+        def without_result():
+            fun()
+
+        tf.function(without_result, autograph=False).get_concrete_function()
+
+    def eagerly(self):
+        # Lifts the block out of the graph that is being built.
+        return tf.init_scope()
+
+    def can_make_variables(self):
+        # Each replica would create a variable of its own.
+        return tf.distribute.get_strategy().num_replicas_in_sync == 1 or tf.distribute.in_cross_replica_context()
+
+    def assigns_at_once(self):
+        return tf.executing_eagerly() and not tf.distribute.has_strategy()

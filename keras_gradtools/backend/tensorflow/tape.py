@@ -1,0 +1,136 @@
+"""The tape on TensorFlow: a `tf.GradientTape` that follows Keras' `trainable` flags, which TensorFlow's own ignores."""
+
+import keras
+import tensorflow as tf
+from tensorflow.python import pywrap_tfe
+from tensorflow.python.eager import tape as tape_module
+
+from keras_gradtools.backend import recording
+from keras_gradtools.backend.tensorflow import variables
+
+
+class Tape(recording.Recording):
+    """A `tf.GradientTape` that watches the variables that are trainable in Keras.
+
+    The native tape is always persistent: `tape/gradient_tape.py` decides whether a second derivative is allowed. It
+    also watches accessed variables by itself, because a `tf.function` that was traced earlier reads them without
+    calling Keras.
+    """
+
+    def __init__(self, watch_accessed_variables):
+        super().__init__(watch_accessed_variables)
+        self.native = self._new_native()
+        self._notes: list = []
+        self.custom_gradients = []
+        self._watch_later = []
+        self._seen_by_native = []
+
+    def _new_native(self):
+        watch = self._watch_accessed_variables
+        native = tf.GradientTape(persistent=True, watch_accessed_variables=watch)
+        # A native tape that was never entered has no `_tape`, and `gradient` would raise the error for a second call.
+        made: list = []
+        try:
+            made.extend(map(pywrap_tfe.TFE_Py_TapeSetNew, (True,), (watch,)))
+        finally:
+            for one in made:
+                pywrap_tfe.TFE_Py_TapeSetRemove(one)
+        native._tape = tape_module.Tape(made[0])
+        return native
+
+    # TensorFlow does not say which tapes are in its set of recording tapes, and removing one that is not in the set
+    # crashes the process. So each change of the set is noted: an odd number of notes means that the tape is in the set.
+    # `extend` with `map` runs in C, so an interrupt cannot come between a change and its note.
+
+    def _push(self):
+        if len(self._notes) % 2 == 0:
+            self._notes.clear()
+            self._notes.extend(map(pywrap_tfe.TFE_Py_TapeSetAdd, (self.native._tape._tape,)))
+        self.native._recording = True
+
+    def _pop(self):
+        if len(self._notes) % 2:
+            self._notes.extend(map(pywrap_tfe.TFE_Py_TapeSetRemove, (self.native._tape._tape,)))
+        self.native._recording = False
+
+    def begin(self):
+        super().begin()
+        self._push()
+        for tensor in self._watch_later:
+            self.native.watch(tensor)
+        self._watch_later = []
+
+    def end(self):
+        super().end()
+        self._pop()
+
+    def pause(self):
+        self.end()
+
+    def resume(self):
+        self.begin()
+
+    def reset(self):
+        super().reset()
+        self.custom_gradients = []
+        self._watch_later = []
+        self._seen_by_native = []
+        recording_now = self in recording.active_tapes()
+        self._pop()
+        self.native = self._new_native()
+        if recording_now:
+            self._push()
+
+    def release(self):
+        self._pop()
+        self._seen_by_native += self.native.watched_variables()
+        self.native = self._new_native()
+        self.custom_gradients = []
+
+    def watched_variables(self):
+        """The variables that Keras reported, in the order of their reads, then those that only the native tape saw."""
+        watched = super().watched_variables()
+        others = variables.owners((*self._seen_by_native, *self.native.watched_variables()))
+        known = set(map(id, watched))
+        for variable in others:
+            # The native tape reads TensorFlow's `trainable` flag, which may be out of date for a Keras variable.
+            if id(variable) not in known and not (isinstance(variable, keras.Variable) and not self.wants(variable)):
+                watched.append(variable)
+                known.add(id(variable))
+        return watched
+
+    def watch(self, tensor):
+        if self in recording.active_tapes():
+            self.native.watch(tensor)
+        else:
+            # The native tape ignores `watch` while it is paused.
+            self._watch_later.append(tensor)
+
+    def watch_variable(self, variable):
+        super().watch_variable(variable)
+        self.watch(variable._value)
+
+    def depends(self, value, others):
+        return any(g is not None for g in self.native.gradient(value, others))
+
+    def values_read(self, variable):
+        values = super().values_read(variable)
+        if not values and self.wants(variable) and variable._value is not None:
+            # Read by a `tf.function` that was traced earlier: only the native tape has seen it.
+            return [variable._value]
+        return values
+
+
+def _watch_read(variable, value, tapes):
+    if not value.dtype.is_floating:
+        return value
+    for tape in tapes:
+        # The native tape reads TensorFlow's `trainable` flag, which is set when the variable is created. Without this,
+        # it would not watch a layer that was unfrozen later.
+        tape.native.watch(value)
+        tape.note_read(variable, value, recording.is_lent(variable, value))
+    return value
+
+
+def install():
+    recording.install_read_hook(_watch_read, variables.meet)

@@ -1,0 +1,72 @@
+"""The kernels on torch, built on autograd's graph.
+
+torch has no tape: `tape.py` makes one from autograd's graph, and `graph.py` finds the nodes that a tape has recorded.
+`formulas.py`, `fused.py`, `unfused.py`, `keras_ops.py` and `checkpoint.py` correct operations that torch cannot
+differentiate twice.
+"""
+
+import torch
+
+from keras_gradtools.backend.base import Backend
+from keras_gradtools.backend.torch import checkpoint, fused, graph, keras_ops, pullbacks, pushforwards, tape
+from keras_gradtools.backend.torch.containers import containers
+from keras_gradtools.backend.torch.custom_gradient import custom_gradient
+from keras_gradtools.backend.torch.jit import compiled, jit
+from keras_gradtools.backend.torch.per_example import per_example_gradients
+from keras_gradtools.backend.torch.processes import summed_over_processes
+from keras_gradtools.backend.torch.random_numbers import random_state, with_random_state
+
+tape.install()
+checkpoint.install()
+fused.install()
+keras_ops.install()
+
+
+class TorchBackend(Backend):
+    """The kernels on torch. A kernel that is a function of another file is a static method here."""
+
+    Tape = tape.Tape
+
+    # What `torch.compile` has compiled can only be differentiated once.
+    COMPILES_SECOND_ORDER = False
+    LINEARIZES_ONCE = True
+
+    pullback = staticmethod(pullbacks.pullback)
+    constant_pullback = staticmethod(pullbacks.constant_pullback)
+    pullback_batch = staticmethod(pullbacks.pullback_batch)
+    pushforward_batch = staticmethod(pushforwards.pushforward_batch)
+    linearize = staticmethod(pushforwards.linearize)
+    per_example_gradients = staticmethod(per_example_gradients)
+    custom_gradient = staticmethod(custom_gradient)
+    jit = staticmethod(jit)
+    compiled = staticmethod(compiled)
+    containers = staticmethod(containers)
+    random_state = staticmethod(random_state)
+    with_random_state = with_random_state
+    summed_over_processes = staticmethod(summed_over_processes)
+
+    def alias(self, x):
+        # Without grad mode, the alias of a tensor that requires gradients would not be connected to it.
+        if torch.is_grad_enabled():
+            return x.view_as(x)
+        block = graph.GradMode(True)
+        with block, block:
+            return x.view_as(x)
+
+    def settled(self, tensors):
+        attached = [t for t in tensors if t.requires_grad]
+        if not attached or pullbacks.may_be_recorded(lambda: graph.is_used_outside(pullbacks.nodes_of(attached))):
+            return tensors
+        return [t.detach() if t.requires_grad else t for t in tensors]
+
+    def modes_kept(self):
+        return graph.GradMode(torch.is_grad_enabled())
+
+    def train_function(self, model, step):
+        def function(data):
+            # `data` is a list of `steps_per_execution` batches, or fewer at the end of an epoch.
+            for batch in data:
+                logs = step(batch)
+            return logs
+
+        return function
