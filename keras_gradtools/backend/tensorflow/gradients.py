@@ -7,6 +7,7 @@
 | `ScaleAndTranslate`        | an error for an image in double precision                                           |
 | `SegmentProd`, `UnsortedSegmentProd` | right, but its derivative is 0 for a segment with two zeros        |
 | `SoftmaxCrossEntropyWithLogits` | wrong if labels do not sum to 1; so is the mixed second derivative  |
+| `Svd`                      | without the part that is infinite for equal singular values: silently wrong there   |
 | `Lu`, `XlaDynamicUpdateSlice`, `XlaDynamicSlice` | missing                                                       |
 
 The gradients here consist of operations that have right gradients, so they can be differentiated to any order. They
@@ -29,6 +30,7 @@ def install():
         "SegmentProd": _segment_prod,
         "UnsortedSegmentProd": _segment_prod,
         "SoftmaxCrossEntropyWithLogits": _softmax_cross_entropy,
+        "Svd": _svd(ops.gradient_registry.lookup("Svd")),
     }.items():
         _registry.pop(name, None)
         ops.RegisterGradient(name)(gradient)
@@ -232,6 +234,48 @@ def _scale_and_translate(original):
         return tf.cast(pulled, image.dtype), None, None, None
 
     return gradient
+
+
+def _svd(original):
+    def gradient(op, by_s, by_u, by_v):
+        a, (s, *vectors) = op.inputs[0], op.outputs
+        rows, columns = a.shape[-2:]
+        has_vectors = op.get_attr("compute_uv")
+        is_whole = rows == columns or not has_vectors or not op.get_attr("full_matrices")
+        if a.dtype.is_complex or None in (rows, columns) or not is_whole:
+            return original(op, by_s, by_u, by_v)
+        u, v = vectors if has_vectors else tf.linalg.svd(a, full_matrices=False)[1:]
+        inner = tf.linalg.diag(by_s)
+        if not has_vectors:
+            return u @ inner @ tf.linalg.matrix_transpose(v)
+        squares = tf.square(s)
+        gaps = tf.linalg.set_diag(squares[..., None, :] - squares[..., None], tf.ones_like(s))
+        turned_u, turned_v = (tf.linalg.matmul(x, by_x, transpose_a=True) for x, by_x in ((u, by_u), (v, by_v)))
+        inner += _quotient(turned_u - tf.linalg.matrix_transpose(turned_u), gaps) * s[..., None, :]
+        inner += _quotient(turned_v - tf.linalg.matrix_transpose(turned_v), gaps) * s[..., None]
+        found = u @ inner @ tf.linalg.matrix_transpose(v)
+        # What the vectors of a matrix that is not square have outside of its range.
+        if rows > columns:
+            found += _quotient(by_u - u @ turned_u, s[..., None, :]) @ tf.linalg.matrix_transpose(v)
+        elif columns > rows:
+            found += u @ tf.linalg.matrix_transpose(_quotient(by_v - v @ turned_v, s[..., None, :]))
+        return found
+
+    return gradient
+
+
+@tf.custom_gradient
+def _quotient(a, b):
+    """`a / b`, but 0 / 0 is 0: vectors of equal singular values that nothing depends on. So are its derivatives."""
+    y = tf.where(tf.equal(a, 0), tf.zeros_like(a), a / b)
+
+    def gradient(upstream):
+        by_a = _quotient(upstream, b)
+        by_b = -by_a * y
+        axes = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(a), s1=tf.shape(b))[1]
+        return by_a, tf.reshape(tf.reduce_sum(by_b, axes), tf.shape(b))
+
+    return y, gradient
 
 
 def _lu(op, upstream, _):

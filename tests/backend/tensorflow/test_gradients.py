@@ -267,3 +267,47 @@ class TestCrossEntropy:
 
         blocks = kg.batch_jacobian(difference)(tensor(self.LOGITS))
         close(blocks, [np.diag(p) - np.outer(p, p) for p in self.softmax()])
+
+
+class TestSingularValues:
+    @pytest.mark.parametrize("shape", [(3, 3), (4, 2), (2, 4), (2, 3, 3)])
+    def test_a_matrix_from_its_parts_has_the_gradient_of_the_matrix(self, shape):
+        x, c = RANDOM.normal(size=shape), RANDOM.normal(size=shape)
+
+        def total(x):
+            u, s, vt = ops.svd(x, full_matrices=False)
+            return ops.sum(tensor(c) * ops.matmul(u * s[..., None, :], vt) ** 2)
+
+        v = RANDOM.normal(size=shape)
+        close(kg.grad(total)(tensor(x)), 2 * c * x, 1e-3)
+        close(kg.hvp(total, (tensor(x),), (tensor(v),))[0], 2 * c * v, 1e-2)
+
+    @pytest.mark.skipif(not ON_TENSORFLOW, reason="JAX and torch give NaN where two singular values are 0")
+    def test_the_largest_of_a_matrix_of_rank_one(self):
+        """At a b' with unit vectors: d^2 |x| along v = |v b|^2 + |v' a|^2 - 2 (a' v b)^2, over the singular value."""
+        a, b, size = np.array([0.6, 0.8, 0.0]), np.array([0.0, 1.0, 0.0]), 2.0
+        v = RANDOM.normal(size=(3, 3))
+        x = tensor(size * np.outer(a, b))
+
+        def largest(x):
+            return ops.svd(x, compute_uv=False)[0]
+
+        along = ops.sum(kg.hvp(largest, (x,), (tensor(v),))[0] * tensor(v))
+        inner = a @ v @ b
+        close(along, (np.sum((v @ b) ** 2) + np.sum((a @ v) ** 2) - 2 * inner**2) / size, 1e-3)
+
+    def test_equal_ones_give_no_wrong_number(self):
+        x, v = tensor(np.eye(2)), tensor([[0.3, 0.5], [-0.2, 0.1]])
+
+        def squares(x):
+            return ops.sum(ops.svd(x, compute_uv=False) ** 2)
+
+        def rebuilt(x):
+            u, s, vt = ops.svd(x, full_matrices=False)
+            return ops.sum(v * ops.matmul(u * s, vt))
+
+        close(kg.grad(squares)(x), 2 * np.eye(2))
+        for found, right in ((kg.hvp(squares, (x,), (v,))[0], 2 * v), (kg.grad(rebuilt)(x), v)):
+            found, right = ops.convert_to_numpy(found), ops.convert_to_numpy(right)
+            is_right = np.allclose(found, right, rtol=1e-3, atol=1e-5)
+            assert is_right or not np.all(np.isfinite(found))
