@@ -179,7 +179,7 @@ class TestAffineTransform:
     def test_interpolates_as_the_kernel_does(self, interpolation, fill_mode):
         import tensorflow as tf
 
-        from keras_gradtools.backend.tensorflow import gradients
+        from keras_gradtools.backend.tensorflow.image_gradients import projected_images
 
         for size in ((4, 5), (1, 3), (7, 2)):
             images = tensor(RANDOM.normal(size=(2, *size, 3)))
@@ -196,7 +196,7 @@ class TestAffineTransform:
                     interpolation=interpolation,
                     fill_mode=fill_mode,
                 )
-                close(gradients._projected(*arguments, 0.7, interpolation, fill_mode), kernel, atol=1e-4)
+                close(projected_images(*arguments, 0.7, interpolation, fill_mode), kernel, atol=1e-4)
 
 
 def test_slice_update():
