@@ -20,7 +20,7 @@ SECTIONS = {
     "Reset/start recording from scratch": ["dz/dx: 4.0", "dz/dy: None"],
     "Stop gradient flow with precision": ["dz/dx: 4.0", "dz/dy: None"],
     "Custom gradients": ["clipped: 2.0"],
-    "Custom gradients in SavedModel": ["clipped, after loading: 2.0", "the same as a layer: 2.0"],
+    "Custom gradients in SavedModel": ["clipped, after loading: 2.0", "the same in a functional model: 2.0"],
     "Multiple tapes": ["dys/dx0: 1.0", "dys/dx1: 0.25"],
     "Higher-order gradients": ["dy_dx: 3.0", "d2y_dx2: 6.0"],
     "Example: Input gradient regularization": ["shapes: [(5, 10), (10,)]"],
