@@ -7,7 +7,8 @@ from benchmarks.run import BACKENDS, RESULTS, ROOT
 
 HEAD = """# Benchmarks
 
-The cost of the package, measured on the machine named under each heading. These commands measure it again:
+How much slower is this package than code that an expert writes by hand for one framework? The tables compare the two,
+on the machine named under each heading. These commands measure again:
 
 - `make bench`: times (`make bench BACKEND=jax` on one backend)
 - `.venv/bin/python -m benchmarks.run --memory`: memory
@@ -17,50 +18,60 @@ The cost of the package, measured on the machine named under each heading. These
 - `benchmarks.monitor_cost`: cost of the monitors as a fraction of an epoch
 - `.venv/bin/python -m benchmarks.report`: writes this page from benchmarks/results/
 
-The rows and columns mean:
+## How to read the tables
 
-- *Ratio* is the time of our code divided by that of expert hand-written code for the framework, on the same model.
-  Both are checked to give the same values. It is the median over *pairs* of alternating runs in one process, with
-  quartiles. The first runs, which compile, are left out. *Unsure* means that the target lies within the 95% confidence
-  interval of the median.
+The columns:
+
+- *Native* is the hand-written code for the framework, and *ours* is this package, on the same model. Both are checked
+  to give the same values, except where they compute different things (*over one gradient*, *over plain step*).
+- *Ratio* is our time divided by the native time: 1 means that the package costs nothing. It is the median over *pairs*
+  of alternating runs in one process, with quartiles. The first runs, which compile, are left out.
 - *CPU ratio* is the same ratio of the CPU time of the process, which other work on the machine affects less.
-- *Error* is the largest difference between the two, divided by the largest entry.
-- One thread. The last runs on TensorFlow and JAX ran side by side, on one core each.
-- Batches are doubled until the hand-written code takes 5 ms (20 ms where it is one gradient), except in rows with fixed
-  sizes (eager tape on JAX, training steps, the guide's code, kernel Hessian).
-- *Compiled* is `kg.jit` compared with `tf.function` or `jax.jit`. *Self-compiled* is a transform that is called
-  directly and compiled automatically, compared with the same. *XLA* is `tf.function(jit_compile=True)` around both.
-  *Fit* is `train_on_batch` as Keras compiles it. torch runs eagerly, because its compiler cannot differentiate twice.
-- *Batch Jacobian* is compared with one reverse pass of the whole batch for each output, and *usual code* with
+- *Error* is the largest difference between the two results, divided by the largest entry.
+- *Target* is the ratio that we aim for. The last column says whether it is met. *Unsure* means that the target lies
+  within the 95% confidence interval of the median.
+- The mode *compiled* is `kg.jit` compared with `tf.function` or `jax.jit`. *Self-compiled* is a transform that is
+  called directly and compiles automatically, compared with the same. *XLA* is `tf.function(jit_compile=True)` around
+  both. *Fit* is `train_on_batch` as Keras compiles it. torch runs eagerly, because its compiler cannot differentiate
+  twice.
+
+The conditions: all runs use one thread. The last runs on TensorFlow and JAX ran side by side, on one core each. Batches
+are doubled until the native code takes 5 ms (20 ms where it is one gradient), except in rows with fixed sizes (eager
+tape on JAX, training steps, the guide's code, kernel Hessian, dense Hessian).
+
+The rows whose names do not explain themselves:
+
+- *Batch Jacobian*: native is one reverse pass of the whole batch for each output. For *usual code* it is
   `vmap(jacrev)`.
-- *Exact step* and *finite-difference step* are training steps with an input-gradient penalty, compared with an
-  equivalent hand-written `train_step`. *Over plain step* is the cost of the penalty, relative to a step of the same
-  model without it.
-- *Eager tape on JAX* is compared with eager `jax.grad` after the derivative is compiled. The first run of a block
-  differentiates it op by op, and the second compiles.
-- *Over one gradient*: native is one hand-written gradient by the weights (by the inputs, for the batch Jacobian),
-  compiled in the same way, so the ratio is the cost in gradients. *Linearized* is each product after the first at one
-  point.
-- *Over the guide's code*: native is the eager code of TensorFlow's guide "Advanced automatic differentiation",
-  on its own models. A target of 0.0333 is 30 times faster.
-- *Kernel Hessian by pre-activations*: native is the fastest known way to compute the same matrix by vectorized
+- *Exact step* and *finite-difference step* are training steps with an input-gradient penalty. Native is an equivalent
+  hand-written `train_step`. For *over plain step* it is a step of the same model without the penalty, so the ratio is
+  the cost of the penalty.
+- *Eager tape on JAX*: native is eager `jax.grad`. The first run of a block differentiates it op by op, and the second
+  compiles its derivative. The row measures later runs.
+- *Over one gradient*: native is one gradient with respect to the weights (for the batch Jacobian, with respect to the
+  inputs), compiled in the same way, so the ratio is the cost in gradients. *Linearized* is each product after the first
+  one at the same point.
+- *Over the guide's code*: native is the eager code of TensorFlow's guide "Advanced automatic differentiation", on its
+  own models. A target of 0.0333 means 30 times faster.
+- *Kernel Hessian by pre-activations*: native is the fastest way that we know to compute the same matrix by vectorized
   products, in chunks.
-- *Forward over reverse, over reverse twice*: both are ours. Above 1, reverse over reverse is the cheaper way to
-  compute a Hessian-vector product. The default modes follow from this: forward over reverse on JAX, where the second
-  reverse pass of a convolution is expensive, and reverse over reverse on torch and TensorFlow. On TensorFlow the choice
-  matters only eagerly.
-- The theoretical cost, counted in matrix products: for a Dense layer inside a network, the gradient takes three, a
-  Hessian product eight, a linearized one six, and a Gauss-Newton product five (seven on torch, which has no forward
-  mode here). In the first layer they take two, three, two and three. For the MLP, with two square layers after a
-  narrower one, that is 2.5, 1.9 and 1.65 gradients for any implementation. The first layer of the wide MLP has most of
-  its weights.
-- *Per-example gradients* are compared with `vmap` of the gradient (`tf.vectorized_map`, `torch.func.vmap`).
-- *Over a data set* is a product with a curvature operator over four batches, the last of them half as large, compared
-  with the same sum of hand-written products. It includes a fixed 1 to 2 ms of Python per batch (NumPy to tensors,
+- *Forward over reverse, over reverse twice*: both are ours, for a Hessian-vector product. Above 1, reverse over reverse
+  is faster. The default modes follow from this row: forward over reverse on JAX, where the second reverse pass of a
+  convolution is expensive, and reverse over reverse on torch and TensorFlow. On TensorFlow the choice matters only
+  eagerly.
+- *Per-example gradients*: native is `vmap` of the gradient (`tf.vectorized_map`, `torch.func.vmap`).
+- *Over a data set* is a product with a curvature operator over four batches, the last of them half as large. Native is
+  the same sum of hand-written products. Our time includes a fixed 1 to 2 ms of Python per batch (NumPy to tensors,
   state, sums), which matters for small batches.
-- *Dense Hessian* is the Hessian by all 2,410 weights of a digit classifier, compared with vectorized products with unit
-  vectors, in the fastest chunks for the hand-written code. Ours computes each block of two variables only once, and is
+- *Dense Hessian* is the Hessian with respect to all 2,410 weights of a digit classifier. Native is vectorized products
+  with unit vectors, in the chunks that are fastest for it. Ours computes each block of two variables only once, and is
   exactly symmetric.
+
+What can be expected of *over one gradient*? The matrix products of a Dense layer give a lower bound for any
+implementation. Inside a network, a gradient takes three of them, a Hessian product eight, a linearized one six, and a
+Gauss-Newton product five (seven on torch, which has no forward mode here). In the first layer, they take two, three,
+two and three. The MLP has two square layers after a narrower one, so its products cost 2.5, 1.9 and 1.65 gradients. In
+the wide MLP, most weights are in the first layer, so its products cost less.
 """
 
 
@@ -94,9 +105,9 @@ def modes_section():
         for e in json.loads(path.read_text())
     ]
     yield (
-        "## Curvature: modes\n\nA product with a cached tape (`linearized()`), the compiled product (eager on "
-        "torch), and a gradient of the same operator, with the data in one batch. Where the tape is much faster "
-        "(torch), solvers and estimators use it."
+        "## Curvature: modes\n\nThree times of one curvature operator, with the data in one batch: a product from a "
+        "gradient that one tape has recorded for all products (`linearized()`), a compiled product (eager on torch), "
+        "and a gradient. On torch the first is much faster than the second, so solvers and estimators use it there."
     )
     yield markdown(head, body)
 
@@ -122,8 +133,9 @@ def memory_section():
         for e in results
     ]
     yield (
-        f"## Curvature: memory\n\nPeaks of the largest eigenvalue of a model of {results[0]['parameters']:,} weights "
-        f"({results[0]['weights_mib']} MiB) by a basis of {results[0]['basis']} vectors, and of a gradient."
+        f"## Curvature: memory\n\nThe peak memory of a gradient, and of the largest eigenvalue, for a model of "
+        f"{results[0]['parameters']:,} weights ({results[0]['weights_mib']} MiB). `eigsh` has a basis of "
+        f"{results[0]['basis']} vectors. *Over a gradient* is the additional memory of `eigsh`."
     )
     yield markdown(head, body)
 
@@ -145,8 +157,9 @@ def traces_section():
     ]
     closer = ", ".join(f"{e['closer']:.1f} ({e['backend']})" for e in results)
     yield (
-        f"## Curvature: estimates of a trace\n\nOf the Hessian of a trained classifier with tanh, 2,410 weights, with "
-        f"{results[0]['matvecs']} products each. Hutch++ comes closer by a factor of {closer}."
+        f"## Curvature: estimates of a trace\n\nTwo estimators of the trace of a Hessian, with "
+        f"{results[0]['matvecs']} products each, for a trained classifier with tanh and 2,410 weights. The error of "
+        f"Hutch++ is smaller by a factor of {closer}."
     )
     yield markdown(head, body)
 
@@ -186,12 +199,13 @@ def second_order_section():
         for s in e["seeds"]
     ]
     yield (
-        "## Second-order training\n\nAgainst Adam from the same weights, after the same wall-clock time in `fit`: "
-        "`python -m benchmarks.second_order`. sinc: a fit of sin(10 pi x) / (10 pi x) by a 1-20-1 network with tanh, "
-        "mean squared error, also after 100 epochs instead of 60; digits: the norm of the gradient of a classifier "
-        "with l2, all data in one batch, and the number of Hessian-vector products of `NewtonCG` with and without its "
-        "preconditioner. Adam's rate and decay are the best of ten on three other seeds. On TensorFlow and JAX, it "
-        "takes twenty steps in one program."
+        "## Second-order training\n\nSecond-order methods compared with Adam, from the same weights and after the same "
+        "wall-clock time in `fit`: `python -m benchmarks.second_order`. The task *sinc* fits sin(10 pi x) / (10 pi x) "
+        "by a 1-20-1 network with tanh. Its result is the mean squared error after 60 epochs, and *at its end* after "
+        "100. The task *digits* trains a classifier with an l2 penalty, with all data in one batch. Its result is the "
+        "norm of the gradient. *Products* are the Hessian-vector products of `NewtonCG`, with and without its "
+        "preconditioner. Adam's learning rate and decay are the best of ten combinations on three other seeds. On "
+        "TensorFlow and JAX, Adam takes twenty steps in one program."
     )
     yield markdown(head, body)
 
@@ -214,9 +228,10 @@ def monitor_cost_section():
         for row in e["rows"]
     ]
     yield (
-        "## Monitors\n\nThe cost of one measurement as a fraction of an epoch of the digits demo, 1,297 examples in 21 "
-        "steps, trained plainly and with the penalty: `python -m benchmarks.monitor_cost`. The cost depends on the "
-        "number of monitored examples, not on the number of training examples."
+        "## Monitors\n\nThe cost of one measurement as a fraction of an epoch of the digits demo: "
+        "`python -m benchmarks.monitor_cost`. The epoch has 1,297 examples in 21 steps, trained plainly and with the "
+        "penalty. A measurement costs the same for any number of training examples. It depends only on the number of "
+        "monitored ones."
     )
     yield markdown(head, body)
 
