@@ -296,7 +296,7 @@ def scalar_source(out):
     figure, ax = pyplot.subplots(figsize=(6, 4), layout="constrained")
     ax.plot(numbers(x), numbers(y), label="y")
     ax.plot(numbers(x), numbers(dy_dx), label="dy/dx")
-    ax.set(title="A sigmoid and its Jacobian by a scalar", xlabel="x")
+    ax.set(title="A sigmoid and its derivative", xlabel="x")
     ax.grid(alpha=0.3)
     ax.legend()
     save(figure, out / "guide_scalar_source.png")
@@ -366,7 +366,7 @@ def hessian(out):
 
     figure, ax = pyplot.subplots(figsize=(6, 5), layout="constrained")
     kg.plots.imshow_zero_center(h_mat, ax)
-    ax.set(title="Hessian of the loss by the first kernel", xlabel="parameter", ylabel="parameter")
+    ax.set(title="Hessian of the loss with respect to the first kernel", xlabel="weight", ylabel="weight")
     save(figure, out / "guide_hessian.png")
 
     eps = 1e-3
@@ -386,7 +386,7 @@ def hessian(out):
 
 
 def relu_gradient(x, kernel1, bias1, kernel2, bias2):
-    """The gradient of the mean square of two relu layers by their variables, by hand."""
+    """The gradient of the mean square of two relu layers with respect to their variables, derived by hand."""
     y1 = np.maximum(x @ kernel1 + bias1, 0.0)
     y2 = np.maximum(y1 @ kernel2 + bias2, 0.0)
     by_z2 = 2.0 / y2.size * y2
@@ -438,10 +438,11 @@ def full_hessian(out):
     for end in ends[:-1]:
         ax.axhline(end - 0.5, color="0.6", linewidth=0.8)
         ax.axvline(end - 0.5, color="0.6", linewidth=0.8)
-    ax.set(title="Hessian of the loss by all variables")
+    ax.set(title="Hessian of the loss with respect to all variables")
     save(figure, out / "guide_full_hessian.png")
 
-    # Products of the two kernels make it indefinite: with an eps below the negative curvature, the loss could rise.
+    # The Hessian is indefinite, because the kernels are multiplied with one another. The loss could rise if eps were
+    # smaller than the negative curvature.
     lowest = float(np.linalg.eigvalsh(numbers(h_mat))[0])
     console.print(f"lowest eigenvalue: {lowest:.4f}")
     assert lowest < 0.0
@@ -458,7 +459,7 @@ def full_hessian(out):
 
 
 def closed_form_jacobian(x, layer1, layer2, normalize=None):
-    """The Jacobian of `layer2(normalize(layer1(x)))` by x, for elu layers without a bias."""
+    """The Jacobian of `layer2(normalize(layer1(x)))` with respect to x, for elu layers without a bias."""
     kernel1, kernel2 = numbers(layer1.kernel), numbers(layer2.kernel)
     z = numbers(x) @ kernel1
     slope1 = np.exp(np.minimum(z, 0.0))
@@ -611,7 +612,7 @@ def main(arguments=None):
     full_hessian(out)
     batch_jacobian(out)
     batch_normalization(out)
-    console.print(f"\nEvery number is as it should be. Pictures: guide_*.png in {out}/")
+    console.print(f"\nAll checks passed. Pictures: guide_*.png in {out}/")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Trains a digit classifier in four ways, attacks all four, and compares them.
 
-The four ways: plain, on noisy images, on attacked images (FGSM), and with a penalty on the loss gradient by the pixels.
+The four ways are plain training, training on noisy images, training on attacked images (FGSM), and training with a
+penalty on the gradient of the loss with respect to the pixels.
 
 Run `python examples/demo.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It writes
 its plots to out/.
@@ -109,7 +110,7 @@ def attack(model, x, y, steps):
     metrics = kg.attacks.robustness_metrics(
         model, x, y, CURVE[1:], steps=steps, jacobian=False, batch_size=len(x), verbose=0
     )
-    assert not metrics["masked_gradients"], "the accuracies under attack say nothing"
+    assert not metrics["masked_gradients"], "the gradients are masked, so accuracies under attack mean nothing"
     return {
         kind: [metrics["clean_accuracy"], *(metrics[f"{kind.lower()}_{s:g}_accuracy"] for s in CURVE[1:])]
         for kind in ("FGSM", "PGD")
@@ -140,7 +141,7 @@ def print_table(results, times, console):
             table.add_row(f"under {kind}, {strength}", *(f"{r[kind][at]:.1%}" for r in results))
     table.add_row("input gradient, mean norm", *(f"{r['norm']:.2f}" for r in results))
     table.add_row("training step", *(f"{1000 * t:.1f} ms" for t in times))
-    table.add_row("in plain steps", *(f"{t / times[0]:.2f}" for t in times))
+    table.add_row("relative to a plain step", *(f"{t / times[0]:.2f}" for t in times))
     console.print(table)
 
 
@@ -202,7 +203,7 @@ def main(arguments=None):
     (x, y), (x_test, y_test) = load_data()
     classifiers, models = wrapped_classifiers()
 
-    console.print(f"Training on {len(x)} digits of 8 x 8 pixels, from the same initial weights")
+    console.print(f"Training four models on {len(x)} digits of 8 x 8 pixels, from the same initial weights")
     train(models, x, y, epochs, console)
     console.print("Attacking all four models")
     results = [attack(model, x_test, y_test, attack_steps) for model in classifiers]

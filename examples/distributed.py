@@ -3,10 +3,10 @@
     python examples/distributed.py --out one.npz
     python examples/distributed.py --devices 2 --compare one.npz
 
-with `KERAS_BACKEND=jax` or `torch` before it for another backend. `train` is the same for all of them; how it is
-distributed is said by the launcher of the backend, below it: `keras.distribution.DataParallel` on JAX, and on torch
-from Keras 3.16 on; `tf.distribute.MirroredStrategy` on TensorFlow; `DistributedDataParallel` on torch before. The
-devices are those of the processor, so that it runs everywhere.
+Set `KERAS_BACKEND=jax` or `torch` for another backend. The function `train` is the same for all backends. Below it, one
+function per backend distributes it: by `keras.distribution.DataParallel` on JAX, and on torch from Keras 3.16 on; by
+`DistributedDataParallel` on torch with an older Keras; by `tf.distribute.MirroredStrategy` on TensorFlow. The devices
+are simulated on the CPU, so the script runs everywhere.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def load_data():
 
 
 def build_model(run):
-    """The classifier; the same weights on every backend."""
+    """The classifier, with the same weights on every backend."""
     parts = [keras.Input((8, 8, 1))]
     if run.is_convolutional:
         parts.append(layers.Conv2D(8, 3, strides=2, padding="same"))

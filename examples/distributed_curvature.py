@@ -3,9 +3,9 @@
     python examples/distributed_curvature.py --out one.npz
     python examples/distributed_curvature.py --devices 2 --compare one.npz
 
-with `KERAS_BACKEND=jax` or `torch` before it for another backend. `measure` is the same for all of them; how it is
-distributed is said by the launcher of the backend in examples/distributed.py. The devices are those of the processor,
-so that it runs everywhere.
+Set `KERAS_BACKEND=jax` or `torch` for another backend. The function `measure` is the same for all backends, and
+examples/distributed.py has the function of each backend that distributes it. The devices are simulated on the CPU, so
+the script runs everywhere.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def load_data():
 
 
 def build_model():
-    """A small classifier with a regularizer; the same weights on every backend."""
+    """A small classifier with a regularizer, with the same weights on every backend."""
     l2 = keras.regularizers.L2(1e-3)
     parts = [keras.Input((64,)), layers.Dense(12, "tanh", kernel_regularizer=l2), layers.Dense(10)]
     model, rng = keras.Sequential(parts), np.random.default_rng(1)
@@ -87,7 +87,7 @@ def main():
             if options.compare:
                 expected = np.load(options.compare)[name]
                 difference = np.abs(values - expected).max() / np.abs(expected).max()
-                print(f", at most {difference:.0e} of the largest away from {options.compare}", end="")
+                print(f", differs from {options.compare} by at most {difference:.0e} of the largest entry", end="")
             print()
 
     LAUNCHERS[keras.config.backend()](options, work)

@@ -3,9 +3,9 @@
     python examples/distributed_second_order.py --out one.npz
     python examples/distributed_second_order.py --devices 2 --compare one.npz
 
-with `KERAS_BACKEND=jax` or `torch` before it for another backend. `train` is the same for all of them; how it is
-distributed is said by the launcher of the backend in examples/distributed.py. The devices are those of the processor,
-so that it runs everywhere.
+Set `KERAS_BACKEND=jax` or `torch` for another backend. The function `train` is the same for all backends, and
+examples/distributed.py has the function of each backend that distributes it. The devices are simulated on the CPU, so
+the script runs everywhere.
 """
 
 import argparse
@@ -34,7 +34,7 @@ EXAMPLES, STEPS = 240, 5
 OPTIMIZERS = {
     "Newton": lambda: kg.optimizers.Newton(damping=0.1),
     "NewtonCG": lambda: kg.optimizers.NewtonCG(damping=1.0, max_iterations=20),
-    # With a preconditioner. The equation is solved accurately, because devices may stop one product earlier or later.
+    # With a preconditioner, devices may stop one product earlier or later. A small `rtol` keeps the effect small.
     "NewtonCG, Gauss-Newton": lambda: kg.optimizers.NewtonCG(damping=0.5, curvature="gauss_newton", rtol=1e-5),
     "LevenbergMarquardt": lambda: kg.optimizers.LevenbergMarquardt(damping=0.1),
 }
@@ -49,7 +49,7 @@ def load_data():
 
 
 def build_model():
-    """A classifier with a regularizer; the same weights on every backend."""
+    """A classifier with a regularizer, with the same weights on every backend."""
     l2 = keras.regularizers.L2(1e-3)
     parts = [keras.Input((16,)), layers.Dense(8, "tanh", kernel_regularizer=l2), layers.Dense(10)]
     model, rng = keras.Sequential(parts), np.random.default_rng(1)
@@ -94,7 +94,7 @@ def main():
                 left_out = f"{name}/cg_iterations"
                 keys = [key for key in results if key.startswith(f"{name}/") and key != left_out]
                 found = [np.abs(results[k] - expected[k]).max() / np.abs(expected[k]).max() for k in keys]
-                print(f", at most {max(found):.0e} of the largest away from {options.compare}", end="")
+                print(f", differs from {options.compare} by at most {max(found):.0e} of the largest entry", end="")
             print()
 
     LAUNCHERS[keras.config.backend()](options, work)

@@ -220,14 +220,14 @@ def main(arguments=None):
         for name, loss, predicted, (by_model, by_truth) in zip(NAMES, losses, predictions, drift, strict=True)
     }
     table = Table(title=f"{TESTED} test clusters", title_justify="left")
-    for column in ("trained on", *NAMES, "spread of the truth"):
+    for column in ("trained on", *NAMES, "standard deviation of the truth"):
         table.add_column(column, justify="left" if column == "trained on" else "right")
     spreads = {"energy error": y_test["energy"].std(), "force error": y_test["forces"].std()}
     for key, label in (
         ("energy error", "error of the energy"),
         ("force error", "error of a force component"),
         ("drift", "change of the true energy on a trajectory"),
-        ("own drift", "change of its own energy, at most"),
+        ("own drift", "largest change of the model's energy on a trajectory"),
     ):
         spread = f"{spreads[key]:.3f}" if key in spreads else ""
         table.add_row(label, *(f"{results[name][key]:.4f}" for name in NAMES), spread)

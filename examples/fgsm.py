@@ -47,7 +47,7 @@ def build_classifier():
 
 
 def create_adversarial_pattern(model, input_image, input_label):
-    """The sign of the gradient of the loss by the image, as in the tutorial, with `kg.GradientTape`."""
+    """The sign of the gradient of the loss with respect to the image, as in the tutorial, by `kg.GradientTape`."""
     loss_object = keras.losses.SparseCategoricalCrossentropy()
     with kg.GradientTape() as tape:
         tape.watch(input_image)
@@ -94,7 +94,7 @@ def main(arguments=None):
         # a probability is rounded to 1. The gradient of `kg.attacks.fgsm` is not.
         in_one = kg.attacks.fgsm(model, image, label, epsilon, clip=(-1.0, 1.0), verbose=0)
         difference = np.abs(in_one - adversarial).max()
-        print(f"epsilon = {epsilon}: a {digit}, {sure:.1%} sure (kg.attacks.fgsm differs by {difference:g})")
+        print(f"epsilon = {epsilon}: read as {digit}, {sure:.1%} sure (kg.attacks.fgsm differs by {difference:g})")
 
     images, digits, sure = zip(*found, strict=True)
     titles = [f"epsilon = {e}\n{d}: {s:.1%}" for e, d, s in zip(EPSILONS, digits, sure, strict=True)]

@@ -80,7 +80,7 @@ class HeatEquation(keras.Model):
 
 
 class ErrorOverTime(keras.callbacks.Callback):
-    """The relative error of the temperature on a grid over the training time. Excludes its own time."""
+    """The relative error of the temperature on a grid, over the training time without the time of this callback."""
 
     def __init__(self, temperature, every, seconds=np.inf, start=0.0):
         super().__init__()

@@ -172,7 +172,7 @@ def draw(models, results, images, labels, points, path):
         ax.legend()
     axes[2].set_title("Test digits with random noise")
     axes[3].set_title("Test digits under PGD")
-    figure.suptitle("A plane through three test images, in the colors of what they are read as, and accuracy")
+    figure.suptitle("A plane through three test images, colored by the predicted digit, and the accuracy of the models")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return margins
@@ -206,7 +206,7 @@ def main(arguments=None):
     for i in (2, 4):
         row(f"under an l2 attack of {ATTACKS[i]}", [r["attack"][i] for r in results], ".1%")
     row("norm of the Jacobian", [r["jacobian"] for r in results], ".2f")
-    row("ms for an epoch of training", [1000 * s for s in seconds], ".0f")
+    row("milliseconds per epoch", [1000 * s for s in seconds], ".0f")
     console.print(table)
 
     labels = np.array([3, 5, 8])

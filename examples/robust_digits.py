@@ -1,4 +1,4 @@
-"""All robust training methods for a classifier in one table, monitored during training.
+"""Compares all robust training methods of the package on one classifier, and monitors them during training.
 
 The methods are penalties on the input gradient (of the loss: exact and by finite differences, in two norms; of the
 outputs: by random projection), noise, and training on attacked images. Run `python examples/robust_digits.py`, with
@@ -42,7 +42,7 @@ def attacked(attack):
     return lambda model: kg.models.AdversarialTraining(model, attack, seed=0)
 
 
-# The activation, and what trains the model. With ReLU, the exact penalty misses how the kinks move.
+# The activation, and the wrapper that trains the model. With ReLU, the exact penalty does not see how the kinks move.
 METHODS = {
     "plain": ("relu", lambda model: model),
     "Gaussian noise": ("relu", attacked(kg.attacks.GaussianNoise(0.3))),
@@ -148,7 +148,7 @@ def main(arguments=None):
     draw_histories(histories, options.out / "robust_digits.png")
 
     best = max(results, key=lambda name: results[name][f"pgd_{STRENGTH}_accuracy"])
-    console.print(f"The best: {best}")
+    console.print(f"The most robust under PGD: {best}")
     examples = tuple(part[:shown_at_most] for part in test)
     report = kg.attacks.robustness_report(models[best], *examples, batch_size=len(examples[0]), verbose=0)
     print(report)

@@ -64,7 +64,7 @@ def draw(found, path):
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     for row, (name, (_, jacobians, gradients)) in zip(axes, found.items(), strict=True):
         kg.plots.plot_gradient_flow(gradients, row[0]).set_title(f"{name}: gradients by layer")
-        kg.plots.plot_singular_values(jacobians, row[1]).set_title(f"{name}: Jacobians of the outputs by the input")
+        kg.plots.plot_singular_values(jacobians, row[1]).set_title(f"{name}: Jacobians with respect to the input")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -100,7 +100,9 @@ def main(arguments=None):
     console.print(table)
 
     draw(found, options.out / "watch_training.png")
-    console.print(f"Wrote {options.out / 'watch_training.png'}; tensorboard --logdir {options.out / 'logs'} has more")
+    console.print(
+        f"Picture: {options.out / 'watch_training.png'}. Histograms: tensorboard --logdir {options.out / 'logs'}"
+    )
     return found
 
 

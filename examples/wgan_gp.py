@@ -101,12 +101,12 @@ def score(y, y_pred):
 
 
 def gradient_penalty(critic, mixed):
-    """The mean of (n - 1) squared, where n is the norm of the gradient of an image's score by that image."""
+    """The mean of (n - 1) squared, where n is the norm of the gradient of an image's score with respect to it."""
     return kg.regularization.input_gradient_penalty(critic, mixed, target=score, center=1.0, method="exact")
 
 
 def gradient_norm(critic, mixed):
-    """The mean of n itself."""
+    """The mean of the norms n of the gradients in `gradient_penalty`."""
     return kg.regularization.input_gradient_penalty(critic, mixed, target=score, squared=False, method="exact")
 
 
@@ -235,7 +235,7 @@ def draw(history, fakes, fake_labels, x, y, path):
     axes["distance"].yaxis.set_minor_formatter("")
     axes["distance"].legend()
     axes["norm"].axhline(1.0, color="0.4", linestyle="--", linewidth=1)
-    axes["norm"].set(title="Norm of the critic's gradient between the two", xlabel="epoch")
+    axes["norm"].set(title="Norm of the critic's gradient between real and fake", xlabel="epoch")
     for name in ("distance", "norm"):
         axes[name].grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)
@@ -278,7 +278,10 @@ def main(arguments=None):
     for name in ("untrained", "generated", "held out"):
         table.add_row(name, f"{numbers[name]:.3f}")
     console.print(table)
-    console.print("generated of each digit: " + "  ".join(f"{d}: {s:.0%}" for d, s in enumerate(numbers["shares"])))
+    console.print(
+        "share of each digit among the generated images: "
+        + "  ".join(f"{d}: {s:.0%}" for d, s in enumerate(numbers["shares"]))
+    )
     console.print(f"norm of the critic's gradient: {history['gradient_norm'][-1]:.2f}")
     options.out.mkdir(parents=True, exist_ok=True)
     draw(history, fakes, labels, x, y, options.out / "wgan_gp.png")

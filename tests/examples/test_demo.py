@@ -43,7 +43,7 @@ def test_the_penalty_makes_the_input_gradient_small(quick):
 
 def test_steps_are_compared_with_the_plain_one(quick):
     _, printed = quick
-    times, ratios = row(printed, "training step"), row(printed, "in plain steps")
+    times, ratios = row(printed, "training step"), row(printed, "relative to a plain step")
     assert ratios[0] == 1
     np.testing.assert_allclose(ratios, np.divide(times, times[0]), rtol=0.1)
 
