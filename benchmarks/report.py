@@ -67,11 +67,12 @@ The rows whose names do not explain themselves:
   with unit vectors, in the chunks that are fastest for it. Ours computes each block of two variables only once, and is
   exactly symmetric.
 
-What can be expected of *over one gradient*? The matrix products of a Dense layer give a lower bound for any
-implementation. Inside a network, a gradient takes three of them, a Hessian product eight, a linearized one six, and a
-Gauss-Newton product five (seven on torch, which has no forward mode here). In the first layer, they take two, three,
-two and three. The MLP has two square layers after a narrower one, so its products cost 2.5, 1.9 and 1.65 gradients. In
-the wide MLP, most weights are in the first layer, so its products cost less.
+What ratios can be expected of *over one gradient*? Counting only the matrix products of Dense layers gives an estimate.
+Inside a network, a gradient takes three per layer, a Hessian product eight, a linearized one six, and a Gauss-Newton
+product five (seven on torch, which has no forward mode here). In the first layer, they take two, three, two and three.
+The MLP has two square layers after a narrower one, which gives 2.5, 1.9 and 1.65 gradients. In the wide MLP, most
+weights are in the first layer, so its ratios are lower. Measured ratios can be below the estimate, which leaves out
+everything but the matrix products.
 """
 
 
