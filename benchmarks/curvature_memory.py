@@ -1,4 +1,6 @@
-"""The peak memory of the largest Hessian eigenvalue for 10 million weights: `python -m benchmarks.curvature_memory`.
+"""The peak memory of computing the largest Hessian eigenvalue for 10 million weights.
+
+Run it as `python -m benchmarks.curvature_memory`.
 
 Measures a gradient, and the Lanczos method with a basis of 8 vectors after 1 and after 6 restarts, each in a separate
 process. Writes benchmarks/results/BACKEND_curvature_memory.json. For Linux only.
@@ -14,7 +16,7 @@ from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
 
 UNITS, BATCH, BASIS = (1000, 2000, 2000, 2000, 10), 64, 8
 RESTARTS = (1, 6)
-# The extra memory that eigenvalues may need over a gradient, in multiples of the weights' memory.
+# The target for the memory that `eigsh` needs in addition to a gradient, in multiples of the weights' memory.
 TARGET = 16
 
 

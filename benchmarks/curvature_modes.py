@@ -1,6 +1,7 @@
 """The time of products with a curvature operator: `python -m benchmarks.curvature_modes`.
 
-Compares a product from one cached tape, the compiled product (eager on torch) and a gradient. They are timed
+Compares a product from a gradient that one tape has recorded for all products, the compiled product (eager on torch)
+and a gradient. They are timed
 alternately in one process for each backend, and the medians are reported. Writes
 benchmarks/results/BACKEND_curvature_modes.json.
 """

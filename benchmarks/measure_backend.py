@@ -99,7 +99,7 @@ def _overheads(quick):
 
 
 def machine():
-    """The machine, the threads and the versions, which belong to every number."""
+    """The machine, the threads and the versions, which are saved with every result."""
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,9 +1,9 @@
 """The cost of a monitor relative to an epoch of the digits demo: `python -m benchmarks.monitor_cost`.
 
 Uses the classifier, the data and two of the four training methods of examples/demo.py (plain, and with the penalty), on
-one core. A measurement at the end of an epoch, with its preparations before the last step, is timed inside `fit`. The
-reported share is the median over epochs of the time of the measurement over that of its epoch. The first epochs, which
-compile, are excluded. Writes benchmarks/results/BACKEND_monitor_cost.json.
+one core. A measurement at the end of an epoch is timed inside `fit`, with its preparations before the last step. The
+reported share is the time of the measurement divided by that of its epoch, as the median over epochs. The first epochs,
+which compile, are excluded. Writes benchmarks/results/BACKEND_monitor_cost.json.
 """
 
 import argparse

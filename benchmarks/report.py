@@ -114,7 +114,7 @@ def modes_section():
 
 
 def memory_section():
-    """The peak memory of the largest eigenvalue of a model with ten million weights."""
+    """The peak memory of computing the largest eigenvalue for a model with ten million weights."""
     results = [json.loads(path.read_text()) for _, path in saved("curvature_memory")]
     head = (
         "backend",

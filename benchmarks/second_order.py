@@ -109,7 +109,7 @@ class Trainer:
             v.assign(value)
 
     def fit(self, epochs, callbacks=()):
-        """Trains, and returns the seconds that it took."""
+        """Trains, and returns the seconds that this took."""
         start = time.perf_counter()
         self.trainer.fit(
             *self.task.data,
@@ -164,7 +164,7 @@ def models_of(task, seed):
 
 
 def by_second_order(task, model, seed, **options):
-    """Trains, and returns the seconds of `epochs`, the results after them and at the end, steps, and products."""
+    """Trains. Returns the seconds that `epochs` took, the results after them and at the end, steps, and products."""
     import keras_gradtools as kg
 
     trainer = Trainer(task, seed, kg.models.SecondOrder(model))
