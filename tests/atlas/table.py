@@ -24,30 +24,34 @@ EXPLAINED = {
     ("ops.image.hsv_to_rgb", "zeros"): "at black, the third derivative is that of the branch that Keras takes there",
 }
 
-HEAD = """# What has derivatives of which order, where
+HEAD = """# Which operations have derivatives, and of which order
 
-Each differentiable function of `keras.ops` and each layer of `keras.layers`, on the three backends: written by
-`python -m tests.atlas.table` from the runs of `python -m tests.atlas.run`. Nothing here is typed by hand.
+Look up the operations and layers of your model here before you start: the tables say up to which order their
+derivatives are right on each backend. They list every differentiable function of `keras.ops` and every layer of
+`keras.layers`. `python -m tests.atlas.run` makes the measurements, and `python -m tests.atlas.table` writes this page.
 
-Every entry was tried at a generic point, or several, and at awkward ones (zeros, ties, one element, no elements),
-in double precision. At each point eleven ways to a derivative were compared with differences of the values:
+Each operation was differentiated at one or more generic points and at four special ones: zeros, equal numbers, a
+single element, and no elements. All of this is in double precision. At each point, eleven ways to compute a derivative
+were compared with differences of the values:
 
-- first order: the tape, `jvp`, `jacobian` in both modes, `batch_jacobian`, `per_example_grad`, a tape in `kg.jit`;
-- second order: nested tapes, `hvp`, `linearize`;
+- first order: a tape, `jvp`, `jacobian` in both modes, `batch_jacobian`, `per_example_grad`, and a tape in `kg.jit`;
+- second order: nested tapes, `hvp`, and `linearize`;
 - third order: three nested tapes.
 
-A layer is differentiated by its inputs and its weights. In the tables,
+Layers were differentiated with respect to their inputs and their weights.
 
-- **3**, **2**, **1** means: right to that order at generic points, in all of these ways. Orders above 3 were not tried.
-- **error** means: from the next order on there is an error that says what is missing; never a number.
-- **NaN** means: somewhere at an awkward point a derivative is not a number.
-- ***wrong*** means: somewhere a number is not the derivative. Each such case is in [limits.md](limits.md).
+| an entry | means |
+| --- | --- |
+| **3**, **2**, **1** | All ways are right up to this order at generic points. Orders above 3 were not tried. |
+| **error** | A derivative raises an error that says what is missing. It never returns a number. |
+| **NaN** | At some special point, a derivative is not a number. |
+| ***wrong*** | At some point, a derivative is a wrong number. [limits.md](limits.md) describes each such case. |
 
-At a kink (`relu` at 0, `max` of equal numbers) a derivative is right if it lies between the slopes of both sides, or
-between those at points nearby. Where a function jumps, or has an infinite slope, nothing is said about the next order.
-Errors of the operation itself (a Cholesky factor of zeros, the maximum of nothing) are left out.
+At a kink, such as `relu` at 0 or the maximum of equal numbers, a derivative counts as right if it lies between the
+slopes of both sides, or between the slopes at points nearby. Where a function jumps or has an infinite slope, the next
+order has nothing to be compared with. Errors of the operation itself, such as a Cholesky factor of zeros, are left out.
 
-What is wrong in the frameworks themselves, and mended here, is in [upstream.md](upstream.md).
+TensorFlow, JAX and torch themselves get some derivatives wrong that are right here: see [upstream.md](upstream.md).
 """
 
 

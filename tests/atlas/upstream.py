@@ -16,12 +16,13 @@ import numpy as np
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "upstream.md"
 FRAMEWORKS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
-HEAD = """# What frameworks get wrong by themselves
+HEAD = """# Wrong derivatives in the frameworks
 
-Derivatives that TensorFlow, JAX, PyTorch, or Keras' code for one of them, give without this package, each at the
-smallest input that shows it. Nothing warns of them. In tapes and transforms of this package, `keras.ops` and Keras'
-layers have the right ones, unless [limits.md](limits.md) says otherwise; an operation of the framework that is called
-directly may keep what is shown here. Written by `python -m tests.atlas.upstream`, which tries them again.
+TensorFlow, JAX, PyTorch and Keras themselves silently give wrong derivatives in some cases. Each row shows one of them
+at the smallest input that has it, computed without this package. In the tapes and transforms of this package,
+`keras.ops` and Keras' layers give the right derivatives, unless [limits.md](limits.md) says otherwise. An operation of
+the framework that you call directly may keep the wrong one. `python -m tests.atlas.upstream` computes all rows again
+and writes this page.
 """
 
 

@@ -38,12 +38,12 @@ REPORTS = (
     Report("`tf.math.bessel_i0(x)` at x = 0, second derivative", lambda: slope(tf.math.bessel_i0, 0.0, 2), 0.5),
     Report("`tf.pow(x, 1.0)` at x = 0, second derivative", lambda: slope(lambda x: tf.pow(x, 1.0), 0.0, 2), 0.0),
     Report(
-        "the sum of `tf.image.hsv_to_rgb([[[0.1, 0.5, v]]])` by v = 0.8",
+        "the sum of `tf.image.hsv_to_rgb([[[0.1, 0.5, v]]])`, derivative with respect to v at 0.8",
         lambda: slope(lambda v: tf.reduce_sum(tf.image.hsv_to_rgb(tf.stack([0.1, 0.5, v])[None, None])), 0.8),
         2.3,
     ),
     Report(
-        "the saturation of `tf.image.rgb_to_hsv([[[0.4, g, 0.3]]])` by g = -0.1",
+        "the saturation of `tf.image.rgb_to_hsv([[[0.4, g, 0.3]]])`, derivative with respect to g at -0.1",
         lambda: slope(lambda g: tf.image.rgb_to_hsv(tf.stack([0.4, g, 0.3])[None, None])[0, 0, 1], -0.1),
         -2.5,
     ),
@@ -53,7 +53,7 @@ REPORTS = (
         differences(lambda t: cube_of_normalized(t, 1e-3), 2),
     ),
     Report(
-        "`tf.nn.softmax_cross_entropy_with_logits([1., 1.], [z, 0.])` by z = 0, whose labels sum to 2",
+        "`tf.nn.softmax_cross_entropy_with_logits([1., 1.], [z, 0.])`, derivative with respect to z at 0, whose labels sum to 2",
         lambda: slope(lambda z: tf.nn.softmax_cross_entropy_with_logits([1.0, 1.0], tf.stack([z, 0.0])), 0.0),
         0.0,
     ),

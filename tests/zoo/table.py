@@ -7,28 +7,31 @@ from tests.zoo.run import BACKENDS, RESULTS, ROOT, known
 PAGE = ROOT / "docs" / "zoo.md"
 HEAD = """# The zoo
 
-Small configurations of the backbones of keras_hub, and models of the kinds that Keras' public examples show, each
-tried in every way that this package has. `python -m tests.zoo.run` tries them and goes on where it stopped (the
-backbones need `pip install "keras-gradtools[zoo]"`), `python -m tests.zoo.table` writes this page. Cells that were
-not tried on a backend are empty, and models without any are left out: so are those of keras.applications
-(`tests/zoo/applications.py`). In inference mode their fresh weights make signals of 1e-17, beside which any step of a
-difference is large: MobileNet's slopes at both sides differ by 1.7 times the derivative, for steps of 1e-4 to 1e-8, so
-that differences say nothing. `CurvatureMonitor` of EfficientNet logs NaN there in single precision.
+This page shows which models the package was tried with, and what works for them: small configurations of the backbones
+of keras_hub, and models like those of Keras' public examples. `python -m tests.zoo.run` tries them, and continues where
+it stopped. The backbones need `pip install "keras-gradtools[zoo]"`. `python -m tests.zoo.table` writes this page.
 
-- `gradient`, `hvp`, `ggn`, `jacobian`: against central differences, in double precision where the model allows it;
-  `jacobian` is the batch Jacobian by the inputs, or by the embedding of tokens.
-- `independence`: whether `batch_independence` agrees with what an example returns among copies of itself.
-  `layer_derivatives`: whether it accuses no layer, or a product with the Hessian is wrong as it says.
-- `penalty`, `adversarial`, `second_order`: two steps of each trainer, with finite losses and weights. The monitors:
-  one measurement each, of finite numbers. `save`: a trainer saved and loaded computes the same.
+A cell that was not tried on a backend is empty, and a model that was not tried at all has no row. The models of
+keras.applications (`tests/zoo/applications.py`) have none yet: with fresh weights and in inference mode, their outputs
+are around 1e-17, so differences cannot decide whether a derivative is right.
 
-| in a cell | means |
+| check | what it tries |
+| --- | --- |
+| `gradient`, `hvp`, `ggn` | compared with central differences, in double precision if the model allows it |
+| `jacobian` | the same for the batch Jacobian with respect to the inputs, or to the embeddings of tokens |
+| `independence` | `batch_independence` agrees with what an example returns in a batch of its copies |
+| `layer_derivatives` | `layer_derivatives` reports no layer, or only layers whose product with the Hessian is wrong |
+| `penalty`, `adversarial`, `second_order` | two training steps, with finite losses and weights |
+| `..._monitor`, `newton_step` | one measurement or step during `fit`, with finite numbers |
+| `save` | a wrapped model computes the same after it is saved and loaded |
+
+| a cell | means |
 | --- | --- |
 | yes | right |
-| refused | a clear error: tokens have no gradient, an attack needs a classifier |
+| refused | a clear error, for example because tokens have no gradient or an attack needs a classifier |
 | - | does not apply |
-| unclear | differences do not converge, as at the kinks of ReLU and max pooling in single precision |
-| Keras | Keras or the model itself fails, here mostly at saving; so it does without this package |
+| unclear | the differences do not converge, for example at the kinks of ReLU and max-pooling in single precision |
+| Keras | Keras or the model itself fails without this package, too, mostly when it is saved |
 | time | stopped after the time for a cell |
 | WRONG, CRASH | a defect |
 """
