@@ -53,7 +53,7 @@ REPORTS = (
         differences(lambda t: cube_of_normalized(t, 1e-3), 2),
     ),
     Report(
-        "`tf.nn.softmax_cross_entropy_with_logits([1., 1.], [z, 0.])`, derivative with respect to z at 0, whose labels sum to 2",
+        "`tf.nn.softmax_cross_entropy_with_logits([1., 1.], [z, 0.])`, whose labels sum to 2, at z = 0",
         lambda: slope(lambda z: tf.nn.softmax_cross_entropy_with_logits([1.0, 1.0], tf.stack([z, 0.0])), 0.0),
         0.0,
     ),
