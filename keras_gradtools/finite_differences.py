@@ -12,8 +12,8 @@ from keras_gradtools.tape import vectors
 from keras_gradtools.transforms.first_order import require_tuple
 from keras_gradtools.transforms.taped_call import require_function
 
-# For each dtype the machine epsilon, the first step of the search, and rtol. The step is a power of two near the fifth
-# root of epsilon, where the error of the stencil (about h^4 f''''' / 30) equals the rounding (about eps f / h).
+# For each dtype, the machine epsilon, the first step of the search, and `rtol`. The step is a power of two near the
+# fifth root of epsilon, where the truncation error (about h^4 f''''' / 30) equals the rounding error (about eps f / h).
 _PRECISIONS = {
     "float64": (2.0**-52, 2.0**-9, 1e-6),
     "float32": (2.0**-23, 2.0**-4, 1e-3),
@@ -23,14 +23,14 @@ _PRECISIONS = {
 _HALVINGS = 10
 # The tolerance for rounding, in multiples of its measured size, which is a little less than its standard deviation.
 SAFETY = 8
-# The smallest size that is assumed for an argument of zeros.
+# The smallest typical size that is assumed for an argument of zeros.
 _SMALLEST_FOR_ZEROS = 2.0**-7
-# What the derivative with respect to the arguments is called in messages.
+# The name of the derivative with respect to the arguments in messages.
 GRADIENT = "gradient by argument"
 
 
 class Settings(typing.NamedTuple):
-    """The options that all checks share, and their random generator, which all orders of a check use in turn."""
+    """The options that all checks have, and the random generator that all orders of one check share."""
 
     check: str
     rtol: float | None
@@ -76,7 +76,7 @@ class Leaves:
         return vectors.replaced(self._structure, self._tensors(vector))
 
     def pack_direction(self, vector):
-        """As `pack`, with None for leaves that have no derivative."""
+        """The same as `pack`, with None for leaves that have no derivative."""
         return self._places.pack(self._tensors(vector))
 
     def _tensors(self, vector):
@@ -169,8 +169,9 @@ class Point:
         # (Hamming, "Introduction to Applied Numerical Analysis", section 6.4). The dtype alone does not determine the
         # rounding: a sum over a normalized batch is zero, but its terms are not.
         h = self._first_step / 256
-        # With float64 arguments Keras may still compute in a lower precision. Steps of few bits could miss the rounding
-        # of that, so the direction is not rounded. With coarser dtypes, such steps would be rounded themselves.
+        # With float64 arguments, Keras may still compute in a lower precision. There, a direction of few bits could be
+        # exact and show no rounding errors, so the direction is not rounded. With coarser dtypes it must be rounded,
+        # because otherwise x + h v itself would have rounding errors.
         fine = set(self.inputs.dtypes) == {"float64"}
         v = self._sizes * self.settings.random.normal(size=self.start.size) if fine else self.direction()
         h *= self._unit(v)
@@ -188,7 +189,7 @@ class Point:
         )
 
     def _unit(self, v):
-        """The factor, a power of two, by which `v` can be multiplied before it moves an argument by its size."""
+        """The largest power of two for which the multiple of `v` moves no argument by more than its size."""
         moved = [part[part != 0] for part in self.inputs.split(v)]
         lengths = [np.sqrt(np.mean(np.square(part))) if part.size else 0.0 for part in moved]
         sizes = [part[0] if part.size else 0.0 for part in self.inputs.split(self._sizes)]
@@ -204,7 +205,11 @@ class Point:
         return np.where(v == 0, 0.125, v)
 
     def slope(self, v):
-        """The derivative along `v`, and its rounding error. Each element uses the step with the best agreement."""
+        """The derivative along `v`, and the tolerance for its rounding error.
+
+        The step is halved until two estimates agree. Each element takes the estimate that agrees best with the one
+        before.
+        """
         h = self.settings.step or self._first_step * self._unit(v)
         far, _ = self._across(2 * h * v)
         estimates = []
@@ -218,7 +223,7 @@ class Point:
                     break
                 far, h = near, h / 2
         slopes, noises, doubts = np.array(estimates).transpose(1, 0, 2)
-        # On a tie, the smallest step.
+        # On a tie, the smallest step is taken.
         best = len(doubts) - 1 - np.argmin(doubts[::-1], axis=0)
         every = np.arange(slopes.shape[1])
         return slopes[best, every], SAFETY * noises[best, every]

@@ -20,20 +20,21 @@ def check_jvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
 
     The function is evaluated in the precision of its arguments, and compared in double precision. Its assignments to
     Keras variables are discarded, so layers with dropout or a moving mean can be checked in training mode. The step is
-    halved until two estimates agree. A function with a kink between $x - 2 h v$ and $x + 2 h v$ may still fail. If so,
-    choose a point further away from the kink. Call the checks eagerly, not in compiled code.
+    halved until two estimates agree. The check may fail for a function with a kink between $x - 2 h v$ and
+    $x + 2 h v$. If so, choose a point further away from the kink. Call the checks eagerly, not in compiled code.
 
     Args:
         fun: A function of `primals` that returns tensors in any nested structure.
         primals: A tuple of the arguments: real floating-point tensors, variables, arrays or Python floats, in any
             nested structure.
-        tangents: The direction $v$, a tuple in the structure and shapes of `primals`, in which None stands for zeros.
-            By default a random direction.
-        rtol: The tolerance relative to the derivative. By default 1e-3 in float32, 1e-6 in float64, 0.05 in float16
-            and 0.1 in bfloat16. This follows the coarsest dtype among the arguments, the outputs and
-            `keras.config.floatx()`, because Keras may compute in the latter.
-        atol: The absolute tolerance that is added. By default it is derived from the measured rounding of `fun`.
-        step: The step $h$. By default it is searched for.
+        tangents: The direction $v$, a tuple with the structure and shapes of `primals`, where None stands for zeros. By
+            default, a random direction.
+        rtol: The tolerance relative to the derivative. By default, 1e-3 in float32, 1e-6 in float64, 0.05 in float16
+            and 0.1 in bfloat16. The coarsest dtype among the arguments, the outputs and `keras.config.floatx()` counts,
+            because Keras may compute in `floatx` whatever the other dtypes are.
+        atol: The absolute tolerance, which is added to the relative one. By default, it is derived from the measured
+            rounding error of `fun`.
+        step: The step $h$. By default, it is searched for.
         seed: Seed of the random directions. No other random state is changed.
 
     Raises:
@@ -66,8 +67,8 @@ def check_vjp(fun, primals, *, rtol=None, atol=None, step=None, seed=0):
     r"""Checks reverse mode against central differences, $\langle J^\top u, v \rangle = \langle u, J v \rangle$.
 
     This is checked for random $u$ and $v$, and then with unit vectors for $v$, so that a failure names the element of
-    the argument. If the arguments have at most 32 elements together, all unit vectors are checked. Otherwise 16 random
-    ones are, and if the random $v$ fails, also one that a bisection finds.
+    the argument. If the arguments have at most 32 elements together, all unit vectors are checked. Otherwise, 16 random
+    unit vectors are checked. If the random $v$ failed, a bisection finds one more.
 
     Args:
         fun: As for `check_jvp`.
@@ -78,7 +79,7 @@ def check_vjp(fun, primals, *, rtol=None, atol=None, step=None, seed=0):
         seed: As for `check_jvp`, and of the random cotangent $u$ and the random unit vectors.
 
     Raises:
-        AssertionError, ValueError: As `check_jvp`.
+        AssertionError, ValueError: As for `check_jvp`.
 
     Cost:
         One `vjp`, 15 evaluations of `fun`, and 6 for each element that is checked. Up to 33 and 24 if `fun` varies on a
@@ -119,8 +120,8 @@ def check_gradients(fun, args, order=2, modes=("forward", "reverse"), *, rtol=No
         seed: As for `check_vjp`.
 
     Raises:
-        AssertionError: As `check_jvp`. The message names the order and the modes.
-        ValueError: As `check_jvp`, or for an unknown order or mode.
+        AssertionError: As for `check_jvp`. The message names the order and the modes.
+        ValueError: As for `check_jvp`, or for an unknown order or mode.
 
     Cost:
         With both modes, `check_jvp` and `check_vjp` run once for order 1, three times for order 2 and seven times for
@@ -160,8 +161,8 @@ def check_hvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
         seed: As for `check_jvp`, and of the random vector $u$.
 
     Raises:
-        AssertionError: As `check_jvp`, or if the Hessian is not symmetric.
-        ValueError: As `check_jvp`, or if `fun` does not return a scalar.
+        AssertionError: As for `check_jvp`, or if the Hessian is not symmetric.
+        ValueError: As for `check_jvp`, or if `fun` does not return a scalar.
 
     Cost:
         Two calls of `hvp`, and 15 gradients, up to 33 if `fun` varies on a small scale.

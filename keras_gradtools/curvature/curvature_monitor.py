@@ -15,7 +15,8 @@ from keras_gradtools.training.loss_on_data import LossOnData
 from keras_gradtools.training.monitor import Monitor
 
 NAME = "CurvatureMonitor"
-# Matrices up to size `_SMALL` are formed. After `_MOST_PRODUCTS` products, eigenvalues are logged without convergence.
+# Matrices up to size `_SMALL` are formed. After `_MOST_PRODUCTS` products, eigenvalues are logged even if they have not
+# converged.
 _SMALL, _MOST_PRODUCTS = 16, 60
 
 
@@ -45,7 +46,8 @@ class CurvatureMonitor(Monitor):
         tol: Tolerance for both eigenvalues, relative to the larger magnitude of the two. It is checked with error
             estimates. If an eigenvalue has close neighbors, the error may be a few times larger.
         trace_matvecs: Number of products for the trace in addition to those for the eigenvalues, 2 or more. 0 leaves
-            the trace out. They sample only the part of the matrix outside the subspace found for the eigenvalues.
+            the trace out. These products only sample the part of the matrix outside the subspace that was found for
+            the eigenvalues. Inside it, the trace is exact.
         seed: An integer that seeds the random vectors. They are the same in every measurement.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
 
@@ -59,7 +61,8 @@ class CurvatureMonitor(Monitor):
     Cost:
         For each measurement, a gradient, 5 to 20 products for the eigenvalues and `trace_matvecs` for the trace, about
         two gradients each. The eigenvectors of the last measurement are the starting point. An eigenvalue that has not
-        converged after 60 products is logged without a warning.
+        converged after 60 products is logged without a warning. For at most 16 weights, or `trace_matvecs` if that is
+        more, the matrix is formed and all values are exact.
 
     Example:
 

@@ -16,7 +16,7 @@ def plot_hessian(hessian, ax=None, blocks=None, **kwargs):
         hessian: Real numbers of shape `(n, n)`, as returned by `operator.dense()`.
         ax: The matplotlib Axes to draw on. By default, the current one.
         blocks: The curvature operator that the Hessian comes from, whose variables label the blocks, or a dict from
-            names to slices. None marks no blocks.
+            names to slices. If None, no blocks are marked.
         **kwargs: The options `limit`, `colorbar` and `cmap` of `imshow_zero_center`.
 
     Returns:
@@ -42,7 +42,7 @@ def plot_hessian(hessian, ax=None, blocks=None, **kwargs):
     ends = [place.stop for place in blocks.values()]
     if matrix.shape != (n, n) or (blocks and max(ends) != n):
         raise ValueError(
-            f"plot_hessian expects a square matrix{f' of size {max(ends)}, as the blocks have' if blocks else ''}. "
+            f"plot_hessian expects a square matrix{f' of size {max(ends)}, to match the blocks' if blocks else ''}. "
             f"Received: {validation.describe(hessian)}."
         )
     ax = imshow_zero_center(matrix, ax, **kwargs)
@@ -120,10 +120,10 @@ def plot_eigenvalue_history(history, ax=None, keys=None):
     If the values vary widely, the scale is linear around zero and logarithmic beyond.
 
     Args:
-        history: The result of `fit`, or its dict `history.history`, of which every entry with "eigenvalue" in its name
-            is drawn. Alternatively, numbers of shape `(steps,)` or `(steps, k)`.
+        history: The result of `fit`, or its dict `history.history`. Every entry with "eigenvalue" in its name is drawn.
+            Alternatively, numbers of shape `(steps,)` or `(steps, k)`.
         ax: The matplotlib Axes to draw on. By default, the current one.
-        keys: A list with the names of the entries to draw instead.
+        keys: The names of the entries of `history` to draw instead, in a list.
 
     Returns:
         The matplotlib Axes.
@@ -162,7 +162,7 @@ def plot_eigenvalue_history(history, ax=None, keys=None):
 def _curves(history, keys):
     history = getattr(history, "history", history)
     if keys is not None and not (isinstance(keys, (list, tuple)) and all(isinstance(key, str) for key in keys)):
-        raise validation.refused("plot_eigenvalue_history", "names of entries in a list", "keys", keys)
+        raise validation.refused("plot_eigenvalue_history", "a list of names of entries", "keys", keys)
     if isinstance(history, dict):
         names = [name for name in history if "eigenvalue" in name] if keys is None else list(keys)
         missing = [name for name in names if name not in history]
@@ -214,7 +214,7 @@ def plot_loss_surface(surface, ax=None, levels=_LEVELS):
     ax = pyplot.gca() if ax is None else ax
     loss = np.ma.masked_invalid(surface.loss)
     if not loss.count():
-        raise ValueError("plot_loss_surface expects finite losses. Received: none of them finite.")
+        raise ValueError("plot_loss_surface expects finite losses. Received: a surface without any.")
     edges = np.unique(np.quantile(loss.compressed(), np.linspace(0.0, 1.0, levels + 1)))
     # Transposed, because the first direction is along the rows of `loss` and goes to the right in the plot.
     if len(edges) > 1:

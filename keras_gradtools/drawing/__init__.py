@@ -1,1 +1,1 @@
-"""Pictures of arrays and matrices, which the plots of all subjects share."""
+"""Plots of arrays and matrices, and what the plots of all subjects share."""

@@ -1,4 +1,4 @@
-"""Shared by all plots: the checks of their numbers, and the import of matplotlib."""
+"""What all plots share: the check of the numbers to draw, and the import of matplotlib."""
 
 from keras_gradtools import validation
 

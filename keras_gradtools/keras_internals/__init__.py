@@ -26,5 +26,5 @@ from keras_gradtools.keras_internals import attributes, backend_modules, layers,
 __all__ = ["attributes", "backend_modules", "layers", "losses", "scopes", "variables", "versions"]
 
 attributes.require()
-# Last: the warning says that every private name was found.
+# This comes last, because the warning says that every private name was found.
 versions.warn_if_untested()

@@ -16,8 +16,8 @@ _TRAINER = "keras.src.trainers"
 
 # Methods and properties, which can be looked up directly.
 _DEFINED = (f"{_LAYER}._flatten_layers", f"{_LAYER}._get_regularization_losses", f"{_LAYER}._clear_losses")
-# Attributes of instances and names of global state exist only at run time. So for each, the functions of Keras whose
-# code must mention it, with every place where such a function has been.
+# Attributes of instances and names of global state exist only at run time and cannot be looked up. Instead, each entry
+# maps a function of Keras, with every place where it has been, to the names that its code must mention.
 _SPELLED = {
     (f"{_VARIABLE}.__init__",): ("_value", "_initializer"),
     (f"{_LAYER}.__init__",): ("_trainable", "_loss_ids", "_call_has_training_arg"),

@@ -64,7 +64,7 @@ _USERS: dict = {
         "rnn": {"cudnn_ok": "lstm"},
     },
 }
-# Not in every supported Keras: `keras.ops.grad` exists since 3.16, for example.
+# Functions that some supported versions of Keras do not have. For example, `keras.ops.grad` exists since Keras 3.16.
 _OPTIONAL = {
     "_maybe_convert_to_channels_last",
     "cholesky_inverse",

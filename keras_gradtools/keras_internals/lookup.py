@@ -14,7 +14,7 @@ def find(*places):
     for place in places:
         path, _, name = place.partition(":")
         try:
-            # Not a plain `import`: where a package has a function with the name of a module, that gives the function.
+            # If a package has a function with the name of one of its modules, a plain `import` would give the function.
             module = importlib.import_module(path)
             return operator.attrgetter(name)(module) if name else module
         except (ImportError, AttributeError) as error:

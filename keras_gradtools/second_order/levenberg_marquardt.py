@@ -14,8 +14,9 @@ SCALINGS = ("identity", "diagonal")
 class LevenbergMarquardt(MatrixOptimizer):
     r"""The Levenberg-Marquardt method, $\theta \leftarrow \theta - (G + \lambda D)^{-1} g$.
 
-    $G$ is the Gauss-Newton matrix of the batch. For squared errors it is $\frac{2}{N} J^\top J$ with the Jacobian $J$
-    of the residuals. $D$ is the identity, or the diagonal of $G$ with `scaling="diagonal"`. $G$ has no second
+    $G$ is the Gauss-Newton matrix of the batch, and $g$ the gradient. For the mean squared error, $G$ is
+    $\frac{2}{N} J^\top J$ with the Jacobian $J$ of the $N$ residuals. $D$ is the identity, or the diagonal of $G$ with
+    `scaling="diagonal"`. Elements of $D$ are then at least 1e-6 times the largest entry of $G$. $G$ contains no second
     derivatives of the model and is positive semi-definite for convex losses. This is the method of choice for fitting
     small models, such as regressions and physics-informed networks. Use it with `kg.models.SecondOrder`, which
     describes how $\lambda$ is updated.

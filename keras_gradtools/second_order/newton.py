@@ -9,11 +9,11 @@ from keras_gradtools.second_order.step_solvers import DenseSolver
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class Newton(MatrixOptimizer):
-    r"""Newton's method, $\theta \leftarrow \theta - (H + \lambda I)^{-1} g$, with the Hessian of the batch, factorized.
+    r"""Newton's method, $\theta \leftarrow \theta - (H + \lambda I)^{-1} g$, by factorizing the Hessian.
 
-    Use it with `kg.models.SecondOrder`, for models of at most a few thousand weights. $\lambda$ grows while the matrix
-    is not positive definite or the loss goes up, and shrinks after steps that the quadratic model predicted well. See
-    `kg.models.SecondOrder` for the update.
+    $H$ and $g$ are the Hessian and the gradient of the loss of the batch. Use it with `kg.models.SecondOrder`, for
+    models of at most a few thousand weights. $\lambda$ grows while the matrix is not positive definite or the loss goes
+    up, and shrinks after steps that the quadratic model predicted well. See `kg.models.SecondOrder` for the update.
 
     Args:
         damping: The initial $\lambda$, 0 or more. `optimizer.damping` holds the $\lambda$ of the next step and is

@@ -10,7 +10,7 @@ from keras_gradtools.second_order.recycled_preconditioner import recycled_precon
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
 from keras_gradtools.second_order.step_solvers import CURVATURES, ConjugateGradientsSolver
 
-# Number of variables that hold the preconditioner.
+# Number of Keras variables that hold the preconditioner.
 _PAIRS = 3
 
 
@@ -20,22 +20,22 @@ class NewtonCG(SecondOrderOptimizer):
 
     The equation is solved by conjugate gradients.
 
-    $B$ is the Hessian or the Gauss-Newton matrix of the batch. It is never formed, only multiplied by vectors, so
-    models can have any number of weights. Conjugate gradients stop when the residual falls below
-    $\min(\frac12, \sqrt{\lVert g \rVert})$ times $\lVert g \rVert$, which gives faster than linear convergence. They
+    $B$ is the Hessian or the Gauss-Newton matrix of the batch, and $g$ the gradient. $B$ is never formed, only
+    multiplied by vectors, so models can have any number of weights. Conjugate gradients stop when the residual falls
+    below $\min(\frac12, \sqrt{\lVert g \rVert})$ times $\lVert g \rVert$, which gives superlinear convergence. They
     also stop after `max_iterations`, and when they meet negative curvature. If the resulting step does not lower the
     loss, earlier iterates are tried before the equation is solved again with more damping. Use it with
     `kg.models.SecondOrder`, which describes how $\lambda$ is updated.
 
     The products of one step also give approximate eigenvectors of $B$ for its largest eigenvalues. They precondition
     conjugate gradients in the next steps. This helps if some eigenvalues are far larger than the others, near a
-    minimum, and with large batches. On the digits of `python -m benchmarks.second_order`, it reduces the number of
-    products to 0.2 to 0.6 times that without it.
+    minimum, and with large batches. In the digits benchmark of `python -m benchmarks.second_order`, a run with the
+    preconditioner needs 0.2 to 0.6 times as many products as one without.
 
     Args:
         damping, max_attempts, learning_rate, name: As for `kg.optimizers.Newton`.
-        curvature: `"hessian"`, or `"gauss_newton"`, which has no negative curvature for convex losses and is the safer
-            choice far from a minimum.
+        curvature: $B$, `"hessian"` or `"gauss_newton"`. The latter has no negative curvature for convex losses and is
+            the safer choice far from a minimum.
         max_iterations: Maximum number of products for each damping that is tried.
         rtol: Relative tolerance: the norm of the residual over that of the gradient. None for the rule above.
         progress_tol: Stops conjugate gradients also if the last $k = \max(10, 0.1 i)$ of $i$ iterations contribute less
@@ -130,7 +130,7 @@ class NewtonCG(SecondOrderOptimizer):
             self._state.assign([preconditioner.missed, preconditioner.wait, preconditioner.waited])
 
     def _preconditioner_of(self, operator):
-        # The preconditioner is unused if variables were frozen after `build`, since its vectors have another length.
+        # If variables were frozen after `build`, the preconditioner is not used, since its vectors have another length.
         preconditioner = self._preconditioner
         is_for_it = preconditioner is not None and preconditioner.vectors.shape[1] == operator.shape[0]
         return preconditioner if is_for_it else None

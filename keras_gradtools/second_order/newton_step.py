@@ -10,7 +10,7 @@ from keras_gradtools.second_order.step_solvers import SMALLEST_SHARE
 
 # A difference of two losses counts only if it is above this times the machine epsilon times the loss.
 _ROUNDING = 16.0
-# A predicted decrease above this many times that limit would be visible. If it is not, the step is rejected.
+# A predicted decrease above this many times that limit should be visible. If it is not, the step is rejected.
 _RESOLVED = 4.0
 # A decrease computed from gradients is trusted if it differs from the prediction by at most this share.
 _AGREEING = 0.25

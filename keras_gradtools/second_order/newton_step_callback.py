@@ -27,12 +27,13 @@ SOLVERS = ("cg", "dense")
 class NewtonStep(Monitor):
     r"""Takes a damped Newton step $p = -(B + \lambda I)^{-1} g$ on some weights at the end of an epoch.
 
-    Use it to finish what a first-order optimizer leaves unfinished, such as the last layer of a classifier, or all
-    weights at the end of training. The loss, the gradient $g$, the curvature $B$ and the loss after the step are all
-    computed on the same data, in the same mode. The step is taken only if it lowers the loss. If it does not, the
-    damping is multiplied by 2, 4, 8, ... and the equation is solved again, up to `max_attempts`. If no attempt lowers
-    the loss, the weights do not change. After a step, the damping follows the ratio of the actual to the predicted
-    decrease, see `kg.models.SecondOrder`. The state of the optimizer of `fit` does not change.
+    $B$ is the Hessian or the Gauss-Newton matrix. Use this callback to finish what a first-order optimizer leaves
+    unfinished, such as the last layer of a classifier, or all weights at the end of training. The loss, the gradient
+    $g$, the curvature $B$ and the loss after the step are all computed on the same data, in the same mode. The step is
+    taken only if it lowers the loss. If it does not, the damping is multiplied by 2, 4, 8, ... and the equation is
+    solved again, up to `max_attempts`. If no attempt lowers the loss, the weights do not change. After a step, the
+    damping follows the ratio of the actual to the predicted decrease, see `kg.models.SecondOrder`. The state of the
+    optimizer of `fit` does not change.
 
     It logs `newton_step_length`, `newton_damping` (of the next step), `newton_ratio` (NaN if no step was taken),
     `newton_decrease` of the loss, `newton_cg_iterations` and `newton_step_reason` (0 accepted, 1 rejected, 2 the
@@ -65,6 +66,7 @@ class NewtonStep(Monitor):
         ValueError: If an option is invalid. When `fit` begins, if the model has no loss or returns different values for
             the same input, or if the data have NaN or infinity, are too few for `"dense"`, or differ from pass to pass.
             The weights do not change.
+        MemoryError: When `fit` begins, if the matrix of `"dense"` would take more than half of the machine's memory.
 
     Cost:
         For each step, a gradient over the data, and for each damping an evaluation of the loss. `"cg"` also takes up to

@@ -12,12 +12,13 @@ from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
 from keras_gradtools.curvature.operators.linear_maps import SecondDerivative
 from keras_gradtools.transforms.first_order import value_and_grad
 
-# Above these limits, products with unit vectors are better: each output takes a vjp of the whole batch, the Jacobian is
-# held in memory, and this many multiplications in double precision take a second or two.
+# Above these limits, products with unit vectors are used. Each output of an example costs a vjp of the whole batch, the
+# Jacobian is held in memory, and its product takes this many multiplications, a second or two in double precision.
 _MOST_OUTPUTS = 16
 _MOST_NUMBERS = 2**24
 _MOST_MULTIPLICATIONS = 2**32
-# Largest relative difference of a product from that of the operator, which assumes less about the model.
+# The matrix is used only if its product differs by at most this, relative, from that of the operator, which assumes
+# less about the model.
 _TOLERANCE = 1e-3
 
 

@@ -10,12 +10,12 @@ from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 _NUMBERS = 2**20
 # The largest default rank, and the smallest one. If even that exceeds `_NUMBERS`, there is no preconditioner.
 _RANK, _LEAST_RANK = 100, 8
-# A system with fewer products changes nothing: the preconditioner was good, and there is little to learn.
+# A system with fewer products does not update the preconditioner, which was good: there is little to learn.
 _LEAST_PRODUCTS = 10
 # The least share of a direction's squared length that must be independent of the others. For new directions it only
-# excludes rounding noise. For former ones it is higher, since they describe a matrix that has changed since.
+# excludes rounding noise. For former ones it is higher, because they describe a matrix that has changed.
 _LEAST_NEW, _LEAST_FORMER = 1e-3, 0.3
-# The missed curvature, relative to the largest eigenvalue: its value before it was measured, and its lower bound.
+# Relative to the largest eigenvalue: the missed curvature before it was measured, and the lower bound of sigma.
 _FIRST_MISSED, _LEAST_MISSED = 1e-2, 1e-3
 # If the largest eigenvalue cannot be reduced to this share of it, the preconditioner is not worth its cost.
 _LARGEST_SHARE = 0.1
@@ -58,12 +58,12 @@ class RecycledPreconditioner:
 
     $\sigma$ is the largest of the smallest $|w_i|$, 1/1000 of the largest $|w_i|$, and the missed curvature: the
     largest $|w_i| \, (1 - \lVert U_\text{former} u_i \rVert^2)$, that is, how much of a new matrix the former vectors
-    did not contain. A smaller $\sigma$ would separate a reduced eigenvalue from its missed part. This gives two
-    eigenvalues instead of one, and needs more products instead of fewer. If $\sigma$ is more than a tenth of the
-    largest $|w_i|$, there is no preconditioner, and it is tried again after skipping 1, 3, 7, 15, 15, ... systems.
+    did not contain. With a smaller $\sigma$, an eigenvalue would be split into its reduced part and its missed part.
+    Two eigenvalues instead of one need more products, not fewer. If $\sigma$ is more than a tenth of the largest
+    $|w_i|$, there is no preconditioner, and it is tried again after skipping 1, 3, 7, 15, 15, ... systems.
 
     Attributes:
-        vectors: $U$, orthonormal rows, followed by rows of zeros that are not in use yet. Shape `(rank, n)`.
+        vectors: $U$, orthonormal rows, followed by zeros in rows that are not in use yet. Shape `(rank, n)`.
         values: $w$ in order of descending magnitude, followed by zeros. Shape `(rank,)`.
         missed: The missed curvature of the last matrix, measured on the first `rank` products with it.
         wait, waited: Number of systems to skip before the pairs are updated again, and number skipped so far.

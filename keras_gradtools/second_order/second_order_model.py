@@ -52,7 +52,8 @@ class SecondOrder(WrappedModel):
             input, or if a batch is too small for a method that forms a matrix.
 
     Cost:
-        That of the optimizer. A step is controlled from Python. Its computations are compiled on TensorFlow and JAX.
+        For each batch, one step of the optimizer, see its cost. If there are metrics, or layers with state, one more
+        call of the model. A step is controlled from Python. Its computations are compiled on TensorFlow and JAX.
 
     Example:
 
@@ -67,8 +68,9 @@ class SecondOrder(WrappedModel):
     >>> history.history["loss"][1] < 1e-10, sorted(history.history)[:3]
     (True, ['cg_iterations', 'damping', 'gradient_norm'])
 
-    Source: Marquardt (1963); Martens, "Deep learning via Hessian-free optimization" (2010); Nocedal & Wright,
-    "Numerical Optimization" (2006), chapters 4 and 7; Nielsen, "Damping parameter in Marquardt's method" (1999).
+    Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters" (1963); Martens, "Deep
+    learning via Hessian-free optimization" (2010); Nocedal & Wright, "Numerical Optimization" (2006), chapters 4 and 7;
+    Nielsen, "Damping parameter in Marquardt's method" (1999).
     """
 
     def __init__(self, model, training=True, **kwargs):
@@ -103,7 +105,7 @@ class SecondOrder(WrappedModel):
 
     def make_train_function(self, force=False):
         if not self.optimizer.built:
-            # On TensorFlow, Keras leaves this to its own training step, which is replaced here.
+            # On TensorFlow, Keras builds the optimizer in its own training step, which is replaced here.
             self.optimizer.build(self.trainable_variables)
         if force or self.train_function is None:  # type: ignore[has-type]
             self.train_function = backend.train_function(self, self._step_on)

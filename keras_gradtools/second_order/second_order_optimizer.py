@@ -8,7 +8,7 @@ from keras_gradtools.second_order.step_solvers import require_enough_outputs
 
 
 class SecondOrderOptimizer(keras.optimizers.Optimizer):
-    """The settings and the state of a second-order method. It needs more than gradients, so `SecondOrder` runs it.
+    """Base class: the options and the state of a second-order method, whose steps `kg.models.SecondOrder` takes.
 
     `damping` and the number of steps are variables, which are saved with the model. `learning_rate` multiplies every
     step.

@@ -14,7 +14,7 @@ from keras_gradtools.curvature.solvers.damped_solve import damped_solve
 CURVATURES = {"hessian": Hessian, "gauss_newton": GaussNewton}
 # The least damping after a rejected step, relative to the size of the curvature.
 SMALLEST_SHARE = 1e-6
-# The numbers of the conjugate gradient iterates that may be tried grow at least by this factor.
+# The next conjugate gradient iterate is stored when the iteration number has grown by this factor since the last one.
 _LEAST_GROWTH = 1.5
 # Nocedal & Wright's forcing term: the relative residual is at most this, and at most the root of the gradient norm.
 _LARGEST_RESIDUAL = 0.5
@@ -25,7 +25,7 @@ def require_enough_outputs(owner, operator, examples):
     weights, outputs = operator.shape[0], operator.outputs_of_example()
     if outputs is not None and examples * outputs < weights:
         raise ValueError(
-            f"{owner} forms the matrix of {weights} weights, and fewer outputs cannot determine it. Received: "
+            f"{owner} forms the matrix of {weights} weights, and needs at least as many outputs for it. Received: "
             f"{examples} examples with {outputs} outputs each. Take at least {-(-weights // outputs)} examples at a "
             "time, use fewer variables, or use a method with conjugate gradients. Or pass "
             "`allow_underdetermined=True`, so that damping determines the remaining directions."
@@ -33,7 +33,7 @@ def require_enough_outputs(owner, operator, examples):
 
 
 class Proposal(NamedTuple):
-    r"""A step that was not tried yet.
+    r"""A step proposed by a solver, before its loss is evaluated.
 
     Attributes:
         step: The step $p$. None if a number is not finite.
@@ -41,7 +41,7 @@ class Proposal(NamedTuple):
         curved: $p^\top B p$, twice the quadratic term.
         damping: The damping of the step.
         iterations: Number of conjugate gradient iterations.
-        size: A scale of the matrix, to which the least damping is relative.
+        size: The scale of the matrix. The least damping after a rejected step is relative to it.
         shorter: Other steps, as `(step, slope, curved)`, to try in this order if the loss does not go down.
         least_damping: The least damping for the next step.
     """
@@ -102,7 +102,7 @@ class ConjugateGradientsSolver:
         rtol: Tolerance for the residual relative to the gradient. None for the smaller of 1/2 and the square root of
             the norm of the gradient.
         progress_tol: As for `kg.curvature.conjugate_gradients`.
-        preconditioner: A `RecycledPreconditioner`, which learns from every system. None for no preconditioner.
+        preconditioner: A `RecycledPreconditioner`, which is updated after every system. None for no preconditioner.
     """
 
     def __init__(self, operator, max_iterations, rtol=None, progress_tol=None, preconditioner=None):
@@ -145,7 +145,7 @@ class ConjugateGradientsSolver:
         if found.reason == "not_finite" or not np.isfinite(x).all():
             return Proposal(None, 0.0, 0.0, damping, found.iterations, 0.0)
         if found.reason == "negative_curvature" and not x.any():
-            # The minimum along the first direction, of a parabola with the absolute value of its curvature.
+            # The minimum along the first direction, if the sign of its curvature is changed.
             x = np.asarray(found.negative_curvature, "float64")
             x = -dot(gradient, x) / dot(x, x) / max(abs(found.curvature), SMALLEST_SHARE) * x
             curved = (found.curvature - damping) * dot(x, x)
@@ -164,7 +164,7 @@ class ConjugateGradientsSolver:
 
 
 class _Recorded:
-    """A matrix that passes its products on to the preconditioner, which learns from them for the next system."""
+    """A matrix that records its products in the preconditioner."""
 
     __array_ufunc__ = None
 

@@ -1,1 +1,1 @@
-"""What the wrappers and callbacks of all subjects share within `fit`."""
+"""What the model wrappers and callbacks of all subjects share: base classes, schedules, logging."""

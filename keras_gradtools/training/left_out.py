@@ -1,4 +1,4 @@
-"""Leaves out, with one warning, what a callback cannot measure, so that training goes on."""
+"""Lets training continue if a callback cannot measure a quantity: it warns once and leaves the quantity out."""
 
 import warnings
 

@@ -25,28 +25,31 @@ class Monitor(keras.callbacks.Callback):
     The numbers appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in
     the list can use them, if you give them a direction: `keras.callbacks.EarlyStopping("name", mode="min")`.
 
-    If something is needed that depends on the model, override `begin`, which is called when `fit` begins. Raise errors
-    there for what cannot be measured, before the weights change. Override `end` to drop what `begin` has created. What
-    may fail for some models belongs into `attempt`. If you override hooks of Keras such as `on_epoch_end`, call those
-    of this class, too.
+    Override `begin`, which is called when `fit` begins, to prepare what depends on the model. If something cannot be
+    measured, raise the error there, before the weights change. Override `end` to delete what `begin` has created. Use
+    `attempt` for a computation that may fail for some models. If you override hooks of Keras such as `on_epoch_end`,
+    also call those of this class.
 
     Args:
-        every: When to measure. `"epoch"`: at the end of each epoch. `"5 epochs"`: at the end of each fifth one, and the
+        every: When to measure. `"epoch"`: at the end of each epoch. `"5 epochs"`: at the end of every fifth epoch. The
             logs of the other epochs do not have the values, as with `validation_freq`. An integer n: after every n
-            batches, counted over the epochs of one `fit`, and the logs of each epoch have the last values. If
-            `steps_per_execution` batches end at once, it measures after the first ones that reach a multiple of n.
+            batches, counted over the epochs of one `fit`. The logs of each epoch have the last values. With
+            `steps_per_execution`, several batches end at once. It then measures if they reach or pass a multiple of n.
         prefix: A string before each name in the logs.
         log_dir: Folder for TensorBoard files, which needs `pip install "keras-gradtools[tensorboard]"`. The step in
             these files is the number of the epoch, starting at 0 as in Keras, or the number of batches.
 
     Attributes:
         last: A dict of the values that were measured last, with their names in the logs.
-        step: The number of the epoch that has ended before the last measurement, starting at 0 as in Keras. If `every`
-            is an integer, the number of batches.
+        step: The number of the epoch after which the last measurement was made, starting at 0 as in Keras. If `every`
+            is an integer, the number of batches before it.
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if `measure` returns no dict.
         ImportError: In `fit`, if there is a `log_dir` and tensorboardX is not installed.
+
+    Cost:
+        That of `measure`. On JAX, the weights are also brought back into the variables.
 
     Example:
 
@@ -76,8 +79,8 @@ class Monitor(keras.callbacks.Callback):
         self._prefix, self._log_dir = prefix, log_dir
         self._events: Any = None
         self._left_out = LeftOut(self._owner)
-        # Keras may run the batch hooks of an async-safe callback in another thread while training goes on. Those of
-        # this class do nothing if epochs are counted.
+        # Keras may run the batch hooks of an async-safe callback in another thread while training continues. The hooks
+        # of this class do nothing if `every` counts epochs.
         has_own_hooks = any(getattr(type(self), hook) is not getattr(Monitor, hook) for hook in _BATCH_HOOKS)
         self.async_safe = self._schedule.counts_epochs and not has_own_hooks
         self.last: dict[str, float] = {}
@@ -87,7 +90,7 @@ class Monitor(keras.callbacks.Callback):
         """Called when `fit` begins."""
 
     def measure(self):
-        """Measures. Returns a dict from names, without the prefix, to numbers."""
+        """Override this to return a dict from names, without the prefix, to numbers."""
         raise NotImplementedError(f"{self._owner} has to override `measure`.")
 
     def histograms(self):

@@ -1,4 +1,4 @@
-"""Which of its quantities a callback measures."""
+"""Checks the argument `quantities` of a callback, the names of what it measures."""
 
 from keras_gradtools import validation
 

@@ -31,7 +31,7 @@ class Schedule:
         self._steps = steps or math.inf
 
     def is_due_after_batch(self, batch):
-        """Counts the batches up to this one of its epoch, which has just ended. Returns whether the work is due."""
+        """Counts the batches that have ended, up to index `batch` of the epoch. Returns whether the work is due."""
         if self.counts_epochs:
             return False
         is_due = self.will_be_due_after_batch(batch)
@@ -39,7 +39,7 @@ class Schedule:
         return is_due
 
     def will_be_due_after_batch(self, batch):
-        """Whether the work will be due when this batch of its epoch ends, the next one that ends."""
+        """Whether the work will be due after the batch with index `batch` in the epoch, if no other ends before it."""
         return not self.counts_epochs and self._count_after(batch) // self._every > self.batches // self._every
 
     def is_due_after_epoch(self, epoch):
@@ -47,7 +47,7 @@ class Schedule:
         return self.counts_epochs and (epoch + 1) % self._every == 0
 
     def _count_after(self, batch):
-        # A number that does not go up begins an epoch. With `steps_per_execution`, several batches end at once, and the
-        # number of the last ones of an epoch may be too large.
+        # A batch number that does not increase begins a new epoch. With `steps_per_execution`, several batches end at
+        # once, and the number that Keras gives at the end of an epoch may be too large.
         of_epoch = self._of_epoch if batch >= self._of_epoch else 0
         return self.batches + min(batch + 1, self._steps) - of_epoch

@@ -1,4 +1,4 @@
-"""The base class of the wrappers, models that train another model."""
+"""The base class of the model wrappers, which train the model inside them."""
 
 import contextlib
 import threading
@@ -76,9 +76,9 @@ class WrappedModel(keras.Model):
 
 
 class StateOfStep(threading.local):
-    """What the methods of a wrapper share during a step. Each thread begins with these values and has its own.
+    """Values that the methods of a wrapper share during a step. Every thread has its own, with these initial values.
 
-    The replicas of a distribution strategy run in threads.
+    Each replica of a distribution strategy runs in a thread.
     """
 
     def __init__(self, **values):

@@ -159,5 +159,5 @@ def test_plot_of_a_loss_surface_refuses(ax):
     with pytest.raises(ValueError, match="loss_surface"):
         plots.plot_loss_surface(np.eye(3), ax)
     line = np.linspace(-1, 1, 3)
-    with pytest.raises(ValueError, match="none of them finite"):
+    with pytest.raises(ValueError, match="a surface without any"):
         plots.plot_loss_surface(kg.curvature.LossSurface(line, line, np.full((3, 3), np.nan), [0, 0]), ax)

@@ -13,7 +13,7 @@ from keras_gradtools.transforms.closures import Identity
 
 
 class BatchLoss:
-    """A loss as `compile` takes it, and the call of the model for it.
+    """A loss as `compile` takes it, together with the call of the model whose outputs it takes.
 
     Every call draws the same random numbers, from the `Draws` that were given to `drawing`, and leaves no statistics
     and no losses in the model. It holds the variables but not the model, so that programs that use it can be cached

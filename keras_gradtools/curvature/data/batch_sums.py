@@ -1,8 +1,8 @@
-"""What a compiled program computes of one batch: a product, rows, a loss or a gradient, added to totals.
+"""The functions that compiled programs run on one batch: a product, rows, a loss or a gradient, added to totals.
 
-Each `add_...` function adds to `totals`, if given, its result for a batch times the number of examples. If replicas
-share the batch, `of_part` computes one part of it. The size of the part multiplies the vectors or the result, so that
-the results of the parts add up to that of the batch.
+Each `add_...` function multiplies its result for a batch by the number of examples, and adds it to `totals` unless
+these are None. If replicas share the batch, `of_part` computes the result for one part of it, times the number of
+examples in this part. These results add up to that of the batch.
 """
 
 import math
@@ -15,13 +15,13 @@ from keras_gradtools.transforms.first_order import value_and_grad
 
 
 def drawing(add, spec, loss, parameters, draws, model, values, *args):
-    """Runs `add` with the random numbers of these `values` of the draws."""
+    """Runs `add` with random numbers that start from `values`, the states in `draws`."""
     draws = draws.with_values(values)
     return add(spec.drawing(draws), loss.drawing(draws), parameters, model, *args)
 
 
 def add_product(spec, loss, parameters, model, totals, vectors, batch, seed):
-    """Adds the product with a vector, or with a stack of vectors, a tensor for each variable."""
+    """Adds the product with a vector, or with a stack of vectors, given as a tensor for each variable."""
 
     def of_part(part, size):
         linear = spec.of_batch(model, parameters.variables_as_tensors(), part, seed)
@@ -85,6 +85,6 @@ def _added(totals, of_part, batch, parameters):
     of_batch = backend.summed_over_replicas(
         lambda part: of_part(part, batch_size_of(part)), batch, parameters.variables[0]
     )
-    # On torch, weights that are not among the variables may still have a graph.
+    # On torch, the results may still have a graph, from trainable weights that are not among the variables.
     summands = [ops.stop_gradient(ops.cast(b, parameters.dtype)) for b in of_batch]
     return summands if totals is None else [t + s for t, s in zip(totals, summands, strict=True)], None

@@ -20,7 +20,7 @@ class Batches:
     difference raises `ValueError`.
 
     Attributes:
-        count: The number of batches. None if the data does not tell.
+        count: The number of batches. None if it is not known.
         is_reordered: Whether a pass had examples in other batches, or at other positions in a batch, than the first
             one.
         counts_order: Whether the same batches in another order also count as reordered.

@@ -1,4 +1,4 @@
-"""Sums over the batches of a data set, by compiled programs that return the same at every call."""
+"""Sums over the batches of a data set, by compiled programs that return the same result at every call."""
 
 import copy
 import functools
@@ -43,7 +43,7 @@ class DataSums:
         self._repeatability = Repeatability()
 
     def of_batch(self, batch):
-        """The same on a single batch. Both share the set of passed checks."""
+        """The `DataSums` of a single batch. It shares the set of passed checks with this object."""
         other = copy.copy(self)
         other.batches = OneBatch(batch)
         return other
@@ -64,7 +64,7 @@ class DataSums:
         return len(self.parameters.variables) <= _MOST_VARIABLES and len(state.layers_of(self.model)) <= _MOST_LAYERS
 
     def product(self, vectors, columns):
-        """The product with one vector, or with as many as there are `columns`, a tensor for each variable."""
+        """The product with one vector, or with a stack of `columns` vectors, as a tensor for each variable."""
         if columns == 0:
             return vectors
         zeros = functools.partial(self.parameters.zeros, () if columns is None else (columns,))
@@ -135,22 +135,25 @@ class DataSums:
         return self.run(what, body, vectors, on_devices(batch), self.seed(0))
 
     def run(self, what, body, *args):
-        """Runs `body` compiled. `what` tells programs apart."""
+        """Runs `body` compiled. `what` identifies the program in the cache."""
         key, drawing = self._program(what, body)
         return compiled.run(self.owner, self.model, drawing, key, (self.draws.values, *args), {})[0]
 
     def compiled(self, what, body, *args):
-        """A function of the values of `draws` and of arguments like `args`, which skips the search for its program."""
+        """The program of `body`, as a function of `draws.values` and arguments like `args`.
+
+        Calling it is faster than `run`, which searches for the program each time.
+        """
         key, drawing = self._program(what, body)
         return compiled.prepare(self.owner, self.model, drawing, key, (self.draws.values, *args), {})
 
     def _program(self, what, body):
-        # The program must not hold anything else, such as the data, since it is cached as long as the model lives.
+        # The program must hold nothing else, such as the data, since it is cached as long as the model lives.
         drawing = functools.partial(batch_sums.drawing, body, self.spec, self.loss, self.parameters, self.draws)
         return (self.owner, what, self.spec.key, self.draws.key), drawing
 
     def seed(self, number):
-        """The seed of what the linear map of a batch draws itself, a tensor."""
+        """The seed of the random numbers that the linear map of a batch draws itself, as a tensor."""
         return ops.convert_to_tensor(np.array([self.spec.seed, number], "int32"))
 
     def prepare(self, what="product"):
@@ -159,7 +162,7 @@ class DataSums:
         self._repeatability.require(self, what)
 
     def sync(self):
-        """Gets the current weights."""
+        """Brings the current weights into the variables of the model, if `fit` holds them elsewhere."""
         sync_weights(self._trainer, self.model)
 
 

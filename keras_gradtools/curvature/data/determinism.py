@@ -1,4 +1,4 @@
-"""Checks that curvature computed twice is the same, and finds the layer that causes a difference."""
+"""Checks that two computations of the same curvature agree, and finds the layer that causes a difference."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ from keras_gradtools.backend import layer_calls
 from keras_gradtools.backend.layer_calls import class_path, path_of
 from keras_gradtools.backend.state import has_seeds, layers_of
 
-# Relative tolerance. Sums in another order differ by rounding, and new random numbers by far more than this.
+# Relative tolerance. Sums in another order differ only by rounding. Other random numbers change a result by far more.
 _TOLERANCE = 1e-3
 
 
@@ -70,8 +70,8 @@ def _what_goes_by_the_batch(model, training):
     if drawing:
         causes.append(f"the random numbers of {', '.join(drawing)} depend on the position of an example")
     return "; ".join(causes) or (
-        "the loss of a batch is not a mean over its examples, as with reduction='sum', with weights or a mask by whose "
-        "sum it is divided, or if the model mixes examples"
+        "the loss of a batch is not a mean over its examples, as with reduction='sum', a division by the sum of sample "
+        "weights or of a mask, or a model that mixes examples"
     )
 
 
@@ -84,7 +84,7 @@ def _agree(first, second):
 
 
 def _first_difference(model, loss, parameters, x):
-    """The path and class of the first layer, the innermost one, that returns different values in a second run."""
+    """The path and class of the first layer that returns different values in a second run. Inner layers come first."""
     runs = []
     for _ in range(2):
         with layer_calls.recorded(model) as calls:

@@ -15,8 +15,8 @@ class Draws:
     """The states of the seeds of a model, of Keras' global seed, and of the framework's own generators.
 
     In a `lent` block, all random numbers start from these states, and the user's generators do not change. The states
-    are variables whose `values` are inputs of a program, so that one program serves all masks. A seed that belongs to
-    no layer is unknown until a call has used it: see `with_variables`.
+    are variables whose `values` are inputs of a program, so that one program can be used with any dropout mask. A seed
+    that belongs to no layer is unknown until a call has used it: see `with_variables`.
 
     Attributes:
         key: Equal for two instances that have the same variables.
@@ -25,7 +25,7 @@ class Draws:
 
     def __init__(self, model, more=()):
         self._more = list(more)
-        # A generator of ours replaces Keras' global one, so that the global one is neither created nor advanced here.
+        # A spare generator replaces Keras' global one, so that the global one is neither created nor advanced here.
         self._global = state.spare_seed_generator()
         own = [*state.seed_states(model), *self._more]
         self._variables = [*own, self._global.state]
@@ -57,7 +57,10 @@ class Draws:
         return given
 
     def lent(self, mapping=()):
-        """A block that uses these states, and in which variables have the values of `mapping`. It has a `scope`."""
+        """A block in which random numbers start from these states, and variables have the values in `mapping`.
+
+        Its attribute `scope` is the `StateScope`, which knows the variables that were assigned in the block.
+        """
         return _Lent(self, mapping)
 
 

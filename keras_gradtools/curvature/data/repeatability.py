@@ -7,7 +7,7 @@ from keras_gradtools.curvature.data import batch_sums, determinism
 
 
 class Repeatability:
-    """Which checks have passed. They are run with the `DataSums` that need them."""
+    """Runs the checks that a `DataSums` needs, and remembers which of them have passed."""
 
     def __init__(self):
         self._passed: set[str] = set()

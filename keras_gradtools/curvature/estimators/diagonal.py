@@ -14,7 +14,8 @@ def diagonal(a, matvecs=99, seed=0):
 
     Args:
         a: A square matrix of shape `(n, n)`, as for `kg.curvature.trace`.
-        matvecs: Number of products. If it is `n` or more, the diagonal is computed exactly with `n` products.
+        matvecs: Number of products, 2 or more. If it is `n` or more, the diagonal is computed exactly with `n`
+            products.
         seed: An integer that seeds the random vectors.
 
     Returns:
@@ -26,7 +27,7 @@ def diagonal(a, matvecs=99, seed=0):
 
     Cost:
         `matvecs` products. The standard error of an element is the norm of the other elements in its row, divided by
-        the square root of `matvecs`, if the matrix is symmetric.
+        the square root of `matvecs`.
 
     Example:
 

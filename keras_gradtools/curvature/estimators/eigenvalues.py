@@ -30,22 +30,24 @@ class EigenvalueConvergenceError(RuntimeError):
 def eigsh(a, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
     r"""Some eigenvalues and their eigenvectors, as `scipy.sparse.linalg.eigsh` returns them.
 
-    This is the Lanczos method with full reorthogonalization and thick restarts. The basis has `ncv` vectors, for any
-    number of products, and rounding does not create copies of an eigenvalue. A multiple eigenvalue may be found fewer
-    times than its multiplicity, as with any method that uses a single starting vector.
+    This is the Lanczos method with full reorthogonalization and thick restarts. The basis has `ncv` vectors, however
+    many products are needed, and rounding does not create copies of an eigenvalue. A multiple eigenvalue may be found
+    fewer times than its multiplicity, as with any method that uses a single starting vector.
 
     Args:
-        a: A symmetric matrix of shape `(n, n)`: a curvature operator, what is computed from operators (`2 * h + g`), an
-            array or a tensor, a sparse matrix or a `LinearOperator` of SciPy, or any object with `shape` and `a @ v`.
+        a: A symmetric matrix of shape `(n, n)`: a curvature operator, an expression of operators such as `2 * h + g`,
+            an array or a tensor, a sparse matrix or a `LinearOperator` of SciPy, or any object with `shape` and
+            `a @ v`.
         k: Number of eigenvalues.
         which: `"LA"` for the largest, `"SA"` for the smallest, `"LM"` for those of largest magnitude, `"BE"` for half
-            of them from each end.
+            of them from each end, with one more from the upper end if `k` is odd.
         ncv: Number of vectors in the basis, more than `k`. Default: `max(2 * k + 1, 20)`. A larger basis needs fewer
             products.
         max_restarts: Maximum number of restarts, 100 by default.
         tol: An eigenvalue has converged if $\lVert A v - \lambda v \rVert \le$ `tol` $\lvert \lambda \rvert$.
             Default: the machine epsilon of the dtype to the power of 2/3, which is 2e-5 in float32 and 4e-11 in
-            float64.
+            float64. It has also converged if the norm is at most 10 machine epsilons times the largest magnitude of
+            all eigenvalues, which is about the rounding error of a product.
         seed: An integer that seeds the starting vector.
 
     Returns:
@@ -55,7 +57,7 @@ def eigsh(a, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
 
     Raises:
         EigenvalueConvergenceError: If an eigenvalue has not converged after `max_restarts`. The attributes of the error
-            have the approximations.
+            hold the approximations.
         FloatingPointError: If a product is not finite.
         ValueError: If the matrix is not symmetric, or an option is invalid.
 
@@ -114,7 +116,7 @@ def eigsh(a, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
 
 
 def _extend(matvec, basis, projected, ncv, n, generator, bar):
-    """Fills the basis. Returns the norm of the last product's component orthogonal to it."""
+    """Fills the basis. Returns the norm of the component of the last product that is orthogonal to it."""
     remainder = 0.0
     for j in range(basis.count - 1, ncv):
         product = np.array(matvec(basis[j]), dtype=basis[j].dtype)

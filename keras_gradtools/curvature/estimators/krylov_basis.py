@@ -9,7 +9,7 @@ _PASSES = 2
 
 
 class KrylovBasis:
-    """Up to `capacity` orthonormal vectors of length `size`, stored in `dtype`, with products in double precision."""
+    """Up to `capacity` orthonormal vectors of length `size`, stored in `dtype`. Sums are in double precision."""
 
     def __init__(self, capacity, size, dtype):
         self._rows = np.empty((capacity, size), dtype)

@@ -9,7 +9,8 @@ from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, requi
 from keras_gradtools.curvature.estimators.trace import mean_of
 from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, symmetric_matrix
 
-# Width of a peak, relative to the range of the eigenvalues. Widths by which the grid extends beyond that range.
+# The default width of a peak, relative to the range of the eigenvalues. The grid extends `_MARGIN` widths beyond that
+# range.
 _RELATIVE_WIDTH = 0.01
 _MARGIN = 5.0
 
@@ -37,8 +38,9 @@ class SpectralDensity(NamedTuple):
 def spectral_density(a, probes=10, steps=50, *, points=1000, width=None, seed=0):
     r"""An estimate of the density of the eigenvalues, $\frac1n \sum_i \mathcal{N}(t; \lambda_i, \sigma^2)$.
 
-    It does not compute the eigenvalues. Each probe runs the Lanczos method from a random vector, which gives nodes and
-    weights of a Gauss quadrature of the density.
+    $\mathcal{N}$ is a Gaussian with mean $\lambda_i$ and variance $\sigma^2$. The eigenvalues are not computed. Each
+    probe runs the Lanczos method from a random vector, which gives nodes and weights of a Gauss quadrature of the
+    density.
 
     Args:
         a: A symmetric matrix of shape `(n, n)`, as for `kg.curvature.eigsh`.

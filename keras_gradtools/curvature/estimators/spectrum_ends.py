@@ -1,4 +1,4 @@
-"""Both ends of a spectrum with moderate precision, and an estimate of the trace, from few products."""
+"""The smallest and the largest eigenvalue with moderate precision, and an estimate of the trace, from few products."""
 
 from typing import Any, NamedTuple
 
@@ -8,21 +8,21 @@ from keras import ops
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, dot, norm, require_finite_length
 from keras_gradtools.curvature.estimators.trace import mean_of
 
-# Length of the random part of the starting vector, so that no eigenvector is missed for good.
+# Length of the random part of the starting vector. Without it, eigenvectors orthogonal to `start` would not be found.
 _RANDOM_SHARE = 0.3
-# Fewest products after which both ends can be told from the eigenvalues between them.
+# Fewest products that the tests of convergence require.
 _FEWEST = 4
-# Number of steps that `begin` takes. They are mostly enough if the matrix has changed little since the last time.
+# Number of steps that `begin` takes. They are usually enough if the matrix has changed little since the last call.
 _STEPS_AT_ONCE = 5
 # After one Gram-Schmidt pass, a remainder below this fraction is rounding noise.
 _CLEAR_SHARE = 1e-3
 
 
 class SpectrumEnds(NamedTuple):
-    """What is known of a symmetric matrix from a few products.
+    """The ends of the spectrum of a symmetric matrix, and its trace, estimated from a few products.
 
     Attributes:
-        smallest, largest: The eigenvalues at both ends.
+        smallest, largest: The smallest and the largest eigenvalue.
         start: A starting vector for a later call, when the matrix has changed a little.
         trace: An `Estimate`, or None.
         matvecs: Number of products.
@@ -36,13 +36,15 @@ class SpectrumEnds(NamedTuple):
 
 
 def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=np.float64, begin=None):
-    r"""Both ends by the Lanczos method without restarts, with an error of about `tol` times the largest magnitude.
+    r"""Finds both ends of the spectrum by the Lanczos method without restarts.
 
-    The error of a Ritz value with residual r and distance d from the other eigenvalues is below $\min(r, r^2 / d)$.
-    Only Ritz values are known of the other eigenvalues, so the last product must also have moved neither end by more
-    than half the tolerance. After `most` products, the Ritz values are returned without these tests. The trace is the
-    exact trace of the matrix on the basis, plus the mean of `samples` random vectors orthogonal to it. The basis
-    contains the largest eigenvalues, so the samples have little variance.
+    The error is about `tol` times the larger magnitude of the two. The error of a Ritz value with residual r and
+    distance d from the other eigenvalues is below $\min(r, r^2 / d)$. Since d is only known from the other Ritz values,
+    the last product must also have moved neither end by more than half the tolerance. After `most` products, the Ritz
+    values are returned without these tests.
+
+    The trace is the exact trace of the matrix on the basis, plus the mean of v' A v over `samples` random vectors v
+    orthogonal to it. The basis contains the largest eigenvalues, so the samples have little variance.
 
     `begin(start, bits, share, steps)`, if given, takes the first steps and the samples. It returns a `SpectrumStart`.
 
@@ -97,7 +99,7 @@ def spectrum_ends(matvec, n, *, tol, most, start=None, samples=0, seed=0, dtype=
 
 
 class _RitzValues:
-    """The eigenvalues of a symmetric matrix on the basis that the Lanczos method has found so far, ascending."""
+    """The Ritz values: the eigenvalues, ascending, of the matrix projected onto the Lanczos basis so far."""
 
     def __init__(self, most):
         self._projected = np.zeros((most, most))

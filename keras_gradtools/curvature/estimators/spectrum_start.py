@@ -1,7 +1,7 @@
 """The first Lanczos steps and samples of the trace, computed in tensors.
 
-As one program, they take a fraction of the time of the same number of separate products: what does not depend on the
-vector is computed once, and on small models a call takes longer than its computation.
+In one program they take a fraction of the time of as many separate products: everything that does not depend on the
+vector is computed once, and on small models the overhead of a call is longer than its computation.
 """
 
 from typing import Any, NamedTuple

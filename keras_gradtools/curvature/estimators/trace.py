@@ -20,10 +20,11 @@ def trace(a, matvecs=99, method="hutch++", seed=0):
     few eigenvalues are far larger than the others, as in trained models.
 
     Args:
-        a: A square matrix of shape `(n, n)`, which need not be symmetric: a curvature operator, what is computed from
-            operators (`2 * h + g`, `h @ g`), an array or a tensor, a sparse matrix or a `LinearOperator` of SciPy, or
-            any object with `shape` and `a @ v`.
-        matvecs: Number of products. If it is `n` or more, the trace is computed exactly with `n` products.
+        a: A square matrix of shape `(n, n)`, which need not be symmetric: a curvature operator, an expression of
+            operators such as `2 * h + g` or `h @ g`, an array or a tensor, a sparse matrix or a `LinearOperator` of
+            SciPy, or any object with `shape` and `a @ v`.
+        matvecs: Number of products, 6 or more for `"hutch++"` and 2 or more for `"hutchinson"`. If it is `n` or more,
+            the trace is computed exactly with `n` products.
         method: `"hutch++"` or `"hutchinson"`.
         seed: An integer that seeds the random vectors.
 
@@ -87,7 +88,7 @@ def _hutch_plus_plus(matvec, n, matvecs, generator, dtype, bar):
 
 
 def mean_of(samples):
-    """The mean of samples, numbers or arrays, and its standard error."""
+    """The mean of samples along axis 0, and its standard error. A sample is a number or an array."""
     samples = np.asarray(samples, "float64")
     error = samples.std(axis=0, ddof=1) / len(samples) ** 0.5
     if samples.ndim == 1:
@@ -96,7 +97,7 @@ def mean_of(samples):
 
 
 def random_signs(generator, n):
-    """A vector of independent random signs, the distribution that gives such estimates the lowest variance."""
+    """A vector of independent random signs, which give these estimates a lower variance than normal numbers."""
     return (2.0 * generator.integers(0, 2, n, dtype="int8") - 1.0).astype("float32")
 
 

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-# Largest share of the memory for a matrix. The computation, and what uses the matrix, need the rest.
+# Largest share of the memory that a matrix may take. Its computation and its use need the rest.
 _SHARE = 0.5
 # Side of a square tile that fits into the cache together with its mirror image.
 _TILE = 256
@@ -17,7 +17,7 @@ def require_room(owner, n, dtype):
         raise MemoryError(
             f"The dense form of this {owner} would be a matrix of shape ({n}, {n}), {_gigabytes(needed)}, and this "
             f"machine has {_gigabytes(there)}. Use it without forming it: `operator @ vector`, `eigsh`, `trace`, "
-            "`diagonal` or `kg.curvature.conjugate_gradients`; or take fewer variables, one layer's for example."
+            "`diagonal` or `kg.curvature.conjugate_gradients`. Or take fewer variables, such as those of one layer."
         )
 
 

@@ -23,13 +23,15 @@ class Fisher(CurvatureOperator):
     \left[ \nabla_z \ell(\hat y, z_i) \, \nabla_z \ell(\hat y, z_i)^\top \right] J_i$$
 
     where $z_i$ are the outputs for example $i$, $J_i$ their Jacobian with respect to the weights, and $w_i$ the sample
-    weight. The labels $\hat y$ are drawn from the distribution that the model predicts: classes from the softmax for a
-    cross-entropy, 0 or 1 for a binary cross-entropy, and for the mean squared error a Gaussian around the outputs with
-    variance 1/2, whose negative log-likelihood is the squared error up to a constant. If an example has several labels
-    (time steps or output elements), each contributes with its share of the loss. Regularizers are not included.
+    weight. The labels $\hat y$ are drawn from the distribution that the model predicts: a class from the softmax for a
+    cross-entropy, 0 or 1 for a binary cross-entropy, and a number from a Gaussian for the mean squared error. The
+    Gaussian is centered at the output and has variance 1/2, so that its negative log-likelihood is the squared error
+    up to a constant. If an example has several labels (time steps or output elements), each contributes with its share
+    of the loss. Regularizers are not included.
 
-    - `kind="exact"` computes the expectation in closed form. For these losses it equals the Gauss-Newton matrix.
-    - `kind="monte_carlo"` draws `samples` labels, the same ones for every product.
+    - `kind="exact"` computes the expectation in closed form. For these losses it equals the Gauss-Newton matrix without
+      regularizers.
+    - `kind="monte_carlo"` draws `samples` labels for each output, the same ones for every product.
     - `kind="empirical"` uses the labels of the data: $\frac1N \sum_i w_i \nabla_\theta \ell_i \nabla_\theta
       \ell_i^\top$, for any loss with a value for each example. It does not estimate the other two.
 
@@ -51,7 +53,8 @@ class Fisher(CurvatureOperator):
         verbose: As for `kg.curvature.Hessian`.
 
     Raises:
-        ValueError: As for `kg.curvature.Hessian`, and for a loss whose likelihood is not known here.
+        ValueError: As for `kg.curvature.Hessian`. Unless `kind` is `"empirical"`, also for any other loss than those
+            above. With `"monte_carlo"`, at the first product, if the model has several outputs.
 
     Cost:
         A product costs about 5/3 of a gradient over the data on TensorFlow and JAX, and 7/3 on torch.

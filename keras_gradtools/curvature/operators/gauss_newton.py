@@ -10,10 +10,11 @@ class GaussNewton(CurvatureOperator):
     r"""The generalized Gauss-Newton matrix of a training loss, $G = \frac1N \sum_b n_b J_b^\top H_b J_b + R$.
 
     $J_b$ is the Jacobian of the model's outputs for batch $b$ with respect to its weights, $H_b$ the Hessian of the
-    loss with respect to these outputs, and $R$ the Hessian of the weight regularizers. Other losses that layers add are
-    left out. It is the Hessian without the second derivatives of the model, and it is positive semi-definite if the
-    loss is convex in the outputs. For a cross-entropy of probabilities, the logits take the place of the outputs, since
-    the loss is convex in them. The matrix then equals that of the same model with a loss `from_logits`.
+    loss with respect to these outputs, and $R$ the Hessian of the weight regularizers. Batch $b$ has $n_b$ of the $N$
+    examples. Other losses that layers add are left out. $G$ is the Hessian without the terms that contain second
+    derivatives of the model. Without regularizers, it is positive semi-definite if the loss is convex in the outputs.
+    For a cross-entropy of probabilities, the logits take the place of the outputs, since the loss is convex in them.
+    The matrix then equals that of the same model with a loss `from_logits`.
 
     Args:
         model: As for `kg.curvature.Hessian`.

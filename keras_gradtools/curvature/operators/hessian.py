@@ -11,8 +11,8 @@ from keras_gradtools.curvature.operators.linear_maps import OfBatch, SecondDeriv
 from keras_gradtools.curvature.operators.operator import CurvatureOperator
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 
-# Beyond these, one program for many products takes long to compile and saves little, since calls are cheap beside
-# products.
+# Above these limits, one program for many products takes long to compile and saves little, because the overhead of a
+# call is small compared with a product.
 _MOST_WEIGHTS, _MOST_SAMPLES = 2**22, 8
 
 
@@ -44,7 +44,7 @@ class Hessian(CurvatureOperator):
             statistics of the batch.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches. The last
             batch may be smaller.
-        verbose: 1 for a progress bar, 0 for none, `"auto"` for a progress bar if the work takes long.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for a progress bar if the work takes more than 3 seconds.
 
     Attributes:
         shape, dtype, variables, slices: See `kg.curvature.CurvatureOperator`.

@@ -14,7 +14,7 @@ _CATEGORICAL = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
 _BERNOULLI = ("BinaryCrossentropy",)
 _GAUSSIAN = ("MeanSquaredError",)
 NAMES = (*_CATEGORICAL, *_BERNOULLI, *_GAUSSIAN)
-# Keras clips probabilities to this before it takes their logarithms.
+# Keras raises smaller probabilities to this before it takes their logarithms.
 _SMALLEST = 1e-7
 
 
@@ -28,7 +28,7 @@ class Likelihood:
             to its logits.
         logits_of: A function from the model's outputs to logits. None if the loss takes the outputs as they are.
         loss_of_logits: The loss as a function of the logits.
-        is_as_given: Whether that is the given loss itself.
+        is_as_given: Whether `loss_of_logits` is the given loss itself.
     """
 
     sampled: Callable

@@ -20,8 +20,8 @@ class OfBatch:
     Attributes:
         loss: The `BatchLoss`.
         key: Equal for two instances if one program can compute both.
-        seed: An integer that seeds the numbers that the map itself draws.
-        draws_by_batch: Whether these depend on the position of a batch in the data.
+        seed: An integer that seeds the random numbers that the map itself draws, in addition to those of the model.
+        draws_by_batch: Whether these numbers depend on the position of a batch in the data.
     """
 
     seed = 0
@@ -32,7 +32,7 @@ class OfBatch:
         self.key = (loss.key, *options)
 
     def drawing(self, draws):
-        """The same with random numbers from these `Draws`."""
+        """A copy of this map maker that takes its random numbers from these `Draws`."""
         bound = copy.copy(self)
         bound.loss = self.loss.drawing(draws)
         return bound
@@ -50,13 +50,13 @@ class SecondDerivative:
         call.tape.keeps_graph = False
         self._name, self._fun, self._given = name, fun, sources
         self._tape, self._targets, self._sources = call.tape, call.flat_targets, call.flat_sources
-        # A Hessian is symmetric, unless a custom gradient makes the derivative something that is not a gradient.
+        # A Hessian is symmetric, unless a custom gradient returns something that is not the gradient of any function.
         self._is_symmetric = not call.tape.has_custom_gradient
         self._is_forward = backend.HESSIAN_MODE == "forward" or not self._is_symmetric
         self._linear = None
 
     def linearize(self):
-        """Computes what `apply` needs for every vector."""
+        """Computes once what every call of `apply` needs."""
         self._tape.keeps_graph = True
         self._linear = backend.linearize(self._tape, self._targets, self._sources, self._is_symmetric)
 
@@ -74,10 +74,10 @@ class SecondDerivative:
         return self._targets
 
     def quadratic_form(self, vector):
-        """The dot product of `vector`, a tensor for each source, with its image.
+        """The quadratic form v' H v for a vector v, given as a tensor for each source.
 
-        It is computed by two nested jvps, which need no reverse pass and cost about half as much as a product. They
-        cannot use what `linearize` has computed, so after that it is computed from a product.
+        Two nested jvps compute it without a reverse pass, at about half the cost of a product. They cannot use what
+        `linearize` has computed. So after `linearize`, the form is computed from a product.
         """
         if self._linear is not None:
             return sum(ops.sum(v * p) for v, p in zip(vector, self.apply(vector), strict=True))
@@ -154,13 +154,13 @@ class OuterProducts:
 
     def apply_stack(self, stack):
         (v,) = stack
-        # One vector after the other: for a whole stack at once, XLA on the CPU (JAX 0.10) was seen to compute wrong
-        # results for the last vectors.
+        # One vector after the other, because for a whole stack XLA on the CPU (JAX 0.10) has computed wrong results for
+        # the last vectors.
         return [ops.stack([self.apply([v[i]])[0] for i in range(v.shape[0])])]
 
 
 class Sum:
-    """The sum of maps."""
+    """The sum of linear maps of the same variables."""
 
     def __init__(self, *maps):
         self._maps = maps

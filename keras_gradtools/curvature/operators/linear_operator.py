@@ -23,11 +23,12 @@ class LinearOperator:
     Attributes:
         shape: `(n, n)`.
         dtype: The NumPy dtype of the products.
-        is_symmetric: Whether the matrix is symmetric. What has no elements to compare counts as symmetric.
-        verbose: `"auto"` for a progress bar on long computations, 1 for one on all, 0 for none.
+        is_symmetric: Whether the matrix is symmetric. A matrix whose elements are not known counts as symmetric.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for a progress bar if the work takes more than 3 seconds.
     """
 
-    # Without this, NumPy would multiply element by element. With None, `array @ operator` raises a TypeError.
+    # Makes NumPy leave `array + operator` to the operator, and raise a TypeError for `array @ operator`. Otherwise it
+    # would apply the operation to each element of the array.
     __array_ufunc__ = None
 
     is_symmetric = True
@@ -72,7 +73,11 @@ class LinearOperator:
         return self.T.matmat(matrix)
 
     def dense(self):
-        """The matrix as a NumPy array of shape `(n, n)`, from `n` products."""
+        """The matrix as a NumPy array of shape `(n, n)`, from `n` products.
+
+        Raises:
+            MemoryError: If the matrix would take more than half of the machine's memory.
+        """
         n, dtype = self.shape[0], solver_dtype(self.dtype)
         dense_memory.require_room(type(self).__name__, n, dtype)
         return self @ np.eye(n, dtype=dtype)
@@ -96,14 +101,15 @@ class LinearOperator:
     def linearized(self):
         """The matrix at the current weights, for many products with NumPy vectors.
 
-        If the data of a curvature operator is one batch, its products are faster than those of the operator. On torch,
-        what does not depend on the vector is computed once and kept while this object exists, which halves the time. On
-        the other backends, one program takes and returns flat vectors, which saves a few milliseconds.
+        If the data of a curvature operator is one batch, products with the result are faster than with the operator. On
+        torch, everything that does not depend on the vector is computed once and kept while the result exists, which
+        halves the time. On the other backends, one program takes and returns flat vectors, which saves a few
+        milliseconds.
         """
         return LinearizedOperator(self, self._fast_matvec())
 
     def _fast_matvec(self):
-        """A function from a flat NumPy vector to its product at the current weights, faster than `@` if that can be."""
+        """A function from a flat NumPy vector to its product at the current weights, faster than `@` if possible."""
         return lambda vector: self @ vector
 
     def to_scipy(self):

@@ -11,18 +11,18 @@ from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 
 
 def fast_matvec(sums):
-    """A function from a flat NumPy vector to its product, at the current weights. None if `@` is as fast."""
+    """A function that multiplies a flat NumPy vector, at the current weights. None if `@` is as fast."""
     if not sums.is_one_batch:
         return None
     if backend.LINEARIZES_ONCE:
         return matvec_by_one_tape(sums)
-    # Large models use the program of `operator @ vector`, which exists already. Its call overhead is small beside the
+    # Large models use the existing program of `operator @ vector`, whose call overhead is small compared with the
     # product.
     return matvec_by_one_program(sums) if sums.is_quick_to_trace else None
 
 
 def matvec_by_one_tape(sums):
-    """The product from one tape, by which what does not depend on the vector is computed once."""
+    """The product from one tape, which computes everything that does not depend on the vector once."""
     sums.prepare()
     (batch,) = sums.batches
     size, batch, parameters = batch_size_of(batch), on_devices(batch), sums.parameters
@@ -41,7 +41,7 @@ def matvec_by_one_tape(sums):
 def matvec_by_one_program(sums):
     """The product from a program that takes a few tensors, not two for each variable.
 
-    On small models, passing those takes longer than the product.
+    On small models, passing so many tensors takes longer than the product.
     """
     sums.prepare()
     (batch,) = sums.batches

@@ -19,8 +19,8 @@ from keras_gradtools.curvature.operators.parameters import Parameters
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.tape import jacobian_plans
 
-# Columns of a matrix that are multiplied in one pass over the data. More were slower on every backend, since the
-# activations for all columns no longer fit into the cache.
+# Number of columns of a matrix that are multiplied in one pass over the data. More columns were slower on every
+# backend, because the activations for all of them no longer fit into the cache.
 COLUMNS = 64
 # Limit on the numbers in the rows that one call of a program computes. A call covers several chunks, which share one
 # evaluation of the model.
@@ -30,18 +30,20 @@ _NUMBERS_OF_A_CALL = 2**24
 class CurvatureOperator(AlgebraicOperator):
     """A symmetric curvature matrix of a loss with respect to the weights of a model, known by its products.
 
-    The matrix is only formed by `dense` and `blocks`. Operators of one shape can be added, multiplied by numbers, and
-    multiplied by one another (`2 * h + g`, `g @ h @ g`). The result is an operator for the estimators and solvers of
-    `kg.curvature`. SciPy takes an operator wherever it takes its own `LinearOperator`.
+    This is the base class. To make an operator, use `kg.curvature.Hessian`, `GaussNewton` or `Fisher`.
+
+    The matrix is only formed by `dense` and `blocks`. Operators of the same shape can be added, multiplied by numbers,
+    and multiplied by one another (`2 * h + g`, `g @ h @ g`). The result is an operator for the estimators and solvers
+    of `kg.curvature`. SciPy takes an operator wherever it takes its own `LinearOperator`.
 
     Attributes:
         model: The model that has the weights. For a wrapper of `kg.models`, the wrapped model.
-        variables: A list of the variables that the matrix is taken with respect to.
+        variables: The variables of the derivatives, in a list.
         slices: For each variable, the slice of its elements in a flat vector, in the order of
             `keras.ops.reshape(v, -1)`.
         shape: `(n, n)`, where n is the total number of elements of the variables.
         dtype: The NumPy dtype of the products, the common dtype of the variables.
-        verbose: The given `verbose`.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for a progress bar if the work takes more than 3 seconds.
     """
 
     def __init__(self, model, loss, data, variables=None, training=False, *, batch_size=256, verbose="auto"):
@@ -178,7 +180,8 @@ class CurvatureOperator(AlgebraicOperator):
     def of_batch(self, batch, draws_anew=True):
         """The same operator on a single batch, `(x, y, sample_weight)` as tensors.
 
-        Its random numbers start from the current states of the seeds, or are those of this operator.
+        With `draws_anew`, its random numbers start from the current states of the seeds. Otherwise they are those of
+        this operator.
         """
         other = copy.copy(self)
         other._sums = self._sums.of_batch(batch)
@@ -192,8 +195,8 @@ class CurvatureOperator(AlgebraicOperator):
     def compute(self, what, body, batch):
         """Runs `body(spec, loss, parameters, model, batch)` compiled, with the random numbers of this operator.
 
-        `what` tells programs apart. `spec` is the `OfBatch` of the operator, `loss` its `BatchLoss`, and `parameters`
-        its `Parameters`.
+        `what` identifies the program in the cache. `spec` is the `OfBatch` of the operator, `loss` its `BatchLoss`, and
+        `parameters` its `Parameters`.
         """
         return self._sums.run(what, body, on_devices(batch))
 

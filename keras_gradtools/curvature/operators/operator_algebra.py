@@ -25,7 +25,7 @@ class AlgebraicOperator(LinearOperator):
         return ProductOperator(_as_operator(other), self) if _is_operator(other) else NotImplemented
 
     def _times(self, vectors):
-        """The product with a vector, a matrix of columns, or nested tensors, in the kind of these."""
+        """The product with a vector, a matrix of columns, or nested tensors. It is of the same kind as the operand."""
         raise NotImplementedError
 
     def __mul__(self, factor):
@@ -102,7 +102,7 @@ class LinearCombination(AlgebraicOperator):
 
 
 class ProductOperator(AlgebraicOperator):
-    """The product of operators, which is symmetric if they are and their order is the same backwards."""
+    """The product of operators. It is symmetric if all are symmetric and their order reads the same backwards."""
 
     def __init__(self, *operators):
         self._factors: list[LinearOperator] = [
@@ -135,7 +135,7 @@ class ProductOperator(AlgebraicOperator):
 
 
 class MatrixOperator(AlgebraicOperator):
-    """A matrix of another library beside operators: an array, a sparse matrix or a `LinearOperator` of SciPy."""
+    """A matrix of another library as an operator: an array, a sparse matrix or a `LinearOperator` of SciPy."""
 
     def __init__(self, matrix):
         super().__init__(matrix.shape, np.result_type(matrix.dtype, np.float32))
@@ -161,7 +161,7 @@ class MatrixOperator(AlgebraicOperator):
 
     @property
     def T(self):  # noqa: N802
-        # Of a `LinearOperator`, it is not known whether it is symmetric.
+        # Whether a `LinearOperator` of SciPy is symmetric is not known.
         is_known = isinstance(self._matrix, np.ndarray) or hasattr(self._matrix, "tocsr")
         return self if is_known and self.is_symmetric else MatrixOperator(self._matrix.T)
 
@@ -172,7 +172,7 @@ def _is_operator(x):
 
 
 def _as_operator(x):
-    """`x` as an operator. None if it is no matrix. Raises `ValueError` if it is not real and square."""
+    """`x` as an operator. None if it is not a matrix. Raises `ValueError` if it is not real and square."""
     if isinstance(x, LinearOperator):
         return x
     if not hasattr(x, "shape") or not hasattr(x, "__matmul__") or isinstance(x, numbers.Number):
@@ -189,7 +189,7 @@ def _as_operator(x):
 def _common_shape(operators):
     shapes = list(dict.fromkeys(a.shape for a in operators))
     if len(shapes) > 1:
-        raise ValueError(f"Operators that are added or multiplied have the same shape. Received: the shapes {shapes}.")
+        raise ValueError(f"Operators to add or multiply must have the same shape. Received: the shapes {shapes}.")
     return shapes[0]
 
 

@@ -66,7 +66,7 @@ class Parameters:
     def joined_in_numpy(self, parts, stack=()):
         """The same as `joined`, as a NumPy array."""
         flat = [
-            # Not -1, since a stack may be empty.
+            # The size is explicit, because -1 is ambiguous if the stack is empty.
             ops.convert_to_numpy(ops.cast(part, self.dtype)).reshape(*stack, place.stop - place.start)
             for part, place in zip(parts, self.slices, strict=True)
         ]
@@ -80,7 +80,7 @@ class Parameters:
         """Converts the right operand of `@`. Returns `(parts, columns, in_kind)`.
 
         `parts` are tensors, one for each variable. `columns` is the number of columns of a matrix, which are the first
-        axis of the tensors, and None for a single vector. `in_kind` converts a result back to the form of the operand.
+        axis of the tensors, or None for a single vector. `in_kind` converts a result back to the form of the operand.
         """
         if isinstance(given, keras.KerasTensor):
             raise self._refused(given)

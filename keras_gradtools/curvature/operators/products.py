@@ -1,4 +1,4 @@
-"""The matrix that an estimator or a solver is given: its checks, and its products with NumPy vectors."""
+"""Checks of the matrix that an estimator or a solver receives, and its products with NumPy vectors."""
 
 import keras
 import numpy as np
@@ -15,7 +15,7 @@ _ROWS = 1024
 
 
 def as_real_matrix(a):
-    """Returns `a`, a tensor as an array. None unless it is real and has a product `a @ v`."""
+    """Returns `a`, or its NumPy array if it is a tensor. None unless it is real and has a product `a @ v`."""
     is_matrix = hasattr(a, "__matmul__") and not isinstance(a, keras.KerasTensor)
     if not is_matrix or (hasattr(a, "dtype") and validation.dtype_of(a).startswith("complex")):
         return None
@@ -24,7 +24,7 @@ def as_real_matrix(a):
 
 
 def real_matrix(owner, a):
-    """Returns `a`, a tensor as an array. Raises `ValueError` unless it is real and has a product `a @ v`."""
+    """Returns `a`, or its array if it is a tensor. Raises `ValueError` unless it is real and has a product `a @ v`."""
     matrix = as_real_matrix(a)
     if matrix is None:
         raise ValueError(
@@ -35,7 +35,7 @@ def real_matrix(owner, a):
 
 
 def square_matrix(owner, a):
-    """Returns `a`, a tensor as an array. Raises `ValueError` unless it is a real square matrix."""
+    """Returns `a`, or its NumPy array if it is a tensor. Raises `ValueError` unless it is a real square matrix."""
     a = real_matrix(owner, a)
     shape = tuple(getattr(a, "shape", ()))
     if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
@@ -47,7 +47,7 @@ def square_matrix(owner, a):
 
 
 def symmetric_matrix(owner, a):
-    """Returns `a`, a tensor as an array. Raises `ValueError` unless it is a real symmetric matrix."""
+    """Returns `a`, or its NumPy array if it is a tensor. Raises `ValueError` unless it is a real symmetric matrix."""
     a = square_matrix(owner, a)
     require_symmetric(owner, a)
     return a
@@ -58,19 +58,19 @@ def require_symmetric(owner, a):
     if not is_symmetric(a):
         raise ValueError(
             f"{owner} expects a symmetric matrix as `a`. Received: {validation.describe(a)}, which is not symmetric. "
-            "Take its symmetric part, `0.5 * (a + a.T)`. A product of operators is symmetric if it is the same "
-            "backwards, as `h @ g @ h`."
+            "Take its symmetric part, `0.5 * (a + a.T)`. A product of symmetric operators is symmetric if it reads the "
+            "same backwards, such as `h @ g @ h`."
         )
 
 
 def is_symmetric(a):
-    """Whether a real square matrix is symmetric, up to rounding. Objects with no more than a product count as so."""
+    """Whether a real square matrix is symmetric, up to rounding. True for objects whose elements are not known."""
     known = getattr(a, "is_symmetric", None)
     if known is not None:
         return bool(known)
     if isinstance(a, np.ndarray):
         blocks = [slice(start, start + _ROWS) for start in range(0, len(a), _ROWS)]
-        # Numbers that are not finite are found by the products.
+        # NaN and infinity pass this check. They are found later, when products are computed.
         with np.errstate(invalid="ignore"):
             difference = max(np.abs(a[rows] - a[:, rows].T).max() for rows in blocks)
         largest = max(np.abs(a[rows]).max() for rows in blocks)
@@ -83,7 +83,7 @@ def is_symmetric(a):
 
 
 def matvec_of(a):
-    """A function from a NumPy vector to its product with `a`, a NumPy vector, at the current weights."""
+    """A function that multiplies `a` by a NumPy vector and returns a NumPy vector, at the current weights."""
     a = a.linearized() if hasattr(a, "linearized") else a
 
     def matvec(vector):
@@ -100,5 +100,5 @@ def precision_of(a):
 
 
 def progress_of(a, what, total):
-    """The `Progress` of `total` products. Only operators show a bar, as their `verbose` says."""
+    """The `Progress` of `total` products. Operators show a bar according to their `verbose`, other matrices never."""
     return a._progress(what, total) if hasattr(a, "_progress") else Progress(total, what, 0)

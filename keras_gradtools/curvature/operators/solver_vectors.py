@@ -8,7 +8,7 @@ from keras_gradtools import validation
 
 
 def real_numbers(given):
-    """Converts an array or a tensor to an array in single or double precision. None if it has no real numbers."""
+    """Converts an array or a tensor to an array in single or double precision. None if its numbers are not real."""
     if ops.is_tensor(given) and validation.dtype_of(given) in ("float16", "bfloat16"):
         given = ops.cast(given, "float32")
     if isinstance(given, keras.KerasTensor):
@@ -20,7 +20,7 @@ def real_numbers(given):
 
 
 def in_kind_of(given, array):
-    """Converts a solution to a tensor if `given` is one, with its dtype if that is floating-point, else `floatx`."""
+    """Converts an array to a tensor if `given` is one, of the dtype of `given`, or `floatx` if that is not a float."""
     if not ops.is_tensor(given):
         return array
     dtype = validation.dtype_of(given)
@@ -33,7 +33,7 @@ def lower_triangle(matrix):
 
 
 def solver_dtype(dtype):
-    """The precision in which a solver computes with a matrix of this dtype, given by its name or as that of NumPy."""
+    """The precision in which a solver computes with a matrix of this dtype, a name, a NumPy dtype or None."""
     # NumPy has no bfloat16, and half precision is too imprecise for solvers.
     is_single = getattr(dtype, "name", dtype) in ("float32", "float16", "bfloat16")
     return np.dtype("float32" if is_single else "float64")

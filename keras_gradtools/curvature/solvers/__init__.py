@@ -1,1 +1,1 @@
-"""Linear systems with a symmetric operator."""
+"""Solvers of linear systems with a symmetric matrix: conjugate gradients, and a damped Cholesky factorization."""

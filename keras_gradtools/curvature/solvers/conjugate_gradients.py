@@ -1,4 +1,4 @@
-"""Conjugate gradients: linear equations with a matrix that is known by its products."""
+"""Conjugate gradients: solves linear equations using only products with the matrix."""
 
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ class ConjugateGradientsResult(NamedTuple):
             `"max_iterations"` or `"not_finite"`.
         iterations: Number of iterations, each with one product.
         residual_norm: The norm of `b - (A + damping I) x`, as updated in the iteration.
-        negative_curvature: A direction `d` with `d'(A + damping I) d <= 0` if that was the reason, else None.
+        negative_curvature: A direction `d` with `d'(A + damping I) d <= 0`, up to rounding, if `reason` is
+            `"negative_curvature"`, else None.
         curvature: `d'(A + damping I) d / d'd` for that direction, else None.
     """
 
@@ -59,14 +60,14 @@ def conjugate_gradients(
     - the residual $\lVert b - (A + \lambda I) x \rVert$ is at most `max(rtol * norm(b), atol)`.
     - the last $k = \max(10, 0.1 i)$ of $i$ iterations have contributed less than `k * progress_tol` of the total
       decrease of $q$. This is Martens' rule, which stops long before the residual is small.
-    - it meets a direction of zero or negative curvature. The matrix is then not positive definite. The result has this
-      direction, and the last $x$ before it, which is not a solution.
+    - it meets a direction of zero or negative curvature, so the matrix is not positive definite. The result then holds
+      this direction and the last $x$ before it, which is not a solution.
     - a number is not finite.
 
     Vectors have the precision of `b`, and all scalars are in double precision.
 
     Args:
-        a: The matrix: a curvature operator, what is computed from operators (`2 * h + g`), an array or a tensor, a
+        a: The matrix: a curvature operator, an expression of operators such as `2 * h + g`, an array or a tensor, a
             sparse matrix or a `LinearOperator` of SciPy, or any object with `a @ v`.
         b: A vector of shape `(n,)`, an array or a tensor.
         x0: The starting point. Default: zeros.
@@ -98,8 +99,8 @@ def conjugate_gradients(
     >>> result.x.round(6), result.reason, result.iterations
     (array([1. , 0.5]), 'converged', 2)
 
-    Source: Hestenes & Stiefel, "Methods of conjugate gradients for solving linear systems" (1952); the rule of progress
-    is that of Martens, "Deep learning via Hessian-free optimization" (2010), section 4.4.
+    Source: Hestenes & Stiefel, "Methods of conjugate gradients for solving linear systems" (1952); Martens, "Deep
+    learning via Hessian-free optimization" (2010), section 4.4, for the rule with `progress_tol`.
     """
     a = real_matrix("conjugate_gradients", a)
     if callback is not None and (not callable(callback) or isinstance(callback, keras.KerasTensor)):
@@ -156,7 +157,7 @@ def conjugate_gradients(
                 "conjugate_gradients expects a positive definite `preconditioner`. Received: one with a product "
                 f"r'P r = {slope:.3g} for the residual r."
             )
-        # A curvature that rounding cannot tell from zero counts as zero.
+        # A curvature that is zero within rounding error counts as zero.
         if curvature <= _ROUNDING * float(np.finfo(b.dtype).eps) * norm(direction) * norm(curved):
             return result("negative_curvature", direction, curvature / size)
         step = slope / curvature

@@ -1,4 +1,4 @@
-"""Linear equations with a matrix that may not be positive definite, damped until they can be solved."""
+"""Solves linear equations with a matrix that may not be positive definite, by damping it until it is."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, lower_triangle, real_numbers
 from keras_gradtools.curvature.solvers.options import scipy_module
 
-# The least damping of a matrix that needs some, relative to its largest entry.
+# The least damping that is tried after the initial one, relative to the largest entry of the matrix.
 _SMALLEST_SHARE = 1e-10
 
 
@@ -84,7 +84,7 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
         try:
             x = linalg.cho_solve(linalg.cho_factor(matrix, lower=True, check_finite=False), columns, check_finite=False)
         except linalg.LinAlgError:
-            # This ends, since by Gershgorin's theorem no eigenvalue is below -n times the largest entry.
+            # The loop ends, because by Gershgorin's theorem no eigenvalue is below -n times the largest entry.
             damping = max(factor * damping, _SMALLEST_SHARE * scale)
             continue
         return DampedSolution(in_kind_of(b, x), damping, attempts)

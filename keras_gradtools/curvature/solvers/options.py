@@ -1,4 +1,4 @@
-"""Checks of the options that several estimators and solvers have."""
+"""What several estimators and solvers share: a check of the option `matvecs`, and the import of SciPy."""
 
 import importlib
 
