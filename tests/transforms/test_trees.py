@@ -10,17 +10,19 @@ from tests.cases import close, tensor
 from tests.containers import CONTAINERS, Pair
 
 every_container = pytest.mark.parametrize("container", CONTAINERS, ids=lambda c: c.name)
-how = pytest.mark.parametrize("compiler", [lambda f: f, kg.jit], ids=["eager", "jit"])
 
 X = np.array([1.0, 2.0])
 V = np.array([3.0, -1.0])
 H = np.diag(6 * X)
 
 
-@pytest.fixture(params=CONTAINERS, ids=lambda c: c.name)
-def c(request):
-    """A container of weights and None, and its parts."""
-    return request.param
+# Compiled, the containers enter and leave by one door, which `TestCompiledBoundary` tries with each of them.
+# Inside, a transform sees what it sees eagerly: a few containers, of each protocol, will do.
+WAYS = [(container, lambda f: f, "eager") for container in CONTAINERS]
+WAYS += [(c, kg.jit, "jit") for c in CONTAINERS if c.name in ("dict", "tracked by a layer", "dataclass")]
+every_way = pytest.mark.parametrize(
+    ("c", "compiler"), [way[:2] for way in WAYS], ids=[f"{w[0].name}-{w[2]}" for w in WAYS]
+)
 
 
 class Cubes:
@@ -46,7 +48,7 @@ class Cubes:
         return a
 
 
-@how
+@every_way
 class TestEveryContainer:
     """f(x) = sum x^3: gradient 3 x^2, Hessian diag(6 x)."""
 
@@ -96,8 +98,7 @@ class TestEveryContainer:
         close(f.found(along), 3 * X**2 * V)
         close(f.found(nowhere), 0 * X)
 
-    @pytest.mark.parametrize("mode", ["forward", "reverse"])
-    @pytest.mark.parametrize("chunk_size", [None, 1])
+    @pytest.mark.parametrize(("mode", "chunk_size"), [("forward", None), ("reverse", 1)])
     def test_jacobian(self, c, compiler, mode, chunk_size):
         f = Cubes(c)
         found = compiler(kg.jacobian(f.elements, mode=mode, chunk_size=chunk_size))(c.make(tensor(X), None))
@@ -108,10 +109,9 @@ class TestEveryContainer:
         found = compiler(kg.batch_jacobian(f.elements))(c.make(tensor([X]), None))
         close(f.found(f.found(found)), [np.diag(3 * X**2)])
 
-    @pytest.mark.parametrize("chunk_size", [None, 1])
-    def test_hessian(self, c, compiler, chunk_size):
+    def test_hessian(self, c, compiler):
         f = Cubes(c)
-        blocks = compiler(kg.hessian(f, chunk_size=chunk_size))(c.make(tensor(X), None))
+        blocks = compiler(kg.hessian(f))(c.make(tensor(X), None))
         close(f.found(f.found(blocks)), H)
         matrix, unravel = kg.flatten_hessian(blocks)
         close(matrix, H)
@@ -178,9 +178,18 @@ class TestEveryContainer:
         slope = compiler(kg.grad(lambda p: ops.sum(f.found(reversed_cubes(p)) * tensor(V))))
         close(f.found(slope(c.make(tensor(X), None))), -3 * X**2 * V)
 
-    def test_jit_alone(self, c, compiler):
-        f = Cubes(c)
-        close(f.found(compiler(lambda p: f.elements(f.elements(p)))(c.make(tensor(X), None))), X**9)
+
+@every_container
+class TestCompiledBoundary:
+    """What a compiled function takes and returns."""
+
+    def test_alone(self, container):
+        f = Cubes(container)
+        close(f.found(kg.jit(lambda p: f.elements(f.elements(p)))(container.make(tensor(X), None))), X**9)
+
+    def test_around_a_transform(self, container):
+        f = Cubes(container)
+        close(f.found(kg.jit(kg.grad(f))(container.make(tensor(X), None))), 3 * X**2)
 
 
 class TestOneProgramForEachStructure:
@@ -222,8 +231,14 @@ STEP = [
 ]
 
 
-@pytest.mark.parametrize("step", STEP)
-@how
+def eagerly_and_compiled(params, compiled):
+    """Each of the parameters eagerly, and those of these names in a compiled function too."""
+    ways = [pytest.param(*p.values, lambda f: f, id=f"{p.id}-eager") for p in params]
+    return ways + [pytest.param(*p.values, kg.jit, id=f"{p.id}-jit") for p in params if p.id in compiled]
+
+
+# A compiled function is given numbers of Python, tensors and variables each in its own way.
+@pytest.mark.parametrize(("step", "compiler"), eagerly_and_compiled(STEP, ("int", "variable", "mask")))
 class TestCountersAndMasks:
     """f(w) = s sum w^3 with s no float."""
 
@@ -245,19 +260,6 @@ class TestCountersAndMasks:
     def test_grad(self, step, compiler):
         p, s = self.argument(step)
         close(compiler(kg.grad(self.fun))(p), self.result(3 * X**2 * s))
-
-    def test_carried_as_they_are(self, step, compiler):
-        p, s = self.argument(step)
-        seen = []
-
-        def f(p):
-            seen.append(p["step"])
-            return ops.sum(p["w"])
-
-        kg.grad(f)(p)
-        # As floating-point arrays and variables are, those of integers are handed on as tensors.
-        is_converted = isinstance(p["step"], (keras.Variable, np.ndarray))
-        assert ops.is_tensor(seen[0]) and "int" in str(seen[0].dtype) if is_converted else seen[0] is p["step"]
 
     def test_pullbacks_and_pushes(self, step, compiler):
         p, s = self.argument(step)
@@ -292,16 +294,15 @@ class TestCountersAndMasks:
         curved = compiler(lambda p: kg.ggnvp(lambda p: p["w"] ** 3, ops.sum, (p,), (None,)))(p)
         close(curved, (self.result(0 * X),))
 
-    @pytest.mark.parametrize("mode", ["forward", "reverse"])
-    def test_jacobians(self, step, compiler, mode):
+    def test_jacobians(self, step, compiler):
         p, s = self.argument(step)
 
         def f(p):
             return {"y": p["w"] ** 3, "none": None, "step": ops.cast(p["step"], "int32")}
 
         expected = {"y": self.result(np.diag(3 * X**2)), "none": None, "step": None}
-        close(compiler(kg.jacobian(f, mode=mode))(p), expected)
-        close(compiler(kg.jacobian(f, mode=mode, chunk_size=1))(p), expected)
+        for mode, chunk_size in (("forward", None), ("reverse", 1)):
+            close(compiler(kg.jacobian(f, mode=mode, chunk_size=chunk_size))(p), expected)
 
     def test_per_example_grad(self, step, compiler):
         p, s = self.argument(step)
@@ -311,6 +312,27 @@ class TestCountersAndMasks:
 
         found = compiler(kg.per_example_grad(loss))(p, tensor([[1.0], [2.0]]))
         close(found, self.result(np.stack([3 * X**2 * s, 6 * X**2 * s])))
+
+
+@pytest.mark.parametrize("step", STEP)
+def test_counters_and_masks_are_carried_as_they_are(step):
+    p, _ = TestCountersAndMasks.argument(step)
+    seen = []
+
+    def f(p):
+        seen.append(p["step"])
+        return ops.sum(p["w"])
+
+    kg.grad(f)(p)
+    # As floating-point arrays and variables are, those of integers are handed on as tensors.
+    is_converted = isinstance(p["step"], (keras.Variable, np.ndarray))
+    assert ops.is_tensor(seen[0]) and "int" in str(seen[0].dtype) if is_converted else seen[0] is p["step"]
+
+
+@pytest.mark.parametrize("step", STEP)
+def test_every_counter_and_mask_enters_a_compiled_function(step):
+    p, s = TestCountersAndMasks.argument(step)
+    close(kg.jit(kg.grad(TestCountersAndMasks.fun))(p), TestCountersAndMasks.result(3 * X**2 * s))
 
 
 def test_integer_leaves_of_a_batch_jacobian():
@@ -330,12 +352,12 @@ class TestConstants:
         pytest.param(lambda: np.float32(3.0), id="numpy scalar"),
         pytest.param(lambda: np.array(3.0, "float32"), id="array"),
         pytest.param(lambda: tensor(3.0), id="tensor"),
-        pytest.param(lambda: ops.ones(()) * 3, id="computed"),
         pytest.param(lambda: keras.Variable(3.0), id="variable"),
     ]
 
-    @pytest.mark.parametrize("constant", CONSTANTS)
-    @how
+    WAYS = eagerly_and_compiled(CONSTANTS, ("float", "tensor", "variable"))
+
+    @pytest.mark.parametrize(("constant", "compiler"), WAYS)
     def test_a_constant_function(self, constant, compiler):
         constant = constant()
 
@@ -354,8 +376,7 @@ class TestConstants:
         close(compiler(kg.per_example_grad(lambda w, x: f(w)))(x, tensor([1.0, 2.0])), np.zeros((2, 2)))
         close(compiler(lambda x: kg.ggnvp(lambda x: x * x, f, (x,), (x,)))(x), (0 * X,))
 
-    @pytest.mark.parametrize("constant", CONSTANTS)
-    @how
+    @pytest.mark.parametrize(("constant", "compiler"), WAYS)
     def test_one_output_among_several(self, constant, compiler):
         constant = constant()
 
