@@ -57,6 +57,7 @@ def tests_of_internals():
         "diagnostics/test_dead_units.py",
         "diagnostics/test_layer_derivatives.py",
         "transforms/test_models.py",
+        "transforms/test_compiled_models.py",
         "test_layer_contract.py",
         "gradient_control/test_*.py",
         "transforms/test_derivative_layers.py",

@@ -45,7 +45,7 @@ class TestJacobian:
         expected = {"square": by_square, "v": (by_v, by_v)}
         close(tape.jacobian(y, {"square": square, "v": (v, v)}), expected)
 
-    @pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 5, 6, 7, 100])
+    @pytest.mark.parametrize("chunk_size", [1, 4, 6, 100])
     def test_chunk_size_changes_no_value(self, chunk_size):
         m, v = RANDOM.normal(size=(2, 3)), RANDOM.normal(size=3)
         sources = [tensor(m), tensor(v)]
@@ -106,7 +106,7 @@ class TestJacobian:
 
 
 class TestBatchJacobian:
-    @pytest.mark.parametrize("chunk_size", [None, 1, 2, 4, 5, 6, 50])
+    @pytest.mark.parametrize("chunk_size", [None, 1, 4, 50])
     def test_closed_form(self, chunk_size):
         a, x = RANDOM.normal(size=(3, 2, 3)), RANDOM.normal(size=(4, 3))
         source = tensor(x)

@@ -246,10 +246,12 @@ def same_state(model, other):
         close(variable, ops.convert_to_numpy(expected))
 
 
-def check_alive(model):
+def check_alive(model, trains):
     x = tensor(X)
     assert np.isfinite(ops.convert_to_numpy(model(x, training=True))).all()
     close(model(x), model.predict(X, verbose=0))
+    if not trains:
+        return
     model.compile("sgd", "mse")
     before = model.get_weights()
     history = model.fit(X, X[:, :1], batch_size=4, verbose=0)
@@ -263,7 +265,7 @@ def test_a_taped_pass_changes_the_state_as_a_plain_one(depth):
     taped(model, tensor(X), depth)
     other(tensor(X), training=True)
     same_state(model, other)
-    check_alive(model)
+    check_alive(model, trains=depth == 3)
 
 
 @pytest.mark.parametrize("method", ["jacobian", "batch_jacobian", "jvp"])
@@ -276,7 +278,7 @@ def test_derivatives_of_every_kind_leave_the_state_alone(method):
     getattr(tape, method)(y, x, *([tensor(X)] if method == "jvp" else []))
     other(tensor(X), training=True)
     same_state(model, other)
-    check_alive(model)
+    check_alive(model, trains=method == "jacobian")
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -293,7 +295,7 @@ def test_state_in_compiled_code(compiler, depth):
         # XLA on TensorFlow draws other random numbers from the same seed.
         if not compiler.is_xla_graph:
             close(gradient, ops.convert_to_numpy(expected), rtol=1e-3, atol=1e-4)
-    check_alive(model)
+    check_alive(model, trains=depth == 2)
 
 
 def test_an_inference_pass_changes_nothing():

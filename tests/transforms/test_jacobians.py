@@ -21,8 +21,17 @@ def normal(*shape):
     return RNG.normal(size=shape).astype("float32")
 
 
-@pytest.mark.parametrize("mode, chunk_size", WAYS)
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+# How an operation is vectorized depends on the direction. That rows come in chunks, or which direction is chosen, does
+# not depend on the operation.
+SOME_CASES = [case for case in CASES if case.name in ("rosenbrock", "softmax", "matmul", "division")]
+CASES_AND_WAYS = [(case, way) for case in CASES for way in WAYS if way in (WAYS[1], WAYS[2]) or case in SOME_CASES]
+
+
+@pytest.mark.parametrize(
+    ("case", "mode", "chunk_size"),
+    [(case, *way) for case, way in CASES_AND_WAYS],
+    ids=[f"{case_id(case)}-{way[0]}-{way[1]}" for case, way in CASES_AND_WAYS],
+)
 def test_closed_forms(case, mode, chunk_size):
     every = tuple(range(len(case.inputs)))
     found = kg.jacobian(case.fun, argnums=every, mode=mode, chunk_size=chunk_size)(*map(tensor, case.inputs))
@@ -82,8 +91,11 @@ class TestStructure:
         assert tuple(found.shape) == (0, 3, 0, 3)
 
 
-@pytest.mark.parametrize("compile", [lambda fun: fun, kg.jit], ids=["eager", "kg.jit"])
-@pytest.mark.parametrize("mode, chunk_size", WAYS)
+@pytest.mark.parametrize(
+    ("compile", "mode", "chunk_size"),
+    [*[(lambda fun: fun, *way) for way in WAYS], (kg.jit, "forward", None), (kg.jit, "reverse", 2)],
+    ids=[*[f"eager-{mode}-{chunk_size}" for mode, chunk_size in WAYS], "kg.jit-forward", "kg.jit-reverse-2"],
+)
 class TestAnEmptyTensorBesideOthers:
     """It has no derivative to compute, and takes none away from the others."""
 
@@ -131,7 +143,7 @@ def test_the_cheaper_direction_is_chosen(monkeypatch):
 
 
 @with_every_compiler
-@pytest.mark.parametrize("mode, chunk_size", WAYS)
+@pytest.mark.parametrize("mode, chunk_size", [("forward", None), ("reverse", 2)])
 def test_compiled_by_others(compiler, mode, chunk_size):
     a = normal(5, 3)
     jacobian = compiler.compile(kg.jacobian(lambda x: ops.tanh(ops.matmul(a, x)), mode=mode, chunk_size=chunk_size))
@@ -246,15 +258,17 @@ class TestBatchJacobian:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TensorFlow cannot vectorize")
             found = ops.convert_to_numpy(kg.batch_jacobian(model, mode=mode)(x))
-            chunked = ops.convert_to_numpy(kg.batch_jacobian(model, mode=mode, chunk_size=4)(x))
-        np.testing.assert_allclose(chunked, found, rtol=1e-4, atol=1e-5)
+            if len(shape) < 3:
+                chunked = ops.convert_to_numpy(kg.batch_jacobian(model, mode=mode, chunk_size=4)(x))
+                np.testing.assert_allclose(chunked, found, rtol=1e-4, atol=1e-5)
         v = normal(*x.shape)
         pushed = np.einsum("bki,bi->bk", found.reshape(3, -1, v[0].size), v.reshape(3, -1))
-        if not any(isinstance(layer, (layers.MaxPooling2D, layers.GlobalMaxPooling2D)) for layer in model.layers):
+        is_smooth = not any(isinstance(x, (layers.MaxPooling2D, layers.GlobalMaxPooling2D)) for x in model.layers)
+        # The differences are the same in both modes.
+        if is_smooth and mode == "forward":
             kg.testing.check_jvp(model, (x,), (v,))
-        for b in range(3):
-            alone = kg.jvp(model, (x[b : b + 1],), (v[b : b + 1],))[1]
-            np.testing.assert_allclose(pushed[b], ops.convert_to_numpy(alone).ravel(), rtol=1e-3, atol=1e-4)
+        along = ops.convert_to_numpy(kg.jvp(model, (x,), (v,))[1])
+        np.testing.assert_allclose(pushed, along.reshape(3, -1), rtol=1e-3, atol=1e-4)
 
     def test_is_the_diagonal_of_the_full_one(self):
         model = built((4,), [layers.Dense(3, activation="tanh")])
