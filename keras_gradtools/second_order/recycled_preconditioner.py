@@ -95,7 +95,7 @@ class RecycledPreconditioner:
         return lambda v: v + (factors * (vectors @ v)) @ vectors
 
     def begin(self):
-        """Must be called before the systems with a new matrix."""
+        """Call this before the first system with a new matrix."""
         self._count, self._is_new = 0, True
 
     def record(self, direction, product):
@@ -116,7 +116,7 @@ class RecycledPreconditioner:
         self._count += 1
 
     def finish(self):
-        """Must be called after a system. Updates the preconditioner with the recorded products."""
+        """Call this after each system. Updates the preconditioner with the recorded products."""
         if self._count >= min(_LEAST_PRODUCTS, len(self.values)):
             if self.waited < self.wait:
                 self.waited += 1

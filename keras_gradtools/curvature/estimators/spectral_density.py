@@ -47,7 +47,7 @@ def spectral_density(a, probes=10, steps=50, *, points=1000, width=None, seed=0)
         probes: Number of random vectors, 2 or more.
         steps: Number of Lanczos steps, and of products, for each probe.
         points: Number of points in the grid on which the density is returned.
-        width: $\sigma$. Default: a hundredth of the range of the eigenvalues.
+        width: $\sigma$. Default: a hundredth of the range of the eigenvalues, or of their magnitude if all are equal.
         seed: An integer that seeds the random vectors.
 
     Returns:

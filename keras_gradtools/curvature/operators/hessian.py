@@ -27,10 +27,10 @@ class Hessian(CurvatureOperator):
 
     The matrix is never formed, except by `dense()` and `blocks()`. `operator @ v` computes
     $H v = \nabla (\nabla L \cdot v)$ batch by batch, at the current weights. The model is called in inference mode, or
-    with `training=True` as in a training step. Random numbers start from the states that the seeds of the model, the
-    global seed of Keras and the generators of the framework had when the operator was created. So all products, losses
-    and gradients use the same dropout masks, whatever is called in between, and also after `move`. A new operator, or
-    `draw_anew()`, uses new masks. Nothing in the model or in these generators changes.
+    with `training=True` as in a training step. When the operator is created, it copies the states of the model's seeds,
+    of Keras' global seed and of the framework's generators. Every call starts from these copies. So all products,
+    losses and gradients use the same dropout masks, whatever is called in between, and also after `move`. A new
+    operator, or `draw_anew()`, uses new masks. Nothing in the model or in these generators changes.
 
     Args:
         model: A built Keras model or layer. For a wrapper of `kg.models`, the wrapped model is used.

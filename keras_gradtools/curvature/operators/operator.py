@@ -89,7 +89,11 @@ class CurvatureOperator(AlgebraicOperator):
             chunk_size: Number of rows to compute at once, 64 by default. It bounds the memory and changes no value.
 
         Raises:
+            ValueError: If `chunk_size` is not a positive integer.
             MemoryError: If the matrix would take more than half of the machine's memory.
+
+        Cost:
+            About n products.
         """
         chunk_size = jacobian_plans.require_chunk_size(f"{type(self).__name__}.dense", chunk_size) or COLUMNS
         n, dtype = self._parameters.size, solver_dtype(self.dtype)
@@ -133,6 +137,9 @@ class CurvatureOperator(AlgebraicOperator):
         Args:
             offset: A vector, in any form that `@` accepts, that is added to the weights for this evaluation. None for
                 no offset. The weights of the model do not change.
+
+        Cost:
+            One evaluation of the loss over the data.
         """
         return self._sums.loss_at(self._offset("loss", offset))
 
@@ -141,7 +148,7 @@ class CurvatureOperator(AlgebraicOperator):
         return self.loss_and_gradient(offset)[1]
 
     def loss_and_gradient(self, offset=None):
-        """The loss and the gradient, at the cost of the gradient. `offset` is as for `loss`."""
+        """Returns `(loss, gradient)`, at the cost of the gradient. `offset` is as for `loss`."""
         return self._sums.loss_and_gradient_at(self._offset("loss_and_gradient", offset))
 
     def loss_surface(self, directions=None, distance=1.0, points=21, seed=0):
