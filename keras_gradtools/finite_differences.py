@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.backend.state import StateScope
+from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape import vectors
 from keras_gradtools.transforms.first_order import require_tuple
 from keras_gradtools.transforms.taped_call import require_function

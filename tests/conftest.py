@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras  # noqa: E402
 import pytest  # noqa: E402
 
-from keras_gradtools.backend.recording import active_tapes  # noqa: E402
+from keras_gradtools.keras_state.recording import active_tapes  # noqa: E402
 
 
 def pytest_report_header():

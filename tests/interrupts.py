@@ -5,7 +5,7 @@ import sys
 
 import keras
 
-from keras_gradtools.backend.recording import active_tapes
+from keras_gradtools.keras_state.recording import active_tapes
 
 
 class Interrupt(BaseException):

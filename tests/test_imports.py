@@ -9,8 +9,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "keras_gradtools"
 
 # Bottom first. A module imports from levels below its own, and from its own folder.
 LEVELS = [
-    {"nesting"},
+    {"nesting", "blocks"},
     {"validation", "keras_internals"},
+    {"keras_state"},
     {"backend"},
     {"chosen_inputs", "drawing", "example_vectors"},
     {"independence"},
@@ -25,7 +26,7 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # These belong to the adapters alone: each framework to the folder of its name, and the question which backend it is.
 FRAMEWORKS = {"tensorflow": "tensorflow", "jax": "jax", "jaxlib": "jax", "torch": "torch"}
-# `keras.src` comes in here, as an import or spelled in a string, and goes on to the adapters alone.
+# `keras.src` comes in here, as an import or spelled in a string, and goes on to `keras_state` and the adapters alone.
 ROOM = "keras_internals"
 WHICH_BACKEND = ("backend.backend", "config.backend")
 SAY_NOTHING = {"util", "utils", "helper", "helpers", "misc", "common"}
@@ -66,8 +67,10 @@ def violations(path, source):
         home = FRAMEWORKS.get(name.split(".")[0])
         if home is not None and parts[:2] != ("backend", home):
             yield f"{path}:{line}: {name} outside backend/{home}/"
-        if here not in ("backend", ROOM) and (asks or is_below(name, [f"keras_gradtools.{ROOM}"])):
+        if here not in ("backend", ROOM) and asks:
             yield f"{path}:{line}: {name} outside backend/"
+        if here not in ("backend", "keras_state", ROOM) and is_below(name, [f"keras_gradtools.{ROOM}"]):
+            yield f"{path}:{line}: {name} outside keras_state/ and backend/"
         if here != ROOM and is_below(name, ["keras.src"]):
             yield f"{path}:{line}: {name} outside {ROOM}/"
         package, _, rest = name.partition(".")
@@ -91,14 +94,21 @@ def test_module_keeps_the_rules(path):
         ("tape/a.py", "from keras.src import tree", "keras.src.tree outside keras_internals/"),
         ("backend/jax/backend.py", "from keras.src import tree", "keras.src.tree outside keras_internals/"),
         ("backend/jax/backend.py", "find('keras.src.tree:flatten')", "keras.src.tree:flatten outside keras_internals/"),
-        ("tape/a.py", "from keras_gradtools.keras_internals import layers", "keras_internals.layers outside backend/"),
+        (
+            "tape/a.py",
+            "from keras_gradtools.keras_internals import layers",
+            "keras_internals.layers outside keras_state/",
+        ),
         ("keras_internals/scopes.py", "import torch", "torch outside backend/"),
-        ("keras_internals/scopes.py", "from keras_gradtools.backend import state", "is not below keras_internals"),
+        ("keras_internals/scopes.py", "from keras_gradtools.backend import base", "is not below keras_internals"),
         ("tape/a.py", "from keras import backend\nbackend.backend()", "tape/a.py:2: backend.backend outside backend/"),
         ("tape/a.py", "import keras\nkeras.backend.backend()", "keras.backend.backend outside backend/"),
         ("attacks/noise.py", "keras.config.backend() == 'jax'", "keras.config.backend outside backend/"),
         ("attacks/noise.py", "from keras.config import backend", "keras.config.backend outside backend/"),
         ("backend/jax/backend.py", "from keras_gradtools import tape", "keras_gradtools.tape is not below backend"),
+        ("keras_state/a.py", "from keras_gradtools import backend", "keras_gradtools.backend is not below keras_state"),
+        ("keras_state/a.py", "import torch", "torch outside backend/torch/"),
+        ("keras_state/a.py", "import keras\nkeras.backend.backend()", "keras.backend.backend outside backend/"),
         ("tape/a.py", "from keras_gradtools.transforms.jacobians import f", "is not below tape"),
         ("tape/a.py", "from ..gradient_control.scale_gradient import f", "scale_gradient.f is not below tape"),
         ("transforms/jacobians.py", "from ..curvature import f", "keras_gradtools.curvature.f is not below transforms"),
@@ -125,6 +135,7 @@ def test_a_breach_is_found(path, source, message):
             "import jax\nfrom keras_gradtools.keras_internals import layers\nfrom . import recording",
         ),
         ("keras_internals/scopes.py", "from keras.src import tree\nkeras.config.backend()"),
+        ("keras_state/a.py", "from keras_gradtools.keras_internals import layers\nfrom keras_gradtools import blocks"),
         ("attacks/a.py", "from keras_gradtools.attacks import b\nfrom ..tape import GradientTape"),
         (
             "tape/a.py",

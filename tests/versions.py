@@ -50,9 +50,10 @@ def tests_of_internals():
     """The tests of what knows the insides of Keras or of a framework."""
     patterns = (
         "tape/test_*.py",
+        "test_blocks.py",
+        "keras_state/test_*.py",
         "backend/**/test_*.py",
         "keras_internals/test_*.py",
-        "input_gradients/test_example_losses.py",
         # Layers' calls, frozen statistics, derivatives as layers.
         "diagnostics/test_dead_units.py",
         "diagnostics/test_layer_derivatives.py",

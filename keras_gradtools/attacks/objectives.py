@@ -8,8 +8,8 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.backend import example_losses
 from keras_gradtools.example_vectors import at_least_single
+from keras_gradtools.keras_state import example_losses
 
 NAMED = ("cross_entropy", "margin")
 # Tolerance on the sum of probabilities, large enough for half precision.

@@ -5,7 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_gradtools.backend import state
+from keras_gradtools.keras_state import layer_state, scopes
 
 
 class OfOneInput:
@@ -37,7 +37,7 @@ def output_activation(model):
         parts = model.layers if isinstance(model, keras.Sequential) else getattr(model, "operations", None)
         if not parts:
             # A custom `call` may do more after the last layer. A sigmoid, however, is nearly always the last step.
-            last = getattr(state.layers_of(model)[-1], "activation", None)
+            last = getattr(layer_state.layers_of(model)[-1], "activation", None)
             return last if last is keras.activations.sigmoid else None
         model = parts[-1]
     return getattr(model, "activation", None)
@@ -48,7 +48,7 @@ def constant_weights(model):
     model = _whole(model)
     if not isinstance(model, keras.Layer):
         return contextlib.nullcontext()
-    return state.StateScope([(v, ops.stop_gradient(ops.convert_to_tensor(v))) for v in model.trainable_variables])
+    return scopes.StateScope([(v, ops.stop_gradient(ops.convert_to_tensor(v))) for v in model.trainable_variables])
 
 
 def _whole(model):

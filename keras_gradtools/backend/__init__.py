@@ -5,10 +5,12 @@ other files what that needs. `keras_gradtools.backend.pullback` and so on are th
 """
 
 import importlib
+import sys
 
 import keras
 
 from keras_gradtools import nesting
+from keras_gradtools.keras_state import framework
 
 _CLASSES = {"tensorflow": "TensorFlowBackend", "jax": "JaxBackend", "torch": "TorchBackend"}
 
@@ -39,4 +41,12 @@ def __getattr__(kernel):
     return found
 
 
+# The folders below import no adapter, and get what they need of it here.
 nesting.use_registry(lambda: __getattr__("containers")())
+framework.use(sys.modules[__name__])
+
+if keras.backend.backend() == "jax":
+    # On import, before any training step: models trained by Keras itself may contain our layers.
+    from keras_gradtools.backend.jax import training
+
+    training.install()

@@ -8,7 +8,7 @@ import contextlib
 from typing import Any
 
 from keras_gradtools.backend import chunks
-from keras_gradtools.backend.blocks import Block
+from keras_gradtools.blocks import Block
 
 
 class Backend(abc.ABC):

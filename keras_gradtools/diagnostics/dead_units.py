@@ -7,10 +7,11 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.backend import layer_calls
-from keras_gradtools.backend.state import StateScope, layers_of
 from keras_gradtools.curvature.data.batch_loss import require_model
 from keras_gradtools.diagnostics.layer_names import layer_names
+from keras_gradtools.keras_state import layer_calls
+from keras_gradtools.keras_state.layer_state import layers_of
+from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.transforms import compiled
 
 NAME = "dead_units"

@@ -1,6 +1,6 @@
 """Unique names of layers, for all reports and logs."""
 
-from keras_gradtools.backend.state import layers_of
+from keras_gradtools.keras_state.layer_state import layers_of
 
 
 def layer_names(model):

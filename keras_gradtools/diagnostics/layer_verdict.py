@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from keras_gradtools.backend import layer_calls
+from keras_gradtools.keras_state import layer_calls
 
 VERDICTS = {
     "yes": "twice differentiable",

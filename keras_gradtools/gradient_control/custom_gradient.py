@@ -7,7 +7,6 @@ import keras
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.backend import recording
 from keras_gradtools.gradient_control.control import FunctionControl
 from keras_gradtools.gradient_control.custom_gradient_values import (
     checked_pair,
@@ -16,6 +15,7 @@ from keras_gradtools.gradient_control.custom_gradient_values import (
     is_floating,
     split,
 )
+from keras_gradtools.keras_state import recording
 
 
 def custom_gradient(fun):

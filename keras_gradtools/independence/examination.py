@@ -5,10 +5,10 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.backend import layer_calls
-from keras_gradtools.backend.state import StateScope, read
 from keras_gradtools.independence import gradient_leak
 from keras_gradtools.independence.gradient_leak import BatchIndependence, Leak
+from keras_gradtools.keras_state import layer_calls
+from keras_gradtools.keras_state.scopes import StateScope, read
 
 # Relative tolerance for values that are computed twice.
 _REPEATED = 1e-5
@@ -161,7 +161,7 @@ def _layers_that_change_others(called, leaves, others, batch_size, seed):
 def _watched(called, leaves):
     """The tape that has recorded a call, and the layer calls in it."""
     tape = backend.Tape(watch_accessed_variables=False)
-    scope, watched = StateScope(), layer_calls.watched(tape)
+    scope, watched = StateScope(), layer_calls.watched(tape, backend.alias)
     with scope, scope, tape, tape, watched, watched:
         called(leaves)
     return tape, watched.calls

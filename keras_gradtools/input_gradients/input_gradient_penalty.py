@@ -4,12 +4,12 @@ import keras
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.backend import example_losses
 from keras_gradtools.chosen_inputs import as_tensors, require_names
 from keras_gradtools.input_gradients.penalty import Penalty, chosen_positions
 from keras_gradtools.input_gradients.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.input_gradients.sample_weights import example_weights
 from keras_gradtools.input_gradients.targets import FunctionTarget, LossTarget, OutputsTarget
+from keras_gradtools.keras_state import example_losses
 
 NAME = "input_gradient_penalty"
 

@@ -10,13 +10,13 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.backend import example_losses
 from keras_gradtools.chosen_inputs import as_tensors, model_inputs, require_names
 from keras_gradtools.input_gradients.penalty import Penalty, chosen_positions, restored
 from keras_gradtools.input_gradients.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.input_gradients.sample_weights import example_weights
 from keras_gradtools.input_gradients.strength import Strength
 from keras_gradtools.input_gradients.targets import FunctionTarget, LossTarget, OutputsTarget
+from keras_gradtools.keras_state import example_losses
 from keras_gradtools.training.wrapped_model import StateOfStep, WrappedModel
 
 NAME = "InputGradientRegularized"

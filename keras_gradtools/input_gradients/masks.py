@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_gradtools.backend.state import get_keras_mask, set_keras_mask
+from keras_gradtools.keras_state.layer_state import get_keras_mask, set_keras_mask
 
 
 def mask_of(x):

@@ -8,9 +8,9 @@ import keras
 from keras import ops
 
 from keras_gradtools import backend, chosen_inputs, example_vectors, validation
-from keras_gradtools.backend import state
 from keras_gradtools.input_gradients import smoothness
 from keras_gradtools.input_gradients.targets import ALL
+from keras_gradtools.keras_state import layer_state
 from keras_gradtools.tape import vectors
 
 METHODS = ("auto", "exact", "finite_difference", "random_projection")
@@ -93,7 +93,7 @@ class Penalty:
     def measure(self, choice, call, target, model, training):
         """The `Penalties` of a `RecordedCall` of `model`."""
         if self.frozen_statistics and training:
-            block = state.frozen_statistics(model)
+            block = layer_state.frozen_statistics(model)
             with block, block:
                 return self._measure(choice, call.recorded_again(), target.recomputed())
         return self._measure(choice, call, target)

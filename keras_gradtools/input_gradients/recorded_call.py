@@ -3,8 +3,8 @@
 from keras import ops
 
 from keras_gradtools import backend, nesting
-from keras_gradtools.backend import state
 from keras_gradtools.input_gradients.masks import with_mask_of
+from keras_gradtools.keras_state import layer_state, scopes, seeds
 
 
 class Snapshot:
@@ -14,13 +14,13 @@ class Snapshot:
     """
 
     def __init__(self, layer):
-        variables = [*state.state_variables(layer), *state.global_seeds()]
+        variables = [*layer_state.state_variables(layer), *seeds.global_seeds()]
         self._mapping = [(v, ops.copy(v)) for v in variables]
         self._random = backend.random_state()
 
     def replayed(self, fun):
         """The result of `fun()` in the saved state. Assignments in `fun` are dropped."""
-        scope, random_state = state.StateScope(self._mapping), backend.with_random_state(self._random)
+        scope, random_state = scopes.StateScope(self._mapping), backend.with_random_state(self._random)
         with scope, scope, random_state, random_state:
             return fun()
 

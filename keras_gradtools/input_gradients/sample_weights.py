@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_gradtools import nesting
-from keras_gradtools.backend.state import get_keras_mask
+from keras_gradtools.keras_state.layer_state import get_keras_mask
 
 
 def example_weights(sample_weight, outputs, batch_size):

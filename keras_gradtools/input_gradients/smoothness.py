@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend
-from keras_gradtools.backend import state
+from keras_gradtools.keras_state import layer_state, scopes
 from keras_gradtools.tape.gradient_tape import GradientTape
 
 # Layers whose kinks depend on their weights or inputs.
@@ -63,7 +63,7 @@ def reasons_against_exact(model):
     the `call` of a layer are not seen. The second derivative is computed as a test only if some layers are not Keras'
     own.
     """
-    layers = state.layers_of(model)
+    layers = layer_state.layers_of(model)
     found = [(layer.name, kink) for layer in layers if (kink := _kink(layer))]
     functional = [layer for layer in layers if isinstance(layer, keras.Model) and hasattr(layer, "operations")]
     operations = [op for part in functional for op in part.operations if not isinstance(op, keras.Layer)]
@@ -200,7 +200,7 @@ def _example(tensor):
 
 def _gradient_size(model, inputs, watched):
     """The squared norm of the gradient of the sum of squared outputs with respect to the inputs."""
-    scope = state.StateScope()
+    scope = scopes.StateScope()
     with scope, scope, GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(watched)
         outputs = keras.tree.flatten(model(inputs, training=False))

@@ -9,6 +9,10 @@ import keras
 from keras_gradtools.keras_internals import patches, versions
 from keras_gradtools.keras_internals.lookup import find
 
+# Behind the property `trainable` of layers and variables, and behind `dtype_policy` of layers.
+TRAINABLE = "_trainable"
+DTYPE_POLICY = "_dtype_policy"
+
 _VARIABLE = "keras.src.backend.common.variables:Variable"
 _LAYER = "keras.src.layers.layer:Layer"
 _LOSS = "keras.src.losses"
@@ -20,12 +24,13 @@ _DEFINED = (f"{_LAYER}._flatten_layers", f"{_LAYER}._get_regularization_losses",
 # maps a function of Keras, with every place where it has been, to the names that its code must mention.
 _SPELLED = {
     (f"{_VARIABLE}.__init__",): ("_value", "_initializer"),
-    (f"{_LAYER}.__init__",): ("_trainable", "_loss_ids", "_call_has_training_arg"),
+    (f"{_LAYER}.__init__",): (TRAINABLE, "_loss_ids", "_call_has_training_arg"),
+    (f"{_LAYER}.dtype_policy.fget",): (DTYPE_POLICY,),
     (f"{_LAYER}._initialize_tracker",): ("_trainable_variables", "_layers"),
     (f"{_LAYER}._get_call_context",): ("current_call_ctx",),
     ("keras.src.backend.common.stateless_scope:StatelessScope.__init__",): ("losses", "state_mapping"),
     ("keras.src.backend.common.stateless_scope:get_stateless_scope",): ("stateless_scope",),
-    (f"{_LOSS}.loss:Loss.__init__",): ("_dtype_policy", "_dtype"),
+    (f"{_LOSS}.loss:Loss.__init__",): (DTYPE_POLICY, "_dtype"),
     (f"{_LOSS}.losses:LossFunctionWrapper.__init__",): ("_fn_kwargs",),
     (f"{_TRAINER}.compile_utils:CompileLoss.__init__",): ("_user_loss_weights",),
     (f"{_TRAINER}.trainer:BaseTrainer.__init__", f"{_TRAINER}.trainer:Trainer.__init__"): ("_compile_loss",),

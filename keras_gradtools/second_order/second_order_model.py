@@ -8,11 +8,12 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.backend.state import state_variables, undone_by_errors
 from keras_gradtools.curvature.data.batches import batch_size_of, refuse_non_finite
+from keras_gradtools.keras_state.layer_state import state_variables
 from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason, newton_step
 from keras_gradtools.second_order.normal_equations import NormalEquations
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.training.undone_by_errors import undone_by_errors
 from keras_gradtools.training.wrapped_model import WrappedModel
 
 NAME = "SecondOrder"

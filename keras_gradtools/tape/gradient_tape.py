@@ -7,7 +7,7 @@ import threading
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.backend.blocks import Block
+from keras_gradtools.blocks import Block
 from keras_gradtools.independence import gradient_leak
 from keras_gradtools.tape import jacobian_plans, vectors
 

@@ -6,7 +6,8 @@ import threading
 import keras
 
 from keras_gradtools import backend, validation
-from keras_gradtools.backend.state import state_variables, undone_by_errors
+from keras_gradtools.keras_state.layer_state import state_variables
+from keras_gradtools.training.undone_by_errors import undone_by_errors
 
 
 class WrappedModel(keras.Model):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_gradtools.keras_state.layer_state import DTYPE_POLICY, TRAINABLE
 from keras_gradtools.transforms.guards import Guards
 
 _LIBRARIES = {"jax", "keras", "numpy", "tensorflow", "torch"}
@@ -257,8 +258,8 @@ class _Walk:
             self._guard_variable(variable)
 
     def _guard_variable(self, variable):
-        if type(variable).trainable is keras.Variable.trainable and "_trainable" in vars(variable):
-            self._guards.values(vars(variable), ["_trainable"])
+        if type(variable).trainable is keras.Variable.trainable and TRAINABLE in vars(variable):
+            self._guards.values(vars(variable), [TRAINABLE])
         else:
             self._guards.rules(_trainable, variable)
 
@@ -351,12 +352,12 @@ def _find_rules(cls):
 def _attributes_behind_rules(layer):
     """The attributes behind the properties in `_rules_of`, or none if the layer overrides these properties."""
     properties = [name for name in ("trainable", "dtype_policy", "quantization_mode") if hasattr(keras.Layer, name)]
-    attributes = "_trainable", "_dtype_policy"
+    attributes = TRAINABLE, DTYPE_POLICY
     values = vars(layer)
     known = (
         all(getattr(type(layer), name) is getattr(keras.Layer, name) for name in properties)
         and not hasattr(type(layer), "lora_enabled")
-        and not isinstance(values.get("_dtype_policy"), keras.dtype_policies.DTypePolicyMap)  # is mutable
+        and not isinstance(values.get(DTYPE_POLICY), keras.dtype_policies.DTypePolicyMap)  # is mutable
         and all(name in values for name in attributes)
     )
     return attributes if known else ()

@@ -12,8 +12,8 @@ import keras
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.backend import state
-from keras_gradtools.backend.state import read
+from keras_gradtools.keras_state import layer_state, scopes
+from keras_gradtools.keras_state.scopes import read
 from keras_gradtools.transforms import closures
 from keras_gradtools.transforms.guards import Guards
 
@@ -150,7 +150,7 @@ _functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def may_run():
     """Whether a compiled program may be used at this point."""
-    return backend.may_compile() and not state.is_overridden()
+    return backend.may_compile() and not scopes.is_overridden()
 
 
 def run(name, fun, body, options, args, kwargs):
@@ -177,7 +177,7 @@ def prepare(name, fun, body, options, args, kwargs):
     try:
         programs = _programs_of(fun)
         captured = programs.captured_values(fun)
-        key = _Key((name, options), state.ambient(), _signature(fun, args, kwargs), captured.key)
+        key = _Key((name, options), layer_state.ambient(), _signature(fun, args, kwargs), captured.key)
     except TypeError:
         return eager
     program = programs.get(key, lambda: Program(fun, body))
@@ -226,7 +226,7 @@ def jitted(fun):
         except TypeError as error:
             programs.warn_once("kg.jit", fun, error, _TOO_MUCH)
             return fun(*args, **kwargs)
-        key = _Key("jit", state.ambient(), tuple(constants), captured.key)
+        key = _Key("jit", layer_state.ambient(), tuple(constants), captured.key)
         made = []
 
         def make():

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import backend, validation
-from keras_gradtools.backend.state import StateScope
+from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.taped_call import require_function

@@ -6,7 +6,7 @@ import math
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.backend.state import StateScope
+from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import auxiliary
 from keras_gradtools.transforms.taped_call import (

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.backend.state import StateScope, read
+from keras_gradtools.keras_state.scopes import StateScope, read
 from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import auxiliary
 

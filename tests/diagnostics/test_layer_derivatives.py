@@ -8,8 +8,8 @@ import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
-from keras_gradtools.backend import layer_calls
 from keras_gradtools.diagnostics import layer_derivatives, layer_trial
+from keras_gradtools.keras_state import layer_calls
 
 X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
 

@@ -8,8 +8,8 @@ import pytest
 from keras import activations, layers, ops
 
 import keras_gradtools as kg
-from keras_gradtools.backend.layer_calls import array_of
 from keras_gradtools.input_gradients.smoothness import has_kink, reasons_against_exact
+from keras_gradtools.keras_state.layer_calls import array_of
 from keras_gradtools.models import InputGradientRegularized
 from tests.cases import tensor
 from tests.input_gradients.reference import Reference, assert_equal_to, numpy

@@ -11,8 +11,8 @@ from keras import layers, losses, ops
 
 import keras_gradtools as kg
 from keras_gradtools import backend as adapter
-from keras_gradtools.backend import example_losses, state
 from keras_gradtools.keras_internals import backend_modules, patches, variables
+from keras_gradtools.keras_state import example_losses, layer_state, scopes
 from tests.cases import close, tensor
 
 
@@ -95,7 +95,7 @@ class TestInThisKeras:
     def test_losses_of_the_call_outside_are_kept_in_a_scope(self):
         layer = layers.ActivityRegularization(l2=1.0)
         layer(tensor([[2.0]]))
-        with state.StateScope():
+        with scopes.StateScope():
             layer(tensor([[3.0]]))
         close(layer.losses[0], 4.0)
 
@@ -103,7 +103,7 @@ class TestInThisKeras:
         layer = layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.5))
         layer.build((None, 2))
         layer.set_weights([np.asarray([[2.0], [3.0]], "float32")])
-        with kg.GradientTape() as tape, state.StateScope():
+        with kg.GradientTape() as tape, scopes.StateScope():
             (loss,) = layer.losses
         close(tape.gradient(loss, layer.kernel), [[2.0], [3.0]])
 
@@ -128,7 +128,7 @@ class TestInThisKeras:
 
         class Surroundings(layers.Layer):
             def call(self, x, training=None):
-                seen.append(state.ambient())
+                seen.append(layer_state.ambient())
                 return x
 
         model = keras.Sequential([Surroundings()])
@@ -139,7 +139,7 @@ class TestInThisKeras:
 
     def test_the_hook_is_what_the_property_of_a_variable_calls(self):
         assert type(keras.Variable(0.0))._maybe_autocast is variables.Variable._maybe_autocast
-        assert variables.Variable._maybe_autocast.__module__ == "keras_gradtools.backend.recording"
+        assert variables.Variable._maybe_autocast.__module__ == "keras_gradtools.keras_state.recording"
 
     def test_functions_of_the_backend_are_replaced_where_operations_look(self, backend):
         assert adapter.Tape

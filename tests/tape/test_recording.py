@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import keras_gradtools as kg
-from keras_gradtools.backend.recording import active_tapes
+from keras_gradtools.keras_state.recording import active_tapes
 from tests.cases import close, tensor
 
 

@@ -6,7 +6,7 @@ JAX has no tape: `trace.py` records operations, and `sweep.py` differentiates th
 import jax
 import keras
 
-from keras_gradtools.backend import chunks, recording
+from keras_gradtools.backend import chunks
 from keras_gradtools.backend.base import Backend
 from keras_gradtools.backend.jax import (
     aliases,
@@ -22,6 +22,7 @@ from keras_gradtools.backend.jax.containers import containers
 from keras_gradtools.backend.jax.custom_gradient import custom_gradient
 from keras_gradtools.backend.jax.jit import depends_on_values, jit
 from keras_gradtools.backend.jax.train_function import train_function
+from keras_gradtools.keras_state import recording
 
 tape.install()
 keras_ops.install()

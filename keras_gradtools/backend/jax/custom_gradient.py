@@ -12,7 +12,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from keras_gradtools.backend.jax import aliases, jaxprs, trace
-from keras_gradtools.backend.state import StateScope
+from keras_gradtools.keras_state.scopes import StateScope
 
 
 class _Rule:

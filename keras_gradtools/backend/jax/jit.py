@@ -13,9 +13,10 @@ import keras
 import numpy as np
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import causes, recording, state
-from keras_gradtools.backend.state import StateScope
+from keras_gradtools.backend import causes
 from keras_gradtools.keras_internals.variables import AutocastScope, Variable, initialize_all_variables
+from keras_gradtools.keras_state import recording, scopes
+from keras_gradtools.keras_state.scopes import StateScope
 
 
 class _Program:
@@ -53,7 +54,7 @@ class _Program:
         """
         read = []
         jax.eval_shape(lambda arrays: self._run([], arrays, read)[0], arrays)
-        if not state.in_scope():
+        if not scopes.in_scope():
             initialize_all_variables()
         return read
 
@@ -119,7 +120,7 @@ def _is_none(x):
 
 def _values_of(variables):
     """The values of the variables, not autocast."""
-    if not (recording.is_recording() or state.in_scope()):
+    if not (recording.is_recording() or scopes.in_scope()):
         # A shortcut if no tape or scope needs to see the reads: reading through Keras takes microseconds per variable.
         values = [v._value if type(v).value is Variable.value else None for v in variables]
         if not any(value is None for value in values):

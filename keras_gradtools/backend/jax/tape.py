@@ -3,8 +3,8 @@
 import typing
 import weakref
 
-from keras_gradtools.backend import recording
 from keras_gradtools.backend.jax import aliases, current_trace, slices, trace
+from keras_gradtools.keras_state import recording
 
 
 class Tape(recording.Recording):

@@ -22,10 +22,10 @@ from jax._src import ad_util, core
 from jax._src import linear_util as lu
 from jax._src.array import ArrayImpl
 
-from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.jax import custom_calls, jaxprs
 from keras_gradtools.backend.jax.aliases import alias, is_followable
 from keras_gradtools.backend.jax.operation import Operation, reset, with_closure
+from keras_gradtools.blocks import Block
 
 # If a variable is read while JAX traces a program, its array becomes a constant of the program, and the Python code
 # that reads the variable does not run again. For the id of each such array, this has a function that makes tapes follow

@@ -19,7 +19,7 @@ import warnings
 import tensorflow as tf
 from tensorflow.python.ops import custom_gradient as native
 
-from keras_gradtools.backend import recording, state
+from keras_gradtools.keras_state import recording, scopes
 
 
 class ClosedOver:
@@ -86,7 +86,7 @@ def _calling(original):
     @functools.wraps(original)
     def call(fun, args, kwargs):
         tapes = recording.active_tapes()
-        if not (tapes or state.in_scope() or recording.is_logging_reads()):
+        if not (tapes or scopes.in_scope() or recording.is_logging_reads()):
             return original(fun, args, kwargs)
         rematerialized = _rematerialized(fun)
         if rematerialized is not None:

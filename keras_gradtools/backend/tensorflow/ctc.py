@@ -8,7 +8,7 @@ import functools
 
 import tensorflow as tf
 
-from keras_gradtools.backend import recording
+from keras_gradtools.keras_state import recording
 
 _IMPOSSIBLE = -1e30
 

@@ -14,7 +14,7 @@ import functools
 import tensorflow as tf
 from tensorflow.python.framework import ops
 
-from keras_gradtools.backend import recording
+from keras_gradtools.keras_state import recording
 
 _registry = ops.gradient_registry._registry
 

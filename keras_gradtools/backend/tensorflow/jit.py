@@ -10,8 +10,9 @@ import keras
 import tensorflow as tf
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import causes, recording, state
+from keras_gradtools.backend import causes
 from keras_gradtools.backend.tensorflow.containers import Leaves
+from keras_gradtools.keras_state import recording, scopes
 
 
 def jit(fun):
@@ -21,10 +22,10 @@ def jit(fun):
     @functools.wraps(fun)
     def call(*args, **kwargs):
         args, kwargs = _floats_to_tensors(args), _floats_to_tensors(kwargs)
-        if not state.in_scope():
+        if not scopes.in_scope():
             return outside(*args, **kwargs)
         # A graph would read the variables themselves and not the values that the scope gives them.
-        return fun(*args, **kwargs) if state.is_overridden() else inside(*args, **kwargs)
+        return fun(*args, **kwargs) if scopes.is_overridden() else inside(*args, **kwargs)
 
     return call
 

@@ -4,9 +4,10 @@ import functools
 
 import tensorflow as tf
 
-from keras_gradtools.backend import keras_formulas, recording
+from keras_gradtools.backend import keras_formulas
 from keras_gradtools.backend.tensorflow import ctc, elementwise
 from keras_gradtools.keras_internals import backend_modules
+from keras_gradtools.keras_state import recording
 
 _FORMULAS = ("i0", "ldexp", "logaddexp", "logaddexp2", "nextafter", "sinc")
 

@@ -4,9 +4,9 @@ import time
 
 import tensorflow as tf
 
-from keras_gradtools.backend import recording
 from keras_gradtools.backend.tensorflow.pullbacks import dense, gradients_of
 from keras_gradtools.backend.tensorflow.vectorize import map_connected
+from keras_gradtools.keras_state import recording
 
 
 def pushforward_batch(tape, targets, sources, tangents):

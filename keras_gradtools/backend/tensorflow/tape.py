@@ -5,8 +5,8 @@ import tensorflow as tf
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import tape as tape_module
 
-from keras_gradtools.backend import recording
 from keras_gradtools.backend.tensorflow import variables
+from keras_gradtools.keras_state import recording
 
 
 class Tape(recording.Recording):

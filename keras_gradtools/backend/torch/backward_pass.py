@@ -5,10 +5,10 @@ import threading
 
 import torch
 
-from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.torch import formulas
 from keras_gradtools.backend.torch.borrowing import borrow, give_back
 from keras_gradtools.backend.torch.graph import no_derivative
+from keras_gradtools.blocks import Block
 
 
 class _Thread(threading.local):

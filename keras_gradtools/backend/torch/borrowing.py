@@ -2,8 +2,8 @@
 
 import threading
 
-from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.torch import levels
+from keras_gradtools.blocks import Block
 
 _borrowed = {}
 _borrowed_lock = threading.Lock()

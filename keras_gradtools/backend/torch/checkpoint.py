@@ -14,9 +14,9 @@ import typing
 import torch
 
 from keras_gradtools import nesting
-from keras_gradtools.backend import recording
-from keras_gradtools.backend.state import StateScope
 from keras_gradtools.keras_internals.scopes import global_state
+from keras_gradtools.keras_state import recording
+from keras_gradtools.keras_state.scopes import StateScope
 
 # The module `torch.utils.checkpoint`, and not its function of the same name. `Any`, for mypy.
 _checkpoint: typing.Any = torch.utils.checkpoint

@@ -7,8 +7,8 @@ gradient by `grad_fn`.
 
 import torch
 
-from keras_gradtools.backend import recording
 from keras_gradtools.backend.torch import levels
+from keras_gradtools.keras_state import recording
 
 
 def custom_gradient(fun):

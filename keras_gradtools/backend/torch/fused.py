@@ -11,10 +11,10 @@ import functools
 import torch
 from torch.overrides import TorchFunctionMode
 
-from keras_gradtools.backend import recording
 from keras_gradtools.backend.torch import checkpoint
 from keras_gradtools.keras_internals import backend_modules
 from keras_gradtools.keras_internals.layers import TorchModuleWrapper
+from keras_gradtools.keras_state import recording
 
 _fused_attention = torch.nn.functional.scaled_dot_product_attention
 _module_attention = torch.nn.functional.multi_head_attention_forward

@@ -9,10 +9,10 @@ import re
 
 import torch
 
-from keras_gradtools.backend.blocks import Block
 from keras_gradtools.backend.torch import levels
 from keras_gradtools.backend.torch.borrowing import is_borrowed
 from keras_gradtools.backend.torch.windows import LEAF
+from keras_gradtools.blocks import Block
 
 
 class GradMode(Block):

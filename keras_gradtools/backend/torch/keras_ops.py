@@ -10,9 +10,10 @@ import torch
 from keras import ops
 
 from keras_gradtools import backend, nesting
-from keras_gradtools.backend import keras_formulas, recording
+from keras_gradtools.backend import keras_formulas
 from keras_gradtools.backend.torch import levels
 from keras_gradtools.keras_internals import backend_modules
+from keras_gradtools.keras_state import recording
 
 
 def install():

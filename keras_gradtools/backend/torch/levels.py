@@ -10,7 +10,7 @@ import contextlib
 
 import torch
 
-from keras_gradtools.backend.blocks import Block
+from keras_gradtools.blocks import Block
 
 _functorch = torch._C._functorch
 

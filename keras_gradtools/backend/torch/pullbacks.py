@@ -5,11 +5,11 @@ import warnings
 
 import torch
 
-from keras_gradtools.backend import recording
 from keras_gradtools.backend.torch import graph, levels
 from keras_gradtools.backend.torch.backward_pass import passing
 from keras_gradtools.backend.torch.tape import grad_mode_outside
 from keras_gradtools.keras_internals import backend_modules
+from keras_gradtools.keras_state import recording
 
 get_device = backend_modules.function("core", "get_device")
 

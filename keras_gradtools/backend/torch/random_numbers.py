@@ -5,7 +5,7 @@ import threading
 
 import torch
 
-from keras_gradtools.backend.blocks import Block
+from keras_gradtools.blocks import Block
 from keras_gradtools.keras_internals import backend_modules
 
 get_device = backend_modules.function("core", "get_device")

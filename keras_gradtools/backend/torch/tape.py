@@ -8,8 +8,8 @@ import threading
 
 import torch
 
-from keras_gradtools.backend import recording
 from keras_gradtools.backend.torch import borrowing, graph, levels, windows
+from keras_gradtools.keras_state import recording
 
 
 class _Thread(threading.local):

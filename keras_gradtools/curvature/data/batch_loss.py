@@ -7,8 +7,9 @@ import keras
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.backend import example_losses
-from keras_gradtools.backend.state import StateScope, get_keras_mask, regularization_losses, set_keras_mask
+from keras_gradtools.keras_state import example_losses
+from keras_gradtools.keras_state.layer_state import get_keras_mask, regularization_losses, set_keras_mask
+from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.transforms.closures import Identity
 
 

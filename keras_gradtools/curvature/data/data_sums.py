@@ -8,11 +8,11 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting
-from keras_gradtools.backend import state
 from keras_gradtools.curvature.data import batch_sums
 from keras_gradtools.curvature.data.batches import OneBatch, batch_size_of
 from keras_gradtools.curvature.data.draws import Draws
 from keras_gradtools.curvature.data.repeatability import Repeatability
+from keras_gradtools.keras_state.layer_state import layers_of
 from keras_gradtools.training.current_weights import sync_weights
 from keras_gradtools.transforms import compiled
 
@@ -61,7 +61,7 @@ class DataSums:
     @property
     def is_quick_to_trace(self):
         """Whether the model is so small that tracing one more program is quick."""
-        return len(self.parameters.variables) <= _MOST_VARIABLES and len(state.layers_of(self.model)) <= _MOST_LAYERS
+        return len(self.parameters.variables) <= _MOST_VARIABLES and len(layers_of(self.model)) <= _MOST_LAYERS
 
     def product(self, vectors, columns):
         """The product with one vector, or with a stack of `columns` vectors, as a tensor for each variable."""

@@ -4,9 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools.backend import layer_calls
-from keras_gradtools.backend.layer_calls import class_path, path_of
-from keras_gradtools.backend.state import has_seeds, layers_of
+from keras_gradtools.keras_state import layer_calls
+from keras_gradtools.keras_state.layer_calls import class_path, path_of
+from keras_gradtools.keras_state.layer_state import layers_of
+from keras_gradtools.keras_state.seeds import has_seeds
 
 # Relative tolerance. Sums in another order differ only by rounding. Other random numbers change a result by far more.
 _TOLERANCE = 1e-3

@@ -6,8 +6,8 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend
-from keras_gradtools.backend import state
-from keras_gradtools.backend.blocks import Block
+from keras_gradtools.blocks import Block
+from keras_gradtools.keras_state import scopes, seeds
 from keras_gradtools.transforms.closures import Identity
 
 
@@ -26,10 +26,10 @@ class Draws:
     def __init__(self, model, more=()):
         self._more = list(more)
         # A spare generator replaces Keras' global one, so that the global one is neither created nor advanced here.
-        self._global = state.spare_seed_generator()
-        own = [*state.seed_states(model), *self._more]
+        self._global = seeds.spare_seed_generator()
+        own = [*seeds.seed_states(model), *self._more]
         self._variables = [*own, self._global.state]
-        self.values = [*map(_copy, own), _tensor(state.next_global_seed())]
+        self.values = [*map(_copy, own), _tensor(seeds.next_global_seed())]
         self._random = backend.random_state()
         self.key = tuple(map(Identity, self._variables))
 
@@ -40,7 +40,7 @@ class Draws:
     def with_variables(self, variables):
         """Adds the seeds among `variables`, which a call of the model has used. Returns `self` if none is new."""
         known = {id(v) for v in self._variables}
-        new = [v for v in variables if id(v) not in known and state.is_seed(v)]
+        new = [v for v in variables if id(v) not in known and seeds.is_seed(v)]
         if not new:
             return self
         more = copy.copy(self)
@@ -66,10 +66,10 @@ class Draws:
 
 class _Lent(Block):
     def __init__(self, draws, mapping):
-        self.scope = state.StateScope([*mapping, *zip(draws._variables, draws.values, strict=True)])
+        self.scope = scopes.StateScope([*mapping, *zip(draws._variables, draws.values, strict=True)])
         self._blocks = (
             self.scope,
-            state.global_seed_generator_is(draws._global),
+            seeds.global_seed_generator_is(draws._global),
             backend.with_random_state(draws._random),
         )
 

@@ -4,13 +4,13 @@ import keras
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.backend.state import StateScope
 from keras_gradtools.curvature.data.batch_loss import with_masks_of
 from keras_gradtools.curvature.data.batches import batch_size_of
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewtonOfBatch
 from keras_gradtools.curvature.operators.likelihoods import NAMES, likelihood_of
 from keras_gradtools.curvature.operators.linear_maps import OfBatch, OuterProducts, Sandwich, taped
 from keras_gradtools.curvature.operators.operator import CurvatureOperator
+from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.transforms.first_order import grad
 
 KINDS = ("exact", "monte_carlo", "empirical")

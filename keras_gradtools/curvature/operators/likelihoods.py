@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.backend.example_losses import arguments_of
+from keras_gradtools.keras_state.example_losses import arguments_of
 
 _CATEGORICAL = ("SparseCategoricalCrossentropy", "CategoricalCrossentropy")
 _BERNOULLI = ("BinaryCrossentropy",)

@@ -8,8 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.backend.state import undone_by_errors
 from keras_gradtools.tape import vectors
+from keras_gradtools.training.undone_by_errors import undone_by_errors
 
 
 class Parameters:

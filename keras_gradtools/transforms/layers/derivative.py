@@ -3,7 +3,7 @@
 import keras
 
 from keras_gradtools import chosen_inputs, validation
-from keras_gradtools.backend.state import state_variables
+from keras_gradtools.keras_state.layer_state import state_variables
 
 
 class Derivative(keras.layers.Wrapper):

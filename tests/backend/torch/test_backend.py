@@ -21,9 +21,9 @@ if keras.backend.backend() != "torch":
 import torch  # noqa: E402
 
 from keras_gradtools import backend  # noqa: E402
-from keras_gradtools.backend.recording import active_tapes  # noqa: E402
 from keras_gradtools.backend.torch import borrowing, fused, pullbacks, windows  # noqa: E402
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient  # noqa: E402
+from keras_gradtools.keras_state.recording import active_tapes  # noqa: E402
 
 
 def variable(x, trainable=True):
@@ -285,7 +285,7 @@ class TestThreads:
     def test_another_thread_keeps_its_grad_mode_and_its_fused_kernels(self):
         with torch.no_grad(), kg.GradientTape():
             assert torch.is_grad_enabled()
-            assert in_thread(lambda: (torch.is_grad_enabled(), backend.recording.active_tapes())) == (True, [])
+            assert in_thread(lambda: (torch.is_grad_enabled(), active_tapes())) == (True, [])
 
 
 class TestRequiresGrad:
@@ -379,7 +379,7 @@ class TestRequiresGrad:
     def test_under_inference_mode(self):
         with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad"), kg.GradientTape():
             pass
-        assert backend.recording.active_tapes() == []
+        assert active_tapes() == []
 
 
 class TestGradMode:
@@ -824,7 +824,7 @@ class TestMemory:
 
         assert run() == run()
         assert not borrowing._borrowed
-        assert not backend.recording.active_tapes()
+        assert not active_tapes()
 
 
 def test_the_parameters_of_a_wrapped_module():

@@ -14,6 +14,8 @@ if keras.backend.backend() != "torch":
 import torch  # noqa: E402
 from torch.utils.checkpoint import checkpoint as imported_checkpoint  # noqa: E402
 
+from keras_gradtools.keras_state.scopes import StateScope  # noqa: E402
+
 X = np.array([0.5, -1.0, 2.0])
 FIRST = (np.cos(X) + np.sin(X)) * np.exp(X)
 SECOND = 2 * np.cos(X) * np.exp(X)
@@ -133,7 +135,7 @@ class TestFunctionalWeights:
         fun = keras.remat(lambda x: ops.sin(v * x))
 
         def value(w, x):
-            with kg.backend.state.StateScope([(v, w)]):
+            with StateScope([(v, w)]):
                 return fun(x)
 
         by_w, by_x = kg.grad(value, argnums=(0, 1))(2.0, 0.5)

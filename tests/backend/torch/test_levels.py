@@ -16,8 +16,8 @@ if keras.backend.backend() != "torch":
 import torch  # noqa: E402
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap  # noqa: E402
 
-from keras_gradtools.backend.recording import active_tapes  # noqa: E402
 from keras_gradtools.backend.torch import borrowing  # noqa: E402
+from keras_gradtools.keras_state.recording import active_tapes  # noqa: E402
 
 W, X = np.array([0.5, 1.0]), np.array([[1.0, 2.0], [3.0, 4.0]])
 # Of the sum of sin(w) x^2, by w, for each x; and its slope along ones.

@@ -13,8 +13,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import backend, nesting
-from keras_gradtools.backend.blocks import Block
+from keras_gradtools import nesting
+from keras_gradtools.blocks import Block
+from keras_gradtools.keras_internals.attributes import DTYPE_POLICY
 from keras_gradtools.keras_internals.layers import Layer, Operation, get_keras_mask
 
 
@@ -101,13 +102,13 @@ class seen(Block):  # noqa: N801 - said of a block
 class watched(Block):  # noqa: N801 - said of a block
     """A block in which each eager call of a layer on this thread is added to the list `calls` when it ends.
 
-    `record`, a tape that is recording, watches an alias of each floating-point input. The layer receives the alias, so
-    a derivative with respect to it includes only the paths through this layer.
+    `record`, a tape that is recording, watches an alias of each floating-point input, made by `alias(x)`. The layer
+    receives the alias, so a derivative with respect to it includes only the paths through this layer.
     """
 
-    def __init__(self, record):
+    def __init__(self, record, alias):
         self.calls: list = []
-        self._record = record
+        self._record = record, alias
         self._before = _thread.calls, _thread.record, _thread.around
 
     def begin(self):
@@ -171,7 +172,6 @@ class _Hooks:
 class in_single_precision(Block):  # noqa: N801 - said of a block
     """A block in which layers with a half-precision policy compute in single precision, on this thread."""
 
-    _NAME = "_dtype_policy"
     _lock = threading.Lock()
     _blocks: set = set()
 
@@ -179,24 +179,24 @@ class in_single_precision(Block):  # noqa: N801 - said of a block
         with self._lock:
             self._blocks.add(id(self))
             # Keras reads this attribute. The layers stay unchanged, because other threads may be calling them.
-            setattr(Layer, self._NAME, property(_policy, _set_policy))
+            setattr(Layer, DTYPE_POLICY, property(_policy, _set_policy))
         _thread.is_single = True
 
     def end(self):
         _thread.is_single = False
         with self._lock:
             self._blocks.discard(id(self))
-            if not self._blocks and self._NAME in vars(Layer):
-                delattr(Layer, self._NAME)
+            if not self._blocks and DTYPE_POLICY in vars(Layer):
+                delattr(Layer, DTYPE_POLICY)
 
 
 def _policy(layer):
-    own = vars(layer)[in_single_precision._NAME]
+    own = vars(layer)[DTYPE_POLICY]
     return keras.DTypePolicy("float32") if _thread.is_single and _is_half(own, layer) else own
 
 
 def _set_policy(layer, value):
-    vars(layer)[in_single_precision._NAME] = value
+    vars(layer)[DTYPE_POLICY] = value
 
 
 def _is_half(policy, layer):
@@ -206,7 +206,7 @@ def _is_half(policy, layer):
 
 
 def _watched_call(original, layer, args, kwargs):
-    calls, record = _thread.calls, _thread.record
+    calls, (record, alias) = _thread.calls, _thread.record
     leaves, inputs = nesting.flatten((args, kwargs)), []
     given = [x for x in leaves if ops.is_tensor(x)]
     given += [mask for mask in map(get_keras_mask, given) if mask is not None]
@@ -215,7 +215,7 @@ def _watched_call(original, layer, args, kwargs):
             # Inside a loop that the framework traces, tensors have no values.
             if array_of(leaf) is None:
                 return original(layer, *args, **kwargs)
-            leaves[i] = backend.alias(leaf)
+            leaves[i] = alias(leaf)
             record.watch(leaves[i])
             inputs.append(leaves[i])
     args, kwargs = nesting.pack_as((args, kwargs), leaves)

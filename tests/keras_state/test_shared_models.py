@@ -9,8 +9,8 @@ import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
-from keras_gradtools.backend import layer_calls
-from keras_gradtools.backend.state import frozen_statistics
+from keras_gradtools.keras_state import layer_calls
+from keras_gradtools.keras_state.layer_state import frozen_statistics
 
 THREADS = 8
 RNG = np.random.default_rng(7)

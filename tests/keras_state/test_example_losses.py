@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from keras import layers, losses, ops
 
-from keras_gradtools.backend import example_losses
 from keras_gradtools.keras_internals.layers import set_keras_mask
+from keras_gradtools.keras_state import example_losses
 from tests.cases import tensor
 from tests.input_gradients.reference import numpy
 

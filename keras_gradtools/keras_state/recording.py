@@ -2,14 +2,14 @@
 
 A tape watches trainable variables when they are read. On all backends, and in stateless scopes, every value that
 `Variable.value` returns passes through `Variable._maybe_autocast`, so wrapping this one method shows every read.
-`tests/backend/test_recording.py` checks this.
+`tests/keras_state/test_recording.py` checks this.
 """
 
 import threading
 
-from keras_gradtools.backend.blocks import Block
-from keras_gradtools.backend.state import is_assigned_in_scope
+from keras_gradtools.blocks import Block
 from keras_gradtools.keras_internals.variables import Variable, autocast
+from keras_gradtools.keras_state.scopes import is_assigned_in_scope
 
 
 class _Thread(threading.local):

@@ -11,9 +11,9 @@ import threading
 import keras
 from keras import ops
 
-from keras_gradtools import backend
-from keras_gradtools.backend.state import StateScope, outside_scopes
 from keras_gradtools.keras_internals import losses as keras_losses
+from keras_gradtools.keras_state import framework
+from keras_gradtools.keras_state.scopes import StateScope, outside_scopes
 
 
 class _Thread(threading.local):
@@ -53,7 +53,7 @@ def total_loss(compile_loss, y, y_pred, sample_weight=None):
     """The value of the compiled loss. Updates of Keras' loss trackers are discarded."""
     if not compile_loss.built:
         # Building creates variables. They must not belong to a surrounding trace or scope, which would end before them.
-        with backend.eagerly(), outside_scopes():
+        with framework.eagerly(), outside_scopes():
             compile_loss.build(*keras.tree.map_structure(_symbolic, (y, y_pred)))
     scope = StateScope()
     with scope, scope:

@@ -9,8 +9,8 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools import backend as adapter
-from keras_gradtools.backend import recording
 from keras_gradtools.keras_internals.variables import Variable
+from keras_gradtools.keras_state import recording
 from tests.cases import close, tensor
 
 adapter.Tape  # noqa: B018  (a first use installs the hook)

@@ -6,16 +6,16 @@ import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
-from keras_gradtools.backend import recording
-from keras_gradtools.backend.blocks import Block
-from keras_gradtools.backend.state import StateScope, outside_scopes
+from keras_gradtools.blocks import Block
 from keras_gradtools.curvature import Hessian
+from keras_gradtools.keras_state import recording
+from keras_gradtools.keras_state.scopes import StateScope, outside_scopes
 from tests.interrupts import Interrupt, at_every_point, left_behind
 
 HERE = (
     "blocks.py", "recording.py", "tape.py", "graph.py", "trace.py", "gradient_tape.py",
     "borrowing.py", "windows.py", "backward_pass.py", "backend/torch/backend.py", "backend/jax/backend.py",
-    "backend/tensorflow/backend.py", "random_numbers.py", "backend/state.py", "taped_call.py",
+    "backend/tensorflow/backend.py", "random_numbers.py", "scopes.py", "seeds.py", "taped_call.py",
 )  # fmt: skip
 X = np.array([1.0, 2.0], "float32")
 
