@@ -5,11 +5,11 @@ other files what that needs. `keras_gradtools.backend.pullback` and so on are th
 """
 
 import importlib
-import sys
 
 import keras
 
 from keras_gradtools import nesting
+from keras_gradtools.backend.base import Backend
 from keras_gradtools.keras_state import framework
 
 _CLASSES = {"tensorflow": "TensorFlowBackend", "jax": "JaxBackend", "torch": "TorchBackend"}
@@ -33,20 +33,17 @@ def name():
 
 
 def __getattr__(kernel):
-    # Loaded at the first use of a kernel, so that the package can be imported under every Keras backend.
-    if kernel.startswith("__"):
-        raise AttributeError(kernel)
-    # Kept in the module, where the next use finds it without a call of this function.
-    found = globals()[kernel] = getattr(_load(), kernel)
+    # Kept in the module, where the next use finds it without a call of this function. Any other name is a file of this
+    # folder that Python is about to import.
+    if kernel.startswith("_") or not hasattr(Backend, kernel):
+        raise AttributeError(f"{kernel!r} is not a kernel, see `keras_gradtools.backend.base.Backend`.")
+    found = globals()[kernel] = getattr(_current, kernel)
     return found
 
 
+# On import, not at the first use: a backend corrects operations of the framework, also in what is traced before a tape
+# records it, and in what Keras itself trains.
+_current = _load()
 # The folders below import no adapter, and get what they need of it here.
-nesting.use_registry(lambda: __getattr__("containers")())
-framework.use(sys.modules[__name__])
-
-if keras.backend.backend() == "jax":
-    # On import, before any training step: models trained by Keras itself may contain our layers.
-    from keras_gradtools.backend.jax import training
-
-    training.install()
+nesting.use_registry(_current.containers)
+framework.use(_current)

@@ -24,7 +24,7 @@ class Backend(abc.ABC):
     """
 
     # A subclass of `recording.Recording`, made by `Tape(watch_accessed_variables)`.
-    Tape: Any
+    Tape: Any = None
 
     # Whether compiled functions have second derivatives.
     COMPILES_SECOND_ORDER = True

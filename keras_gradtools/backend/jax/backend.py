@@ -17,6 +17,7 @@ from keras_gradtools.backend.jax import (
     pushforwards,
     scan,
     tape,
+    training,
 )
 from keras_gradtools.backend.jax.containers import containers
 from keras_gradtools.backend.jax.custom_gradient import custom_gradient
@@ -28,6 +29,7 @@ tape.install()
 keras_ops.install()
 closure_convert.install()
 scan.install()
+training.install()
 
 
 class JaxBackend(Backend):
