@@ -105,13 +105,13 @@ def choose(owner, model, inputs, names, advice=_INDICES):
 
 
 def choose_one(owner, model, inputs, names):
-    """As `choose`, but raises `ValueError` unless it is exactly one input."""
+    """As `choose`, but raises `ValueError` if more than one input is chosen."""
     chosen = choose(owner, model, inputs, names)
     if len(chosen.positions) > 1:
         tensors = ", ".join(validation.describe(x) for x in chosen.parts(inputs))
         raise ValueError(
-            f"{owner} moves one floating-point input. Received: {len(chosen.positions)} of them, {tensors}. Choose one "
-            "by `inputs`, with its name or its position. The others stay as they are."
+            f"{owner} perturbs one floating-point input. Received: {len(chosen.positions)} of them, {tensors}. Choose "
+            "one by `inputs`, with its name or its position. The others stay as they are."
         )
     return chosen
 
@@ -143,7 +143,7 @@ def no_gradient(owner, received, tensors, advice=_INDICES):
 
 
 def _known(owner, known, names):
-    """The positions of the inputs with the given `names`, where `known` has the names of each input."""
+    """The positions of the inputs with the given `names`. `known` holds the set of names of each input."""
     chosen = []
     for name in names:
         found = [i for i, of in enumerate(known) if name in of]
@@ -151,7 +151,7 @@ def _known(owner, known, names):
             every = ", ".join(repr(next(iter(sorted(of, key=lambda n: isinstance(n, int))))) for of in known)
             raise ValueError(
                 f"{owner} was given an input in `inputs` that the model does not have. "
-                f"Received: {validation.shown(name)} of {every}."
+                f"Received: {validation.shown(name)}. The inputs are {every}."
             )
         chosen += found
     return chosen

@@ -1,6 +1,7 @@
-"""One vector for each example of a batch, in one or several tensors of shape `(batch, ...)`: norms, directions, parts.
+"""Norms, directions and parts of vectors, with one vector for each example of a batch.
 
-Norms and directions take the flattened vectors, of shape `(batch, n)`.
+A vector may be spread over several tensors of shape `(batch, ...)`. `norms` and `norms_and_directions` take the
+flattened vectors, of shape `(batch, n)`.
 """
 
 import math

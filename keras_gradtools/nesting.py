@@ -2,7 +2,7 @@
 
 Lists, tuples and dicts are handled here, which is faster than with any registry. Other containers are looked up in
 two registries: that of the framework, in which users may register their dataclasses, and that of `optree`, which
-`keras.tree` uses on two backends. What neither knows is a leaf. None is a leaf too, as in `keras.tree`.
+`keras.tree` uses on two backends. Anything that neither knows is a leaf. None is a leaf too, as in `keras.tree`.
 """
 
 import collections

@@ -114,11 +114,11 @@ def test_an_input_without_a_gradient_is_no_choice(make):
 
 
 def test_choices_that_do_not_fit():
-    with pytest.raises(ValueError, match="input in `inputs` that the model does not have.*'y' of 'category', 'x'"):
+    with pytest.raises(ValueError, match="that the model does not have.*'y'. The inputs are 'category', 'x'"):
         kg.batch_jacobian(conditional(), inputs="y")(EXAMPLES)
     with pytest.raises(ValueError, match="jacobian_spectrum expects the name of an input.*inputs=True"):
         kg.diagnostics.jacobian_spectrum(conditional(), EXAMPLES, inputs=True)
-    with pytest.raises(ValueError, match="moves one floating-point input. Received: 2 of them.*`inputs`"):
+    with pytest.raises(ValueError, match="perturbs one floating-point input. Received: 2 of them.*`inputs`"):
         kg.attacks.fgsm(lambda z: z["a"] * z["b"], {"a": X, "b": X}, LABELS, 0.1, loss="mse")
     with pytest.raises(ValueError, match=r"inputs must have the same batch size or be scalars.*\(6, 3\), \(4,\)"):
         kg.attacks.fgsm(conditional(), {"category": CATEGORY[:4], "x": X}, LABELS, 0.1)

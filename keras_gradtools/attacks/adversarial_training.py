@@ -40,8 +40,8 @@ class AdversarialTraining(WrappedModel):
             `attack` has no `perturb` method. In a training step, if there are no labels. The weights do not change.
 
     Cost:
-        Relative to a plain training step (3 forward passes): 5/3 for FGSM, 1 + 2 n / 3 for PGD with n steps, 1 for
-        noise.
+        Relative to a plain training step, counted as 3 forward passes: 5/3 for FGSM, 1 + 2 n / 3 for PGD with n steps,
+        1 for noise.
 
     Example:
 

@@ -22,7 +22,7 @@ def require_clip(owner, clip):
 
 
 def extent(clip, x, norm):
-    """The smallest `epsilon` with which every point of the range can reach every other."""
+    """The smallest `epsilon` such that a ball around any point of the range contains the whole range."""
     sides = np.broadcast_to(np.subtract(clip[1], clip[0]), x.shape[1:])
     return float(np.max(sides) if norm == "inf" else np.linalg.norm(sides))
 

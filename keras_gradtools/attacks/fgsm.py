@@ -15,11 +15,19 @@ class FGSM(GradientAttack):
     Args:
         epsilon, norm, clip, loss, targeted: As in `kg.attacks.fgsm`. A `loss` of None means `"cross_entropy"`.
 
+    Raises:
+        ValueError: If an option is not valid, or if there is more than one loss.
+
+    Cost:
+        One input gradient for each example.
+
     Example:
 
     >>> import keras_gradtools as kg
     >>> kg.attacks.FGSM(0.1).epsilon
     0.1
+
+    Source: As for `kg.attacks.fgsm`.
     """
 
     def __init__(self, epsilon, norm="inf", clip=(0.0, 1.0), loss=None, targeted=False):

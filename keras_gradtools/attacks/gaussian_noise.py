@@ -10,7 +10,9 @@ from keras_gradtools.attacks.data_range import bounds, require_clip
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class GaussianNoise(Attack):
-    """Adds Gaussian noise to examples, as a baseline attack for `kg.models.AdversarialTraining`.
+    r"""Adds Gaussian noise to examples, as a baseline attack for `kg.models.AdversarialTraining`.
+
+    $$x' = \text{clip}(x + n), \qquad n \sim \mathcal{N}(0, \text{stddev}^2)$$
 
     Args:
         stddev: The standard deviation of the noise added to each element of an example, in units of the input.
@@ -19,6 +21,9 @@ class GaussianNoise(Attack):
 
     Raises:
         ValueError: If `stddev` is not a finite number of 0 or more, or `clip` is not a range.
+
+    Cost:
+        No gradient and no call of the model.
 
     Example:
 

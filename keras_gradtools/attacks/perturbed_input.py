@@ -1,4 +1,4 @@
-"""A model as a function of the one input that an attack perturbs."""
+"""A model as an attack sees it: a function of one input, in inference mode, with constant weights."""
 
 import contextlib
 

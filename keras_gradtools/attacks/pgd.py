@@ -20,11 +20,19 @@ class PGD(GradientAttack):
     Args:
         epsilon, norm, clip, loss, steps, restarts, step_size, random_start, targeted, seed: As in `kg.attacks.pgd`.
 
+    Raises:
+        ValueError: If an option is not valid.
+
+    Cost:
+        In training, `steps` input gradients for each example. Otherwise as for `kg.attacks.pgd`.
+
     Example:
 
     >>> import keras_gradtools as kg
     >>> kg.attacks.PGD(0.1, steps=7).steps
     7
+
+    Source: As for `kg.attacks.pgd`.
     """
 
     def __init__(

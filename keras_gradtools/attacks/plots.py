@@ -7,7 +7,7 @@ from keras_gradtools.drawing.pyplot import pyplot_or_error
 
 
 def plot_robustness(report, figure=None):
-    """Plots the distances from examples to a misclassification that `kg.attacks.robustness_report` estimates.
+    """Plots the distance from each example to a misclassification, as `kg.attacks.robustness_report` estimates it.
 
     The left plot shows the fraction of all examples whose distance exceeds a given strength. For the attack's distance,
     that is the accuracy under attack. The right plot shows each example's estimates over the attack's distance. Below

@@ -17,7 +17,7 @@ from keras_gradtools.example_vectors import for_each
 from keras_gradtools.transforms import batch_jacobian
 
 DRAWS_OF_NOISE = 10
-# Without a range of the data, the attack that may replace the example has this many times the largest strength.
+# Without `clip`, the attack that may replace the whole example has this multiple of the largest strength.
 HUGE = 10.0
 
 
@@ -147,9 +147,11 @@ def robustness_metrics(
     $$\sqrt{\tfrac1N \textstyle\sum_i \lVert \partial z_i / \partial x_i \rVert_F^2}.$$
 
     A model masks its gradients if they do not lead to its errors. Gradient attacks then fail, although the model is not
-    robust. There are three signs: the accuracy under PGD exceeds that under FGSM, or that under random noise of the
-    same strength, or, if the attack may replace the example by any other, that of guessing, each by more than one
-    percentage point.
+    robust. There are three signs. In each, the accuracy under PGD is too high by more than one percentage point:
+
+    - It exceeds the accuracy under FGSM of the same strength.
+    - It exceeds the accuracy under random noise of the same strength.
+    - It exceeds the accuracy of guessing, although PGD has a strength that may replace the example by any other.
 
     Args:
         model: A classifier that returns logits or probabilities, as in `kg.attacks.fgsm`. It is called in inference
@@ -180,8 +182,9 @@ def robustness_metrics(
         ValueError: If an option, the examples or the labels are not valid. The message names the argument.
 
     Cost:
-        For each example, `2 * steps * restarts + 1` gradients and `2 * restarts + 12` forward passes at each strength
-        and at one more, and in addition one gradient, and one for each output if `jacobian`.
+        For each example and strength, `2 * steps * restarts + 1` gradients and `2 * restarts + 12` forward passes. The
+        comparison with guessing counts as one more strength. In addition, one gradient for each example, and with
+        `jacobian` one more for each output.
 
     Example:
 

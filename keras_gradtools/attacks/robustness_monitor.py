@@ -58,6 +58,8 @@ class RobustnessMonitor(Monitor):
     >>> history = model.fit(x, y, epochs=4, verbose=0, callbacks=[monitor])
     >>> len(history.history["val_pgd_0.1_accuracy"])
     2
+
+    Source: As for `kg.attacks.robustness_metrics`.
     """
 
     def __init__(

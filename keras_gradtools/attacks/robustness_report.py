@@ -37,13 +37,14 @@ class RobustnessReport:
 
     `print` shows it as a table, and `kg.plots.plot_robustness` as a figure.
 
-    Args:
+    Attributes:
         correct: Whether the classifier is right on each example. All distances are 0 where it is not.
         margin: The logit of the label minus the largest other logit.
         loss: The cross-entropy of each example.
         first_order: The margin divided by the dual norm of its gradient.
-        lipschitz_bound: The distance by the loss and the largest slope, `lipschitz`.
-        curvature_bound: The distance by the loss, its slope at the example and the largest curvature, `curvature`.
+        lipschitz_bound: The distance estimated from the loss and the largest slope, `lipschitz`.
+        curvature_bound: The distance estimated from the loss, its slope at the example and the largest curvature,
+            `curvature`.
         attack: The norm of the smallest successful perturbation that the attack found, or infinity if it found none.
         lipschitz: L, the largest sampled slope of the loss.
         curvature: C, the largest sampled curvature of the loss, at least 0.

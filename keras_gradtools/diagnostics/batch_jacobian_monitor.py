@@ -31,9 +31,9 @@ class BatchJacobianMonitor(Monitor):
 
     With the singular values $\sigma_1 \ge \dots \ge \sigma_r$ of the Jacobian of each example, it logs for
 
-    - `"spectral_norm"`: `jacobian_spectral_norm_mean` and `_max`, of $\sigma_1$ over the examples.
+    - `"spectral_norm"`: `jacobian_spectral_norm_mean` and `_max`, mean and maximum of $\sigma_1$ over the examples.
     - `"frobenius_norm"`: `jacobian_frobenius_norm_mean` and `_max`.
-    - `"condition_number"`: `jacobian_condition_number_median`, of $\sigma_1 / \sigma_r$, which can be infinite.
+    - `"condition_number"`: `jacobian_condition_number_median`, median of $\sigma_1 / \sigma_r$, which can be infinite.
     - `"effective_rank"`: `jacobian_effective_rank_mean`, the exponential of the entropy of the singular values.
     - `"dynamical_isometry"`: `jacobian_dynamical_isometry`, the root mean square of $\sigma_i - 1$, 0 for an isometry.
     - `"local_lipschitz"`: `jacobian_local_lipschitz_mean` and `_max`, see `kg.diagnostics.local_lipschitz`.
@@ -50,8 +50,8 @@ class BatchJacobianMonitor(Monitor):
         x: The examples, tensors of shape `(batch, ...)` in any nested structure. A dozen examples are enough.
         every: When to measure: `"epoch"`, a string such as `"5 epochs"`, or an integer n for every n batches. See
             `kg.callbacks.Monitor`.
-        quantities: Names of the quantities above to log. By default all, without those that need all singular values
-            if the Jacobian is too large to form.
+        quantities: Names of the quantities above to log. By default all. If the Jacobian is too large to form, those
+            that need all singular values are left out.
         training: Whether the model is called in training mode.
         method: `"explicit"`, `"implicit"` or `"auto"`, see `kg.diagnostics.jacobian_spectrum`.
         radius: Radius for `"local_lipschitz"`, in units of `x`.
@@ -69,8 +69,9 @@ class BatchJacobianMonitor(Monitor):
             if `quantities` needs all singular values and the Jacobian is too large to form.
 
     Cost:
-        For each measurement, `kg.batch_jacobian` at `x` and one step of the search for a local Lipschitz constant,
-        which continues from the last measurement (five steps in the first one). Six gradients before training.
+        For each measurement, one `kg.batch_jacobian` at `x`, and one step of the search for a local Lipschitz constant.
+        The search takes five steps in the first measurement and continues from there. In addition, six gradients when
+        `fit` begins.
 
     Example:
 
@@ -85,6 +86,8 @@ class BatchJacobianMonitor(Monitor):
     >>> history = model.fit(x, x, epochs=1, verbose=0, callbacks=[monitor]).history
     >>> history["jacobian_spectral_norm_max"], [round(rank, 3) for rank in history["jacobian_effective_rank_mean"]]
     ([3.0], [1.755])
+
+    Source: As for `kg.diagnostics.jacobian_spectrum` and `kg.diagnostics.local_lipschitz`.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class GradientNoise:
 def gradient_noise_scale(
     model, loss, data, variables=None, training=False, *, batch_size=_MOST_EXAMPLES, chunk_size=None
 ):
-    r"""The gradient noise scale: the batch size at which the noise of the gradient equals the gradient.
+    r"""Computes the gradient noise scale, the batch size at which the noise of the gradient equals the gradient.
 
     With $\bar g$ the mean of the gradients of the $n$ examples,
 
@@ -154,8 +154,8 @@ class ExampleGradients:
                 if np.allclose(last, y, rtol=_ALONE, atol=_ALONE * np.abs(last).max(initial=0.0), equal_nan=True):
                     continue
             raise ValueError(
-                f"{self._owner} calls each example as a batch of one, and an example of this model does not stand "
-                f"alone: from a batch of {size} comes {validation.describe(together)}, and from its last example alone "
+                f"{self._owner} calls the model on each example alone, and expects the same output as in a batch. "
+                f"Received: from a batch of {size}, {validation.describe(together)}; from its last example alone, "
                 f"{validation.describe(y)}, with different values."
             )
 

@@ -75,18 +75,17 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     r"""Computes the singular values of each example's Jacobian, or only its norms if the Jacobian is large.
 
     `"explicit"` forms the Jacobians with `kg.batch_jacobian` and decomposes them with NumPy. `"implicit"` computes the
-    largest singular value by Golub-Kahan bidiagonalization, whose estimate after `iterations` steps is at least as
-    accurate as that of as many steps of power iteration. It estimates the Frobenius norm from as many random
-    orthonormal directions. The examples are processed together, and only a few vectors of the size of the data are
-    stored.
+    largest singular value by `iterations` steps of Golub-Kahan bidiagonalization, which are at least as accurate as the
+    same number of power iterations. It estimates the Frobenius norm from `iterations` random orthonormal directions.
+    The examples are processed together, and only a few vectors of the size of the data are stored.
 
     Args:
         model: A Keras model, or a function of `x`. The examples must be independent, which
             `kg.diagnostics.batch_independence` tests.
         x: Tensors of shape `(batch, ...)`, in any nested structure.
         training: Whether a model is called in training mode.
-        method: `"explicit"`, `"implicit"`, or `"auto"`, which is explicit up to four million elements of all Jacobians
-            and 128 singular values of an example.
+        method: `"explicit"`, `"implicit"`, or `"auto"`: explicit if the Jacobians of all examples together have at most
+            about four million elements and each has at most 128 singular values.
         iterations: Number of iterations of the implicit method. It is exact if an example has no more than
             `iterations` inputs or outputs.
         seed: An integer that seeds the random vectors of the implicit method.
@@ -225,7 +224,7 @@ def _implicit(model, x, chosen, kwargs, iterations, seed):
     return JacobianSpectrum(largest, np.sqrt(total * (smaller / directions)), None)
 
 
-# --- functions to compile, of the chosen inputs, a model, its examples and vectors for each example ---
+# --- Functions to compile. They take the chosen inputs, a model, its examples and vectors for each example. ---
 
 
 def _outputs(chosen, fun, x, **kwargs):

@@ -26,9 +26,9 @@ def layer_derivatives(model, x=None, training=False, *, seed=0, verbose="auto"):
 
     The model is called once. For each call $f$ of a layer with inputs and weights $z$, a random cotangent $c$ and a
     random direction $v$ of the size of the arguments, the product $\partial^2 (c \cdot f) / \partial z^2 \, v$ is
-    compared with central differences of the gradient. This finds errors, and also derivatives that are silently wrong,
-    by more than 1% in single precision. If the differences do not converge as their step is halved, as at a kink or in
-    a layer that branches on its values, the verdict is `"unclear"`.
+    compared with central differences of the gradient. This finds derivatives that raise an error, and those that are
+    silently wrong by more than 1% (in single precision). If the differences do not converge as their step is halved,
+    for example at a kink or in a layer that branches on its values, the verdict is `"unclear"`.
 
     A layer inside another layer that is not a model, such as the cell of a recurrent layer or the layer in a wrapper,
     is tested as a part of it. Layers that differ only in their values are tested once. A layer that computes in half

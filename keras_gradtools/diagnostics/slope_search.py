@@ -18,7 +18,7 @@ _PRECISIONS = {
 _SURE, _ENOUGH = 0.9, 0.5
 # A product is wrong only if its error is this many times the last change of the differences.
 _CLEAR = 4
-# In this many first comparisons, whose steps are the largest, the rounding is accepted as it is.
+# The first comparisons have the largest steps, so in this many of them the size of the rounding is not checked.
 _FIRST = 2
 # Over many elements, the bound on the rounding is divided by this, since few elements reach their bound.
 _OF_MANY = 4
@@ -113,7 +113,6 @@ class SlopeSearch:
         share = converged.sum() / counted.sum() if counted.any() else 1.0
         error = float(np.linalg.norm(np.nan_to_num((product - slope)[converged], nan=np.inf)))
         size = float(max(np.linalg.norm(np.nan_to_num(product[converged])), np.linalg.norm(slope[converged])))
-        # Few of many elements reach their bound.
         noise = float(np.linalg.norm(rounding[converged])) / _OF_MANY
         allowed, is_fine = self._rtol * size + noise, is_first or bool(noise <= 2 * self._rtol * size)
         change = float(np.linalg.norm(change[converged]))

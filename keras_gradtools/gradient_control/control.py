@@ -1,4 +1,4 @@
-"""The base classes of the layers that control a gradient, and what their functions check and convert."""
+"""The base classes of the layers that control a gradient, and checks and conversions for their functions."""
 
 import keras
 from keras import ops
@@ -10,9 +10,10 @@ from keras_gradtools.validation import name_of
 class GradientControl(keras.layers.Layer):
     """Base class of the layers that return their inputs and change the gradient.
 
-    A subclass overrides `call`, with the function of its name. That function computes with tensors, and calls the layer
-    on symbolic tensors. So it works in a functional model, which is saved with the layer in it. (A plain
-    `keras.Operation` could be saved, too, but would lose the mask of its argument.)
+    The `call` of a subclass calls the function of the same name, such as `clip_gradient_norm` for `ClipGradientNorm`.
+    Conversely, that function calls the layer if its argument is a symbolic tensor, so that a functional model contains
+    the layer and can be saved. (A plain `keras.Operation` could be saved, too, but would lose the mask of its
+    argument.)
     """
 
     def __init__(self, **kwargs):
@@ -24,7 +25,7 @@ class GradientControl(keras.layers.Layer):
 
 
 class FunctionControl(GradientControl):
-    """Base class of the layers that apply a function with another gradient, and are saved with the function."""
+    """Base class of the layers that apply a function, replace its gradient, and are saved with the function."""
 
     def __init__(self, fun, **kwargs):
         super().__init__(**kwargs)
@@ -33,7 +34,7 @@ class FunctionControl(GradientControl):
     def get_config(self):
         fun = keras.saving.serialize_keras_object(self.fun)
         if getattr(ops, name_of(self.fun), None) is self.fun:
-            fun["module"] = "keras.ops"  # Keras leaves it out, and then finds only losses, metrics and activations.
+            fun["module"] = "keras.ops"  # Without it, Keras finds only losses, metrics and activations.
         return {**super().get_config(), "fun": fun}
 
     @classmethod
@@ -42,7 +43,7 @@ class FunctionControl(GradientControl):
 
 
 def require_differentiable(owner, x):
-    """Returns `x` as a tensor; a symbolic tensor unchanged. Raises `ValueError` unless it is real floating-point."""
+    """Returns `x` as a tensor, or unchanged if symbolic. Raises `ValueError` unless it is real floating-point."""
     if isinstance(x, keras.KerasTensor):
         validation.require_real_floating(x, f"The argument of {owner}")
         return x

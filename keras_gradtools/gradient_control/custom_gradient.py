@@ -49,7 +49,8 @@ def custom_gradient(fun):
     Raises:
         ValueError: If `fun` is not a function or does not return a pair of a value and a function, if `grad_fn` does
             not return one gradient of the right structure and shape per argument, if no argument can have a gradient,
-            or if an argument is complex, or symbolic: for those there is `keras_gradtools.layers.CustomGradient`.
+            or if an argument is complex or symbolic. For symbolic tensors use
+            `keras_gradtools.layers.CustomGradient`.
 
     Cost:
         One call of `fun`, and one of `grad_fn` for each gradient.

@@ -1,4 +1,4 @@
-"""What a function with a custom gradient receives and returns: checked, taken apart and put together again."""
+"""Checks, flattens and repacks the arguments, values and gradients of a function with a custom gradient."""
 
 import itertools
 import numbers
@@ -49,7 +49,7 @@ class Argument:
 
 
 def split(fun, args, kwargs):
-    """The tensors that have a gradient, the positional arguments with these taken out, and the options as constants."""
+    """The tensors that have a gradient, the positional arguments without them, and `kwargs` as constants."""
     if any(isinstance(x, keras.KerasTensor) for x in nesting.flatten((args, kwargs))):
         raise ValueError(
             f"The function {name_of(fun)!r} with a custom gradient takes tensors with values. Received: a symbolic "
@@ -90,7 +90,7 @@ def is_floating(x):
 
 
 def checked_pair(fun, pair):
-    """What `fun` returned, if that is a value and a function."""
+    """Returns `pair`, the result of `fun`. Raises `ValueError` unless it is a pair of a value and a function."""
     if isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1]):
         return pair
     if isinstance(pair, (tuple, list)):
@@ -104,7 +104,7 @@ def checked_pair(fun, pair):
 
 
 def checked_values(fun, leaves):
-    """The leaves of the value that are not None, as tensors."""
+    """The leaves of the value that are not None, as tensors. Raises `ValueError` unless they are real."""
     values = [y for y in leaves if y is not None] or leaves
     for i, y in enumerate(values):
         if is_array(y) or isinstance(y, numbers.Real):

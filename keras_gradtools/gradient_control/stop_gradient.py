@@ -65,6 +65,9 @@ class StopGradient(GradientControl):
 
     The layers before it receive no gradient through it.
 
+    Args:
+        **kwargs: Arguments of `keras.layers.Layer`.
+
     Call arguments:
         inputs: Tensors of any shape and dtype, in any nested structure.
 

@@ -21,8 +21,8 @@ def straight_through(fun):
 
     Returns:
         A function of one real floating-point tensor, symbolic tensor or variable, with the values of `fun`. For a
-        symbolic tensor it returns the output of a layer `keras_gradtools.layers.StraightThrough`, which says what
-        functions can be saved.
+        symbolic tensor it returns the output of a layer `keras_gradtools.layers.StraightThrough`, whose docstring says
+        which functions can be saved.
 
     Raises:
         ValueError: If `fun` is not a function or changes the shape, or `x` is not a real floating-point tensor.

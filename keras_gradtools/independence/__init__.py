@@ -1,1 +1,1 @@
-"""Whether the examples of a batch are independent, without which a batch Jacobian is meaningless."""
+"""Tests whether the examples of a batch are independent. If they are not, a batch Jacobian is meaningless."""

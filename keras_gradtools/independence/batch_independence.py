@@ -1,4 +1,4 @@
-"""Tests whether the examples of a batch are independent, without which a batch Jacobian is meaningless."""
+"""Tests whether the examples of a batch are independent. If they are not, a batch Jacobian is meaningless."""
 
 import keras
 
@@ -13,8 +13,8 @@ def batch_independence(model, x, training=False, *, seed=0, inputs=None):
 
     Batch Jacobians, per-example gradients and penalties on input gradients assume that examples are independent,
     $\partial y_i / \partial x_j = 0$ for $i \ne j$. With BatchNormalization in training mode, attention across the
-    batch, or a loss over pairs of examples, their results have the right shape but no meaning. The test takes the vjp
-    of the outputs of half of the examples, $S$, with random positive cotangents $u$, with respect to all inputs:
+    batch, or a loss over pairs of examples, their results have the right shape but no meaning. The test computes the
+    vjp from the outputs of half of the examples, $S$, to all inputs, for random positive cotangents $u$:
 
     $$\text{leak}^2 = \frac{\sum_S \sum_{j \notin S} \lVert \sum_{i \in S} u_i \, \partial y_i / \partial x_j \rVert^2}
     {\sum_S \sum_{j \in S} \lVert \sum_{i \in S} u_i \, \partial y_i / \partial x_j \rVert^2}$$
@@ -29,7 +29,7 @@ def batch_independence(model, x, training=False, *, seed=0, inputs=None):
         model: A Keras model or layer, or a function of `x`, for example a loss of each example.
         x: Two or more examples: tensors or arrays of shape `(batch, ...)`, in the nested structure that the model
             takes. More examples make it more likely that dependent pairs are among them.
-        training: Whether the model is called in training mode. Not for functions.
+        training: Whether the model is called in training mode. Must be False for a function.
         seed: An integer that seeds the random cotangents and the random half.
         inputs: The names, keys or positions of the inputs to test, which must be floating-point. By default, all inputs
             are tested, of any dtype.
@@ -57,7 +57,8 @@ def batch_independence(model, x, training=False, *, seed=0, inputs=None):
     >>> report.independent, report.layers
     (False, ('norm',))
 
-    Source: TensorFlow's guide "Advanced automatic differentiation", section "Batch Jacobian", which warns of it.
+    Source: TensorFlow's guide "Advanced automatic differentiation", section "Batch Jacobian", which warns of
+    layers that mix examples.
     """
     if not callable(model):
         raise ValueError(

@@ -51,7 +51,7 @@ def examine(name, fun, x, args=(), kwargs=None, seed=0, chosen=None):
 
 
 def _leak_of(name, called, leaves, judged, batch_size, seed):
-    """The `Leak`, the dtype that sets its tolerance, and the reason if it shows nothing (otherwise empty)."""
+    """The `Leak`, the dtype that sets its tolerance, and why the test is undecided (empty if it is not)."""
     floats, others = judged
     leak, reason = Leak(), ""
     outputs = []
@@ -120,14 +120,14 @@ def _exchange(name, called, leaves, others, batch_size, seed, leak):
 
 
 def _with_others_replaced(leaves, others, half):
-    """The leaves, where those at `others` have another example in place of each example outside the half."""
+    """The leaves. In those at the positions `others`, the one before replaces each example outside the half."""
     places = np.arange(len(half))
     rows = np.where(half, places, np.roll(places, 1)).astype("int32")
     return [ops.take(leaf, rows, axis=0) if i in others else leaf for i, leaf in enumerate(leaves)]
 
 
 def _mixing_layers(called, leaves, batch_size, seed):
-    """The names and classes of the innermost layers in which an example's output has a gradient at another example."""
+    """The names and classes of the innermost layers in which an output has a gradient at another example's input."""
     tape, calls = _watched(called, leaves)
     mixing = []
     for call in calls:

@@ -18,9 +18,9 @@ class BatchIndependence:
 
     Attributes:
         independent: True if no example's output depends on another example's input, up to rounding. False if one does.
-            None if these examples and weights do not show it, for the `reason` given.
+            None if these examples and weights cannot decide it. `reason` says why.
         leak: The norm of the gradients between different examples, divided by the norm of the gradients within
-            examples. 0.0 if the former are exactly zero, infinity if only the latter are.
+            examples. 0.0 if no gradient crosses between examples, infinity if none stays within one.
         layers: The names of the layers that mix the examples, in call order, with the path inside the model, such as
             `"inner/batch_normalization"`. If a model mixes them outside of its layers, its own name. Empty if nothing
             mixes them or no layer is known.

@@ -16,13 +16,13 @@ NAME = "InputGradientPenalty"
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
 class InputGradientPenalty(keras.layers.Wrapper):
-    r"""Wraps a layer and adds a penalty on the gradient of its output with respect to its input to the loss.
+    r"""Wraps a layer, and adds to the loss a penalty on the gradient of its output with respect to its input.
 
     $$\text{weight} \cdot \frac1N \sum_i \text{pen}(g_i), \qquad g_i = \frac{\partial y_i}{\partial x_i}, \qquad
       \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl| \lVert g \rVert - \text{center} \bigr|$$
 
     where $x_i$ is one example of the layer's input and $y_i$ its output. By default $g_i$ is the whole Jacobian as
-    one vector. Use it for a part of a model, such as the head after an embedding, an encoder (a contractive
+    one vector. Use this layer for a part of a model, such as the head after an embedding, an encoder (a contractive
     autoencoder), or a critic inside a larger model. It needs no labels. In training mode the penalty is added with
     `add_loss`. In inference mode the layer behaves like the wrapped one. Examples and time steps that the mask of the
     input or of the output marks as padding are not penalized.
@@ -45,7 +45,7 @@ class InputGradientPenalty(keras.layers.Wrapper):
         The output of `layer`.
 
     Raises:
-        ValueError: For an invalid option, which is named, or if no input is floating-point.
+        ValueError: For an invalid option (the message names it), or if no input is floating-point.
 
     Cost:
         In training, that of `kg.regularization.input_gradient_penalty` on this part of the model.

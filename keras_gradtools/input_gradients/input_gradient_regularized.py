@@ -89,9 +89,9 @@ class InputGradientRegularized(WrappedModel):
             inputs.
         frozen_statistics: Whether the gradient is taken with the moving statistics of BatchNormalization, as described
             above.
-        every: Trains on the penalty at every `every`-th step only, with `every` times the weight (lazy
-            regularization), and skips its cost at the other steps. The logs are means over the steps with a penalty, 0
-            in an epoch without one. `evaluate` always measures the penalty.
+        every: Number of steps between penalties. The penalty is applied at every `every`-th step, with `every` times
+            the weight (lazy regularization), and not computed at the other steps. The logs are means over
+            the steps with a penalty, 0 in an epoch without one. `evaluate` always measures the penalty.
         seed: An integer that seeds the projections. Keras does not save the states of seeds, so a loaded model starts
             again from this seed.
         **kwargs: `name`, `trainable` and `dtype`, as for any `keras.Model`. `dtype` defaults to that of `model`.

@@ -10,7 +10,7 @@ from keras_gradtools import validation
 
 
 class Applied(typing.NamedTuple):
-    """A penalty in a training step: what to add to the loss, and the values to log, which count only if `is_due`."""
+    """A penalty in a training step: the term to add to the loss, and the values to log if `is_due`."""
 
     weighted: typing.Any
     penalty: typing.Any

@@ -39,6 +39,9 @@ class GradientTape:
             that it computes inside its own block.
         watch_accessed_variables: Whether to watch trainable variables as soon as they are read.
 
+    Raises:
+        ValueError: If an option is not True or False, or if the tape's block is entered again inside itself.
+
     Cost:
         `gradient` costs about two evaluations of the block, and `jvp` one to three. A Jacobian costs one vectorized
         reverse-mode pass per element of the target (for `batch_jacobian`, per element of one example's target).

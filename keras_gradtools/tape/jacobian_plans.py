@@ -91,7 +91,7 @@ class Plan:
         return blocks
 
     def _units(self, index, like):
-        """The unit vectors with the numbers `index`, in the shape of `like`. A number past the end gives zeros."""
+        """The unit vectors at `index`, by default all, in the shape of `like`. An index past the end gives zeros."""
         shape = _shape(like)
         element = shape[self.batch_axes :]
         count = _count(element)
@@ -141,7 +141,7 @@ def require_chunk_size(owner, chunk_size):
 
 
 def rows_at_once(owner, chunk_size, parallel_iterations, experimental_use_pfor):
-    """Returns the `chunk_size` that follows from it and from TensorFlow's two arguments for the same purpose."""
+    """Combines `chunk_size` with TensorFlow's two arguments for the same purpose into one `chunk_size`."""
     validation.require_flag(owner, "experimental_use_pfor", experimental_use_pfor)
     chunk_size = require_chunk_size(owner, chunk_size)
     parallel_iterations = validation.require_count(owner, "parallel_iterations", parallel_iterations, may_be_none=True)

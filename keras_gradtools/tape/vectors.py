@@ -50,7 +50,7 @@ def pack_as(reference, derivatives):
 def like(given, reference, role, of, default):
     """Flattens `given` into tensors, one for each leaf of `reference` that has a derivative.
 
-    None is replaced by `default` of that leaf.
+    Where `given` has None, the tensor is `default(leaf)`.
     """
     flat_reference = nesting.flatten(reference)
     if given is None:
@@ -70,7 +70,7 @@ def like(given, reference, role, of, default):
 
 
 def _require_nothing(given, counterpart, role, of):
-    # An itemsize of 0 is that of JAX's `float0`, its dtype for the tangents of integers.
+    # `float0`, the dtype that JAX uses for tangents of integers, has an itemsize of 0.
     if given is not None and getattr(getattr(given, "dtype", None), "itemsize", None) != 0:
         raise ValueError(
             f"Each entry of {role} must be None where its counterpart in {of} has no derivative. Received: "

@@ -23,7 +23,7 @@ def split(name, returned):
 
 
 def held(aux):
-    """`aux` with its variables replaced by copies of their current values, which would otherwise change later."""
+    """`aux` with its variables replaced by copies of their values, because a variable may change later."""
     return nesting.map_structure(lambda x: ops.copy(x) if validation.is_any_variable(x) else x, aux)
 
 

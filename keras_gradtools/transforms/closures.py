@@ -83,7 +83,7 @@ def captured_values(fun, ignored=frozenset(), reads=frozenset(), guards=None):
         fun: The function.
         ignored: Labels to skip.
         reads: Names of attributes of `fun` that the code using it reads.
-        guards: The `Guards` to add each place to at which a value was found.
+        guards: The `Guards` that will remember each place at which a value is found.
 
     Raises:
         TypeError: If `fun` captures too many objects.
@@ -120,13 +120,13 @@ class _Walk:
         if self._is_ignored(label):
             return
         if isinstance(x, (float, complex)):
-            self.note((type(x), repr(x)), label)  # 0.0 == -0.0
+            self.note((type(x), repr(x)), label)  # tells 0.0 from -0.0
             return
         if isinstance(x, _PRIMITIVES):
             self.note((type(x), x), label)
             return
         if isinstance(x, (types.FunctionType, types.ModuleType, keras.Layer)):
-            self.note(weakref.ref(x), label)  # does what `Identity` does: these compare by identity
+            self.note(weakref.ref(x), label)  # equal only for the same object, like `Identity`
         elif not isinstance(x, types.MethodType):  # Python makes a new method object for every lookup
             self.note(Identity(x), label)
         visit = (id(x), reads) if reads else id(x)
@@ -218,10 +218,10 @@ class _Walk:
         self._add_all(inside, label, reads)
 
     def _add_layer(self, layer):
-        """Notes what decides how a layer computes. There may be hundreds, so its values are plain and in one list.
+        """Notes what decides how a layer computes. There may be hundreds of layers, so this adds plain values directly.
 
-        It has no labels, because a label that changes is ignored from then on: a layer that is built in the first call
-        must still be compared afterwards.
+        The values have no labels, because a label whose value has changed is ignored from then on, and a layer that is
+        built in the first call must still be compared afterwards.
         """
         if id(layer) in self._layers:
             return
@@ -297,7 +297,7 @@ class _Walk:
                 self._guard(vars(cls), name, label)
 
 
-# What was found out about the code of each class. No value in it may hold the class strongly.
+# Cached facts about the code of each class. No value in it may hold the class strongly.
 _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -311,7 +311,7 @@ def _known_of(cls, key, find):
 
 
 def _reads_of(cls, names):
-    """All attributes that are read from an object if `names` are, through its methods too, and these methods."""
+    """`names` and the attributes that the methods among them read in turn, and the names of these methods."""
     return _known_of(cls, names, lambda: _find_reads(cls, names))
 
 

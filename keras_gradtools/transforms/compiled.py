@@ -18,15 +18,15 @@ from keras_gradtools.transforms import closures
 from keras_gradtools.transforms.guards import Guards
 
 MOST_PROGRAMS = 64
-# The most of these that differ only in the captured values.
+# The most programs of one function that differ only in the captured values.
 MOST_BY_CAPTURED_VALUES = 4
 
 
 class Program:
     """`body(fun, ...)` compiled for one signature.
 
-    `body` returns its result, and a note for what Python knows only while it traces. The function is held weakly. It is
-    needed only during tracing, when the caller holds it.
+    `body` returns its result and a note, which holds what Python learns only during tracing. `fun` is held weakly,
+    because it is needed only during tracing, when the caller holds it.
     """
 
     def __init__(self, fun, body):
@@ -166,7 +166,7 @@ def prepare(name, fun, body, options, args, kwargs):
     If the Python code of `fun` depends on the values of tensors, it cannot be traced: a warning is issued, and `fun`
     runs eagerly from then on. Any other error of a first call is raised, and the next call tries again.
 
-    `options` is the key that tells this `body` and its constants from the others with the same `name`.
+    `options` is part of the cache key. It must differ for each `body` and its constants that have the same `name`.
     """
 
     def eager(args, kwargs):

@@ -161,7 +161,7 @@ def _require_field(y, axes):
 
 
 def _unit(like, element):
-    """A tensor in the shape of `like` that is one at the element with the given number of each example, else zero."""
+    """Zeros in the shape of `like`, with a one at the element number `element` of each example."""
     shape = tuple(like.shape)[1:]
     one = ops.reshape(ops.one_hot(element, math.prod(shape), dtype=like.dtype), (1, *shape))
     return ops.broadcast_to(one, ops.shape(like))

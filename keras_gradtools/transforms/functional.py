@@ -36,6 +36,9 @@ def jit(fun):
     Returns:
         A function with the signature of `fun`, which returns tensors in the structure that `fun` returns.
 
+    Raises:
+        ValueError: If `fun` is not a function.
+
     Cost:
         The first call with a new structure, shape or dtype of the arguments traces and compiles `fun`, which takes from
         a tenth of a second to minutes. On torch nothing is compiled, because its compiler does not support second

@@ -233,10 +233,11 @@ def _relative(a, b):
 
 
 def _require_exact(layer, hessian, elsewhere, mixing):
-    """Returns `hessian`. Raises `ValueError` if it is not that of `fun`. Inside a compilation, it is NaN then."""
+    """Returns `hessian`. If it is not that of `fun`, raises `ValueError`, or returns NaN inside a compilation."""
     # The largest difference that rounding in the layer's precision can explain.
     tolerance = 1e-3 if layer.compute_dtype in ("float32", "float64") else 5e-2
-    known = _number(elsewhere), _number(mixing)  # if examples mix, the first is wrong too, so the second comes first
+    # Examples that mix make both numbers large, so `mixing` is checked first.
+    known = _number(elsewhere), _number(mixing)
     if None in known:
         wrong = ops.logical_or(elsewhere > tolerance, mixing > tolerance)
         return ops.where(wrong, ops.full_like(hessian, math.nan), hessian)

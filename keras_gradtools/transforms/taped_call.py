@@ -60,7 +60,7 @@ class TapedCall:
         return _as_returned(self._aux)
 
     def vjp(self, cotangents=None, is_last=False):
-        """The gradient with respect to the sources, zeros where unconnected. No derivative may follow if `is_last`."""
+        """The gradient with respect to the sources, zeros where unconnected. `is_last`: no derivative follows it."""
         cotangents = vectors.like(cotangents, self.target, "output_gradients", "`target`", vectors.ones)
         self.tape.keeps_graph = not is_last
         found = backend.pullback(self.tape, self.flat_targets, self.flat_sources, cotangents)
@@ -116,7 +116,7 @@ def differentiable_argument(name, position, x):
     leaves = nesting.flatten(x)
     constant = list(map(validation.is_constant, leaves))
     if all(constant):
-        constant = [False] * len(leaves)  # so that the first of them is refused below
+        constant = [False] * len(leaves)  # makes the first of them raise the error below
     pairs = zip(leaves, constant, strict=True)
     return nesting.pack_as(
         x, [_constant(leaf) if c else _differentiable_leaf(name, position, leaf) for leaf, c in pairs]

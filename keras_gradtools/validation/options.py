@@ -29,7 +29,7 @@ def require_count(owner, name, x, least=1, may_be_none=False):
 
 
 def require_seed(owner, seed, may_be_none=False, may_be_generator=False):
-    """Returns `seed`, an integer of 0 or more as an int. Raises `ValueError` unless it is that or an alternative."""
+    """Returns `seed`. Raises `ValueError` unless it is an integer of 0 or more, or an allowed None or generator."""
     if may_be_none and seed is None or may_be_generator and isinstance(seed, keras.random.SeedGenerator):
         return seed
     if not is_count(seed, 0):
@@ -41,7 +41,7 @@ def require_seed(owner, seed, may_be_none=False, may_be_generator=False):
 def require_number(owner, name, x, least=-math.inf, above=-math.inf, below=math.inf, may_be_none=False, advice=""):
     """Returns `x` as a float. Raises `ValueError` unless it is a finite number within the bounds, or an allowed None.
 
-    It is at least `least`, greater than `above`, and less than `below`. `advice` says what to do about others.
+    It is at least `least`, greater than `above`, and less than `below`. `advice` ends the message.
     """
     if x is None and may_be_none:
         return None
@@ -67,7 +67,7 @@ def require_choice(owner, name, x, choices):
 
 
 def require_verbose(owner, verbose):
-    """Returns `verbose`. Raises `ValueError` unless it is one that a progress bar takes."""
+    """Returns `verbose`. Raises `ValueError` unless it is "auto", 0 or 1."""
     return require_choice(owner, "verbose", verbose, ("auto", 0, 1))
 
 

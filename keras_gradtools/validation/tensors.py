@@ -46,7 +46,7 @@ def _conversion_hint(x):
 
 
 def require_some_differentiable(leaves, role):
-    """Raises `ValueError` unless a leaf has a derivative, and every other leaf is of a kind that has none."""
+    """Raises `ValueError` unless some leaf has a derivative and all others are of a kind that has none."""
     for x in leaves:
         if not is_constant(x):
             require_differentiable(x, role)

@@ -250,7 +250,7 @@ class TestErrors:
 
     def test_two_inputs(self):
         a, b = keras.Input((D,)), keras.Input((D,))
-        with pytest.raises(ValueError, match="AdversarialTraining moves one floating-point input. Received: 2 of them"):
+        with pytest.raises(ValueError, match="AdversarialTraining perturbs one floating-point input. Received: 2 of"):
             adversarial(keras.Model([a, b], layers.Dense(K)(a + b)))
 
     def test_no_labels(self):

@@ -476,7 +476,7 @@ class TestErrors:
         ("change", "message"),
         [
             ({"model": "model"}, "expects a Keras model or a function as `model`. Received: 'model'"),
-            ({"x": [X, X]}, "moves one floating-point input. Received: 2 of them.* Choose one by `inputs`"),
+            ({"x": [X, X]}, "perturbs one floating-point input. Received: 2 of them.* Choose one by `inputs`"),
             ({"x": {"a": X}}, "structure of `inputs`"),
             ({"x": 0.5}, "expects examples of shape \\(batch, ...\\)"),
             ({"x": (255 * X).astype("uint8")}, "perturbs floating-point examples.* uint8.* cast them"),

@@ -153,7 +153,7 @@ def test_dict_inputs_and_a_choice_of_them(method, chosen, which):
 
 
 def test_an_input_that_is_not_there():
-    with pytest.raises(ValueError, match="an input in `inputs` that the model does not have. Received: 'pixels' of"):
+    with pytest.raises(ValueError, match="that the model does not have. Received: 'pixels'. The inputs are"):
         regularized(inputs="pixels", compiled=QUICK)
 
 

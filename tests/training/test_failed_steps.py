@@ -105,7 +105,7 @@ def test_what_the_inputs_of_a_model_tell_is_refused_at_once(model, wrap, x):
     model.fit(x, Y, batch_size=BATCH, verbose=0)
     before = state(model)
     with pytest.raises(
-        ValueError, match="InputGradientRegularized differentiates with respect to|AdversarialTraining moves one"
+        ValueError, match="InputGradientRegularized differentiates with respect to|AdversarialTraining perturbs one"
     ):
         wrap(model)
     assert_same(before, state(model))

@@ -101,12 +101,12 @@ class TestGradientMonitor:
     def test_examples_that_cannot_stand_alone(self):
         model, y = contrast()
         history, warned = fit(model, y, GradientMonitor((X, y)), epochs=3)
-        assert len(warned) == 1 and "'gradient_noise_scale'" in warned[0] and "does not stand alone" in warned[0]
+        assert len(warned) == 1 and "'gradient_noise_scale'" in warned[0] and "on each example alone" in warned[0]
         assert "gradient_noise_scale" not in history and len(history["gradient_norm"]) == 3
 
     def test_the_function_says_so(self):
         model, y = contrast()
-        with pytest.raises(ValueError, match=r"an example of this model does not stand alone: from a batch of 8 .*\(8"):
+        with pytest.raises(ValueError, match=r"the same output as in a batch. Received: from a batch of 8, .*\(8"):
             kg.diagnostics.gradient_noise_scale(model, None, (X, y))
 
     def test_one_derivative_is_enough(self, backend):

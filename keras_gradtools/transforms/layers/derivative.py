@@ -7,7 +7,7 @@ from keras_gradtools.keras_state.layer_state import state_variables
 
 
 class Derivative(keras.layers.Wrapper):
-    """Returns a derivative of the wrapped layer with respect to one of its inputs, for each example."""
+    """Base class of layers that return, for each example, a derivative with respect to one input of a wrapped layer."""
 
     def __init__(self, layer, return_outputs=False, inputs=None, **kwargs):
         if not isinstance(layer, keras.Layer):

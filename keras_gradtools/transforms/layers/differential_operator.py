@@ -5,7 +5,7 @@ from keras_gradtools.transforms.layers.derivative import Derivative
 
 
 class DifferentialOperator(Derivative):
-    """Returns a differential operator of the wrapped layer along some axes of its input points."""
+    """Base class of layers that apply a differential operator to the wrapped layer, along some axes of its input."""
 
     def __init__(self, layer, axes=None, return_outputs=False, inputs=None, **kwargs):
         super().__init__(layer, return_outputs, inputs, **kwargs)
