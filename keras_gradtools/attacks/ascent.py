@@ -47,7 +47,7 @@ def look(model, objective, norm, moved, y, best, worst):
 
 
 def measure_gradients(model, objective, norm, x, y):
-    """The l2 norm of each gradient (for every `norm` of the attack), and the badness of each example."""
+    """The l2 norm of each gradient, whatever the `norm` of the attack, and the badness of each example."""
     gradients, _, badness = input_gradients(model, objective, x, y)
     return norm_balls.lengths(ops.cast(gradients, badness.dtype), 2), badness
 

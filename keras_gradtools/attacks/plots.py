@@ -36,6 +36,8 @@ def plot_robustness(report, figure=None):
     >>> report = kg.attacks.robustness_report(model, np.array([[0.75, 0.25]], "float32"), [0], verbose=0)
     >>> len(kg.plots.plot_robustness(report).axes)
     2
+
+    Source: As for `kg.attacks.robustness_report`.
     """
     if not hasattr(report, "first_order"):
         raise ValueError(

@@ -39,8 +39,8 @@ def input_gradient_penalty(
       \text{pen}(g) = (\lVert g \rVert - \text{center})^2 \text{ or } \bigl| \lVert g \rVert - \text{center} \bigr|$$
 
     where $x_i$ is one example, $\ell_i$ its contribution to the loss without sample weights, such that the loss is
-    $\frac1N \sum_i \ell_i$, and $w_i$ its sample weight. There is no other factor: no 1/2, no division by the size of
-    the input. Add the penalty, times a weight, to the loss of your training loop, and differentiate with respect to the
+    $\frac1N \sum_i \ell_i$, and $w_i$ its sample weight (1 if there are none). There is no other factor: no 1/2, no
+    division by the size of the input. Add the penalty, times a weight, to the loss of your training loop, and differentiate with respect to the
     model's weights with `kg.GradientTape` or the framework's own tools. For `fit`, use
     `kg.models.InputGradientRegularized`.
 

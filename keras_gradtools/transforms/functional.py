@@ -94,6 +94,8 @@ def functionalize(model):
     >>> kernel, bias = kg.grad(lambda w: keras.ops.sum(fun(w, x)))(weights)
     >>> [float(g) for g in kernel[:, 0]], [float(g) for g in bias]
     ([2.0, 5.0], [1.0])
+
+    Source: `torch.func.functional_call`, which does the same for torch modules.
     """
     if not isinstance(model, keras.Layer):
         raise ValueError(f"functionalize takes a Keras model or layer. Received: {validation.describe(model)}.")

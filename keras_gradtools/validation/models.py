@@ -23,7 +23,7 @@ def require_built(owner, model):
         )
 
 
-# Names for which `compile` chooses the cross-entropy that fits the labels.
+# Loss names that are not functions: `compile` chooses the cross-entropy that fits the labels.
 LOSSES_BY_THE_LABELS = ("crossentropy", "ce")
 
 
