@@ -40,9 +40,9 @@ def input_gradient_penalty(
 
     where $x_i$ is one example, $\ell_i$ its contribution to the loss without sample weights, such that the loss is
     $\frac1N \sum_i \ell_i$, and $w_i$ its sample weight (1 if there are none). There is no other factor: no 1/2, no
-    division by the size of the input. Add the penalty, times a weight, to the loss of your training loop, and differentiate with respect to the
-    model's weights with `kg.GradientTape` or the framework's own tools. For `fit`, use
-    `kg.models.InputGradientRegularized`.
+    division by the size of the input. Add the penalty, times a weight, to the loss of your training loop, and
+    differentiate with respect to the model's weights with `kg.GradientTape` or the framework's own tools. For `fit`,
+    use `kg.models.InputGradientRegularized`.
 
     The model is called once. Finite differences call it once more for each differentiated quantity: the loss, or each
     output or projection. Assignments in these calls (BatchNormalization's statistics, seeds) are dropped, and so are
