@@ -311,7 +311,7 @@ def _known_of(cls, key, find):
 
 
 def _reads_of(cls, names):
-    """`names` and the attributes that the methods among them read in turn, and the names of these methods."""
+    """`names` and what the methods among them read in turn, without what they assign; and these methods' names."""
     return _known_of(cls, names, lambda: _find_reads(cls, names))
 
 

@@ -24,9 +24,9 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None, has_aux=False):
 
     An eager call is compiled. The compiled program is cached for the same `fun`, shapes and dtypes, and the Python code
     of `fun` does not run again. The Keras variables that `fun` reads always have their current values. If another
-    captured value changes, `fun` is traced again. `kg.jit` describes which changes are seen. (`kg.GradientTape` caches
-    nothing.) If the Python code of `fun` depends on the values of tensors, it runs eagerly, with a warning. On torch
-    everything runs eagerly. Assignments to variables inside `fun` are discarded.
+    captured value changes, `fun` is traced again. `kg.jit` describes which changes are seen. (None of this concerns
+    `kg.GradientTape`.) If the Python code of `fun` depends on the values of tensors, it runs eagerly, with a warning.
+    On torch everything runs eagerly. Assignments to variables inside `fun` are discarded.
 
     Args:
         fun: A function that returns real floating-point tensors in any nested structure.
