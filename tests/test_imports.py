@@ -13,7 +13,7 @@ LEVELS = [
     {"validation", "keras_internals"},
     {"keras_state"},
     {"backend"},
-    {"chosen_inputs", "drawing", "example_vectors"},
+    {"chosen_inputs", "drawing", "example_norms"},
     {"independence"},
     {"tape"},
     {"gradient_control"},

@@ -10,7 +10,7 @@ from keras_gradtools import backend, validation
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.data_range import bounds
 from keras_gradtools.attacks.perturbed_input import OfOneInput, called, constant_weights, output_activation
-from keras_gradtools.example_vectors import for_each
+from keras_gradtools.example_norms import for_each
 from keras_gradtools.transforms import compiled
 
 

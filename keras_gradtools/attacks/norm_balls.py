@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.example_vectors import at_least_single, flattened, for_each, norms
+from keras_gradtools.example_norms import at_least_single, flattened, for_each, norms
 
 
 def require_norm(owner, norm):

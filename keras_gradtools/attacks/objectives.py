@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.example_vectors import at_least_single
+from keras_gradtools.example_norms import at_least_single
 from keras_gradtools.keras_state import example_losses
 
 NAMED = ("cross_entropy", "margin")

@@ -13,7 +13,7 @@ from keras_gradtools.attacks.data_range import bounds, extent
 from keras_gradtools.attacks.masked_gradients import signs_of_masking
 from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
-from keras_gradtools.example_vectors import for_each
+from keras_gradtools.example_norms import for_each
 from keras_gradtools.transforms import batch_jacobian
 
 DRAWS_OF_NOISE = 10

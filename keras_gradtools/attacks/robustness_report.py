@@ -13,7 +13,7 @@ from keras_gradtools.attacks.batches import map_batches, require_examples, requi
 from keras_gradtools.attacks.data_range import extent
 from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
-from keras_gradtools.example_vectors import for_each
+from keras_gradtools.example_norms import for_each
 
 NAME = "robustness_report"
 # A misclassified label has a probability of 1/2 or less.

@@ -12,7 +12,7 @@ from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.draws import Draws
 from keras_gradtools.curvature.operators.parameters import Parameters
-from keras_gradtools.example_vectors import numbers
+from keras_gradtools.example_norms import numbers
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.per_example import per_example_grad
 

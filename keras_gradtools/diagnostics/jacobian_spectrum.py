@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
-from keras_gradtools.example_vectors import normalized, numbers, scaled, split, squares
+from keras_gradtools.example_norms import normalized, numbers, scaled, split, squares
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.jacobians import batch_jacobian
 from keras_gradtools.transforms.taped_call import TapedCall

@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.diagnostics.layer_verdict import failed, verdict_on
 from keras_gradtools.diagnostics.slope_search import SlopeSearch
-from keras_gradtools.example_vectors import at_least_single
+from keras_gradtools.example_norms import at_least_single
 from keras_gradtools.finite_differences import Leaves
 from keras_gradtools.keras_state import layer_calls
 from keras_gradtools.keras_state.layer_state import get_keras_mask, set_keras_mask

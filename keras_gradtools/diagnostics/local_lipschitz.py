@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
 from keras_gradtools.diagnostics.jacobian_spectrum import outputs_of, require_examples, require_inputs, taped
-from keras_gradtools.example_vectors import for_each, normalized, numbers, split, squares
+from keras_gradtools.example_norms import for_each, normalized, numbers, split, squares
 from keras_gradtools.transforms import compiled
 
 NAME = "local_lipschitz"

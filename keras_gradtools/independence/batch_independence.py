@@ -3,7 +3,7 @@
 import keras
 
 from keras_gradtools import chosen_inputs, validation
-from keras_gradtools.independence.examination import examine
+from keras_gradtools.independence.example_mixing import examine
 
 NAME = "batch_independence"
 

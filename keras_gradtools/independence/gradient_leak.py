@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.example_vectors import numbers
+from keras_gradtools.example_norms import numbers
 
 # In epsilons. Sums in a different order differ by a few of them. Any statistic of a batch has a far larger effect.
 _ROUNDING = 64

@@ -7,7 +7,7 @@ import warnings
 import keras
 from keras import ops
 
-from keras_gradtools import backend, chosen_inputs, example_vectors, validation
+from keras_gradtools import backend, chosen_inputs, example_norms, validation
 from keras_gradtools.input_gradients import smoothness
 from keras_gradtools.input_gradients.targets import ALL
 from keras_gradtools.keras_state import layer_state
@@ -101,8 +101,8 @@ class Penalty:
     def _measure(self, choice, call, target):
         if choice.method == "finite_difference":
             return self._finite_differences(call, target)
-        g = example_vectors.flattened(self._connected(call, target.gradients(call)))
-        return Penalties(self._of_gradients(g), example_vectors.norms(ops.stop_gradient(g), self.norm))
+        g = example_norms.flattened(self._connected(call, target.gradients(call)))
+        return Penalties(self._of_gradients(g), example_norms.norms(ops.stop_gradient(g), self.norm))
 
     def _finite_differences(self, call, target):
         quotients, part_norms = [], []
@@ -111,16 +111,16 @@ class Penalty:
             gradients = call.constant_vjp([values], [ops.ones_like(values)])
             self._connected(call, gradients)
             pairs = zip(gradients, call.sources, strict=True)
-            g = example_vectors.flattened([vectors.zeros(x) if u is None else u for u, x in pairs])
-            norms, directions = example_vectors.norms_and_directions(g, self.norm)
+            g = example_norms.flattened([vectors.zeros(x) if u is None else u for u, x in pairs])
+            norms, directions = example_norms.norms_and_directions(g, self.norm)
             further = part.each(call.again(self._shifted(call.sources, directions)))
-            difference = example_vectors.at_least_single(further) - example_vectors.at_least_single(values)
+            difference = example_norms.at_least_single(further) - example_norms.at_least_single(values)
             # Where nothing was shifted, the two values may still be rounded differently.
             quotients.append(ops.where(norms > 0, difference / self.step_size, 0.0))
             part_norms.append(norms)
         if len(quotients) == 1:
             return Penalties(self._from_center(quotients[0]), part_norms[0])
-        norms = example_vectors.norms(ops.stack(part_norms, axis=1), self.norm)
+        norms = example_norms.norms(ops.stack(part_norms, axis=1), self.norm)
         return Penalties(self._of_gradients(ops.stack(quotients, axis=1)), norms)
 
     def _connected(self, call, gradients):
@@ -144,11 +144,11 @@ class Penalty:
     def _of_gradients(self, g):
         if self.is_plain_square:
             return ops.sum(ops.square(g), axis=1)
-        return self._from_center(example_vectors.norms(g, self.norm))
+        return self._from_center(example_norms.norms(g, self.norm))
 
     def _from_center(self, norms):
         distance = norms - self.center if self.center else norms
-        return ops.square(distance) if self.squared else example_vectors.magnitude(distance)
+        return ops.square(distance) if self.squared else example_norms.magnitude(distance)
 
     def get_config(self):
         target = self.target

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.example_vectors import at_least_single
+from keras_gradtools.example_norms import at_least_single
 from keras_gradtools.input_gradients.masks import without_padding
 from keras_gradtools.keras_state import example_losses
 from keras_gradtools.tape import jacobian_plans

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
-from keras_gradtools.independence.examination import examine
+from keras_gradtools.independence.example_mixing import examine
 from keras_gradtools.tape import jacobian_plans, vectors
 from keras_gradtools.transforms import auxiliary, compiled
 from keras_gradtools.transforms.taped_call import (

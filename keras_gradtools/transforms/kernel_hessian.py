@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gradtools import backend, validation
 from keras_gradtools.blocks import Block
-from keras_gradtools.example_vectors import for_each
+from keras_gradtools.example_norms import for_each
 from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape.gradient_tape import GradientTape
 from keras_gradtools.transforms import compiled

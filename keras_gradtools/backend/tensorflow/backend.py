@@ -1,7 +1,7 @@
 """The kernels on TensorFlow, built on `tf.GradientTape`.
 
-Some of TensorFlow's gradients are wrong or missing: `gradients.py`, `resizing.py`, `elementwise.py`, `keras_ops.py` and
-`closed_over.py` correct them.
+Some of TensorFlow's gradients are wrong or missing: `gradients.py`, `resizing.py`, `colors.py`, `elementwise.py`,
+`keras_ops.py` and `closed_over.py` correct them.
 """
 
 import tensorflow as tf
@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_gradtools.backend.base import Backend
 from keras_gradtools.backend.tensorflow import (
     closed_over,
+    colors,
     elementwise,
     gradients,
     keras_ops,
@@ -26,6 +27,7 @@ from keras_gradtools.backend.tensorflow.per_example import per_example_gradients
 
 tape.install()
 closed_over.install()
+colors.install()
 elementwise.install()
 resizing.install()
 gradients.install()

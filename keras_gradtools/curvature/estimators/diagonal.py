@@ -6,7 +6,7 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.trace import random_signs, units
 from keras_gradtools.curvature.operators.products import matvec_of, progress_of, square_matrix
-from keras_gradtools.curvature.solvers.options import require_matvecs
+from keras_gradtools.curvature.solvers.arguments import require_matvecs
 
 
 def diagonal(a, matvecs=99, seed=0):

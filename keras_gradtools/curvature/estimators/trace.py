@@ -6,7 +6,7 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, dot
 from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, square_matrix
-from keras_gradtools.curvature.solvers.options import require_matvecs
+from keras_gradtools.curvature.solvers.arguments import require_matvecs
 
 METHODS = ("hutch++", "hutchinson")
 

@@ -11,7 +11,7 @@ from keras_gradtools.curvature.estimators.spectral_density import spectral_densi
 from keras_gradtools.curvature.estimators.trace import trace
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
-from keras_gradtools.curvature.solvers.options import scipy_module
+from keras_gradtools.curvature.solvers.arguments import scipy_module
 
 
 class LinearOperator:
