@@ -1,7 +1,7 @@
 """Everything that README.md and the docstrings show runs, on the backend of this process."""
 
 import doctest
-import importlib
+import importlib.util
 import pathlib
 import pkgutil
 import re
@@ -25,15 +25,20 @@ def python_blocks(text):
 
 
 def modules():
-    """The names of the package's modules, without the adapters of the backends that are not running."""
+    """The names of the modules with examples, without the adapters of the backends that are not running."""
     adapters = "keras_gradtools.backend."
     importlib.import_module(adapters + keras.config.backend())
     for module in pkgutil.walk_packages(keras_gradtools.__path__, "keras_gradtools."):
-        if not module.name.startswith(adapters) or module.name in sys.modules:
+        is_running = not module.name.startswith(adapters) or module.name in sys.modules
+        if is_running and ">>> " in importlib.util.find_spec(module.name).loader.get_source(module.name):
             yield module.name
 
 
 BLOCKS = [(page, block) for page in PAGES for block in python_blocks(page.read_text(encoding="utf-8"))]
+
+
+def test_examples_are_found():
+    assert len(list(modules())) > 50
 
 
 def test_every_page_has_blocks():

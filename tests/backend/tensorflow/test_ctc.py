@@ -75,10 +75,10 @@ def test_a_label_that_does_not_fit_is_impossible():
 
 @pytest.mark.float64
 def test_second_derivatives():
-    logits = tensor(np.random.default_rng(0).normal(size=(1, 6, 4)), "float64")
+    logits = tensor(np.random.default_rng(0).normal(size=(1, 4, 3)), "float64")
 
     def loss(logits):
-        return ops.sum(ops.ctc_loss(np.array([[1, 2, 2]]), logits, np.array([3]), np.array([6])))
+        return ops.sum(ops.ctc_loss(np.array([[2, 2]]), logits, np.array([2]), np.array([4])))
 
-    testing.check_gradients(loss, (logits,), order=2)
+    testing.check_gradients(loss, (logits,), order=2, modes=("reverse",))
     testing.check_hvp(kg.jit(loss), (logits,))

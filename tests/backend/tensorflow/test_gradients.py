@@ -84,11 +84,15 @@ def hessian_of_segments(x, ids):
 
 
 @only_tensorflow
-@pytest.mark.parametrize("ids", [IDS, np.sort(np.abs(IDS))], ids=["unsorted", "sorted"])
 @pytest.mark.parametrize(
-    "x",
-    [(1.5, -2.0, 0.5, 7.0, 3.0, 2.0, 4.0), (0.0, -2.0, 0.0, 7.0, 0.0, 2.0, 0.0), (0.0,) * 7],
-    ids=["any", "two zeros in a segment", "zeros"],
+    ("x", "ids"),
+    [
+        ((1.5, -2.0, 0.5, 7.0, 3.0, 2.0, 4.0), IDS),
+        ((0.0, -2.0, 0.0, 7.0, 0.0, 2.0, 0.0), IDS),
+        ((0.0,) * 7, IDS),
+        ((0.0, -2.0, 0.0, 7.0, 0.0, 2.0, 0.0), np.sort(np.abs(IDS))),
+    ],
+    ids=["any", "two zeros in a segment", "zeros", "two zeros in a sorted segment"],
 )
 def test_products_of_segments(x, ids):
     def total(x):
@@ -151,6 +155,9 @@ class TestAffineTransform:
         f = ops.convert_to_numpy(transformed(tensor(images))).reshape(-1)
         jacobian = ops.convert_to_numpy(kg.jacobian(transformed)(tensor(images))).reshape(20, 20)
         close(jacobian @ images.reshape(-1), f, atol=1e-5)
+        # That the gradient is differentiable does not depend on where it reads.
+        if (interpolation, fill_mode) not in (("bilinear", "reflect"), ("nearest", "constant")):
+            return
         hessian = kg.hessian(lambda x: ops.sum(transformed(x) ** 3))(tensor(images))
         close(ops.reshape(hessian, (20, 20)), jacobian.T @ np.diag(6 * f) @ jacobian, atol=1e-4)
 
