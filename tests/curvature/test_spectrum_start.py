@@ -50,7 +50,8 @@ MODELS = {
         ),
         IMAGES,
     ),
-    "recurrent": (lambda: sequential(layers.Reshape((3, 2)), layers.GRU(3), layers.Dense(3)), X),
+    "recurrent": (lambda: sequential(layers.Reshape((3, 2)), layers.SimpleRNN(3), layers.Dense(3)), X),
+    "gated": (lambda: sequential(layers.Reshape((3, 2)), layers.GRU(3), layers.Dense(3)), X),
 }
 
 
@@ -86,7 +87,13 @@ def assert_is_start(begun, matrix, gradient, first, bits, share):
 
 # Of these only the convolutional one is another model in training.
 @pytest.mark.parametrize(
-    ("name", "training"), [*[(name, False) for name in MODELS], ("dense", True), ("convolutional", True)]
+    ("name", "training"),
+    [
+        # Compiling its loop takes TensorFlow a minute.
+        *[pytest.param(name, False, marks=pytest.mark.slow if name == "gated" else ()) for name in MODELS],
+        ("dense", True),
+        ("convolutional", True),
+    ],
 )
 def test_it_is_that_of_the_hessian(name, training):
     hessian = hessian_of(name, training=training)
