@@ -95,7 +95,7 @@ def flatten_hessian(blocks):
     >>> matrix, unravel = kg.flatten_hessian(blocks)
     >>> [[float(d) for d in row] for row in matrix]
     [[10.0, 6.0], [6.0, 0.0]]
-    >>> step = unravel(matrix @ keras.ops.ones(2))
+    >>> step = unravel(keras.ops.matmul(matrix, keras.ops.ones(2)))
     >>> float(step["a"]), float(step["b"])
     (16.0, 6.0)
 
