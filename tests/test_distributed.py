@@ -4,23 +4,15 @@ The number of devices is fixed when a framework starts, so that each side is a p
 """
 
 import argparse
-import os
-import pathlib
 import re
 import runpy
-import signal
-import subprocess
-import sys
 
-import keras
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.device_runs import BACKEND, DEVICES, ROOT, one_and_several
+
 SCRIPT = ROOT / "examples" / "distributed.py"
-BACKEND = keras.config.backend()
-DEVICES = {"jax": 8, "tensorflow": 2, "torch": 2}[BACKEND]
-SECONDS = 600
 
 # Of these the results do not depend on how the batch is split.
 DETERMINED = ["linear", "exact", "finite_difference", "every_other_step", "schedule"]
@@ -28,31 +20,8 @@ FAST = [*DETERMINED, "random_projection"]
 SLOW = ["batch_normalization", "frozen_statistics"]
 
 
-def start(runs, devices, out):
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    # On JAX most of the time goes into compiling.
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    command = [sys.executable, str(SCRIPT), *runs, "--devices", str(devices), "--out", str(out)]
-    log = out.with_suffix(".txt").open("w")
-    with log:
-        # A session of its own, which can be ended as a whole: torchrun has children.
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def finished(process, out):
-    try:
-        code = process.wait(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
-    assert code == 0, out.with_suffix(".txt").read_text()[-4000:]
-    return np.load(out)
-
-
 def on_one_and_on_several(folder, runs):
-    outs = folder / "one.npz", folder / "several.npz"
-    processes = [start(runs, devices, out) for devices, out in zip((1, DEVICES), outs, strict=True)]
-    return [finished(process, out) for process, out in zip(processes, outs, strict=True)]
+    return one_and_several("distributed.py", folder, *runs)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +40,8 @@ def example():
 
 
 def assert_equal(one, several, run, atol=1e-4):
-    keys = [key for key in one.files if key.startswith(f"{run}/")]
-    assert {f"{run}/loss", f"{run}/penalty", f"{run}/weights/0"} <= set(keys) <= set(several.files)
+    keys = [key for key in one if key.startswith(f"{run}/")]
+    assert {f"{run}/loss", f"{run}/penalty", f"{run}/weights/0"} <= set(keys) <= set(several)
     for key in keys:
         np.testing.assert_allclose(several[key], one[key], rtol=0, atol=atol, err_msg=key)
 
@@ -140,5 +109,5 @@ def test_differences_are_printed(results, folder, example, capsys):
 def test_batch_normalization(tmp_path):
     one, several = on_one_and_on_several(tmp_path, SLOW)
     for run in SLOW:
-        # On torch each process goes by the statistics of its own examples.
+        # On torch, each process uses the statistics of its own examples.
         assert_equal(one, several, run, atol=0.1 if BACKEND == "torch" else 1e-4)

@@ -317,7 +317,7 @@ def test_a_step_changes_the_state_of_layers_once(method, frozen, backend):
     logs = train(wrapped)
     penalty = normalization_penalty(method, frozen)
     close(logs["input_gradient_penalty"], penalty, rtol=2e-5)
-    # The loss itself goes by the statistics of the batch either way.
+    # The loss itself uses the statistics of the batch in both cases.
     loss = np.mean((normalized(X.astype("float64")) @ LINEAR) ** 2)
     close(logs["loss"], loss + WEIGHT * penalty + 0.1 * np.mean(X**2), rtol=2e-5)
     close(normalization.moving_mean, 0.9 * CENTER + 0.1 * X.mean(axis=0))

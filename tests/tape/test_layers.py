@@ -138,7 +138,7 @@ class Setting:
 
     def at(self, point):
         """Puts the layer at the weights and input of `point`, in the state that it had at first."""
-        keras.utils.set_random_seed(0)  # dropout on torch goes by torch's own generator
+        keras.utils.set_random_seed(0)  # dropout on torch uses torch's own generator
         for variable, value in zip(self.layer.trainable_variables, point, strict=False):
             variable.assign(value)
         for variable, value in zip(self.layer.non_trainable_variables, self.state, strict=True):

@@ -4,20 +4,21 @@ import tensorflow as tf
 
 
 def svd(original):
+    """The vjp of the parts of a real matrix (Townsend, "Differentiating the singular value decomposition")."""
+
     def gradient(op, by_s, by_u, by_v):
-        a, (s, *vectors) = op.inputs[0], op.outputs
-        rows, columns = a.shape[-2:]
-        has_vectors = op.get_attr("compute_uv")
-        is_whole = rows == columns or not has_vectors or not op.get_attr("full_matrices")
-        if a.dtype.is_complex or None in (rows, columns) or not is_whole:
+        a = op.inputs[0]
+        # The gradient of singular values alone takes the vectors from another `Svd`, whose gradient is this one.
+        if not op.get_attr("compute_uv") or a.dtype.is_complex or a.shape.rank is None:
             return original(op, by_s, by_u, by_v)
-        u, v = vectors if has_vectors else tf.linalg.svd(a, full_matrices=False)[1:]
-        inner = tf.linalg.diag(by_s)
-        if not has_vectors:
-            return u @ inner @ tf.linalg.matrix_transpose(v)
+        s, u, v = op.outputs
+        rows, columns = a.shape[-2:]
+        if None in (rows, columns) or op.get_attr("full_matrices") and rows != columns:
+            return original(op, by_s, by_u, by_v)
         squares = tf.square(s)
         gaps = tf.linalg.set_diag(squares[..., None, :] - squares[..., None], tf.ones_like(s))
         turned_u, turned_v = (tf.linalg.matmul(x, by_x, transpose_a=True) for x, by_x in ((u, by_u), (v, by_v)))
+        inner = tf.linalg.diag(by_s)
         inner += _quotient(turned_u - tf.linalg.matrix_transpose(turned_u), gaps) * s[..., None, :]
         inner += _quotient(turned_v - tf.linalg.matrix_transpose(turned_v), gaps) * s[..., None]
         found = u @ inner @ tf.linalg.matrix_transpose(v)
