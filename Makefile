@@ -4,14 +4,16 @@ BACKENDS := tensorflow jax torch
 BACKEND ?=
 TESTS ?=
 JOBS ?= 2
+PORT ?= 8000
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DOCS_INSTALLED := .venv/.docs-installed
 TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-versions lint types bench docs clean
+.PHONY: help demo test test-slow test-versions lint types bench docs docs-serve clean
 
 help:  ## list the targets
 	@echo "make TARGET [BACKEND=tensorflow|jax|torch]; .venv is created when it is first needed"
@@ -26,6 +28,11 @@ $(INSTALLED): pyproject.toml requirements-dev.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 	@echo "Installed"
+
+$(DOCS_INSTALLED): $(INSTALLED) requirements-docs.txt
+	@echo "Installing the tools that build the documentation into .venv"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
 
 demo: $(INSTALLED)  ## train a digit classifier in four ways, attack each one and compare; BACKEND=tensorflow by default
 	@KERAS_BACKEND=$(or $(BACKEND),tensorflow) $(BIN)/python examples/demo.py
@@ -50,9 +57,12 @@ types: $(INSTALLED)  ## check types with mypy
 bench: $(INSTALLED)  ## compare speed with hand-written code, one backend after the other
 	@$(BIN)/python -m benchmarks.run $(addprefix --backend ,$(BACKEND))
 
-docs: $(INSTALLED)  ## build the API reference into site/
-	@$(BIN)/pdoc --docformat google --math -o site keras_gradtools '!keras_gradtools.backend' '!keras_gradtools.keras_internals'
-	@echo "Open site/index.html"
+docs: $(DOCS_INSTALLED)  ## build the site into site/ and run its notebooks; BACKEND=tensorflow by default
+	@KERAS_BACKEND=$(or $(BACKEND),tensorflow) $(BIN)/python -m sphinx -W --keep-going -q -d out/docs/doctrees docs site
+	@echo "Open site/index.html, or run make docs-serve"
+
+docs-serve:  ## serve site/ at http://localhost:8000; another port with PORT=8080
+	@$(PYTHON) -m http.server --directory site $(PORT)
 
 clean:  ## remove everything that the targets create, except .venv
 	@rm -rf .venvs site out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,57 @@
+"""Notebook pages: a download of each as .ipynb, and a link between the languages of the guide."""
+
+import pathlib
+
+import jupytext
+LANGUAGES = {"en": "English", "ja": "日本語"}
+
+
+def is_notebook(app, name):
+    """Whether a page is a MyST-NB notebook: its front matter names a kernel."""
+    return "kernelspec" in app.env.metadata.get(name, {})
+
+
+def translation(app, name):
+    """The same page of the guide in the other language, as `(code, label, page)`, or None."""
+    for code in LANGUAGES:
+        if name.startswith(f"guide/{code}/"):
+            for other, label in LANGUAGES.items():
+                page = name.replace(f"guide/{code}/", f"guide/{other}/", 1)
+                if other != code and page in app.env.found_docs:
+                    return other, label, page
+    return None
+
+
+def add_context(app, name, template, context, doctree):
+    """Tells the templates the language of a page, its translation, and where its notebook is."""
+    if name.startswith("guide/ja/"):
+        context["language"] = "ja"
+    context["translation"] = translation(app, name)
+    context["notebook"] = f"_notebooks/{name}.ipynb" if is_notebook(app, name) else None
+
+
+def set_output_folder(app):
+    """Puts the pictures of the notebooks where `make clean` finds them, instead of beside the site."""
+    folder = pathlib.Path(app.confdir).parent / "out" / "docs" / "pictures"
+    app.env.mystnb_config = app.env.mystnb_config.copy(output_folder=str(folder))
+
+
+def write_notebooks(app, error):
+    """Writes each notebook page as .ipynb, without outputs, into the site."""
+    if error or app.builder.format != "html":
+        return
+    for name in sorted(app.env.found_docs):
+        if is_notebook(app, name):
+            target = pathlib.Path(app.outdir, "_notebooks", f"{name}.ipynb")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            notebook = jupytext.read(app.env.doc2path(name), fmt="md:myst")
+            notebook.metadata.kernelspec.setdefault("display_name", "Python 3")
+            jupytext.write(notebook, target)
+
+
+def setup(app):
+    """Connects the functions of this module to Sphinx."""
+    app.connect("builder-inited", set_output_folder, priority=900)
+    app.connect("html-page-context", add_context)
+    app.connect("build-finished", write_notebooks)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

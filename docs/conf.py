@@ -1,0 +1,58 @@
+"""Configuration of the documentation site: `make docs` builds it into site/."""
+
+import os
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BACKEND = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+# This checkout, and not another installed one, is documented here and imported in the notebooks' processes.
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+project = "keras-gradtools"
+author = "the keras-gradtools developers"
+copyright = author
+version = release = re.search(r'__version__ = "(.*)"', (ROOT / "keras_gradtools/__init__.py").read_text("utf-8"))[1]
+
+extensions = [
+    "myst_nb",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx-mathjax-offline",
+    "notebooks",
+]
+templates_path = ["_templates"]
+exclude_patterns = ["_ext", "_templates"]
+# The guide and the recipes are listed by pattern, so that the site can be built without them.
+suppress_warnings = ["toc.empty_glob", "mystnb.unknown_mime_type"]
+
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_heading_anchors = 3
+myst_dmath_double_inline = True
+
+# A notebook's outputs depend on the backend, so each backend has a cache of its own.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "out" / "docs" / f"cache-{BACKEND}")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+
+html_theme = "pydata_sphinx_theme"
+html_title = "keras-gradtools"
+html_static_path = ["_static"]
+html_theme_options = {
+    "article_header_end": ["notebook.html"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "header_links_before_dropdown": 6,
+    "navigation_with_keys": False,
+    "secondary_sidebar_items": ["page-toc"],
+    "show_toc_level": 2,
+    "use_edit_page_button": False,
+}
+html_show_sourcelink = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
