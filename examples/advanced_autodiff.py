@@ -19,20 +19,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import ops
-from matplotlib import pyplot
-from rich.console import Console
 
 import keras_gradtools as kg
 
 PARAMETERS = ("kernel 1", "bias 1", "kernel 2", "bias 2")
-
-console = Console()
 
 
 def normal(rng, shape, scale=1.0):
@@ -66,13 +58,15 @@ def assert_near(actual, expected, tolerance=1e-5):
 
 
 def heading(text):
-    console.print(f"\n[bold]{text}[/bold]")
+    print(f"\n{text}")
 
 
 def save(figure, path):
+    from matplotlib import pyplot
+
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-    console.print(f"picture: {path.name}")
+    print(f"picture: {path.name}")
 
 
 def stop_recording():
@@ -88,8 +82,8 @@ def stop_recording():
 
     grad = t.gradient(z, {"x": x, "y": y})
 
-    console.print("dz/dx:", number(grad["x"]))  # 2*x => 4
-    console.print("dz/dy:", grad["y"])
+    print("dz/dx:", number(grad["x"]))  # 2*x => 4
+    print("dz/dy:", grad["y"])
     assert number(grad["x"]) == 4.0
     assert grad["y"] is None
 
@@ -109,8 +103,8 @@ def reset_recording():
 
     grad = t.gradient(z, {"x": x, "y": y})
 
-    console.print("dz/dx:", number(grad["x"]))  # 2*x => 4
-    console.print("dz/dy:", grad["y"])
+    print("dz/dx:", number(grad["x"]))  # 2*x => 4
+    print("dz/dy:", grad["y"])
     assert number(grad["x"]) == 4.0
     assert grad["y"] is None
 
@@ -126,8 +120,8 @@ def stop_gradient():
 
     grad = t.gradient(z, {"x": x, "y": y})
 
-    console.print("dz/dx:", number(grad["x"]))  # 2*x => 4
-    console.print("dz/dy:", grad["y"])
+    print("dz/dx:", number(grad["x"]))  # 2*x => 4
+    print("dz/dy:", grad["y"])
     assert number(grad["x"]) == 4.0
     assert grad["y"] is None
 
@@ -148,7 +142,7 @@ def custom_gradients():
     with kg.GradientTape() as t:
         output = clip_gradients(v * v)
     gradient = number(t.gradient(output, v))  # calls "backward", which clips 4 to 2
-    console.print("clipped:", gradient)
+    print("clipped:", gradient)
     assert gradient == 2.0
 
     # The package includes this function.
@@ -178,7 +172,7 @@ def custom_gradients_in_a_saved_model():
     with kg.GradientTape() as t:
         output = loaded(v * v)
     gradient = number(t.gradient(output, v))
-    console.print("clipped, after loading:", gradient)
+    print("clipped, after loading:", gradient)
     assert loaded is not model
     assert gradient == 2.0
 
@@ -193,7 +187,7 @@ def custom_gradients_in_a_saved_model():
     with kg.GradientTape() as t:
         output = loaded(ops.reshape(v * v, (1, 1)))
     gradient = number(t.gradient(output, v))
-    console.print("the same in a functional model:", gradient)
+    print("the same in a functional model:", gradient)
     assert gradient == 2.0
 
 
@@ -215,8 +209,8 @@ def multiple_tapes():
 
     by_x0 = number(tape0.gradient(ys, x0))  # cos(x) => 1.0
     by_x1 = number(tape1.gradient(ys, x1))  # sigmoid(x1)*(1-sigmoid(x1)) => 0.25
-    console.print("dys/dx0:", by_x0)
-    console.print("dys/dx1:", by_x1)
+    print("dys/dx0:", by_x0)
+    print("dys/dx1:", by_x1)
     assert by_x0 == 1.0
     assert by_x1 == 0.25
 
@@ -234,8 +228,8 @@ def higher_order_gradients():
         dy_dx = t1.gradient(y, x)
     d2y_dx2 = t2.gradient(dy_dx, x)
 
-    console.print("dy_dx:", number(dy_dx))  # 3 * x**2 => 3.0
-    console.print("d2y_dx2:", number(d2y_dx2))  # 6 * x => 6.0
+    print("dy_dx:", number(dy_dx))  # 3 * x**2 => 3.0
+    print("d2y_dx2:", number(d2y_dx2))  # 6 * x => 6.0
     assert number(dy_dx) == 3.0
     assert number(d2y_dx2) == 6.0
 
@@ -262,7 +256,7 @@ def input_gradient_regularization():
     dg1_mag = t2.gradient(g1_mag, layer.trainable_variables)
 
     shapes = [tuple(var.shape) for var in dg1_mag]
-    console.print(f"shapes: {shapes}")
+    print(f"shapes: {shapes}")
     assert shapes == [(5, 10), (10,)]
 
     # With r = relu(x W + b), the input gradient is g1 = 2 r Wᵀ.
@@ -274,10 +268,12 @@ def input_gradient_regularization():
     assert_near(g1_mag, np.linalg.norm(g))
     assert_near(dg1_mag[0], x.T @ by_r + 2.0 * u.T @ r)
     assert_near(dg1_mag[1], by_r.sum(axis=0))
-    console.print(f"magnitude: {number(g1_mag):.4f}")
+    print(f"magnitude: {number(g1_mag):.4f}")
 
 
 def scalar_source(out):
+    from matplotlib import pyplot
+
     heading("Jacobians: Scalar source")
     x = ops.linspace(-10.0, 10.0, 200 + 1)
     delta = keras.Variable(0.0)
@@ -287,8 +283,8 @@ def scalar_source(out):
 
     dy_dx = tape.jacobian(y, delta)
 
-    console.print(f"y.shape: {tuple(y.shape)}")
-    console.print(f"dy_dx.shape: {tuple(dy_dx.shape)}")
+    print(f"y.shape: {tuple(y.shape)}")
+    print(f"dy_dx.shape: {tuple(dy_dx.shape)}")
     assert tuple(y.shape) == tuple(dy_dx.shape) == (201,)
     sigmoid = 1.0 / (1.0 + np.exp(-numbers(x)))
     assert_near(dy_dx, sigmoid * (1.0 - sigmoid))
@@ -311,25 +307,27 @@ def tensor_source():
     with kg.GradientTape(persistent=True) as tape:
         y = layer(x)
 
-    console.print(f"y.shape: {tuple(y.shape)}")
-    console.print(f"layer.kernel.shape: {tuple(layer.kernel.shape)}")
+    print(f"y.shape: {tuple(y.shape)}")
+    print(f"layer.kernel.shape: {tuple(layer.kernel.shape)}")
 
     j = tape.jacobian(y, layer.kernel)
-    console.print(f"j.shape: {tuple(j.shape)}")
+    print(f"j.shape: {tuple(j.shape)}")
     assert tuple(j.shape) == (*y.shape, *layer.kernel.shape) == (7, 10, 5, 10)
     # An output depends only on its own column of the kernel, and only where ReLU is active.
     assert_near(j, np.einsum("bk,bi,kl->bkil", numbers(y) > 0.0, numbers(x), np.eye(10)))
 
     g = tape.gradient(y, layer.kernel)
-    console.print(f"g.shape: {tuple(g.shape)}")
+    print(f"g.shape: {tuple(g.shape)}")
 
     j_sum = ops.sum(j, axis=[0, 1])
     delta = number(ops.max(ops.abs(g - j_sum)))
     assert delta < 1e-5
-    console.print(f"delta: {delta:.1e}")
+    print(f"delta: {delta:.1e}")
 
 
 def hessian(out):
+    from matplotlib import pyplot
+
     heading("Example: Hessian")
     rng = np.random.default_rng(2)
     inputs = normal(rng, (7, 5))
@@ -346,15 +344,15 @@ def hessian(out):
 
     h = t2.jacobian(g, layer1.kernel)
 
-    console.print(f"layer.kernel.shape: {tuple(layer1.kernel.shape)}")
-    console.print(f"h.shape: {tuple(h.shape)}")
+    print(f"layer.kernel.shape: {tuple(layer1.kernel.shape)}")
+    print(f"h.shape: {tuple(h.shape)}")
     assert tuple(h.shape) == (5, 8, 5, 8)
 
     n_params = int(np.prod(layer1.kernel.shape))
 
     g_vec = ops.reshape(g, (n_params, 1))
     h_mat = ops.reshape(h, (n_params, n_params))
-    console.print(f"h_mat.shape: {tuple(h_mat.shape)}")
+    print(f"h_mat.shape: {tuple(h_mat.shape)}")
 
     # The Hessian matrix should be symmetric:
     assert_near(h_mat, ops.transpose(h_mat))
@@ -381,7 +379,7 @@ def hessian(out):
     layer1.kernel.assign_sub(ops.reshape(update, layer1.kernel.shape))
 
     new_loss = ops.mean(layer2(layer1(inputs)) ** 2)
-    console.print(f"loss: {number(loss):.4f} -> {number(new_loss):.4f}")
+    print(f"loss: {number(loss):.4f} -> {number(new_loss):.4f}")
     assert number(new_loss) < number(loss)
 
 
@@ -395,6 +393,8 @@ def relu_gradient(x, kernel1, bias1, kernel2, bias2):
 
 
 def full_hessian(out):
+    from matplotlib import pyplot
+
     heading("The full Hessian across multiple variables")
     # The guide remarks that a whole model would need careful concatenation and slicing.
     rng = np.random.default_rng(2)
@@ -411,7 +411,7 @@ def full_hessian(out):
     g_vec = ops.concatenate([ops.reshape(part, (-1,)) for part in g])
     n_params = model.count_params()
 
-    console.print(f"h_mat.shape: {tuple(h_mat.shape)}")
+    print(f"h_mat.shape: {tuple(h_mat.shape)}")
     assert tuple(h_mat.shape) == (n_params, n_params) == (102, 102)
     assert [tuple(part.shape) for part in unravel(g_vec)] == [(5, 8), (8,), (8, 6), (6,)]
     assert_near(h_mat, ops.transpose(h_mat))
@@ -444,7 +444,7 @@ def full_hessian(out):
     # The Hessian is indefinite, because the kernels are multiplied with one another. The loss could rise if eps were
     # smaller than the negative curvature.
     lowest = float(np.linalg.eigvalsh(numbers(h_mat))[0])
-    console.print(f"lowest eigenvalue: {lowest:.4f}")
+    print(f"lowest eigenvalue: {lowest:.4f}")
     assert lowest < 0.0
     eps = 1e-3 - 2.0 * lowest
     eye_eps = ops.eye(n_params) * eps
@@ -454,7 +454,7 @@ def full_hessian(out):
         variable.assign_sub(part)
 
     new_loss = ops.mean(model(x) ** 2)
-    console.print(f"loss: {number(loss):.4f} -> {number(new_loss):.4f}")
+    print(f"loss: {number(loss):.4f} -> {number(new_loss):.4f}")
     assert number(new_loss) < number(loss)
 
 
@@ -473,6 +473,8 @@ def closed_form_jacobian(x, layer1, layer2, normalize=None):
 
 
 def batch_jacobian(out):
+    from matplotlib import pyplot
+
     heading("Batch Jacobian")
     rng = np.random.default_rng(3)
     x = normal(rng, (7, 5))
@@ -485,10 +487,10 @@ def batch_jacobian(out):
         y = layer1(x)
         y = layer2(y)
 
-    console.print(f"y.shape: {tuple(y.shape)}")
+    print(f"y.shape: {tuple(y.shape)}")
 
     j = tape.jacobian(y, x)
-    console.print(f"j.shape: {tuple(j.shape)}")
+    print(f"j.shape: {tuple(j.shape)}")
     assert tuple(j.shape) == (7, 6, 7, 5)
     assert_near(j, closed_form_jacobian(x, layer1, layer2))
 
@@ -503,18 +505,18 @@ def batch_jacobian(out):
     save(figure, out / "guide_patches.png")
 
     j_sum = ops.sum(j, axis=2)
-    console.print(f"j_sum.shape: {tuple(j_sum.shape)}")
+    print(f"j_sum.shape: {tuple(j_sum.shape)}")
     j_select = ops.einsum("bxby->bxy", j)
-    console.print(f"j_select.shape: {tuple(j_select.shape)}")
+    print(f"j_select.shape: {tuple(j_select.shape)}")
     assert tuple(j_sum.shape) == tuple(j_select.shape) == (7, 6, 5)
     assert_near(j_sum, j_select, 1e-6)
 
     jb = tape.batch_jacobian(y, x)
-    console.print(f"jb.shape: {tuple(jb.shape)}")
+    print(f"jb.shape: {tuple(jb.shape)}")
 
     error = number(ops.max(ops.abs(jb - j_sum)))
     assert error < 1e-6
-    console.print(f"error: {error:.1e}")
+    print(f"error: {error:.1e}")
 
     # The same as a transform of a function or a model.
     model = keras.Sequential([keras.Input((5,)), layer1, layer2])
@@ -522,6 +524,8 @@ def batch_jacobian(out):
 
 
 def batch_normalization(out):
+    from matplotlib import pyplot
+
     heading("Batch Jacobian: where examples are not independent")
     rng = np.random.default_rng(4)
     x = normal(rng, (7, 5))
@@ -537,7 +541,7 @@ def batch_normalization(out):
         y = layer2(y)
 
     j = tape.jacobian(y, x)
-    console.print(f"j.shape: {tuple(j.shape)}")
+    print(f"j.shape: {tuple(j.shape)}")
     assert tuple(j.shape) == (7, 6, 7, 5)
 
     def normalize(y):
@@ -548,7 +552,7 @@ def batch_normalization(out):
     assert_near(j, closed_form_jacobian(x, layer1, layer2, normalize))
     blocks = numbers(j).swapaxes(1, 2)  # one block for each pair of examples
     between_examples = np.abs(blocks[~np.eye(7, dtype=bool)]).max(axis=(1, 2))
-    console.print(f"entries between two examples reach {between_examples.max():.4f}")
+    print(f"entries between two examples reach {between_examples.max():.4f}")
     assert between_examples.min() > 1e-2
 
     figure, ax = pyplot.subplots(figsize=(6.5, 6), layout="constrained")
@@ -568,19 +572,19 @@ def batch_normalization(out):
     save(figure, out / "guide_side_by_side.png")
 
     jb = tape.batch_jacobian(y, x)
-    console.print(f"jb.shape: {tuple(jb.shape)}")
+    print(f"jb.shape: {tuple(jb.shape)}")
     assert tuple(jb.shape) == (7, 6, 5)
     # Each entry is a sum over the outputs of the whole batch, not the derivative of its own example's output.
     assert_near(jb, blocks.sum(axis=0))
     own = blocks[np.arange(7), np.arange(7)]
     difference = np.abs(numbers(jb) - own).max()
-    console.print(f"difference from the diagonal: {difference:.4f}")
+    print(f"difference from the diagonal: {difference:.4f}")
     assert difference > 0.1
 
     # `batch_independence` detects this in advance, and names the layer.
     model = keras.Sequential([keras.Input((5,)), layer1, bn, layer2], name="guide")
     report = kg.diagnostics.batch_independence(model, x, training=True)
-    console.print(str(report))
+    print(str(report))
     assert not report.independent and report.layers == ("batch_normalization",)
     try:
         kg.batch_jacobian(model, check_independence=True)(x, training=True)
@@ -595,9 +599,12 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plots")
     out = parser.parse_args(arguments).out
+    import matplotlib
+
+    matplotlib.use("agg")
     out.mkdir(parents=True, exist_ok=True)
 
-    console.print(f"Advanced automatic differentiation, {keras.config.backend()}")
+    print(f"Advanced automatic differentiation, {keras.config.backend()}")
     stop_recording()
     reset_recording()
     stop_gradient()
@@ -612,8 +619,11 @@ def main(arguments=None):
     full_hessian(out)
     batch_jacobian(out)
     batch_normalization(out)
-    console.print(f"\nAll checks passed. Pictures: guide_*.png in {out}/")
+    print(f"\nAll checks passed. Pictures: guide_*.png in {out}/")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

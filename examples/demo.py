@@ -18,17 +18,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers, ops
-from matplotlib import pyplot
-from rich.console import Console
-from rich.progress import BarColumn, Progress
-from rich.table import Table
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
@@ -49,6 +40,8 @@ WAYS = {
 
 
 def load_data():
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     x, y = (digits.images[..., None] / 16).astype("float32"), digits.target.astype("int32")
     order = np.random.default_rng(0).permutation(len(x))
@@ -95,6 +88,8 @@ class ProgressLine(keras.callbacks.Callback):
 
 
 def train(models, x, y, epochs, console):
+    from rich.progress import BarColumn, Progress
+
     columns = ("{task.description:8}", BarColumn(15), "{task.completed}/{task.total}", "{task.fields[logs]}")
     steps = epochs * -(-len(x) // BATCH_SIZE)
     with Progress(*columns, console=console) as progress:
@@ -129,6 +124,8 @@ def step_times(models, x, y, repeats):
 
 
 def print_table(results, times, console):
+    from rich.table import Table
+
     table = Table(title=f"500 test digits, {keras.config.backend()}", title_justify="left")
     table.add_column("trained with")
     for name in WAYS:
@@ -146,6 +143,8 @@ def print_table(results, times, console):
 
 
 def draw_robustness(results, path):
+    from matplotlib import pyplot
+
     figure, ax = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
     for name, color, result in zip(WAYS, COLORS, results, strict=True):
         for kind, style in (("FGSM", "--"), ("PGD", "-")):
@@ -165,6 +164,8 @@ def draw_robustness(results, path):
 
 def draw_jacobians(models, x, y, path):
     """The Jacobian of the logits with respect to the pixels, for one test image of every second digit."""
+    from matplotlib import pyplot
+
     x = x[[int(np.argmax(y == digit)) for digit in range(0, 10, 2)]]
 
     def jacobian(model):
@@ -196,6 +197,11 @@ def main(arguments=None):
     )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plots")
     options = parser.parse_args(arguments)
+
+    import matplotlib
+    from rich.console import Console
+
+    matplotlib.use("agg")
     epochs, attack_steps, timed_steps = (3, 3, 5) if options.quick else (30, 20, 60)
 
     console = Console()
@@ -215,4 +221,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

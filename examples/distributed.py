@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import keras
 import numpy as np
 from keras import layers
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
@@ -87,6 +86,8 @@ class Devices:
 
 def load_data():
     """Digits in a fixed order, labels, and sample weights, in whole batches that can be split evenly."""
+    from sklearn.datasets import load_digits
+
     digits, rng = load_digits(), np.random.default_rng(0)
     order = rng.permutation(len(digits.images))
     order = order[: len(order) // BATCH_SIZE * BATCH_SIZE]
@@ -267,4 +268,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import keras
 import numpy as np
 from keras import layers
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
@@ -34,6 +33,8 @@ EXAMPLES, BATCH_SIZE = 203, 64
 
 def load_data():
     """Digits in a fixed order, labels, and sample weights."""
+    from sklearn.datasets import load_digits
+
     digits, rng = load_digits(), np.random.default_rng(0)
     order = rng.permutation(len(digits.data))[:EXAMPLES]
     weights = rng.uniform(0.2, 2.0, EXAMPLES)
@@ -94,4 +95,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import keras
 import numpy as np
 from keras import layers
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
@@ -42,6 +41,8 @@ OPTIMIZERS = {
 
 def load_data():
     """Digits of 4 by 4 pixels in a fixed order, and their labels: one batch that can be split evenly."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))[:EXAMPLES]
     x = digits.images[order].reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16) / 16
@@ -101,4 +102,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

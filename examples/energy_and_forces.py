@@ -21,15 +21,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers, ops
-from matplotlib import pyplot
-from rich.console import Console
-from rich.table import Table
 
 import keras_gradtools as kg
 
@@ -168,6 +161,8 @@ def root_mean_square(x):
 
 
 def draw(predictions, y, drift, path):
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     for ax, key, title in ((axes[0], "energy", "Energy of a cluster"), (axes[1], "forces", "Force components")):
         true = y[key].ravel()
@@ -197,6 +192,12 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="a few seconds instead of a minute, and worse models")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plot")
     options = parser.parse_args(arguments)
+
+    import matplotlib
+    from rich.console import Console
+    from rich.table import Table
+
+    matplotlib.use("agg")
     epochs, steps = (25, 40) if options.quick else (300, 500)
 
     console = Console()
@@ -239,4 +240,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

@@ -14,14 +14,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers, ops
-from matplotlib import pyplot
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
@@ -29,6 +23,8 @@ EPSILONS = (0.0, 0.1, 0.2, 0.3)
 
 
 def load_data():
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     x, y = (digits.images[..., None] / 8 - 1).astype("float32"), digits.target
     return (x[:-300], y[:-300]), (x[-300:], y[-300:])
@@ -63,6 +59,8 @@ def read(model, image):
 
 
 def show(images, titles, path):
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, len(images), figsize=(2.6 * len(images), 3), layout="constrained")
     for ax, image, title in zip(axes, images, titles, strict=True):
         ax.imshow(image[0, ..., 0], cmap="Greys", vmin=-1, vmax=1)
@@ -75,6 +73,10 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plots")
     options = parser.parse_args(arguments)
+
+    import matplotlib
+
+    matplotlib.use("agg")
     options.out.mkdir(parents=True, exist_ok=True)
 
     keras.utils.set_random_seed(0)
@@ -108,4 +110,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

@@ -21,21 +21,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers, ops
-from matplotlib import pyplot
-from rich.console import Console
-from rich.table import Table
 
 import keras_gradtools as kg
 
 DIFFUSIVITY = 0.1
 POINTS = 500
-console = Console()
 
 
 def solution(points):
@@ -134,6 +126,8 @@ def train(trainer, optimizer, data, epochs, watch):
 
 
 def plot(watched, switch, temperature, path):
+    from matplotlib import pyplot
+
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for name, watch in watched.items():
         left.semilogy(watch.seconds, watch.errors, label=name)
@@ -166,6 +160,13 @@ def main(arguments=None):
     parser.add_argument("--epochs", type=int, default=80, help="number of epochs of the Levenberg-Marquardt method")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+
+    import matplotlib
+    from rich.console import Console
+    from rich.table import Table
+
+    matplotlib.use("agg")
+    console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
 
     points = np.random.default_rng(options.seed).uniform(size=(POINTS, 2)).astype("float32")
@@ -199,4 +200,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

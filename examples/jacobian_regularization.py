@@ -18,16 +18,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers, ops
-from matplotlib import colors, pyplot
-from rich.console import Console
-from rich.table import Table
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
@@ -40,6 +32,8 @@ COLORS = ("tab:red", "tab:blue", "tab:green")
 
 
 def load_data():
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     x, y = (digits.images[..., None] / 16).astype("float32"), digits.target.astype("int32")
     order = np.random.default_rng(0).permutation(len(x))
@@ -130,6 +124,8 @@ def margin(model, grid, coordinates, corner, label):
 
 def draw_cells(model, images, labels, points, ax):
     """Colors each point of the plane by the predicted digit, darker for higher probability."""
+    from matplotlib import colors, pyplot
+
     grid, (u, v), corners = plane_through(images, points)
     logits = model.predict(grid, batch_size=4096, verbose=0).reshape(points, points, 10)
     sureness = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -154,6 +150,8 @@ def draw_cells(model, images, labels, points, ax):
 
 def draw(models, results, images, labels, points, path):
     """Returns the margins of the three images for each model in the plot."""
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, 4, figsize=(18, 4.7), layout="constrained")
     margins = {}
     for ax, place in ((axes[0], 0), (axes[1], 1)):
@@ -183,6 +181,12 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="a few seconds instead of a minute, and worse models")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plot")
     options = parser.parse_args(arguments)
+
+    import matplotlib
+    from rich.console import Console
+    from rich.table import Table
+
+    matplotlib.use("agg")
     epochs, attack_steps, points = (5, 5, 60) if options.quick else (40, 20, 300)
 
     console = Console()
@@ -219,4 +223,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

@@ -18,24 +18,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers
-from matplotlib import pyplot
-from rich.console import Console
-from rich.table import Table
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
 BATCH_SIZE = 128
-console = Console()
 
 
 def load_data():
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     x, y = (digits.data / 16).astype("float32"), digits.target.astype("int32")
     order = np.random.default_rng(0).permutation(len(x))
@@ -77,7 +70,9 @@ def train(seed, train, test, epochs, with_newton):
     return history.history, watch
 
 
-def show(history):
+def show(history, console):
+    from rich.table import Table
+
     columns = {
         "step": ("newton_step_length", ".3g"),
         "damping": ("newton_damping", ".1e"),
@@ -96,6 +91,8 @@ def show(history):
 
 
 def plot(watched, path):
+    from matplotlib import pyplot
+
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, watch in watched.items():
         epochs = np.arange(1, len(watch.losses) + 1)
@@ -114,12 +111,18 @@ def main(arguments=None):
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+
+    import matplotlib
+    from rich.console import Console
+
+    matplotlib.use("agg")
+    console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
 
     data, test = load_data()
     _, alone = train(options.seed, data, test, options.epochs, with_newton=False)
     history, both = train(options.seed, data, test, options.epochs, with_newton=True)
-    show(history)
+    show(history, console)
     watched = {"Adam": alone, "Adam and Newton steps": both}
     for name, watch in watched.items():
         console.print(
@@ -132,4 +135,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

@@ -16,16 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers
-from matplotlib import pyplot
-from rich.console import Console
-from rich.table import Table
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
@@ -64,6 +56,8 @@ METHODS = {
 
 
 def load_data():
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     x, y = (digits.images[..., None] / 16).astype("float32"), digits.target.astype("int32")
     order = np.random.default_rng(0).permutation(len(x))
@@ -102,6 +96,8 @@ def train(name, data, watched, epochs):
 
 
 def draw_histories(histories, path):
+    from matplotlib import pyplot
+
     figure, ax = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for number, (name, history) in enumerate(histories.items()):
         shown = [100 * accuracy for accuracy in history[WATCHED]]
@@ -124,6 +120,12 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="a few epochs, and worse models")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plots")
     options = parser.parse_args(arguments)
+
+    import matplotlib
+    from rich.console import Console
+    from rich.table import Table
+
+    matplotlib.use("agg")
     options.out.mkdir(parents=True, exist_ok=True)
     epochs, shown_at_most = (12, 50) if options.quick else (30, 500)
 
@@ -158,4 +160,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

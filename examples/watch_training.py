@@ -17,25 +17,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers
-from matplotlib import pyplot
-from rich.console import Console
-from rich.table import Table
-from sklearn.datasets import load_digits
 
 import keras_gradtools as kg
 
 DEPTH, UNITS, BATCH_SIZE = 10, 32, 64
 NETWORKS = {"sigmoid": ("sigmoid", "glorot_uniform"), "ReLU": ("relu", "he_uniform")}
-console = Console()
 
 
 def load_data():
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.data))
     return (digits.data[order] / 16).astype("float32"), digits.target[order].astype("int32")
@@ -61,6 +54,8 @@ def train(name, x, y, epochs, out):
 
 
 def draw(found, path):
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     for row, (name, (_, jacobians, gradients)) in zip(axes, found.items(), strict=True):
         kg.plots.plot_gradient_flow(gradients, row[0]).set_title(f"{name}: gradients by layer")
@@ -74,6 +69,13 @@ def main(arguments=None):
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the output")
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args(arguments)
+
+    import matplotlib
+    from rich.console import Console
+    from rich.table import Table
+
+    matplotlib.use("agg")
+    console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
 
     x, y = load_data()
@@ -107,4 +109,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

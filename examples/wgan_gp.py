@@ -21,18 +21,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 from keras import layers, ops
-from matplotlib import pyplot
-from rich.console import Console
-from rich.progress import BarColumn, Progress
-from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
 
 import keras_gradtools as kg
 
@@ -48,6 +38,8 @@ COLORS = ("tab:blue", "tab:orange")
 
 def load_data():
     """Training images in whole batches, their labels, and held-out images, with pixels from -1 to 1."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     x, y = (digits.images[order, ..., None] / 8 - 1).astype("float32"), digits.target[order]
@@ -177,6 +169,8 @@ class ProgressLine(keras.callbacks.Callback):
 
 
 def train(gan, x, held_out, epochs, console):
+    from rich.progress import BarColumn, Progress
+
     gan.compile(build_optimizer())
     columns = (BarColumn(15), "{task.completed}/{task.total}", "{task.fields[logs]}")
     with Progress(*columns, console=console) as progress:
@@ -194,12 +188,16 @@ def generate(gan, count):
 
 def nearest_distance(x, images):
     """The median distance of an image to the nearest real one, root mean square over the pixels (0 to 1)."""
+    from sklearn.neighbors import KNeighborsClassifier
+
     neighbors = KNeighborsClassifier(1).fit(flat(x), np.zeros(len(x)))
     return float(np.median(neighbors.kneighbors(flat(images))[0])) / 2 / 8
 
 
 def read(x, y, images):
     """The labels of the nearest real images."""
+    from sklearn.neighbors import KNeighborsClassifier
+
     return KNeighborsClassifier(3).fit(flat(x), y).predict(flat(images))
 
 
@@ -217,6 +215,8 @@ def grid(images, labels, columns=10):
 
 
 def draw(history, fakes, fake_labels, x, y, path):
+    from matplotlib import pyplot
+
     figure = pyplot.figure(figsize=(15, 5.2), layout="constrained")
     axes = figure.subplot_mosaic([["fake", "real", "distance"], ["fake", "real", "norm"]], width_ratios=(1, 1, 1.1))
     for name, images, labels, title in (
@@ -249,6 +249,12 @@ def main(arguments=None):
     )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="the folder for the plot")
     options = parser.parse_args(arguments)
+
+    import matplotlib
+    from rich.console import Console
+    from rich.table import Table
+
+    matplotlib.use("agg")
 
     console = Console()
     keras.utils.set_random_seed(0)
@@ -290,4 +296,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'{error}: pip install "keras-gradtools[examples]"') from None

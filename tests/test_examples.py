@@ -5,6 +5,7 @@ import contextlib
 import io
 import pathlib
 import runpy
+import sys
 
 import keras
 import numpy as np
@@ -101,3 +102,29 @@ def test_examples_name_no_framework(path):
             imported.add(node.module.partition(".")[0])
     assert "keras_gradtools" in imported
     assert not imported & {"tensorflow", "tf_keras", "jax", "torch"}
+
+
+@pytest.fixture
+def without_extras(monkeypatch):
+    """Packages that Keras does not need itself cannot be imported."""
+    for name in ("matplotlib", "rich", "sklearn", "tensorboardX"):
+        for module in [name, *(loaded for loaded in sys.modules if loaded.startswith(f"{name}."))]:
+            monkeypatch.setitem(sys.modules, module, None)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_explain_themselves_without_their_packages(path, without_extras, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stopped.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ONE_SCRIPT, ids=lambda path: path.name)
+def test_examples_say_which_package_is_missing(path, without_extras, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path.name])
+    with pytest.raises(SystemExit, match=r"matplotlib|sklearn") as stopped:
+        runpy.run_path(str(path), run_name="__main__")
+    assert 'pip install "keras-gradtools[examples]"' in stopped.value.code
