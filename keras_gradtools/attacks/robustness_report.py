@@ -13,6 +13,9 @@ from keras_gradtools.attacks.batches import map_batches, require_examples, requi
 from keras_gradtools.attacks.data_range import extent
 from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
+from keras_gradtools.display.descriptions import short
+from keras_gradtools.display.html import Table
+from keras_gradtools.display.results import displayed
 from keras_gradtools.example_norms import for_each
 
 NAME = "robustness_report"
@@ -31,6 +34,7 @@ LINES = {
 }
 
 
+@displayed
 @dataclasses.dataclass(frozen=True, eq=False)
 class RobustnessReport:
     """The result of `kg.attacks.robustness_report`: arrays of shape `(batch,)`, distances in units of the examples.
@@ -61,6 +65,16 @@ class RobustnessReport:
     lipschitz: float
     curvature: float
     norm: int | str
+
+    def _parts(self):
+        first, *_, last = str(self).splitlines()
+        right = self.correct
+        rows = [
+            (title, *map(short, _quantiles(distances)), f"{np.mean(distances <= self.attack[right]):.1%}")
+            for name, title in LINES.items()
+            if len(distances := getattr(self, name)[right])
+        ]
+        return [first, Table(rows, ("distance", "10%", "median", "90%", "at most the attack's")), last]
 
     def __str__(self):
         count, right = len(self.correct), self.correct

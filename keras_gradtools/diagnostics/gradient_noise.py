@@ -12,6 +12,7 @@ from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.draws import Draws
 from keras_gradtools.curvature.operators.parameters import Parameters
+from keras_gradtools.display.results import displayed
 from keras_gradtools.example_norms import numbers
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.per_example import per_example_grad
@@ -23,6 +24,7 @@ _MOST_NUMBERS, _MOST_EXAMPLES = 1 << 26, 256
 _ALONE = 1e-2
 
 
+@displayed
 @dataclasses.dataclass(frozen=True)
 class GradientNoise:
     r"""Statistics of the gradients $g_1, \dots, g_n$ of single examples.

@@ -10,6 +10,9 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
+from keras_gradtools.display.descriptions import short
+from keras_gradtools.display.html import Table
+from keras_gradtools.display.results import displayed
 from keras_gradtools.example_norms import normalized, numbers, scaled, split, squares
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.jacobians import batch_jacobian
@@ -22,6 +25,7 @@ METHODS = ("auto", "explicit", "implicit")
 _MOST_NUMBERS, _MOST_VALUES = 1 << 22, 128
 
 
+@displayed
 @dataclasses.dataclass(frozen=True)
 class JacobianSpectrum:
     r"""Norms and singular values of the Jacobian $J_b = \partial f(x_b) / \partial x_b$ of each example.
@@ -65,6 +69,14 @@ class JacobianSpectrum:
         if self.singular_values is None:
             return None
         return np.sqrt(((self.singular_values - 1) ** 2).mean(axis=1))
+
+    def _parts(self):
+        rows = [
+            (name.replace("_", " "), *map(short, (values.min(), np.median(values), values.max())))
+            for name in ("spectral_norm", "frobenius_norm", "condition_number", "effective_rank", "dynamical_isometry")
+            if (values := getattr(self, name)) is not None
+        ]
+        return [f"{len(self.spectral_norm)} examples", Table(rows, ("of an example", "least", "median", "largest"))]
 
     @property
     def _rounding(self):

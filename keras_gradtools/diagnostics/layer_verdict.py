@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+from keras_gradtools.display.html import Table
+from keras_gradtools.display.results import displayed
 from keras_gradtools.keras_state import layer_calls
 
 VERDICTS = {
@@ -40,6 +42,7 @@ _AROUND = re.compile(r"Exception encountered when calling [^\n]*\n+(.*?)(?:\n+Ar
 _EMPHASIS = re.compile(r"\x1b\[[0-9;]*m")
 
 
+@displayed
 @dataclasses.dataclass(frozen=True)
 class LayerVerdict:
     """The verdict on one layer.
@@ -68,6 +71,7 @@ class LayerVerdict:
         return f"{text}. {details}" if details else text
 
 
+@displayed
 @dataclasses.dataclass(frozen=True)
 class LayerDerivatives:
     """The result of `layer_derivatives`.
@@ -100,6 +104,14 @@ class LayerDerivatives:
     def unclear(self):
         """The verdicts of the layers for which the test is undecided."""
         return tuple(layer for layer in self.layers if layer.verdict == "unclear")
+
+    def _parts(self):
+        summary, *_ = str(self).splitlines()
+        found = [
+            (v.path, v.layer_class, VERDICTS[v.verdict], v.message, v.advice) for v in self.problems + self.unclear
+        ]
+        table = [Table(found, ("layer", "class", "verdict", "message", "advice"))] if found else []
+        return [summary.removesuffix(":"), *table, self.note]
 
     def __str__(self):
         what = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'} of {self.model!r} on {self.backend}"

@@ -6,12 +6,14 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.display.results import displayed, field_table
 from keras_gradtools.example_norms import numbers
 
 # In epsilons. Sums in a different order differ by a few of them. Any statistic of a batch has a far larger effect.
 _ROUNDING = 64
 
 
+@displayed
 @dataclasses.dataclass(frozen=True)
 class BatchIndependence:
     """What `kg.diagnostics.batch_independence` found. Its string form is a report in plain sentences.
@@ -66,6 +68,9 @@ class BatchIndependence:
             "Jacobian has the right shape but no meaning, because it sums over derivatives between examples. Use the "
             f"full `jacobian`, or {self._advice()}."
         )
+
+    def _parts(self):
+        return [str(self), field_table(self)]
 
     def _cause(self):
         if not self.layers:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
+from keras_gradtools.display.results import displayed
 from keras_gradtools.second_order.step_solvers import SMALLEST_SHARE
 
 # A difference of two losses counts only if it is above this times the machine epsilon times the loss.
@@ -29,6 +30,7 @@ class StepReason(enum.IntEnum):
     NOT_FINITE = 3
 
 
+@displayed
 class NewtonStepResult(NamedTuple):
     """The result of a step.
 

@@ -2,7 +2,10 @@
 
 from typing import Any, NamedTuple
 
+from keras_gradtools.display.results import displayed
 
+
+@displayed
 class Estimate(NamedTuple):
     """An estimate from random samples.
 

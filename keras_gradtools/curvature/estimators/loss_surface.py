@@ -7,8 +7,10 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.eigenvalues import eigsh
 from keras_gradtools.curvature.operators.products import progress_of
+from keras_gradtools.display.results import displayed
 
 
+@displayed
 class LossSurface(NamedTuple):
     """Losses on a grid around the weights of a model.
 

@@ -8,6 +8,7 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, require_finite_length
 from keras_gradtools.curvature.estimators.trace import mean_of
 from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, symmetric_matrix
+from keras_gradtools.display.results import displayed
 
 # The default width of a peak, relative to the range of the eigenvalues. The grid extends `_MARGIN` widths beyond that
 # range.
@@ -15,6 +16,7 @@ _RELATIVE_WIDTH = 0.01
 _MARGIN = 5.0
 
 
+@displayed
 class SpectralDensity(NamedTuple):
     """A density of eigenvalues, which integrates to 1.
 

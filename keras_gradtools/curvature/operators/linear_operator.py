@@ -12,6 +12,7 @@ from keras_gradtools.curvature.estimators.trace import trace
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.curvature.solvers.arguments import scipy_module
+from keras_gradtools.display import html
 
 
 class LinearOperator:
@@ -122,6 +123,22 @@ class LinearOperator:
             self.shape, matvec=self.matvec, matmat=self.matmat, rmatvec=self.rmatvec, rmatmat=self.rmatmat,
             dtype=solver_dtype(self.dtype),
         )  # fmt: skip
+
+    def __repr__(self):
+        return f"<{type(self).__name__} of shape {self.shape}, dtype {self.dtype}>"
+
+    def _repr_html_(self):
+        return html.fragment(type(self).__name__, [html.Table(self._rows())])
+
+    def _rows(self):
+        """The names and values of the table that a notebook shows."""
+        size = self.shape[0] ** 2 * solver_dtype(self.dtype).itemsize / 2**20
+        kind = "symmetric" if self.is_symmetric else "not symmetric"
+        return [
+            ("shape", self.shape),
+            ("dtype", self.dtype),
+            ("matrix", f"{kind}, {size:.3g} MiB if formed by dense()"),
+        ]
 
     def _progress(self, what, total):
         return Progress(total, f"{type(self).__name__}.{what}", self.verbose)

@@ -174,6 +174,10 @@ class CurvatureOperator(AlgebraicOperator):
         owner = type(self).__name__
         return f"<{owner} of {self.model.name!r} by {names}, shape {self.shape}, dtype {self.dtype}>"
 
+    def _rows(self):
+        variables = ", ".join(f"{v.path} {tuple(v.shape)}" for v in self.variables)
+        return [("model", self.model.name), ("variables", variables), *super()._rows()]
+
     # --- the data ---
 
     def batches(self):

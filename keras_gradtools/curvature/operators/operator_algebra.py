@@ -53,9 +53,6 @@ class AlgebraicOperator(LinearOperator):
         other = _as_operator(other)
         return NotImplemented if other is None else LinearCombination([(1.0, other), (-1.0, self)])
 
-    def __repr__(self):
-        return f"<{type(self).__name__} of shape {self.shape}, dtype {self.dtype}>"
-
 
 class LinearCombination(AlgebraicOperator):
     """The sum of multiples of operators, $c_1 A_1 + c_2 A_2 + ...$.
@@ -88,6 +85,9 @@ class LinearCombination(AlgebraicOperator):
             total = total + factor * product
         return total
 
+    def _rows(self):
+        return [("terms", " + ".join(f"{factor:g} {operator!r}" for factor, operator in self._terms)), *super()._rows()]
+
     @property
     def T(self):  # noqa: N802
         terms = [(factor, a.T) for factor, a in self._terms]
@@ -117,6 +117,9 @@ class ProductOperator(AlgebraicOperator):
         for factor in reversed(self._factors):
             vectors = factor @ vectors
         return vectors
+
+    def _rows(self):
+        return [("factors", " @ ".join(map(repr, self._factors))), *super()._rows()]
 
     @property
     def T(self):  # noqa: N802

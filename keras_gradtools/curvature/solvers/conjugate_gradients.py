@@ -10,6 +10,7 @@ from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
 from keras_gradtools.curvature.operators.products import matvec_of, real_matrix, require_symmetric
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, real_numbers
+from keras_gradtools.display.results import displayed
 
 # The window of Martens' rule: at least this many iterations, and at least this share of all iterations.
 _LEAST_WINDOW = 10
@@ -18,6 +19,7 @@ _WINDOW_SHARE = 0.1
 _ROUNDING = 1e-2
 
 
+@displayed
 class ConjugateGradientsResult(NamedTuple):
     """The result of conjugate gradients.
 

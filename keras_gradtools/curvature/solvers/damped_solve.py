@@ -7,11 +7,13 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, lower_triangle, real_numbers
 from keras_gradtools.curvature.solvers.arguments import scipy_module
+from keras_gradtools.display.results import displayed
 
 # The least damping that is tried after the initial one, relative to the largest entry of the matrix.
 _SMALLEST_SHARE = 1e-10
 
 
+@displayed
 class DampedSolution(NamedTuple):
     """The solution of a damped equation.
 
