@@ -3,6 +3,7 @@
 import pathlib
 
 import jupytext
+
 LANGUAGES = {"en": "English", "ja": "日本語"}
 
 
@@ -36,6 +37,14 @@ def set_output_folder(app):
     app.env.mystnb_config = app.env.mystnb_config.copy(output_folder=str(folder))
 
 
+def read_notebook(path):
+    """The notebook of a page. The format .ipynb needs a name to display for its kernel, which a page may leave out."""
+    text = path.read_text("utf-8")
+    if "display_name:" not in text:
+        text = text.replace("kernelspec:\n", "kernelspec:\n  display_name: Python 3\n", 1)
+    return jupytext.reads(text, "md:myst")
+
+
 def write_notebooks(app, error):
     """Writes each notebook page as .ipynb, without outputs, into the site."""
     if error or app.builder.format != "html":
@@ -44,9 +53,7 @@ def write_notebooks(app, error):
         if is_notebook(app, name):
             target = pathlib.Path(app.outdir, "_notebooks", f"{name}.ipynb")
             target.parent.mkdir(parents=True, exist_ok=True)
-            notebook = jupytext.read(app.env.doc2path(name), fmt="md:myst")
-            notebook.metadata.kernelspec.setdefault("display_name", "Python 3")
-            jupytext.write(notebook, target)
+            jupytext.write(read_notebook(app.env.doc2path(name)), target)
 
 
 def setup(app):
