@@ -97,9 +97,11 @@ def plot(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from keras_gradtools.drawing.styles import series_style
+
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for result in results:
-        left.semilogx(STEP_SIZES, result["cosines"], "o-", label=result["activation"])
+    for number, result in enumerate(results):
+        left.semilogx(STEP_SIZES, result["cosines"], label=result["activation"], **series_style(number))
     left.set(
         title="Do the two training gradients agree?",
         xlabel="step size h",
@@ -109,10 +111,9 @@ def plot(results, path):
     left.legend()
     for axes, activation in ((middle, "relu"), (right, "softplus")):
         (result,) = [r for r in results if r["activation"] == activation]
-        axes.semilogy(range(1, EPOCHS + 1), result["exact"], label="trained with the exact penalty")
-        axes.semilogy(
-            range(1, EPOCHS + 1), result["finite_difference"], label=f"with finite differences, h = {STEP_SIZE}"
-        )
+        names = {"exact": "trained with the exact penalty", "finite_difference": f"with differences, h = {STEP_SIZE}"}
+        for number, (key, label) in enumerate(names.items()):
+            axes.semilogy(range(1, EPOCHS + 1), result[key], label=label, markersize=3, **series_style(number))
         axes.set(title=f"The penalty in training: {activation}", xlabel="epoch", ylabel="exact penalty, all digits")
         axes.legend()
     middle.sharey(right)

@@ -566,10 +566,10 @@ def batch_normalization(out):
 
     without = kg.jacobian(lambda x: layer2(layer1(x)))(x)
     assert_near(without, closed_form_jacobian(x, layer1, layer2))
-    figure = kg.plots.plot_jacobians({"without BatchNormalization": without, "with BatchNormalization, in training": j})
-    for ax in figure.axes[:2]:
+    axes = kg.plots.plot_jacobians({"without BatchNormalization": without, "with BatchNormalization, in training": j})
+    for ax in axes:
         ax.set(xlabel="input feature", ylabel="output feature")
-    save(figure, out / "guide_side_by_side.png")
+    save(axes[0].figure, out / "guide_side_by_side.png")
 
     jb = tape.batch_jacobian(y, x)
     print(f"jb.shape: {tuple(jb.shape)}")

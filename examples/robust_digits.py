@@ -154,7 +154,8 @@ def main(arguments=None):
     examples = tuple(part[:shown_at_most] for part in test)
     report = kg.attacks.robustness_report(models[best], *examples, batch_size=len(examples[0]), verbose=0)
     print(report)
-    kg.plots.plot_robustness(report).savefig(options.out / "robust_digits_distances.png", dpi=150)
+    axes = kg.plots.plot_robustness(report)
+    axes[0].figure.savefig(options.out / "robust_digits_distances.png", dpi=150)
     console.print(f"Pictures: robust_digits.png and robust_digits_distances.png in {options.out}/")
     return results
 

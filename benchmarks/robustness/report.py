@@ -73,27 +73,27 @@ def draw(backend, path):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    from keras_gradtools.drawing.styles import series_style
+
     times = json.loads((RESULTS / f"robustness_times_{backend}.json").read_text())
-    records, methods = records_of(backend), chosen()
+    records = records_of(backend)
     strengths, at = (0.0, *STRENGTHS), AT + 1
     figure, (curves, prices) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained", width_ratios=(6, 5))
-    styles = {"plain": ":", "penalty": "-", "noise": "--", "fgsm": "--", "pgd": "--"}
     for number, (name, of_seeds) in enumerate(records.items()):
-        color = pyplot.get_cmap("tab20")((2 * number) % 20 + (number >= 10))
+        style = series_style(number)
         rows = [[100 * a for a in (r["clean"], *r["pgd"])] for r in of_seeds.values()]
         mean = [statistics.mean(column) for column in zip(*rows, strict=True)]
-        curves.plot(strengths, mean, styles[methods[name].kind], color=color, marker="o", markersize=3, label=name)
+        curves.plot(strengths, mean, markersize=5, linewidth=1.3, label=name, **style)
         lowest, highest = ([f(column) for column in zip(*rows, strict=True)] for f in (min, max))
-        curves.fill_between(strengths, lowest, highest, color=color, alpha=0.12, linewidth=0)
+        curves.fill_between(strengths, lowest, highest, color=style["color"], alpha=0.1, linewidth=0)
         price = times[name]["ratio"] if name in times else 1.0
         prices.errorbar(
             price,
             mean[at],
             [[mean[at] - lowest[at]], [highest[at] - mean[at]]],
-            color=color,
-            marker="os"[styles[methods[name].kind] == "--"],
             markersize=7,
             label=name,
+            **style,
         )
     curves.set(
         title=f"500 test digits under PGD: mean and range of {len(records['plain'])} seeds",

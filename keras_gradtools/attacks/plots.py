@@ -3,10 +3,11 @@
 import numpy as np
 
 from keras_gradtools import validation
-from keras_gradtools.drawing.pyplot import pyplot_or_error
+from keras_gradtools.drawing.pyplot import panels
+from keras_gradtools.drawing.styles import legend_above_curves, series_style, text_color
 
 
-def plot_robustness(report, figure=None):
+def plot_robustness(report, ax=None):
     """Plots the distance from each example to a misclassification, as `kg.attacks.robustness_report` estimates it.
 
     The left plot shows the fraction of all examples whose distance exceeds a given strength. For the attack's distance,
@@ -15,10 +16,10 @@ def plot_robustness(report, figure=None):
 
     Args:
         report: A `kg.attacks.RobustnessReport`.
-        figure: The matplotlib Figure to draw on. By default, a new one.
+        ax: Two matplotlib Axes in a list. By default, those of a new figure.
 
     Returns:
-        The matplotlib Figure, with two Axes.
+        An array of the two matplotlib Axes.
 
     Raises:
         ValueError: If `report` is not a report, or the model is right on none of its examples.
@@ -34,7 +35,7 @@ def plot_robustness(report, figure=None):
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
     >>> model.set_weights([np.array([[1.0, 0.0], [0.0, 1.0]], "float32")])
     >>> report = kg.attacks.robustness_report(model, np.array([[0.75, 0.25]], "float32"), [0], verbose=0)
-    >>> len(kg.plots.plot_robustness(report).axes)
+    >>> len(kg.plots.plot_robustness(report))
     2
 
     Source: As for `kg.attacks.robustness_report`.
@@ -49,29 +50,34 @@ def plot_robustness(report, figure=None):
         raise ValueError(
             "plot_robustness expects the report of a model that is right on some example. Received: right on none."
         )
-    figure = pyplot_or_error().figure(figsize=(11, 4.2), layout="constrained") if figure is None else figure
-    shares, pairs = figure.subplots(1, 2)
+    axes = panels(ax, 2, "plot_robustness", (11, 4.2))
+    shares, pairs = axes
     finite = np.isfinite(report.attack)
     end = 1.1 * max(report.attack[finite].max(initial=0.0), np.quantile(report.first_order, 0.95, method="lower"))
-    for (name, label), color in zip(_DISTANCES.items(), ("tab:blue", "tab:green", "tab:orange", "black"), strict=True):
-        distances = getattr(report, name)
+    shown = right & finite
+    for number, (name, label) in enumerate(_DISTANCES.items()):
+        style, distances = series_style(number), getattr(report, name)
+        if name == "attack":
+            style |= {"color": text_color(shares), "linewidth": 2}
         # Infinite distances are drawn beyond the right edge.
-        shares.ecdf(np.minimum(distances, 2 * end), complementary=True, color=color, label=label)
-        shown = right & finite
+        of_all = np.minimum(distances, 2 * end)
+        shares.ecdf(of_all, complementary=True, label=label, markersize=5, markevery=(number / 40, 0.1), **style)
         if name != "attack":
-            pairs.plot(report.attack[shown], distances[shown], ".", color=color, markersize=4, label=label)
+            style |= {"linestyle": "none", "markersize": 5, "alpha": 0.7}
+            pairs.plot(report.attack[shown], distances[shown], label=label, **style)
     norm = "l-infinity norm of the change" if report.norm == "inf" else "l2 norm of the change"
     shares.set(
         xlim=(0, end), ylim=(0, 1.02), xlabel=f"strength: {norm}", ylabel="fraction of examples further from an error"
     )
+    shares.set_yticks(np.linspace(0, 1, 6))
     shares.set_title("How far are the examples from an error?")
     pairs.axline((0, 0), slope=1, color="0.6", linewidth=1)
     pairs.set(xlim=(0, end), ylim=(0, end), xlabel="distance found by the attack", ylabel="estimated distance")
     pairs.set_title("Estimates against the attack, one point per example")
-    for axes in (shares, pairs):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return figure
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        legend_above_curves(panel, 2)
+    return axes
 
 
 _DISTANCES = {

@@ -1,10 +1,13 @@
 """Plots of curvature: Hessians, their spectra, and the loss over a plane of weights."""
 
+import math
+
 import numpy as np
 
-from keras_gradtools import validation
+from keras_gradtools import nesting, validation
 from keras_gradtools.drawing.matrices import imshow_zero_center
-from keras_gradtools.drawing.pyplot import numbers, pyplot_or_error
+from keras_gradtools.drawing.pyplot import current_axes, epochs_or_measurements, numbers, pyplot_or_error
+from keras_gradtools.drawing.styles import legend_above_curves, series_style
 
 _LEVELS = 12
 
@@ -13,10 +16,11 @@ def plot_hessian(hessian, ax=None, blocks=None, **kwargs):
     """Plots a Hessian as an image with zero at the center of the color map, and marks the blocks of its variables.
 
     Args:
-        hessian: Real numbers of shape `(n, n)`, as returned by `operator.dense()`.
+        hessian: Real numbers of shape `(n, n)`, as returned by `operator.dense()`, or nested blocks, as returned by
+            `operator.blocks()` and `kg.hessian`.
         ax: The matplotlib Axes to draw on. By default, the current one.
         blocks: The curvature operator that the Hessian comes from, whose variables label the blocks, or a dict from
-            names to slices. If None, no blocks are marked.
+            names to slices. By default, nested blocks are marked with their names or numbers, and a matrix is not.
         **kwargs: The options `limit`, `colorbar` and `cmap` of `imshow_zero_center`.
 
     Returns:
@@ -36,9 +40,10 @@ def plot_hessian(hessian, ax=None, blocks=None, **kwargs):
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['kernel', 'bias']
     """
-    matrix = numbers(hessian, "plot_hessian", "(n, n)", (2,))
+    joined, found = _joined(hessian)
+    matrix = numbers(joined, "plot_hessian", "(n, n)", (2,))
     n = len(matrix)
-    blocks = _slices_by_name(blocks)
+    blocks = found if blocks is None else _slices_by_name(blocks)
     ends = [place.stop for place in blocks.values()]
     if matrix.shape != (n, n) or (blocks and max(ends) != n):
         raise ValueError(
@@ -56,9 +61,39 @@ def plot_hessian(hessian, ax=None, blocks=None, **kwargs):
     return ax
 
 
+def _joined(hessian):
+    """A matrix from nested blocks, and the slices of its blocks by name. Anything else is returned without slices."""
+    rows = nesting.entries(hessian) if nesting.is_nested(hessian) else []
+    if not rows or not all(nesting.is_nested(row) for row in rows):
+        return hessian, {}
+    leaves = [leaf for leaf in nesting.flatten(hessian) if leaf is not None]
+    count = math.isqrt(len(leaves))
+    if not any(len(getattr(leaf, "shape", ())) for leaf in leaves):
+        return hessian, {}
+    arrays = [validation.as_array(leaf, "plot_hessian expects arrays or tensors as blocks") for leaf in leaves]
+    sizes = [math.isqrt(array.size) for array in arrays[:: count + 1]]
+    grid = [arrays[i * count : (i + 1) * count] for i in range(count)]
+    fits = len(leaves) == count**2 and all(
+        block.size == m * n for row, m in zip(grid, sizes, strict=True) for block, n in zip(row, sizes, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            "plot_hessian expects a matrix of shape (n, n), or nested blocks of a Hessian, where the block of the i-th "
+            f"and the j-th variable has the shape (*in_i, *in_j). Received: blocks of the shapes "
+            f"{', '.join(str(array.shape) for array in arrays[:5])}{', ...' if len(arrays) > 5 else ''}. Pass what "
+            "`operator.dense()`, `operator.blocks()` or `kg.hessian` returns."
+        )
+    matrix = np.block(
+        [[b.reshape(m, n) for b, n in zip(row, sizes, strict=True)] for row, m in zip(grid, sizes, strict=True)]
+    )
+    pairs = zip(nesting.paths(hessian), nesting.flatten(hessian), strict=True)
+    first_row = [path for path, leaf in pairs if leaf is not None][:count]
+    names = ["/".join(map(str, path[len(first_row[0]) // 2 :])) for path in first_row]
+    ends = np.cumsum(sizes)
+    return matrix, {name: slice(end - size, end) for name, end, size in zip(names, ends.tolist(), sizes, strict=True)}
+
+
 def _slices_by_name(blocks):
-    if blocks is None:
-        return {}
     if isinstance(blocks, dict):
         return dict(blocks)
     if not hasattr(blocks, "slices") or not hasattr(blocks, "variables"):
@@ -100,17 +135,17 @@ def plot_spectral_density(density, ax=None, floor=1e-6):
             f"{validation.describe(density)}."
         )
     validation.require_number("plot_spectral_density", "floor", floor, above=0, below=1)
-    pyplot = pyplot_or_error()
-    ax = pyplot.gca() if ax is None else ax
+    ax = current_axes(ax)
     largest = density.density.max()
     bottom = floor * largest
     lower, upper = (np.maximum(density.density + s * density.standard_error, bottom) for s in (-2, 2))
-    ax.fill_between(density.grid, lower, upper, color="tab:blue", alpha=0.25, linewidth=0, label="two standard errors")
-    ax.semilogy(density.grid, np.maximum(density.density, bottom), color="tab:blue", linewidth=1.2, label="density")
+    color = series_style(0)["color"]
+    ax.fill_between(density.grid, lower, upper, color=color, alpha=0.3, linewidth=0, label="two standard errors")
+    ax.semilogy(density.grid, np.maximum(density.density, bottom), color=color, linewidth=1.2, label="density")
     ax.axvline(0.0, color="0.5", linewidth=0.8, linestyle=":")
     ax.set(xlabel="eigenvalue", ylabel="density, per unit of eigenvalue", ylim=(bottom, 3 * upper.max()))
     ax.set_xlim(density.grid[0], density.grid[-1])
-    ax.legend()
+    legend_above_curves(ax, 2)
     return ax
 
 
@@ -142,20 +177,21 @@ def plot_eigenvalue_history(history, ax=None, keys=None):
     ['hessian_max_eigenvalue']
     """
     curves = _curves(history, keys)
-    pyplot = pyplot_or_error()
-    ax = pyplot.gca() if ax is None else ax
-    for name, values in curves.items():
+    ax = current_axes(ax)
+    places = {name: epochs_or_measurements(history, len(values)) for name, values in curves.items()}
+    for number, (name, values) in enumerate(curves.items()):
         # A quantity that was not measured in every epoch has fewer values, or NaN.
-        ax.plot(np.arange(1, len(values) + 1), values, marker=".", label=name)
+        ax.plot(places[name][0], values, label=name, markersize=4, **series_style(number))
     finite = np.abs(np.concatenate([v[np.isfinite(v)] for v in curves.values()]))
     positive = finite[finite > 0]
     if positive.size and positive.max() > 50 * np.median(positive):
         ax.set_yscale("symlog", linthresh=float(np.median(positive)))
     ax.axhline(0.0, color="0.5", linewidth=0.8, linestyle=":")
-    ax.set(xlabel="measurement", ylabel="eigenvalue")
-    ax.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
+    labels = {label for _, label in places.values()}
+    ax.set(xlabel=labels.pop() if len(labels) == 1 else "measurement", ylabel="eigenvalue")
+    ax.xaxis.set_major_locator(pyplot_or_error().MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    ax.legend()
+    legend_above_curves(ax)
     return ax
 
 
@@ -210,8 +246,7 @@ def plot_loss_surface(surface, ax=None, levels=_LEVELS):
             f"{validation.describe(surface)}."
         )
     validation.require_count("plot_loss_surface", "levels", levels)
-    pyplot = pyplot_or_error()
-    ax = pyplot.gca() if ax is None else ax
+    ax = current_axes(ax)
     loss = np.ma.masked_invalid(surface.loss)
     if not loss.count():
         raise ValueError("plot_loss_surface expects finite losses. Received: a surface without any.")

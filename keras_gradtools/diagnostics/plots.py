@@ -3,7 +3,8 @@
 import numpy as np
 
 from keras_gradtools import validation
-from keras_gradtools.drawing.pyplot import pyplot_or_error
+from keras_gradtools.drawing.pyplot import current_axes, epochs_or_measurements
+from keras_gradtools.drawing.styles import graded_colors, graded_styles, legend_above_curves
 
 # Up to this many curves are named in a legend. More of them get a color bar.
 _MOST_NAMES = 5
@@ -56,26 +57,26 @@ def plot_singular_values(spectra, ax=None):
     finite = values[np.isfinite(values)]
     floor = _FLOOR * finite.max(initial=0.0) or _FLOOR
     values = np.where(np.isfinite(values), np.maximum(values, floor), np.nan)
-    pyplot = pyplot_or_error()
-    ax = pyplot.gca() if ax is None else ax
-    steps, last = np.arange(1, len(values) + 1), values.shape[2] - 1
+    ax = current_axes(ax)
+    steps, label = epochs_or_measurements(spectra, len(values))
+    last = values.shape[2] - 1
     medians = _over_examples(np.median, values)
-    colors = _colors(pyplot, last + 1)
+    styles = graded_styles(ax, last + 1)
     for i in sorted({0, last}):
         ends = [_over_examples(bound, values[:, :, i : i + 1])[:, 0] for bound in (np.min, np.max)]
-        ax.fill_between(steps, *ends, color=colors[i], alpha=0.2, linewidth=0)
-    for i, color in enumerate(colors):
-        label = rf"$\sigma_{{{i + 1}}}$" if last < _MOST_NAMES else None
-        ax.plot(steps, medians[:, i], color=color, linewidth=1.2, marker=".", markersize=4, label=label)
+        ax.fill_between(steps, *ends, color=styles[i]["color"], alpha=0.2, linewidth=0)
+    for i, style in enumerate(styles):
+        name = rf"$\sigma_{{{i + 1}}}$" if last < _MOST_NAMES else None
+        ax.plot(steps, medians[:, i], linewidth=1.2, markersize=4, label=name, **style)
     ax.axhline(1.0, color="0.5", linewidth=0.8, linestyle=":")
     ax.set_yscale("log")
-    ax.set(xlabel="measurement", ylabel="singular value, median over the examples")
+    ax.set(xlabel=label, ylabel="singular value, median over the examples")
     ax.xaxis.set_major_locator(_whole_numbers())
     ax.grid(alpha=0.3)
     if last < _MOST_NAMES:
-        ax.legend()
+        legend_above_curves(ax, _MOST_NAMES)
     else:
-        _color_bar(pyplot, ax, 1, last + 1, "number of the singular value, from the largest")
+        _color_bar(ax, 1, last + 1, "number of the singular value, from the largest")
     return ax
 
 
@@ -123,24 +124,27 @@ def plot_gradient_flow(layers, ax=None, quantity="gradient_norm"):
     for place, column in enumerate(curves.values()):
         values[count - len(column) :, place] = column
     values[~np.isfinite(values)] = np.nan
-    pyplot = pyplot_or_error()
-    ax = pyplot.gca() if ax is None else ax
+    steps, label = epochs_or_measurements(layers, count)
+    ax = current_axes(ax)
     is_share = quantity == "dead_units"
     if not is_share:
         floor = _FLOOR * np.nanmax(values, initial=0.0) or _FLOOR
         values = np.maximum(values, floor)
         ax.set_yscale("log")
     places = np.arange(len(curves))
-    for color, row in zip(_colors(pyplot, count), values, strict=True):
-        ax.plot(places, row, color=color, linewidth=1.2, marker=".", markersize=5)
+    for style, row, step in zip(graded_styles(ax, count), values, steps, strict=True):
+        name = f"{label} {step}" if 1 < count <= _MOST_NAMES else None
+        ax.plot(places, row, linewidth=1.2, markersize=4, label=name, **style)
     ax.set_xticks(places, list(curves), rotation=40, ha="right", rotation_mode="anchor")
     ax.set(xlabel="layer, from input to output", ylabel=_LABELS[quantity])
     ax.set_xlim(-0.5, len(curves) - 0.5)
     if is_share:
         ax.set_ylim(-0.02, 1.02)
     ax.grid(alpha=0.3)
-    if count > 1:
-        _color_bar(pyplot, ax, 1, count, "measurement")
+    if count > _MOST_NAMES:
+        _color_bar(ax, steps[0], steps[-1], label)
+    else:
+        legend_above_curves(ax, _MOST_NAMES)
     return ax
 
 
@@ -179,16 +183,11 @@ def _over_examples(reduce, values):
     return getattr(masked, reduce.__name__)(axis=1).filled(np.nan)
 
 
-def _colors(pyplot, count):
-    # The lightest yellow is left out: it is hard to see on white.
-    return pyplot.get_cmap("viridis")(np.linspace(0.0, 0.92, count))
-
-
-def _color_bar(pyplot, ax, first, last, label):
+def _color_bar(ax, first, last, label):
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    colors = ListedColormap(_colors(pyplot, 256))
+    colors = ListedColormap(graded_colors(ax, 256))
     bar = ax.figure.colorbar(ScalarMappable(Normalize(first, last), colors), ax=ax, label=label)
     bar.locator = _whole_numbers()
     bar.update_ticks()

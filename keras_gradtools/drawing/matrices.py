@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_gradtools import validation
-from keras_gradtools.drawing.pyplot import numbers, pyplot_or_error
+from keras_gradtools.drawing.pyplot import current_axes, numbers, panels, pyplot_or_error
 
 
 def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r"):
@@ -40,9 +40,8 @@ def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r")
         magnitudes = np.abs(image[np.isfinite(image)])
         limit = magnitudes.max(initial=0.0) or 1.0
     validation.require_flag("imshow_zero_center", "colorbar", colorbar)
-    pyplot = pyplot_or_error()
-    ax = pyplot.gca() if ax is None else ax
-    colors = pyplot.get_cmap(cmap).with_extremes(bad="0.8")
+    ax = current_axes(ax)
+    colors = pyplot_or_error().get_cmap(cmap).with_extremes(bad="0.8")
     picture = ax.imshow(image, vmin=-limit, vmax=limit, cmap=colors, interpolation="nearest")
     if colorbar:
         ax.figure.colorbar(picture, ax=ax)
@@ -102,7 +101,7 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
     return ax
 
 
-def plot_jacobians(jacobians, figure=None, patch_axes=None, pad=1, limit=None, cmap="RdBu_r"):
+def plot_jacobians(jacobians, ax=None, patch_axes=None, pad=1, limit=None, cmap="RdBu_r"):
     """Plots several Jacobians side by side on the same color scale, each as in `plot_as_patches`.
 
     For a full Jacobian, `(batch, out, batch, in)`, each patch has the shape `(batch, batch)`. It is diagonal if the
@@ -111,14 +110,14 @@ def plot_jacobians(jacobians, figure=None, patch_axes=None, pad=1, limit=None, c
 
     Args:
         jacobians: A dict from titles to Jacobians.
-        figure: The matplotlib Figure to draw on. By default, a new one.
+        ax: As many matplotlib Axes as there are Jacobians, in a list. By default, those of a new figure.
         patch_axes: As in `plot_as_patches`.
         pad: As in `plot_as_patches`.
         limit: As in `imshow_zero_center`. By default, the largest finite absolute value of all Jacobians.
         cmap: As in `imshow_zero_center`.
 
     Returns:
-        The matplotlib Figure, with an Axes for each Jacobian and one for the color bar.
+        An array of the matplotlib Axes, one for each Jacobian. The color bar has Axes of its own.
 
     Raises:
         ValueError: If `jacobians` is empty or not a dict, and as in `plot_as_patches`.
@@ -131,8 +130,8 @@ def plot_jacobians(jacobians, figure=None, patch_axes=None, pad=1, limit=None, c
     >>> import numpy as np
     >>> import keras_gradtools as kg
     >>> j = np.einsum("bc,oi->boci", np.eye(4), np.ones((2, 3)))
-    >>> figure = kg.plots.plot_jacobians({"independent": j, "mixed": j + 0.1})
-    >>> [ax.get_title() for ax in figure.axes[:2]]
+    >>> axes = kg.plots.plot_jacobians({"independent": j, "mixed": j + 0.1})
+    >>> [ax.get_title() for ax in axes]
     ['independent', 'mixed']
     """
     if not isinstance(jacobians, dict) or not jacobians:
@@ -144,14 +143,12 @@ def plot_jacobians(jacobians, figure=None, patch_axes=None, pad=1, limit=None, c
     arrays = {title: numbers(j, "plot_jacobians", shape, (3, 4)) for title, j in jacobians.items()}
     if limit is None:
         limit = max(np.abs(a[np.isfinite(a)]).max(initial=0.0) for a in arrays.values()) or 1.0
-    if figure is None:
-        figure = pyplot_or_error().figure(figsize=(5 * len(arrays) + 1, 4.8), layout="constrained")
-    panels = figure.subplots(1, len(arrays), squeeze=False)[0]
-    for (title, array), ax in zip(arrays.items(), panels, strict=True):
-        plot_as_patches(array, ax, patch_axes, pad, limit=limit, cmap=cmap, colorbar=False)
-        ax.set_title(title)
-    figure.colorbar(panels[-1].images[-1], ax=list(panels), label="derivative")
-    return figure
+    axes = panels(ax, len(arrays), "plot_jacobians", (5 * len(arrays) + 1, 4.8))
+    for (title, array), panel in zip(arrays.items(), axes, strict=True):
+        plot_as_patches(array, panel, patch_axes, pad, limit=limit, cmap=cmap, colorbar=False)
+        panel.set_title(title, wrap=True)
+    axes[-1].figure.colorbar(axes[-1].images[-1], ax=list(axes), label="derivative")
+    return axes
 
 
 def _as_grid(jacobian, patch_axes):

@@ -41,6 +41,8 @@ class Monitor(keras.callbacks.Callback):
 
     Attributes:
         last: A dict of the values that were measured last, with their names in the logs.
+        measured_at: A list with the `step` of each measurement, in all calls of `fit`.
+        step_unit: What `step` counts: `"epoch"`, or `"batch"` if `every` is an integer.
         step: The number of the epoch after which the last measurement was made, starting at 0 as in Keras. If `every`
             is an integer, the number of batches before it.
 
@@ -85,6 +87,8 @@ class Monitor(keras.callbacks.Callback):
         self.async_safe = self._schedule.counts_epochs and not has_own_hooks
         self.last: dict[str, float] = {}
         self.step: Any = None
+        self.measured_at: list[int] = []
+        self.step_unit = "epoch" if self._schedule.counts_epochs else "batch"
 
     def begin(self):
         """Called when `fit` begins."""
@@ -140,6 +144,7 @@ class Monitor(keras.callbacks.Callback):
                 f"{self._owner} expects that `measure` returns a dict of names and numbers. Received: "
                 f"{validation.describe(found)}."
             )
+        self.measured_at.append(step)
         self.last = {f"{self._prefix}{name}": _number(value) for name, value in found.items()}
         if logs is not None:
             logs.update(self._logged())

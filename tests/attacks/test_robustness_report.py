@@ -143,8 +143,7 @@ class TestShown:
 
     def test_as_a_figure(self):
         found = report()
-        figure = kg.plots.plot_robustness(found)
-        shares, pairs = figure.axes
+        shares, pairs = kg.plots.plot_robustness(found)
         attack = next(line for line in shares.lines if line.get_label() == "attack")
         x, y = attack.get_data()
         # The share of the examples that are further than 0 from an error is the accuracy.
@@ -153,10 +152,10 @@ class TestShown:
         first = next(line for line in pairs.lines if line.get_label().startswith("first order"))
         np.testing.assert_allclose(first.get_xdata(), found.attack[RIGHT])
         np.testing.assert_allclose(first.get_ydata(), found.first_order[RIGHT])
-        pyplot.close(figure)
+        pyplot.close(shares.figure)
 
     def test_as_a_figure_where_nothing_was_broken(self):
-        pyplot.close(kg.plots.plot_robustness(report(max_epsilon=0.01)))
+        pyplot.close(kg.plots.plot_robustness(report(max_epsilon=0.01))[0].figure)
 
     @pytest.mark.parametrize(
         ("given", "match"), [(3, "a report from kg.attacks.robustness_report"), ("none", "on none")]

@@ -43,6 +43,35 @@ def test_hessian_has_its_blocks_marked(ax, hessian):
     np.testing.assert_allclose(ax.get_yticks(), [2.5, 6.5, 8.5, 10.0])
 
 
+def test_hessian_of_blocks(ax, hessian):
+    plots.plot_hessian(hessian.blocks(), ax)
+    np.testing.assert_allclose(ax.images[-1].get_array(), hessian.dense())
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1", "2", "3"]
+    assert sorted({float(line.get_ydata()[0]) for line in ax.lines if line.get_xdata()[0] == 0}) == [5.5, 7.5, 9.5]
+
+
+def test_hessian_of_blocks_by_name(ax, hessian):
+    plots.plot_hessian(hessian.blocks(), ax, hessian)
+    assert [t.get_text() for t in ax.get_yticklabels()][0] == "a/kernel"
+
+
+def test_hessian_of_a_function(ax):
+    blocks = kg.hessian(lambda p: p["a"] ** 2 * keras.ops.sum(p["b"]))({"a": 3.0, "b": np.ones(2, "float32")})
+    plots.plot_hessian(blocks, ax)
+    np.testing.assert_allclose(ax.images[-1].get_array(), [[4, 6, 6], [6, 0, 0], [6, 0, 0]])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+
+
+def test_hessian_of_lists(ax):
+    plots.plot_hessian([[1.0, 2.0], [2.0, 1.0]], ax)
+    assert ax.images[-1].get_array().shape == (2, 2) and not ax.lines
+
+
+def test_hessian_refuses_blocks_that_do_not_fit(ax):
+    with pytest.raises(ValueError, match=r"nested blocks.*Received: blocks of the shapes \(2, 2\), \(2, 3\)"):
+        plots.plot_hessian([[np.ones((2, 2)), np.ones((2, 3))], [np.ones((2, 2)), np.ones((1, 1))]], ax)
+
+
 def test_hessian_without_blocks(ax):
     assert not plots.plot_hessian(np.eye(3), ax=ax).lines
 

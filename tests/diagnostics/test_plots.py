@@ -106,7 +106,18 @@ def test_gradient_flow(ax, monitors, kind):
     np.testing.assert_allclose(curves(ax), expected)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["first", "second", "out"]
     assert ax.get_yscale() == "log" and ax.get_ylabel() == "gradient norm"
-    assert ax.figure.axes[1].get_ylabel() == "measurement"
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == [f"{'measurement' if kind == 'dict' else 'epoch'} {i}" for i in (1, 2, 3)]
+
+
+def test_many_measurements_have_a_color_bar(ax):
+    plots.plot_gradient_flow({"a": np.arange(1.0, 9.0), "b": np.ones(8), "c": np.ones(8)}, ax)
+    assert ax.get_legend() is None and ax.figure.axes[1].get_ylabel() == "measurement"
+
+
+def test_singular_values_over_epochs(ax, monitors):
+    plots.plot_singular_values(monitors[0], ax)
+    assert ax.get_xlabel() == "epoch" and list(ax.lines[0].get_xdata()) == [1, 2, 3]
 
 
 def test_gradient_flow_of_other_quantities(ax, monitors):

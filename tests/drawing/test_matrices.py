@@ -111,18 +111,18 @@ def test_without_matplotlib(monkeypatch):
 
 def test_jacobians_side_by_side_have_one_scale():
     independent = np.einsum("bc,oi->boci", np.eye(4), np.ones((2, 3)))
-    figure = plots.plot_jacobians({"a": independent, "b": independent - 3.0})
-    a, b, bar = figure.axes
+    a, b = plots.plot_jacobians({"a": independent, "b": independent - 3.0})
+    figure, bar = a.figure, a.figure.axes[2]
     assert (a.get_title(), b.get_title(), bar.get_ylabel()) == ("a", "b", "derivative")
     assert a.images[-1].get_clim() == b.images[-1].get_clim() == (-3.0, 3.0)
     assert a.images[-1].get_array().shape == (9, 14)
     pyplot.close(figure)
 
 
-def test_jacobians_on_a_figure_and_with_a_limit():
-    figure = pyplot.figure()
-    assert plots.plot_jacobians({"one": np.ones((2, 3, 3))}, figure, limit=5.0) is figure
-    assert figure.axes[0].images[-1].get_clim() == (-5.0, 5.0)
+def test_jacobians_on_axes_and_with_a_limit():
+    figure, ax = pyplot.subplots()
+    assert plots.plot_jacobians({"one": np.ones((2, 3, 3))}, ax, limit=5.0).tolist() == [ax]
+    assert ax.images[-1].get_clim() == (-5.0, 5.0)
     pyplot.close(figure)
 
 
