@@ -19,19 +19,36 @@ copyright = author
 version = release = re.search(r'__version__ = "(.*)"', (ROOT / "keras_gradtools/__init__.py").read_text("utf-8"))[1]
 
 extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
     "myst_nb",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx-mathjax-offline",
     "notebooks",
+    "reference",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_ext", "_templates"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
-myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
+
+autodoc_inherit_docstrings = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 90
+autosummary_generate = False
+default_role = "literal"
+napoleon_custom_sections = ["Cost", ("Attributes", "params_style"), ("Call arguments", "params_style")]
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+add_module_names = True
+toc_object_entries_show_parents = "hide"
 
 # A notebook's outputs depend on the backend, so each backend has a cache of its own.
 nb_execution_mode = "cache"
@@ -43,6 +60,7 @@ nb_merge_streams = True
 html_theme = "pydata_sphinx_theme"
 html_title = "keras-gradtools"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "article_header_end": ["notebook.html"],
     "footer_start": ["copyright"],
@@ -53,6 +71,8 @@ html_theme_options = {
     "show_toc_level": 2,
     "use_edit_page_button": False,
 }
+# Pages without pages below them have nothing to list on the left.
+html_sidebars = {"index": [], "start": []}
 html_show_sourcelink = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

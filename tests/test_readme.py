@@ -14,14 +14,34 @@ import keras_gradtools
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-# Pages whose blocks run as they stand.
-PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("curvature", "second_order", "diagnostics"))]
+DOCS = ROOT / "docs"
+# The code of the guide and the recipes runs when the site is built. The blocks on the other pages are fragments, which
+# need several devices or another library.
+ELSEWHERE = ("guide", "recipes", "from", "distributed.md")
 
 
-def python_blocks(text):
-    """The ```python blocks of a page, each behind as many empty lines as keep its line numbers right."""
-    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        yield "\n" * text.count("\n", 0, block.start(1)) + block[1]
+def pages():
+    """The README and the pages whose blocks run as they stand."""
+    for page in (README, *sorted(DOCS.rglob("*.md"))):
+        is_elsewhere = page != README and page.relative_to(DOCS).parts[0] in ELSEWHERE
+        if not is_elsewhere and list(blocks(page.read_text(encoding="utf-8"))):
+            yield page
+
+
+def blocks(text):
+    """The code of a page, each block behind as many empty lines as keep its line numbers right.
+
+    Each ```python block stands for itself. The cells of a notebook page, ```{code-cell}, are one block.
+    """
+    cells = ""
+    for block in re.finditer(r"^```(python|\{code-cell\}[^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        line = text.count("\n", 0, block.start(2))
+        if block[1] == "python":
+            yield "\n" * line + block[2]
+        else:
+            cells += "\n" * (line - cells.count("\n")) + block[2]
+    if cells:
+        yield cells
 
 
 def modules():
@@ -34,15 +54,15 @@ def modules():
             yield module.name
 
 
-BLOCKS = [(page, block) for page in PAGES for block in python_blocks(page.read_text(encoding="utf-8"))]
+BLOCKS = [(page, block) for page in pages() for block in blocks(page.read_text(encoding="utf-8"))]
 
 
 def test_examples_are_found():
     assert len(list(modules())) > 50
 
 
-def test_every_page_has_blocks():
-    assert {page for page, _ in BLOCKS} == set(PAGES)
+def test_pages_are_found():
+    assert {page.stem for page, _ in BLOCKS} >= {"README", "start", "tape", "penalties", "curvature"}
 
 
 @pytest.mark.parametrize(
@@ -50,8 +70,9 @@ def test_every_page_has_blocks():
     BLOCKS,
     ids=[f"{page.stem}-line-{len(block) - len(block.lstrip(chr(10))) + 1}" for page, block in BLOCKS],
 )
-def test_block_runs(page, block, tmp_path, monkeypatch):
+def test_block_runs(page, block, backend, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_BACKEND", backend)  # restored afterwards, because a page shows how to set it
     exec(compile(block, str(page), "exec"), {"__name__": page.stem})
 
 
@@ -65,4 +86,9 @@ def test_docstring_examples_hold(name, tmp_path, monkeypatch):
 
 def test_blocks_are_found_and_keep_their_lines():
     page = "a\n```python\nx = 1\n```\n```bash\nmake\n```\n```python\ny = 2\n```\n"
-    assert list(python_blocks(page)) == ["\n\nx = 1\n", "\n\n\n\n\n\n\n\ny = 2\n"]
+    assert list(blocks(page)) == ["\n\nx = 1\n", "\n\n\n\n\n\n\n\ny = 2\n"]
+
+
+def test_cells_of_a_notebook_are_one_block():
+    page = "```{code-cell}\nx = 1\n```\ntext\n```{code-cell} ipython3\ny = x\n```\n"
+    assert list(blocks(page)) == ["\nx = 1\n\n\n\ny = x\n"]

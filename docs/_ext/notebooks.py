@@ -1,10 +1,16 @@
 """Notebook pages: a download of each as .ipynb, and a link between the languages of the guide."""
 
 import pathlib
+import re
 
 import jupytext
+from docutils import nodes
 
 LANGUAGES = {"en": "English", "ja": "日本語"}
+
+
+# What TensorFlow writes when it starts, whatever its log level.
+STARTUP = re.compile(r"^(WARNING: All log messages before absl|[IWE]0000 00:00).*\n?", re.MULTILINE)
 
 
 def is_notebook(app, name):
@@ -37,6 +43,18 @@ def set_output_folder(app):
     app.env.mystnb_config = app.env.mystnb_config.copy(output_folder=str(folder))
 
 
+def remove_startup_messages(app, doctree):
+    """Removes TensorFlow's messages from the outputs of cells. Warnings stay."""
+    for block in list(doctree.findall(nodes.literal_block)):
+        if "stderr" in block["classes"]:
+            text = STARTUP.sub("", block.astext())
+            if text.strip():
+                block[:] = [nodes.Text(text)]
+                block.rawsource = text
+            else:
+                block.parent.remove(block)
+
+
 def read_notebook(path):
     """The notebook of a page. The format .ipynb needs a name to display for its kernel, which a page may leave out."""
     text = path.read_text("utf-8")
@@ -59,6 +77,7 @@ def write_notebooks(app, error):
 def setup(app):
     """Connects the functions of this module to Sphinx."""
     app.connect("builder-inited", set_output_folder, priority=900)
+    app.connect("doctree-read", remove_startup_messages)
     app.connect("html-page-context", add_context)
     app.connect("build-finished", write_notebooks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
