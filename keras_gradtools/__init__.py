@@ -79,3 +79,7 @@ __all__ = [
     "value_and_grad",
     "vjp",
 ]
+
+
+def __dir__():
+    return [*__all__, "__version__"]

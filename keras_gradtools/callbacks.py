@@ -8,3 +8,7 @@ from keras_gradtools.second_order.newton_step_callback import NewtonStep
 from keras_gradtools.training.monitor import Monitor
 
 __all__ = ["BatchJacobianMonitor", "CurvatureMonitor", "GradientMonitor", "Monitor", "NewtonStep", "RobustnessMonitor"]
+
+
+def __dir__():
+    return __all__

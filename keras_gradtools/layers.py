@@ -1,4 +1,7 @@
-"""Gradient control, penalties and derivatives as layers, which are saved and loaded with their models."""
+"""Gradient control, penalties and derivatives as layers, which are saved and loaded with their models.
+
+To load a model that has them, import `keras_gradtools` first: that registers these classes with Keras.
+"""
 
 from keras_gradtools.gradient_control.clip_gradient_norm import ClipGradientNorm
 from keras_gradtools.gradient_control.clip_gradient_value import ClipGradientValue
@@ -25,3 +28,7 @@ __all__ = [
     "StopGradient",
     "StraightThrough",
 ]
+
+
+def __dir__():
+    return __all__

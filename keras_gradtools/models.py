@@ -1,7 +1,14 @@
-"""Keras models that wrap another model and change how it is trained."""
+"""Keras models that wrap another model and change how it is trained.
+
+To load a saved wrapper, import `keras_gradtools` first: that registers these classes with Keras.
+"""
 
 from keras_gradtools.attacks.adversarial_training import AdversarialTraining
 from keras_gradtools.input_gradients.input_gradient_regularized import InputGradientRegularized
 from keras_gradtools.second_order.second_order_model import SecondOrder
 
 __all__ = ["AdversarialTraining", "InputGradientRegularized", "SecondOrder"]
+
+
+def __dir__():
+    return __all__

@@ -6,3 +6,7 @@ from keras_gradtools.second_order.newton_cg import NewtonCG
 from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason
 
 __all__ = ["LevenbergMarquardt", "Newton", "NewtonCG", "NewtonStepResult", "StepReason"]
+
+
+def __dir__():
+    return __all__

@@ -22,3 +22,7 @@ __all__ = [
     "plot_singular_values",
     "plot_spectral_density",
 ]
+
+
+def __dir__():
+    return __all__

@@ -3,3 +3,7 @@
 from keras_gradtools.input_gradients.input_gradient_penalty import input_gradient_penalty
 
 __all__ = ["input_gradient_penalty"]
+
+
+def __dir__():
+    return __all__

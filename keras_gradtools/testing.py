@@ -8,6 +8,8 @@ from keras_gradtools.transforms.first_order import grad, jvp, require_tuple, vjp
 from keras_gradtools.transforms.second_order import hvp
 from keras_gradtools.transforms.taped_call import require_function
 
+__all__ = ["check_gradients", "check_hvp", "check_jvp", "check_vjp"]
+
 # A gradient of at most `_WHOLE` elements is checked at every element, a larger one at `_DRAWN` random elements.
 _WHOLE = 32
 _DRAWN = 16
@@ -261,3 +263,7 @@ def _suspect(off, v):
         left[first:middle], right[middle:last] = v[first:middle], v[middle:last]
         first, last = (first, middle) if off(left) >= off(right) else (middle, last)
     return first
+
+
+def __dir__():
+    return __all__

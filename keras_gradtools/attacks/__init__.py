@@ -16,3 +16,7 @@ __all__ = [
     "robustness_metrics",
     "robustness_report",
 ]
+
+
+def __dir__():
+    return __all__

@@ -6,7 +6,7 @@ import keras
 
 from keras_gradtools import chosen_inputs, nesting, validation
 from keras_gradtools.attacks.perturbed_input import OfOneInput
-from keras_gradtools.training.wrapped_model import StateOfStep, WrappedModel
+from keras_gradtools.training.wrapped_model import StateOfStep, WrappedModel, no_labels
 
 NAME = "AdversarialTraining"
 
@@ -23,6 +23,9 @@ class AdversarialTraining(WrappedModel):
     the attack. The training loss and metrics are computed on the attacked examples. `evaluate` and the `val_...`
     metrics use the original examples.
 
+    Save it to a `.keras` file. `keras.models.load_model` finds the class in every process that has imported
+    `keras_gradtools`. Without the import, Keras raises "Could not locate class".
+
     Args:
         model: A built `keras.Model` with one floating-point input, or with several inputs of which one is attacked. It
             is shared, not copied.
@@ -37,7 +40,8 @@ class AdversarialTraining(WrappedModel):
 
     Raises:
         ValueError: If `model` is not built, if several inputs could be attacked and `inputs` does not say which, or if
-            `attack` has no `perturb` method. In a training step, if there are no labels. The weights do not change.
+            `attack` has no `perturb` method. In a training step, if there are no labels. The weights do not change. In
+            `save`, for an HDF5 file.
 
     Cost:
         Relative to a plain training step, counted as 3 forward passes: 5/3 for FGSM, 1 + 2 n / 3 for PGD with n steps,
@@ -77,9 +81,7 @@ class AdversarialTraining(WrappedModel):
     def train_step(self, *args):
         _, y, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
         if y is None:
-            raise ValueError(
-                f"{NAME} trains on labels. Received: y=None. Give `fit` or `train_on_batch` labels as `y`."
-            )
+            raise no_labels(NAME)
         self._step.labels = (y,)
         try:
             return super().train_step(*args)

@@ -32,3 +32,7 @@ __all__ = [
     "spectral_density",
     "trace",
 ]
+
+
+def __dir__():
+    return __all__

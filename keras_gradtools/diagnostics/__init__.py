@@ -22,3 +22,7 @@ __all__ = [
     "layer_derivatives",
     "local_lipschitz",
 ]
+
+
+def __dir__():
+    return __all__

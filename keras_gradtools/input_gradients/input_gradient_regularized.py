@@ -40,6 +40,9 @@ class InputGradientRegularized(WrappedModel):
     the mean above without `weight`, and `input_gradient_norm`, the mean of $\lVert g_i \rVert$. `loss` and `val_loss`
     include the weighted penalty.
 
+    Save it to a `.keras` file. `keras.models.load_model` finds the class in every process that has imported
+    `keras_gradtools`. Without the import, Keras raises "Could not locate class".
+
     The methods:
 
     - `"exact"`: a second backward pass. It needs activations with a useful second derivative (softplus, gelu, silu,
@@ -100,7 +103,8 @@ class InputGradientRegularized(WrappedModel):
         ValueError: If `model` is not built, if an option is invalid, or if no input is floating-point. In `compile`, if
             a loss is needed and missing, or with `jit_compile=True` if the method needs second derivatives and the
             compiler of the backend cannot differentiate twice (torch). In a step, if the target or the loss does not
-            return one number for each example. The weights do not change.
+            return one number for each example, or if there are no labels. The weights do not change. In `save`, for an
+            HDF5 file.
 
     Cost:
         Relative to a plain training step, if computation dominates: 2 for `"exact"` in theory (one more forward pass
@@ -257,6 +261,7 @@ class InputGradientRegularized(WrappedModel):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not self._step.recording:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
+        self._require_labels(y)
         is_of_loss = self._penalty.target == "loss"
         call = self._take_call(y_pred)
         target = self._target(y, y_pred)

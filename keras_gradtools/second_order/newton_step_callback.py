@@ -163,8 +163,15 @@ class NewtonStep(Monitor):
             operator.move(found.step.astype(operator.dtype))
         self.damping, self.last_step = found.damping, found
         if self._verbose:
-            print(
-                f"{NAME}: {found.message}, from {found.loss:.6g} by {found.decrease:.3g}; step of length "
-                f"{found.step_length:.3g}, ratio {found.ratio:.3g}, damping {found.damping:.3g}"
-            )
+            print(f"{NAME}: {_line(found)}")
         return found.logs() | {"decrease": found.decrease}
+
+
+def _line(found):
+    """A step in one line."""
+    if found.step is None:
+        return f"no step, since {found.message}; loss {found.loss:.6g}, damping {found.damping:.3g}"
+    return (
+        f"{found.message}, from {found.loss:.6g} by {found.decrease:.3g}; step of length {found.step_length:.3g}, "
+        f"ratio {found.ratio:.3g}, damping {found.damping:.3g}"
+    )

@@ -14,7 +14,7 @@ from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReaso
 from keras_gradtools.second_order.normal_equations import NormalEquations
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
 from keras_gradtools.training.undone_by_errors import undone_by_errors
-from keras_gradtools.training.wrapped_model import WrappedModel
+from keras_gradtools.training.wrapped_model import WrappedModel, no_labels
 
 NAME = "SecondOrder"
 
@@ -41,6 +41,9 @@ class SecondOrder(WrappedModel):
     `step_reason` (0 accepted, 1 rejected, 2 the gradient is zero to rounding, 3 not finite). `trainer.last_step` has
     all of these, and a message.
 
+    Save it to a `.keras` file. `keras.models.load_model` finds the class in every process that has imported
+    `keras_gradtools`. Without the import, Keras raises "Could not locate class".
+
     Args:
         model: A built `keras.Model`. It is shared, not copied.
         training: Whether the model is called in training mode: dropout is on, with one mask for each step, and
@@ -50,7 +53,8 @@ class SecondOrder(WrappedModel):
     Raises:
         ValueError: If `model` is not built or computes in float16. In `compile`, for a first-order optimizer. In `fit`,
             if there are no labels, if the data have NaN or infinity, if the model returns different values for the same
-            input, or if a batch is too small for a method that forms a matrix.
+            input, or if a batch is too small for a method that forms a matrix. In `save`, for an HDF5
+            file.
 
     Cost:
         For each batch, one step of the optimizer, see its cost. If there are metrics, or layers with state, one more
@@ -119,7 +123,7 @@ class SecondOrder(WrappedModel):
         """Takes one step and returns the logs."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         if y is None:
-            raise ValueError(f"{NAME} trains on labels. Received: data without labels. Pass `y` to `fit`.")
+            raise no_labels(NAME)
         batch = nesting.map_structure(_tensor, (x, y, sample_weight))
         if self._problem is None:
             self._problem = _Problem(self, batch, self._training)

@@ -96,9 +96,9 @@ class GradientTape:
     def __exit__(self, *exception):
         # An interrupt may have stopped the first attempt halfway. `_leave` can safely run again.
         try:
-            self._leave()
+            self._leave(*exception)
         except BaseException:
-            self._leave()
+            self._leave(*exception)
             raise
 
     def __del__(self):
@@ -106,9 +106,9 @@ class GradientTape:
         if getattr(self, "_inside", False) and self._thread == threading.get_ident():
             self._leave()
 
-    def _leave(self):
+    def _leave(self, *exception):
         if self._inside:
-            self._tape.__exit__()
+            self._tape.__exit__(*exception)
         self._inside = self._recording = False
 
     def watch(self, tensor):

@@ -130,9 +130,9 @@ def _shape(x):
     return tuple(ops.shape(x))
 
 
-def require_mode(owner, mode):
-    """Returns `mode`. Raises `ValueError` unless it is one of `MODES`."""
-    return validation.require_choice(owner, "mode", mode, MODES)
+def require_mode(owner, mode, advice=""):
+    """Returns `mode`. Raises `ValueError` unless it is one of `MODES`. `advice` ends the message."""
+    return validation.require_choice(owner, "mode", mode, MODES, advice)
 
 
 def require_chunk_size(owner, chunk_size):

@@ -7,18 +7,23 @@ from typing import Any
 import numpy as np
 
 
+def require_writer(owner):
+    """Returns tensorboardX's writer. Raises `ImportError` that says how to install it."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            f"{owner} writes to `log_dir` with tensorboardX, which is not installed: "
+            'pip install "keras-gradtools[tensorboard]"'
+        ) from error
+    return SummaryWriter
+
+
 class EventFile:
     """An event file in a folder. It is written by tensorboardX, which needs none of the frameworks."""
 
     def __init__(self, owner, folder):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                f"{owner} writes to `log_dir` with tensorboardX, which is not installed: "
-                'pip install "keras-gradtools[tensorboard]"'
-            ) from error
-        self._writer: Any = SummaryWriter(os.fspath(folder))
+        self._writer: Any = require_writer(owner)(os.fspath(folder))
 
     def scalars(self, values, step):
         """Adds a number for each tag. Skips those that are not finite, which TensorBoard cannot show."""

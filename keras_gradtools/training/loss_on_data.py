@@ -10,11 +10,12 @@ class LossOnData:
         validation.require_data(owner, data)
         validation.require_variables(owner, variables)
         validation.require_loss(owner, loss)
+        self._owner = owner
         self.data, self.variables, self.loss = data, variables, loss
         self.training = validation.require_flag(owner, "training", training)
         self.batch_size = validation.require_count(owner, "batch_size", batch_size)
 
     def operator(self, cls, model):
-        """The curvature operator of this class for this model."""
+        """The curvature operator of this class for this model, whose errors name the callback."""
         common = (self.loss, self.data, self.variables, self.training)
-        return cls(model, *common, batch_size=self.batch_size, verbose=0)
+        return cls.of_callback(self._owner, model, *common, batch_size=self.batch_size, verbose=0)

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.training.current_weights import sync_weights
-from keras_gradtools.training.event_file import EventFile
+from keras_gradtools.training.event_file import EventFile, require_writer
 from keras_gradtools.training.left_out import LeftOut
 from keras_gradtools.training.schedule import Schedule
 
@@ -48,7 +48,7 @@ class Monitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if `measure` returns no dict.
-        ImportError: In `fit`, if there is a `log_dir` and tensorboardX is not installed.
+        ImportError: With `log_dir`, if tensorboardX is not installed.
 
     Cost:
         That of `measure`. On JAX, the weights are also brought back into the variables.
@@ -78,6 +78,8 @@ class Monitor(keras.callbacks.Callback):
             raise validation.refused(self._owner, "a string", "prefix", prefix)
         if log_dir is not None and not isinstance(log_dir, (str, os.PathLike)):
             raise validation.refused(self._owner, "a path", "log_dir", log_dir)
+        if log_dir is not None:
+            require_writer(self._owner)
         self._prefix, self._log_dir = prefix, log_dir
         self._events: Any = None
         self._left_out = LeftOut(self._owner)

@@ -1,6 +1,7 @@
 """The base class of the model wrappers, which train the model inside them."""
 
 import contextlib
+import functools
 import threading
 
 import keras
@@ -59,6 +60,15 @@ class WrappedModel(keras.Model):
         with block, block:
             return super().test_step(*args)
 
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        self._require_labels(y)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def _require_labels(self, y):
+        """Raises `ValueError` if the compiled loss has no labels."""
+        if y is None and self._compile_loss is not None:
+            raise no_labels(type(self).__name__)
+
     def _whole(self):
         """A block for a step: if the step fails, statistics, seeds and metrics are restored."""
         if not backend.assigns_at_once():
@@ -68,12 +78,28 @@ class WrappedModel(keras.Model):
     def _call_model(self, inputs, training):
         return self.model(inputs, training=training)
 
+    @functools.wraps(keras.Model.save)
+    def save(self, filepath, *args, **kwargs):
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                f"{type(self).__name__} is saved to a `.keras` file. Received: filepath={str(filepath)!r}. Keras could "
+                "not load the wrapper from HDF5. Save its weights with `save_weights`, or the wrapped model, `.model`."
+            )
+        return super().save(filepath, *args, **kwargs)
+
     def export(self, *args, **kwargs):
         """Exports the wrapped model, as `keras.Model.export` does."""
         return self.model.export(*args, **kwargs)
 
     def get_config(self):
         return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model)}
+
+
+def no_labels(owner):
+    """The `ValueError` for data without labels."""
+    return ValueError(
+        f"{owner} trains on labels. Received: data without labels. Pass `y` to `fit`, `evaluate` or `train_on_batch`."
+    )
 
 
 class StateOfStep(threading.local):

@@ -234,17 +234,30 @@ def jitted(fun):
             return made[0]
 
         program = programs.get(key, make)
-        if not made:
-            return program(*args, **kwargs)
         try:
             result = program(*args, **kwargs)
-        except BaseException:
-            programs.discard(key)
+        except BaseException as error:
+            if made:
+                programs.discard(key)
+            # Keras' refusal to draw random numbers without a seed, a `ValueError`, says itself what to do.
+            if isinstance(error, Exception) and not isinstance(error, ValueError) and backend.depends_on_values(error):
+                raise _branches_on_values(fun, error) from error
             raise
+        if not made:
+            return result
         programs.has_traced(fun, key, captured)
         return result
 
     return call
+
+
+def _branches_on_values(fun, error):
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return TypeError(
+        f"`kg.jit` cannot compile {validation.name_of(fun)}, because its Python code depends on the values of tensors. "
+        "Use `keras.ops.where` or `keras.ops.cond` instead of `if`, and do not call `float(x)` or NumPy. Or pass the "
+        f"value as a Python integer, bool or string. The error was: {type(error).__name__}: {first_line}"
+    )
 
 
 class _Eager:

@@ -7,7 +7,7 @@ from typing import Any
 from keras import ops
 
 from keras_gradtools import backend, validation
-from keras_gradtools.transforms.first_order import jvp
+from keras_gradtools.transforms.first_order import jvp_named
 from keras_gradtools.transforms.taped_call import TapedCall, require_function
 
 
@@ -47,6 +47,7 @@ def laplacian(fun, axes=None):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 10.2, on second derivatives along directions.
     """
     require_function("laplacian", fun)
+    _require_axes_at_first("laplacian", axes)
 
     @functools.wraps(fun, updated=())
     def transformed(x, *args, **kwargs):
@@ -98,6 +99,7 @@ def divergence(fun, axes=None):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), sections 3.1 and 3.2.
     """
     require_function("divergence", fun)
+    _require_axes_at_first("divergence", axes)
 
     @functools.wraps(fun, updated=())
     def transformed(x, *args, **kwargs):
@@ -110,7 +112,7 @@ def divergence(fun, axes=None):
         if backend.HESSIAN_MODE == "forward":
             columns = []
             for k, axis in enumerate(chosen):
-                y, derivative = jvp(value, (x,), (_unit(x, axis),))
+                y, derivative = jvp_named("divergence", value, (x,), (_unit(x, axis),))
                 _require_field(y, chosen)
                 columns.append(derivative[:, k])
         else:
@@ -122,7 +124,12 @@ def divergence(fun, axes=None):
     return transformed
 
 
-def require_axes(name, axes, size=None):
+def _require_axes_at_first(name, axes):
+    if axes is not None:
+        require_axes(name, axes, advice=f"`{name}` returns a function of the arguments: `{name}(fun)(x)`.")
+
+
+def require_axes(name, axes, size=None, advice=""):
     """Returns `axes` as a list. Raises `ValueError` if an axis is repeated or does not exist.
 
     With `size`, the number of axes, None means all axes, and the returned indices are not negative.
@@ -135,7 +142,7 @@ def require_axes(name, axes, size=None):
         if len(set(found)) == len(found):
             return found
     below = "" if size is None else f" below {size}"
-    raise validation.refused(name, f"a list of distinct axis indices{below}, or None for all,", "axes", axes)
+    raise validation.refused(name, f"a list of distinct axis indices{below}, or None for all,", "axes", axes, advice)
 
 
 def _points(name, x):
@@ -169,7 +176,11 @@ def _unit(like, element):
 
 def _second_derivative_forward(value, x, axis):
     unit = _unit(x, axis)
-    return jvp(lambda x: jvp(value, (x,), (unit,))[1], (x,), (unit,))[1]
+
+    def first(x):
+        return jvp_named("laplacian", value, (x,), (unit,))[1]
+
+    return jvp_named("laplacian", first, (x,), (unit,))[1]
 
 
 def _laplacian_reverse(value, x, axes):

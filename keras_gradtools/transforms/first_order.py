@@ -5,7 +5,7 @@ import types
 import weakref
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.transforms.taped_call import TapedCall, require_function, require_scalar
+from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
 
 
 def grad(fun, argnums=0, has_aux=False):
@@ -47,11 +47,17 @@ def grad(fun, argnums=0, has_aux=False):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.2.
     """
     require_function("grad", fun)
+    require_argnums("grad", argnums)
     validation.require_flag("grad", "has_aux", has_aux)
+    return gradient_named("grad", fun, argnums, has_aux)
+
+
+def gradient_named(name, fun, argnums=0, has_aux=False):
+    """`grad`, with errors that say `name`: that of a transform which takes the gradient first."""
 
     @functools.wraps(fun, updated=())
     def gradient(*args, **kwargs):
-        call, gradients = _gradient("grad", fun, args, kwargs, argnums, has_aux)
+        call, gradients = _gradient(name, fun, args, kwargs, argnums, has_aux)
         return (gradients, call.aux) if has_aux else gradients
 
     _differentiated_by[gradient] = argnums, has_aux
@@ -86,6 +92,7 @@ def value_and_grad(fun, argnums=0, has_aux=False):
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 3.2.
     """
     require_function("value_and_grad", fun)
+    require_argnums("value_and_grad", argnums)
     validation.require_flag("value_and_grad", "has_aux", has_aux)
 
     @functools.wraps(fun, updated=())
@@ -176,8 +183,12 @@ def jvp(fun, primals, tangents, has_aux=False):
     require_function("jvp", fun)
     validation.require_flag("jvp", "has_aux", has_aux)
     primals = require_tuple("jvp", "primals", primals)
-    tangents = require_tuple("jvp", "tangents", tangents)
-    call = TapedCall("jvp", fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
+    return jvp_named("jvp", fun, primals, require_tuple("jvp", "tangents", tangents), has_aux)
+
+
+def jvp_named(name, fun, primals, tangents, has_aux=False):
+    """`jvp`, with errors that say `name`: that of a transform which takes directional derivatives."""
+    call = TapedCall(name, fun, primals, argnums=tuple(range(len(primals))), has_aux=has_aux)
     derivative = call.jvp(tangents)
     return (call.value, derivative, call.aux) if has_aux else (call.value, derivative)
 

@@ -116,6 +116,7 @@ def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, 
     """
     name = "batch_jacobian"
     require_function(name, fun)
+    jacobian_plans.require_mode(name, mode, f"`{name}` returns a function of the arguments: `{name}(fun)(x)`.")
     options = _options(name, argnums, mode, chunk_size, has_aux, batch_axes=1)
     validation.require_flag(name, "check_independence", check_independence)
     names = chosen_inputs.require_names(name, inputs)

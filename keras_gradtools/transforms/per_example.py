@@ -57,7 +57,8 @@ def per_example_grad(fun, argnums=0, has_aux=False):
     """
     require_function("per_example_grad", fun)
     if not validation.is_count(argnums, -math.inf):
-        raise validation.refused("per_example_grad", "one position", "argnums", argnums)
+        advice = "`per_example_grad` returns a function of the arguments: `per_example_grad(fun)(x)`."
+        raise validation.refused("per_example_grad", "one position", "argnums", argnums, advice)
 
     validation.require_flag("per_example_grad", "has_aux", has_aux)
 

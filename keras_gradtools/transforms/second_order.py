@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.tape import jacobian_plans, vectors
-from keras_gradtools.transforms.first_order import grad, require_tuple
+from keras_gradtools.transforms.first_order import gradient_named, require_tuple
 from keras_gradtools.transforms.jacobians import Jacobian, Options
 from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
 
@@ -194,10 +194,12 @@ def hvp(fun, primals, tangents):
     Source: Pearlmutter, "Fast exact multiplication by the Hessian" (1994), equation 3.
     """
     require_function("hvp", fun)
-    primals = require_tuple("hvp", "primals", primals)
-    tangents = require_tuple("hvp", "tangents", tangents)
+    return _hvp("hvp", fun, require_tuple("hvp", "primals", primals), require_tuple("hvp", "tangents", tangents))
+
+
+def _hvp(name, fun, primals, tangents):
     every = tuple(range(len(primals)))
-    call = TapedCall("hvp", grad(fun, every), primals, argnums=every)
+    call = TapedCall(name, gradient_named(name, fun, every), primals, argnums=every)
     if backend.HESSIAN_MODE == "forward" or call.tape.has_custom_gradient:
         return call.jvp(tangents)
     # A Hessian is symmetric, so a vector-Jacobian product of the gradient gives H v. With a custom gradient the
@@ -252,5 +254,5 @@ def ggnvp(model_fun, loss_fun, primals, tangents):
         require_scalar("ggnvp", value)
         return value
 
-    (curved,) = hvp(loss_of, (model.value,), (along,))
+    (curved,) = _hvp("ggnvp", loss_of, (model.value,), (along,))
     return model.vjp(curved, is_last=True)

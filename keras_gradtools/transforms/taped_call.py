@@ -156,7 +156,8 @@ def require_argnums(name, argnums):
     """Raises `ValueError` unless `argnums` is a position or several positions, whatever the number of arguments."""
     chosen = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     if not all(validation.is_count(i, -math.inf) for i in chosen):
-        raise validation.refused(name, _POSITIONS, "argnums", argnums)
+        advice = f"`{name}` returns a function of the arguments: `{name}(fun)(x)`."
+        raise validation.refused(name, _POSITIONS, "argnums", argnums, advice)
 
 
 def argument_positions(name, argnums, count):
@@ -165,6 +166,11 @@ def argument_positions(name, argnums, count):
     right = chosen and all(validation.is_count(i, -count) and i < count for i in chosen)
     if not right or len({i % count for i in chosen}) < len(chosen):
         advice = f"The call has {count} positional arguments."
+        if count == 0:
+            advice += (
+                " Pass what to differentiate with respect to as an argument of the function. For the weights of a "
+                "model, use `kg.functionalize`."
+            )
         raise validation.refused(name, _POSITIONS, "argnums", argnums, advice)
     return [i % count for i in chosen]
 

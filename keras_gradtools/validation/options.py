@@ -58,11 +58,11 @@ def _range(least, above, below):
     return "a positive number" if above == 0 else f"a number above {above:g}" if above > 0 else "a finite number"
 
 
-def require_choice(owner, name, x, choices):
-    """Returns `x`. Raises `ValueError` unless it is one of `choices`."""
+def require_choice(owner, name, x, choices, advice=""):
+    """Returns `x`. Raises `ValueError` unless it is one of `choices`. `advice` ends the message."""
     if not is_one_of(x, choices):
         *others, last = map(repr, choices)
-        raise refused(owner, f"{', '.join(others)} or {last}", name, x)
+        raise refused(owner, f"{', '.join(others)} or {last}", name, x, advice)
     return x
 
 

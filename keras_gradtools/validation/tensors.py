@@ -36,9 +36,12 @@ def _conversion_hint(x):
         return " A symbolic tensor has no values: use the tape inside a layer's `call`, or on a model called with data."
     if x is None or isinstance(x, str):
         return ""
-    if isinstance(x, np.ndarray):
+    if isinstance(x, keras.Layer):
+        return " Pass its variables: `model.trainable_variables`."
+    if isinstance(x, (np.ndarray, np.generic)):
         return (
-            " Convert it with `keras.ops.convert_to_tensor` and use the result inside the tape's block. (Keras hands "
+            " A tape does not see what NumPy computes: inside the block, use `keras.ops` in place of NumPy. Convert "
+            "inputs with `keras.ops.convert_to_tensor` before the block uses them. (Keras hands "
             "NumPy arrays to `call` and `compute_loss` where it does not compile the step: `run_eagerly=True`, on JAX "
             "`jit_compile=False`, on torch always in `train_on_batch`.)"
         )

@@ -254,7 +254,7 @@ class TestErrors:
             adversarial(keras.Model([a, b], layers.Dense(K)(a + b)))
 
     def test_no_labels(self):
-        with pytest.raises(ValueError, match="trains on labels. Received: y=None"):
+        with pytest.raises(ValueError, match="trains on labels. Received: data without labels"):
             adversarial(loss=None).fit(X, verbose=0)
 
     def test_a_failed_step_leaves_nothing_behind(self):

@@ -136,6 +136,7 @@ class TestShown:
         assert lines[0].startswith("4 examples, 75.0% of them classified correctly; their l-infinity distances")
         median = np.quantile(found.attack[RIGHT], 0.5, method="lower")
         assert f"{median:9.4g}" in next(line for line in lines if line.startswith("found by the attack"))
+        assert lines[1].endswith("<= attack") and "<= attack: the share of examples" in lines[-1]
         assert "100.0%" in next(line for line in lines if line.startswith("bound by the slope L"))
 
     def test_as_a_table_where_nothing_is_right(self):

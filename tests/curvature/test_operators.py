@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import sys
 
 import keras
 import numpy as np
@@ -509,6 +510,11 @@ def test_nothing_is_traced_again(cls, backend):
 
 class TestSciPy:
     linalg = property(lambda self: pytest.importorskip("scipy.sparse.linalg"))
+
+    def test_without_it(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+        with pytest.raises(ImportError, match=r'`to_scipy` needs SciPy: pip install "keras-gradtools\[scipy\]"'):
+            operator("Hessian").to_scipy()
 
     def test_eigsh(self):
         found = operator("Hessian").to_scipy()

@@ -3,8 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
+import keras_gradtools as kg
 from keras_gradtools.callbacks import NewtonStep
 from keras_gradtools.curvature import Hessian
 from keras_gradtools.models import InputGradientRegularized
@@ -122,6 +123,18 @@ def test_with_a_wrapper():
 def test_a_line_for_each_step(capsys):
     fit(compiled(), NewtonStep((X, T), verbose=1))
     assert "NewtonStep: the loss went down, from " in capsys.readouterr().out
+
+
+def test_a_line_for_a_rejected_step(capsys):
+    @kg.custom_gradient
+    def reversed_square(x):
+        return ops.square(x), lambda upstream: -2.0 * x * upstream
+
+    model = compiled()
+    step = NewtonStep((X, T), loss=lambda y, p: ops.mean(reversed_square(p - 9.0), -1), max_attempts=3, verbose=1)
+    fit(model, step)
+    out = capsys.readouterr().out
+    assert f"NewtonStep: no step, since the loss went up with 3 dampings; loss {step.last_step.loss:.6g}, damp" in out
 
 
 def test_infinity_leaves_the_weights():

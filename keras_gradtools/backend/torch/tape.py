@@ -11,6 +11,12 @@ import torch
 from keras_gradtools.backend.torch import borrowing, graph, levels, windows
 from keras_gradtools.keras_state import recording
 
+# torch's own advice, `detach`, leads to a derivative of None.
+_NUMPY_IN_A_BLOCK = (
+    "A tape is recording this tensor, and does not see what NumPy computes: use `keras.ops` in place of NumPy. With "
+    "`detach`, the result would be a constant."
+)
+
 
 class _Thread(threading.local):
     def __init__(self):
@@ -50,6 +56,12 @@ class Tape(recording.Recording):
     def _give_back(self):
         for tensor, _ in self._borrowed:
             borrowing.give_back(tensor, self)
+
+    def __exit__(self, kind=None, error=None, traceback=None):
+        super().__exit__(kind, error, traceback)
+        is_of_numpy = isinstance(error, RuntimeError) and "numpy() on Tensor that requires grad" in str(error)
+        if is_of_numpy and _NUMPY_IN_A_BLOCK not in getattr(error, "__notes__", []):
+            error.add_note(_NUMPY_IN_A_BLOCK)
 
     def begin(self):
         if torch.is_inference_mode_enabled():

@@ -25,7 +25,7 @@ class DataSums:
     """Products, losses and gradients, summed over the batches of the data.
 
     Attributes:
-        owner: The name of the operator, for error messages.
+        owner: The name of the operator, or of the callback that uses it, for error messages.
         model: The model that has the weights.
         loss: The `BatchLoss`.
         spec: The `OfBatch` that makes the linear map of a batch.
@@ -34,7 +34,8 @@ class DataSums:
         draws: The `Draws` with which every call starts.
     """
 
-    def __init__(self, owner, model, loss, spec, parameters, batches, trainer):
+    def __init__(self, owner, operator, model, loss, spec, parameters, batches, trainer):
+        self._operator = operator  # its name, which programs are cached by
         self.owner, self.model, self.loss, self.spec, self.parameters = owner, model, loss, spec, parameters
         self.batches = batches
         self.batches.counts_order = spec.draws_by_batch
@@ -137,7 +138,7 @@ class DataSums:
     def run(self, what, body, *args):
         """Runs `body` compiled. `what` identifies the program in the cache."""
         key, drawing = self._program(what, body)
-        return compiled.run(self.owner, self.model, drawing, key, (self.draws.values, *args), {})[0]
+        return compiled.run(self._operator, self.model, drawing, key, (self.draws.values, *args), {})[0]
 
     def compiled(self, what, body, *args):
         """The program of `body`, as a function of `draws.values` and arguments like `args`.
@@ -145,12 +146,12 @@ class DataSums:
         Calling it is faster than `run`, which searches for the program each time.
         """
         key, drawing = self._program(what, body)
-        return compiled.prepare(self.owner, self.model, drawing, key, (self.draws.values, *args), {})
+        return compiled.prepare(self._operator, self.model, drawing, key, (self.draws.values, *args), {})
 
     def _program(self, what, body):
         # The program must hold nothing else, such as the data, since it is cached as long as the model lives.
         drawing = functools.partial(batch_sums.drawing, body, self.spec, self.loss, self.parameters, self.draws)
-        return (self.owner, what, self.spec.key, self.draws.key), drawing
+        return (self._operator, what, self.spec.key, self.draws.key), drawing
 
     def seed(self, number):
         """The seed of the random numbers that the linear map of a batch draws itself, as a tensor."""

@@ -4,8 +4,8 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.estimate import Estimate
-from keras_gradtools.curvature.estimators.trace import random_signs, units
-from keras_gradtools.curvature.operators.products import matvec_of, progress_of, square_matrix
+from keras_gradtools.curvature.estimators.trace import finite_matvec_of, random_signs, units
+from keras_gradtools.curvature.operators.products import progress_of, square_matrix
 from keras_gradtools.curvature.solvers.arguments import require_matvecs
 
 
@@ -24,6 +24,7 @@ def diagonal(a, matvecs=99, seed=0):
 
     Raises:
         ValueError: If the matrix or an option is invalid.
+        FloatingPointError: If a product is not finite.
 
     Cost:
         `matvecs` products. The standard error of an element is the norm of the other elements in its row, divided by
@@ -41,7 +42,7 @@ def diagonal(a, matvecs=99, seed=0):
     a = square_matrix("diagonal", a)
     validation.require_seed("diagonal", seed)
     matvecs = require_matvecs("diagonal", matvecs, 2)
-    n, matvec = a.shape[0], matvec_of(a)
+    n, matvec = a.shape[0], finite_matvec_of(a)
     with progress_of(a, "diagonal", min(matvecs, n)) as bar:
         if matvecs >= n:
             exact = np.array([bar.after(matvec(unit))[i] for i, unit in enumerate(units(n))], "float64")

@@ -4,7 +4,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.estimate import Estimate
-from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, dot
+from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, dot, require_finite_length
 from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, square_matrix
 from keras_gradtools.curvature.solvers.arguments import require_matvecs
 
@@ -23,7 +23,7 @@ def trace(a, matvecs=99, method="hutch++", seed=0):
         a: A square matrix of shape `(n, n)`, which need not be symmetric: a curvature operator, an expression of
             operators such as `2 * h + g` or `h @ g`, an array or a tensor, a sparse matrix or a `LinearOperator` of
             SciPy, or any object with `shape` and `a @ v`.
-        matvecs: Number of products, 6 or more for `"hutch++"` and 2 or more for `"hutchinson"`. If it is `n` or more,
+        matvecs: Number of products, 4 or more for `"hutch++"` and 2 or more for `"hutchinson"`. If it is `n` or more,
             the trace is computed exactly with `n` products.
         method: `"hutch++"` or `"hutchinson"`.
         seed: An integer that seeds the random vectors.
@@ -33,6 +33,7 @@ def trace(a, matvecs=99, method="hutch++", seed=0):
 
     Raises:
         ValueError: If the matrix or an option is invalid.
+        FloatingPointError: If a product is not finite.
 
     Cost:
         `matvecs` products, and for Hutch++ memory for a third as many vectors.
@@ -50,9 +51,9 @@ def trace(a, matvecs=99, method="hutch++", seed=0):
     a = square_matrix("trace", a)
     validation.require_seed("trace", seed)
     validation.require_choice("trace", "method", method, METHODS)
-    least = 6 if method == "hutch++" else 2
+    least = 4 if method == "hutch++" else 2
     matvecs = require_matvecs("trace", matvecs, least)
-    n, matvec = a.shape[0], matvec_of(a)
+    n, matvec = a.shape[0], finite_matvec_of(a)
     with progress_of(a, "trace", min(matvecs, n)) as bar:
         if matvecs >= n:
             return Estimate(float(sum(bar.after(matvec(unit))[i] for i, unit in enumerate(units(n)))), 0.0)
@@ -85,6 +86,18 @@ def _hutch_plus_plus(matvec, n, matvecs, generator, dtype, bar):
         samples.append(dot(v, bar.after(matvec(v))))
     rest = mean_of(samples)
     return Estimate(exact + rest.value, rest.standard_error)
+
+
+def finite_matvec_of(a):
+    """`matvec_of(a)`, which raises `FloatingPointError` for a product that is not finite."""
+    matvec = matvec_of(a)
+
+    def finite(vector):
+        product = matvec(vector)
+        require_finite_length(product)
+        return product
+
+    return finite
 
 
 def mean_of(samples):

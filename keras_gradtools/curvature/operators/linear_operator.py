@@ -11,7 +11,6 @@ from keras_gradtools.curvature.estimators.spectral_density import spectral_densi
 from keras_gradtools.curvature.estimators.trace import trace
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
-from keras_gradtools.curvature.solvers.arguments import scipy_module
 from keras_gradtools.display import html
 
 
@@ -119,7 +118,11 @@ class LinearOperator:
         Raises:
             ImportError: If SciPy is not installed.
         """
-        return scipy_module("to_scipy", "scipy.sparse.linalg").LinearOperator(
+        try:
+            from scipy.sparse import linalg
+        except ImportError:
+            raise ImportError('`to_scipy` needs SciPy: pip install "keras-gradtools[scipy]".') from None
+        return linalg.LinearOperator(
             self.shape, matvec=self.matvec, matmat=self.matmat, rmatvec=self.rmatvec, rmatmat=self.rmatmat,
             dtype=solver_dtype(self.dtype),
         )  # fmt: skip

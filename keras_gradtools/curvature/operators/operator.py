@@ -46,8 +46,11 @@ class CurvatureOperator(AlgebraicOperator):
         verbose: 1 for a progress bar, 0 for none, `"auto"` for a progress bar if the work takes more than 3 seconds.
     """
 
+    # What errors about the arguments name, if it is not the class.
+    _owner: str | None = None
+
     def __init__(self, model, loss, data, variables=None, training=False, *, batch_size=256, verbose="auto"):
-        owner = type(self).__name__
+        owner = self._owner or type(self).__name__
         validation.require_loss(owner, loss)
         validation.require_verbose(owner, verbose)
         self.model = require_model(owner, model)
@@ -55,11 +58,21 @@ class CurvatureOperator(AlgebraicOperator):
         # A wrapper is compiled itself, so the compiled loss is that of `model`, not of the wrapped model.
         self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
         batches = Batches(owner, data, batch_size, must_repeat=True)
-        self._sums = DataSums(owner, self.model, self._loss, self._make_spec(), self._parameters, batches, model)
+        self._sums = DataSums(
+            owner, type(self).__name__, self.model, self._loss, self._make_spec(), self._parameters, batches, model
+        )
         self._outputs = None
         self.variables = list(self._parameters.variables)
         self.slices = list(self._parameters.slices)
         super().__init__((self._parameters.size, self._parameters.size), self._parameters.dtype, verbose)
+
+    @classmethod
+    def of_callback(cls, owner, *args, **options):
+        """The operator of a callback, whose errors about its arguments name `owner`."""
+        operator = cls.__new__(cls)
+        operator._owner = owner
+        cls.__init__(operator, *args, **options)
+        return operator
 
     def _make_spec(self):
         """Returns the `OfBatch` that makes the linear map of one batch."""

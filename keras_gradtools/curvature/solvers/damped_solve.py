@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, lower_triangle, real_numbers
-from keras_gradtools.curvature.solvers.arguments import scipy_module
+from keras_gradtools.curvature.solvers.cholesky import cholesky_solve
 from keras_gradtools.display.results import displayed
 
 # The least damping that is tried after the initial one, relative to the largest entry of the matrix.
@@ -46,7 +46,6 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
 
     Raises:
         ValueError: If shapes do not match, an option is invalid, or a number is not finite.
-        ImportError: If SciPy is not installed.
 
     Cost:
         $n^3 / 3$ multiplications for each $\lambda$, and memory for two matrices.
@@ -63,7 +62,6 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
 
     Source: Nocedal & Wright, "Numerical Optimization" (2006), algorithm 3.3.
     """
-    linalg = scipy_module("damped_solve", "scipy.linalg")
     matrix, columns = real_numbers(a), real_numbers(b)
     fits = matrix is not None and columns is not None and matrix.ndim == 2 and columns.ndim in (1, 2)
     if not fits or len(set(matrix.shape)) != 1 or len(columns) != len(matrix):
@@ -84,8 +82,8 @@ def damped_solve(a, b, damping=0.0, *, factor=10.0):
         attempts += 1
         matrix[diagonal] = undamped + damping
         try:
-            x = linalg.cho_solve(linalg.cho_factor(matrix, lower=True, check_finite=False), columns, check_finite=False)
-        except linalg.LinAlgError:
+            x = cholesky_solve(matrix, columns)
+        except np.linalg.LinAlgError:
             # The loop ends, because by Gershgorin's theorem no eigenvalue is below -n times the largest entry.
             damping = max(factor * damping, _SMALLEST_SHARE * scale)
             continue
