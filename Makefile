@@ -3,6 +3,8 @@ BACKENDS := tensorflow jax torch
 # Empty means: tensorflow for the demo, all three backends in turn for everything else.
 BACKEND ?=
 TESTS ?=
+# A file of constraints for pip, for `make release-check`.
+CONSTRAINTS ?=
 JOBS ?= 2
 PORT ?= 8000
 
@@ -13,11 +15,11 @@ TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-versions lint types bench docs docs-serve clean
+.PHONY: help demo test test-slow test-versions release-check lint types bench docs docs-serve clean
 
 help:  ## list the targets
 	@echo "make TARGET [BACKEND=tensorflow|jax|torch]; .venv is created when it is first needed"
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
 
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -45,6 +47,9 @@ test-slow: $(INSTALLED)  ## run only the tests marked slow, one process for each
 
 test-versions: $(INSTALLED)  ## run the tests that depend on internals on the oldest, newest and next versions; large downloads
 	@$(BIN)/python tests/versions.py $(addprefix --backend ,$(BACKEND)) $(TESTS)
+
+release-check: $(INSTALLED)  ## build the package and test the wheel with each backend alone; CONSTRAINTS=file for pip
+	@$(BIN)/python release/check.py $(addprefix --backend ,$(BACKEND)) $(addprefix --constraints ,$(CONSTRAINTS)) $(TESTS)
 
 lint: $(INSTALLED)  ## check style, format and types
 	@$(BIN)/ruff check .

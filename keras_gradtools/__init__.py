@@ -1,5 +1,6 @@
 """Advanced gradient utilities for Keras 3 on TensorFlow, JAX and PyTorch."""
 
+import keras_gradtools.start  # noqa: F401 - before Keras is imported
 from keras_gradtools import (
     attacks,
     callbacks,
@@ -40,7 +41,7 @@ from keras_gradtools.transforms import (
     vjp,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GradientTape",

@@ -513,7 +513,7 @@ class TestSciPy:
 
     def test_without_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-        with pytest.raises(ImportError, match=r'`to_scipy` needs SciPy: pip install "keras-gradtools\[scipy\]"'):
+        with pytest.raises(ImportError, match=r'`to_scipy` needs SciPy: pip install "keras-gradtools\[solvers\]"'):
             operator("Hessian").to_scipy()
 
     def test_eigsh(self):

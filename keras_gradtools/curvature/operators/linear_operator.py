@@ -121,7 +121,7 @@ class LinearOperator:
         try:
             from scipy.sparse import linalg
         except ImportError:
-            raise ImportError('`to_scipy` needs SciPy: pip install "keras-gradtools[scipy]".') from None
+            raise ImportError('`to_scipy` needs SciPy: pip install "keras-gradtools[solvers]".') from None
         return linalg.LinearOperator(
             self.shape, matvec=self.matvec, matmat=self.matmat, rmatvec=self.rmatvec, rmatmat=self.rmatmat,
             dtype=solver_dtype(self.dtype),
