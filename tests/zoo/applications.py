@@ -1,7 +1,8 @@
 """One model of each family of keras.applications, of random weights, at its smallest images.
 
-Their statistics are those of random images, as after training: with the fresh ones, of mean 0 and variance 1, the
-signal dies out in a hundred layers, and every unit is at its kink.
+Their statistics are those of random images, as after training. With the fresh ones, of mean 0 and variance 1, the
+signal dies out in a hundred layers. The offsets are random, too: with those of a new model, which are 0, a channel
+that is 0 everywhere puts the ReLU behind it exactly at its kink.
 """
 
 import keras
@@ -22,11 +23,15 @@ def _application(name, size=32, **options):
 
 
 def _fill_statistics(model, size):
+    random = np.random.default_rng(0)
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    for layer in layers:
+        if layer.beta is not None:
+            layer.beta.assign(0.1 * random.normal(size=layer.beta.shape))
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
-    model(keras.ops.convert_to_tensor(np.random.default_rng(0).normal(size=(8, size, size, 3))), training=True)
+    model(keras.ops.convert_to_tensor(random.normal(size=(8, size, size, 3))), training=True)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         # Dead channels would be made as large as the others, at each layer anew.

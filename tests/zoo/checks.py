@@ -11,7 +11,7 @@ from keras import ops
 import keras_gradtools as kg
 
 # Down to the smallest for deep networks without training, whose gradients change within a thousandth.
-STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 # Parts of some models compute in single precision, whatever the policy.
 RTOL, ATOL = 2e-3, 1e-6
 # A noise scale where three examples leave no gradient above the noise; a condition number of a singular Jacobian.
