@@ -13,7 +13,7 @@ PACKAGE = "keras_gradtools"
 BLOCK = re.compile(r"^```\{names\} *(?P<module>[\w.]*)\n(?P<names>.*?)^```$", re.MULTILINE | re.DOTALL)
 DISPLAYED_MATH = re.compile(r"^( *)\$\$(.+?)\$\$", re.MULTILINE | re.DOTALL)
 MATH = re.compile(r"\$([^$\n]+(?:\n[^$\n]+)?)\$")
-PAGE = re.compile(r"\bdocs/(\w+)\.md\b")
+PAGE = re.compile(r"\bdocs/([\w/]+)\.md\b")
 CODE_BEFORE_LETTER = re.compile(r"(`[^`]+`)(?=(\w)?)")
 # `kg.attacks.pgd`, `attacks.pgd(model, x, y)`, `PGD`, `hvp`: a dotted name, perhaps with arguments.
 CODE = re.compile(r"(?:kg\.|keras_gradtools\.)?([A-Za-z_][\w.]*)(\(.*\))?$", re.DOTALL)

@@ -15,7 +15,7 @@ def grad(fun, argnums=0, has_aux=False):
     use a `GradientTape`. Assignments to Keras variables inside `fun` are discarded.
 
     The signature is that of `keras.ops.grad` in Keras 3.16. That function sums an output that is not a scalar, where
-    this one raises an error, and has no second derivative on torch. docs/limits.md lists all differences.
+    this one raises an error, and has no second derivative on torch. docs/from/keras_ops.md lists all differences.
 
     Args:
         fun: A function that returns one scalar tensor, or with `has_aux` a pair of a scalar tensor and anything else.
