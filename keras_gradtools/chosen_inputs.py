@@ -7,7 +7,7 @@ import keras
 
 from keras_gradtools import nesting, validation
 
-_INDICES = (
+_EMBEDDINGS = (
     "If they are indices, differentiate with respect to the embedding's output: use the part of the model after it."
 )
 
@@ -86,7 +86,7 @@ def model_inputs(model):
     return model.inputs if isinstance(model, keras.Sequential) else model.input
 
 
-def choose(owner, model, inputs, names, advice=_INDICES):
+def choose(owner, model, inputs, names, advice=_EMBEDDINGS):
     """The `ChosenInputs` for `names` (from `require_names`), or for all floating-point inputs if it is None.
 
     An error message about inputs without a gradient ends with `advice`.
@@ -116,7 +116,7 @@ def choose_one(owner, model, inputs, names):
     return chosen
 
 
-def require_examples(owner, chosen, x, rank=1):
+def require_batch_size(owner, chosen, x, rank=1):
     """Returns the batch size, and raises `ValueError` unless all inputs agree on it.
 
     The chosen inputs must have a batch axis and at least the given rank. The others must have the same batch axis, or
@@ -133,7 +133,7 @@ def require_examples(owner, chosen, x, rank=1):
     return sizes.pop()
 
 
-def no_gradient(owner, received, tensors, advice=_INDICES):
+def no_gradient(owner, received, tensors, advice=_EMBEDDINGS):
     """The error for inputs that have no gradient."""
     return ValueError(
         f"{owner} differentiates with respect to floating-point inputs. Received: {received}, "

@@ -59,7 +59,7 @@ def require_examples(owner, model, x, y, clip, names=None):
     if nesting.is_nested(x) and len(nesting.flatten(x)):
         given = nesting.map_structure(lambda a: a if a is None else validation.as_array(a, expected), x)
         chosen = chosen_inputs.choose_one(owner, model, given, names)
-        chosen_inputs.require_examples(owner, chosen, given, rank=2)
+        chosen_inputs.require_batch_size(owner, chosen, given, rank=2)
         (x,) = chosen.parts(given)
     else:
         given = x = validation.as_array(x, expected)

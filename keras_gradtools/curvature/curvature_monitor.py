@@ -103,12 +103,12 @@ class CurvatureMonitor(Monitor):
         self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
         self._operator: Any = None
         self._start: Any = None
-        self._begins_at_once: bool | None = None
+        self._can_start_spectrum: bool | None = None
 
     def begin(self):
         self._operator = self._loss_on_data.operator(Hessian, self.model)
         self._operator.check("product")
-        self._start = self._begins_at_once = None
+        self._start = self._can_start_spectrum = None
 
     def measure(self):
         return self.attempt("the curvature", self._measured) or {}
@@ -140,8 +140,8 @@ class CurvatureMonitor(Monitor):
             values = np.linalg.eigvalsh(hessian.dense().astype("float64"))
             trace = Estimate(values.sum(), 0.0) if self._trace_matvecs else None
             return float(values[0]), float(values[-1]), trace, None
-        if self._begins_at_once is None:
-            self._begins_at_once = hessian.begins_spectra(self._trace_matvecs)
+        if self._can_start_spectrum is None:
+            self._can_start_spectrum = hessian.can_start_spectrum(self._trace_matvecs)
         linearized, gradient_norm = functools.cache(hessian.linearized), None
 
         def begin(*args):
@@ -160,7 +160,7 @@ class CurvatureMonitor(Monitor):
                 samples=self._trace_matvecs,
                 seed=self._seed,
                 dtype="float64" if hessian.dtype == "float64" else "float32",
-                begin=begin if self._begins_at_once else None,
+                begin=begin if self._can_start_spectrum else None,
             )
         except FloatingPointError:
             return math.nan, math.nan, Estimate(math.nan, math.nan) if self._trace_matvecs else None, gradient_norm

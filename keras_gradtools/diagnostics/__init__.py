@@ -7,7 +7,7 @@ from keras_gradtools.diagnostics.layer_derivatives import layer_derivatives
 from keras_gradtools.diagnostics.layer_verdict import LayerDerivatives, LayerVerdict
 from keras_gradtools.diagnostics.local_lipschitz import local_lipschitz
 from keras_gradtools.independence.batch_independence import batch_independence
-from keras_gradtools.independence.gradient_leak import BatchIndependence
+from keras_gradtools.independence.cross_example_gradients import BatchIndependence
 
 __all__ = [
     "BatchIndependence",

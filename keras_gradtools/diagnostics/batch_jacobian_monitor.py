@@ -10,7 +10,7 @@ from keras_gradtools.curvature.data.batch_loss import require_model
 from keras_gradtools.diagnostics.jacobian_spectrum import (
     METHODS,
     chosen_method,
-    require_examples,
+    require_float_examples,
     require_inputs,
     spectrum_of,
 )
@@ -98,7 +98,7 @@ class BatchJacobianMonitor(Monitor):
         self._radius = validation.require_number(NAME, "radius", radius, above=0)
         self._seed = validation.require_seed(NAME, seed)
         self._quantities = require_quantities(NAME, quantities, QUANTITIES)
-        require_examples(NAME, x)
+        require_float_examples(NAME, x)
         self._given, self._inputs = x, chosen_inputs.require_names(NAME, inputs)
         self._kwargs = {"training": validation.require_flag(NAME, "training", training)}
         self._examples: Any = None
@@ -109,7 +109,7 @@ class BatchJacobianMonitor(Monitor):
 
     def begin(self):
         model = require_model(NAME, self.model)
-        self._examples = require_examples(NAME, self._given)
+        self._examples = require_float_examples(NAME, self._given)
         self._by = require_inputs(NAME, model, self._examples, self._inputs)
         if len(self._by.parts(self._examples)[0]) > 1:
             report = batch_independence(model, self._examples, **self._kwargs, inputs=self._inputs)

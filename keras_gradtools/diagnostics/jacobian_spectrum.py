@@ -135,7 +135,7 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     validation.require_callable_model(NAME, model)
     training = validation.require_flag(NAME, "training", training)
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
-    x = require_examples(NAME, x)
+    x = require_float_examples(NAME, x)
     chosen = require_inputs(NAME, model, x, chosen_inputs.require_names(NAME, inputs))
     if method == "auto":
         method = chosen_method(model, x, chosen, kwargs)
@@ -148,19 +148,19 @@ def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITE
     return spectrum
 
 
-def require_examples(name, x):
+def require_float_examples(name, x):
     """Returns `x` as tensors, and raises `ValueError` unless they are examples with floating-point values."""
     tensors = chosen_inputs.as_tensors(x, f"{name} expects tensors or arrays as `x`")
     chosen = chosen_inputs.choose(name, None, tensors, None)
     if all(len(part.shape) < 2 for part in chosen.parts(tensors)):
-        chosen_inputs.require_examples(name, chosen, tensors, rank=2)
+        chosen_inputs.require_batch_size(name, chosen, tensors, rank=2)
     return tensors
 
 
 def require_inputs(name, model, x, names):
     """Returns the `ChosenInputs` for some names and examples as tensors; raises `ValueError` if they do not fit."""
     chosen = chosen_inputs.choose(name, model, x, names)
-    chosen_inputs.require_examples(name, chosen, x, rank=2)
+    chosen_inputs.require_batch_size(name, chosen, x, rank=2)
     return chosen
 
 

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.diagnostics.layer_verdict import failed, verdict_on
-from keras_gradtools.diagnostics.slope_search import SlopeSearch
+from keras_gradtools.diagnostics.second_derivative_check import SlopeSearch
 from keras_gradtools.example_norms import at_least_single
 from keras_gradtools.finite_differences import Leaves
 from keras_gradtools.keras_state import layer_calls

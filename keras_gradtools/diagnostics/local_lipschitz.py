@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
-from keras_gradtools.diagnostics.jacobian_spectrum import outputs_of, require_examples, require_inputs, taped
+from keras_gradtools.diagnostics.jacobian_spectrum import outputs_of, require_float_examples, require_inputs, taped
 from keras_gradtools.example_norms import for_each, normalized, numbers, split, squares
 from keras_gradtools.transforms import compiled
 
@@ -60,7 +60,7 @@ def local_lipschitz(model, x, training=False, *, radius=0.1, iterations=10, seed
     iterations = validation.require_count(NAME, "iterations", iterations)
     validation.require_seed(NAME, seed)
     kwargs = {"training": training} if isinstance(model, keras.Layer) else {}
-    x = require_examples(NAME, x)
+    x = require_float_examples(NAME, x)
     chosen = require_inputs(NAME, model, x, chosen_inputs.require_names(NAME, inputs))
     return largest_ratios(model, x, chosen, kwargs, radius, iterations, random_directions(x, chosen, radius, seed))[0]
 

@@ -5,8 +5,8 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.independence import gradient_leak
-from keras_gradtools.independence.gradient_leak import BatchIndependence, Leak
+from keras_gradtools.independence import cross_example_gradients
+from keras_gradtools.independence.cross_example_gradients import BatchIndependence, Leak
 from keras_gradtools.keras_state import layer_calls
 from keras_gradtools.keras_state.scopes import StateScope, read
 
@@ -25,8 +25,8 @@ def examine(name, fun, x, args=(), kwargs=None, seed=0, chosen=None):
     judged = [i for i, leaf in enumerate(leaves) if leaf is not None] if chosen is None else chosen.positions
     if not judged:
         raise ValueError(f"{name} expects examples. Received: x={validation.shown(x)}.")
-    gradient_leak.require_values(name, [leaves[i] for i in judged])
-    batch_size = gradient_leak.require_batch(name, "inputs", [leaves[i] for i in judged])
+    cross_example_gradients.require_values(name, [leaves[i] for i in judged])
+    batch_size = cross_example_gradients.require_batch(name, "inputs", [leaves[i] for i in judged])
     # Every call must draw the same random numbers. The scope around each call discards the new states of Keras seeds,
     # and this restores the state of the framework's own generator.
     random_state = backend.random_state()
@@ -40,7 +40,7 @@ def examine(name, fun, x, args=(), kwargs=None, seed=0, chosen=None):
     others = [i for i in judged if i not in floats]
     leak, dtype, reason = _leak_of(name, called, leaves, (floats, others), batch_size, seed)
     value = leak.value
-    independent = False if value > gradient_leak.tolerance(dtype) else None if reason else True
+    independent = False if value > cross_example_gradients.tolerance(dtype) else None if reason else True
     layers = [] if independent else _mixing_layers(called, leaves, batch_size, seed)
     if not layers and independent is False:
         layers = _layers_that_change_others(called, leaves, others, batch_size, seed)
@@ -66,8 +66,8 @@ def _leak_of(name, called, leaves, judged, batch_size, seed):
             outputs = _float_leaves(called(aliases))
         _require_outputs(name, outputs, batch_size)
         sources = [aliases[i] for i in floats]
-        leak = gradient_leak.of_tape(tape, outputs, sources, batch_size, seed)
-        gradient_leak.require_finite(name, leak)
+        leak = cross_example_gradients.of_tape(tape, outputs, sources, batch_size, seed)
+        cross_example_gradients.require_finite(name, leak)
         unreached = _count_unreached(tape, outputs, sources, leak, seed)
         if unreached:
             some = "" if unreached == len(outputs) else f" of {unreached} of the {len(outputs)} outputs"
@@ -83,7 +83,7 @@ def _leak_of(name, called, leaves, judged, batch_size, seed):
             )
         elif leak.is_zero:
             reason = "no output changes when examples change places, for instance because a layer's weights are zero"
-    dtype = min((validation.dtype_of(y) for y in outputs), key=gradient_leak.tolerance, default="float32")
+    dtype = min((validation.dtype_of(y) for y in outputs), key=cross_example_gradients.tolerance, default="float32")
     return leak, dtype, reason
 
 
@@ -95,7 +95,7 @@ def _count_unreached(tape, outputs, sources, leak, seed):
     for y in outputs:
         cotangent = ops.convert_to_tensor(random.uniform(0.5, 1.5, tuple(y.shape)), dtype=y.dtype)
         found = backend.pullback(tape, [y], sources, [cotangent])
-        count += not any(g is not None and np.any(gradient_leak.known_numbers(g)) for g in found)
+        count += not any(g is not None and np.any(cross_example_gradients.known_numbers(g)) for g in found)
     return count
 
 
@@ -109,13 +109,13 @@ def _exchange(name, called, leaves, others, batch_size, seed, leak):
 
     outputs = outputs_of(leaves)
     _require_outputs(name, outputs, batch_size)
-    before = [gradient_leak.known_numbers(y) for y in outputs]
-    again = [gradient_leak.known_numbers(y) for y in outputs_of(leaves)]
+    before = [cross_example_gradients.known_numbers(y) for y in outputs]
+    again = [cross_example_gradients.known_numbers(y) for y in outputs_of(leaves)]
     repeats = all(np.allclose(a, b, rtol=_REPEATED, atol=0, equal_nan=True) for a, b in zip(before, again, strict=True))
-    for half in gradient_leak.halves(batch_size, seed):
+    for half in cross_example_gradients.halves(batch_size, seed):
         replaced = _with_others_replaced(leaves, others, half)
         for y, old in zip(outputs_of(replaced), before, strict=True):
-            leak.add(gradient_leak.known_numbers(y) - old, ~half)
+            leak.add(cross_example_gradients.known_numbers(y) - old, ~half)
     return outputs, repeats
 
 
@@ -133,8 +133,8 @@ def _mixing_layers(called, leaves, batch_size, seed):
     for call in calls:
         outputs = _float_leaves(call.outputs)
         if call.inputs and outputs:
-            leak = gradient_leak.of_tape(tape, outputs, call.inputs, batch_size, seed)
-            if leak.value > gradient_leak.tolerance(outputs[0]):
+            leak = cross_example_gradients.of_tape(tape, outputs, call.inputs, batch_size, seed)
+            if leak.value > cross_example_gradients.tolerance(outputs[0]):
                 mixing.append(call)
     return _innermost(mixing)
 
@@ -146,7 +146,7 @@ def _layers_that_change_others(called, leaves, others, batch_size, seed):
     although its inputs for them do not.
     """
     _, before = _watched(called, leaves)
-    for half in gradient_leak.halves(batch_size, seed):
+    for half in cross_example_gradients.halves(batch_size, seed):
         _, after = _watched(called, _with_others_replaced(leaves, others, half))
         mixing = [
             b
@@ -213,7 +213,7 @@ def _require_outputs(name, outputs, batch_size):
         raise ValueError(
             f"{name} expects a model that returns floating-point tensors. Received: one that returns none."
         )
-    size = gradient_leak.require_batch(name, "outputs", outputs)
+    size = cross_example_gradients.require_batch(name, "outputs", outputs)
     if size != batch_size:
         raise ValueError(
             f"{name} expects as many outputs as examples. Received: outputs of batch size {size} for {batch_size} "

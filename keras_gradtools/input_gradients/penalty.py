@@ -14,7 +14,7 @@ from keras_gradtools.keras_state import layer_state
 from keras_gradtools.tape import vectors
 
 METHODS = ("auto", "exact", "finite_difference", "random_projection")
-_INDICES = (
+_EMBEDDINGS = (
     "If they are indices, penalize the output of the embedding: wrap the part of the model that comes after it, and "
     "train that on embedded data, or put that part into a `keras_gradtools.layers.InputGradientPenalty`."
 )
@@ -127,7 +127,10 @@ class Penalty:
         connected = [g for g in gradients if g is not None]
         if not connected:
             raise chosen_inputs.no_gradient(
-                self.owner, "inputs that the target does not depend on differentiably", call.sources, _INDICES
+                self.owner,
+                "inputs that the target does not depend on differentiably",
+                call.sources,
+                _EMBEDDINGS,
             )
         return connected
 
@@ -252,4 +255,4 @@ def restored(config, names, custom_objects):
 
 def chosen_positions(owner, model, inputs, names):
     """The positions of the inputs to differentiate with respect to, among the flattened `inputs`."""
-    return chosen_inputs.choose(owner, model, inputs, names, _INDICES).positions
+    return chosen_inputs.choose(owner, model, inputs, names, _EMBEDDINGS).positions

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.blocks import Block
-from keras_gradtools.independence import gradient_leak
+from keras_gradtools.independence import cross_example_gradients
 from keras_gradtools.tape import jacobian_plans, vectors
 
 
@@ -340,7 +340,9 @@ class GradientTape:
             jacobian_plans.require_same_batch("GradientTape.batch_jacobian", target, s)
         with self._differentiating([target]) as targets:
             if check_independence:
-                gradient_leak.require_independence("GradientTape.batch_jacobian", self._tape, targets, flat_sources)
+                cross_example_gradients.require_independence(
+                    "GradientTape.batch_jacobian", self._tape, targets, flat_sources
+                )
             (blocks,) = jacobian_plans.jacobians(
                 self._tape, targets, flat_sources, mode, chunk_size, True, batch_axes=1
             )

@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import validation
 from keras_gradtools.training.current_weights import sync_weights
 from keras_gradtools.training.event_file import EventFile, require_writer
-from keras_gradtools.training.left_out import LeftOut
+from keras_gradtools.training.failed_measurements import FailedMeasurements
 from keras_gradtools.training.schedule import Schedule
 
 _BATCH_HOOKS = ("on_batch_end", "on_train_batch_end", "on_test_batch_end", "on_predict_batch_end")
@@ -82,7 +82,7 @@ class Monitor(keras.callbacks.Callback):
             require_writer(self._owner)
         self._prefix, self._log_dir = prefix, log_dir
         self._events: Any = None
-        self._left_out = LeftOut(self._owner)
+        self._failed = FailedMeasurements(self._owner)
         # Keras may run the batch hooks of an async-safe callback in another thread while training continues. The hooks
         # of this class do nothing if `every` counts epochs.
         has_own_hooks = any(getattr(type(self), hook) is not getattr(Monitor, hook) for hook in _BATCH_HOOKS)
@@ -108,14 +108,14 @@ class Monitor(keras.callbacks.Callback):
 
     def attempt(self, quantity, compute):
         """Returns `compute()`, or None if it raises. The first failure warns, and `quantity` is not tried again."""
-        return self._left_out.tried(quantity, compute)
+        return self._failed.tried(quantity, compute)
 
     def sync_weights(self):
         """Brings the current weights into the variables of the model, as before `measure`."""
         sync_weights(self.model)
 
     def on_train_begin(self, logs=None):
-        self._left_out = LeftOut(self._owner)
+        self._failed = FailedMeasurements(self._owner)
         self.begin()
         if self._log_dir is not None:
             self._events = EventFile(self._owner, self._log_dir)

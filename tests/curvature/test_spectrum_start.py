@@ -135,14 +135,14 @@ def test_the_weights_of_the_moment():
 
 
 def test_where_it_is_of_use():
-    assert hessian_of("dense").begins_spectra(4)
-    assert not hessian_of("dense").begins_spectra(50)
-    assert not hessian_of("dense", batch_size=4).begins_spectra(4)
+    assert hessian_of("dense").can_start_spectrum(4)
+    assert not hessian_of("dense").can_start_spectrum(50)
+    assert not hessian_of("dense", batch_size=4).can_start_spectrum(4)
     deep = sequential(*(layers.Dense(2) for _ in range(20)))
-    assert not Hessian(deep, "mse", (X, np.zeros((N, 2))), verbose=0).begins_spectra(4)
+    assert not Hessian(deep, "mse", (X, np.zeros((N, 2))), verbose=0).can_start_spectrum(4)
     # Few variables, and many operations to trace for each product.
     long = Hessian(sequential(layers.Dense(2), *many_activations()), "mse", (X, np.zeros((N, 2))), verbose=0)
-    assert not long.begins_spectra(4)
+    assert not long.can_start_spectrum(4)
 
 
 def many_activations():

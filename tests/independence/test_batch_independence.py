@@ -333,11 +333,11 @@ def test_the_leak_is_that_of_the_whole_jacobian():
     model, x = normalized(), examples(VECTOR, 0)
     report = kg.diagnostics.batch_independence(model, x, training=True)
     jacobian = ops.convert_to_numpy(kg.jacobian(lambda x: model(x, training=True))(x)).astype("float64")
-    from keras_gradtools.independence import gradient_leak
+    from keras_gradtools.independence import cross_example_gradients
 
     u = np.random.default_rng(0).uniform(0.5, 1.5, (B, 2))
     crossing = within = 0.0
-    for half in gradient_leak.halves(B, 0):
+    for half in cross_example_gradients.halves(B, 0):
         pulled = np.einsum("bk,bkjd->jd", u * half[:, None], jacobian)
         crossing += (pulled[~half] ** 2).sum()
         within += (pulled[half] ** 2).sum()

@@ -5,7 +5,7 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.trace import finite_matvec_of, random_signs, units
-from keras_gradtools.curvature.operators.products import progress_of, square_matrix
+from keras_gradtools.curvature.operators.matrix_arguments import progress_of, square_matrix
 from keras_gradtools.curvature.solvers.arguments import require_matvecs
 
 

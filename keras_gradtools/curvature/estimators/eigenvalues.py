@@ -4,7 +4,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, require_finite_length
-from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, symmetric_matrix
+from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, precision_of, progress_of, symmetric_matrix
 
 WHICH = ("LA", "SA", "LM", "BE")
 MAX_RESTARTS = 100

@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.eigenvalues import eigsh
-from keras_gradtools.curvature.operators.products import progress_of
+from keras_gradtools.curvature.operators.matrix_arguments import progress_of
 from keras_gradtools.display.results import displayed
 
 

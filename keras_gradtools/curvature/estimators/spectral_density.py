@@ -7,7 +7,7 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, require_finite_length
 from keras_gradtools.curvature.estimators.trace import mean_of
-from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, symmetric_matrix
+from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, precision_of, progress_of, symmetric_matrix
 from keras_gradtools.display.results import displayed
 
 # The default width of a peak, relative to the range of the eigenvalues. The grid extends `_MARGIN` widths beyond that

@@ -5,7 +5,7 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, dot, require_finite_length
-from keras_gradtools.curvature.operators.products import matvec_of, precision_of, progress_of, square_matrix
+from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, precision_of, progress_of, square_matrix
 from keras_gradtools.curvature.solvers.arguments import require_matvecs
 
 METHODS = ("hutch++", "hutchinson")

@@ -75,7 +75,7 @@ class Hessian(CurvatureOperator):
     Source: Pearlmutter, "Fast exact multiplication by the Hessian" (1994), equation 3.
     """
 
-    def begins_spectra(self, samples):
+    def can_start_spectrum(self, samples):
         """Whether `spectrum_start` can be used: only for small models, data in one batch, and few samples."""
         if not self._sums.is_one_batch or samples > _MOST_SAMPLES:
             return False

@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_gradtools import nesting, validation
 from keras_gradtools.curvature.operators.linear_operator import LinearOperator
-from keras_gradtools.curvature.operators.products import as_real_matrix, is_symmetric
+from keras_gradtools.curvature.operators.matrix_arguments import as_real_matrix, is_symmetric
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, real_numbers
 
 

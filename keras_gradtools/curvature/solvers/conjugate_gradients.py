@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
-from keras_gradtools.curvature.operators.products import matvec_of, real_matrix, require_symmetric
+from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, real_matrix, require_symmetric
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, real_numbers
 from keras_gradtools.display.results import displayed
 

@@ -3,7 +3,7 @@
 import warnings
 
 
-class LeftOut:
+class FailedMeasurements:
     """Remembers which quantities failed, so that they are not tried again."""
 
     def __init__(self, owner):
