@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
 from keras_gradtools.attacks.perturbed_input import OfOneInput, called, constant_weights
+from keras_gradtools.display.progress import Progress
 
 
 class Examples(NamedTuple):
@@ -136,15 +137,12 @@ def map_batches(fun, arrays, batch_size, verbose, title):
     """
     count = len(arrays[0])
     starts = range(0, count, batch_size)
-    if verbose:
-        bar = keras.utils.Progbar(len(starts), unit_name=title)
     found = []
-    for number, start in enumerate(starts, 1):
-        places = np.arange(start, min(start + batch_size, count))
-        filled = np.resize(places, min(batch_size, count))
-        found.append(
-            [result[: len(places)] for result in fun(*(a if a is None or not a.ndim else a[filled] for a in arrays))]
-        )
-        if verbose:
-            bar.update(number)
+    with Progress(len(starts), title, verbose, "batch") as progress:
+        for start in starts:
+            places = np.arange(start, min(start + batch_size, count))
+            filled = np.resize(places, min(batch_size, count))
+            results = fun(*(a if a is None or not a.ndim else a[filled] for a in arrays))
+            found.append([result[: len(places)] for result in results])
+            progress.update()
     return tuple(np.concatenate(column) for column in zip(*found, strict=True))

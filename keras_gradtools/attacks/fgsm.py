@@ -74,7 +74,7 @@ def fgsm(
             of the label), a Keras loss, or a function `(y, y_pred)` that returns one number for each example.
         targeted: Whether `y` holds the answers that the attack tries to produce. The loss is then decreased.
         batch_size: Number of examples per batch. It does not change the result.
-        verbose: 1 or `"auto"` for a progress bar, 0 for none.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for one if it takes long.
         inputs: The name, key or position of the input to perturb if `x` has several. By default, the only
             floating-point input. The other inputs are not changed.
 

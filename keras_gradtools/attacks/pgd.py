@@ -136,7 +136,7 @@ def pgd(
             generator, as elsewhere in Keras. Different backends draw different points.
         targeted: Whether `y` holds the answers that the attack tries to produce. The loss is then decreased.
         batch_size: Number of examples per batch. With random starts, the result depends on it.
-        verbose: 1 or `"auto"` for a progress bar, 0 for none.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for one if it takes long.
         inputs: The name, key or position of the input to perturb if `x` has several. By default, the only
             floating-point input. The other inputs are not changed.
 

@@ -13,6 +13,7 @@ from keras_gradtools.attacks.data_range import bounds, extent
 from keras_gradtools.attacks.masked_gradients import signs_of_masking
 from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
+from keras_gradtools.display.progress import Progress
 from keras_gradtools.example_norms import for_each
 from keras_gradtools.transforms import batch_jacobian
 
@@ -57,7 +58,7 @@ class RobustnessMetrics:
         validation.require_verbose(self._owner, verbose)
         examples = self.require_examples(model, x, y)
         measure_batch = self._measure_batch(model, [*self._epsilons, self._huge(examples.x)], examples)
-        rows = map_batches(measure_batch, examples.arrays, self._batch_size, verbose, "batch")
+        rows = map_batches(measure_batch, examples.arrays, self._batch_size, verbose, self._owner)
         clean, lengths, squares, *by_strength = rows
         *attacked, _, huge, _ = [float((badness < 0).mean()) for badness in by_strength]
         fgsm, pgd, noise = (dict(zip(self._epsilons, attacked[i::3], strict=True)) for i in range(3))
@@ -94,11 +95,13 @@ class RobustnessMetrics:
                     (block,) = examples.chosen.parts(block)
                 squares = ops.sum(ops.square(ops.cast(block, lengths.dtype)), axis=tuple(range(1, len(x.shape) + 1)))
             results = [clean, lengths, squares]
-            for strength in strengths:
-                epsilon = ops.full((len(x),), strength, dtype=x.dtype)
-                one_step = ascent.badness(objective, ascent.step(objective, x, y, epsilon), y)
-                results += [one_step, self._pgd.worst(ascent, x, y, epsilon, seeds)[1]]
-                results += [self._noisy(ascent, objective, x, y, epsilon, seeds)]
+            with Progress(len(strengths), "attacks", 0, "strength") as progress:
+                for strength in strengths:
+                    epsilon = ops.full((len(x),), strength, dtype=x.dtype)
+                    one_step = ascent.badness(objective, ascent.step(objective, x, y, epsilon), y)
+                    results += [one_step, self._pgd.worst(ascent, x, y, epsilon, seeds)[1]]
+                    results += [self._noisy(ascent, objective, x, y, epsilon, seeds)]
+                    progress.update()
             return [ops.convert_to_numpy(result) for result in results]
 
         return measure
@@ -167,7 +170,7 @@ def robustness_metrics(
         jacobian: Whether to measure the Jacobian of the outputs, which costs one gradient for each class and example.
         seed: An integer that makes the random starts and the noise reproducible, or None.
         batch_size: Number of examples per batch.
-        verbose: 1 or `"auto"` for a progress bar, 0 for none.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for one if it takes long.
         inputs: The name, key or position of the input to perturb if `x` has several. By default, the only
             floating-point input. The other inputs are not changed.
 

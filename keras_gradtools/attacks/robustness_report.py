@@ -15,6 +15,7 @@ from keras_gradtools.attacks.objectives import Objective
 from keras_gradtools.attacks.pgd import PGD
 from keras_gradtools.display.descriptions import short
 from keras_gradtools.display.html import Table
+from keras_gradtools.display.progress import Progress
 from keras_gradtools.display.results import displayed
 from keras_gradtools.example_norms import for_each
 
@@ -148,7 +149,7 @@ def robustness_report(
         restarts: Number of PGD runs on each of the two.
         seed: An integer that makes the random starts reproducible, or None.
         batch_size: Number of examples per batch.
-        verbose: 1 or `"auto"` for a progress bar, 0 for none.
+        verbose: 1 for a progress bar, 0 for none, `"auto"` for one if it takes long.
         inputs: The name, key or position of the input to perturb if `x` has several. By default, the only
             floating-point input. The other inputs are not changed.
 
@@ -185,7 +186,7 @@ def robustness_report(
     examples = require_examples(NAME, model, x, y, attack.clip, chosen_inputs.require_names(NAME, inputs))
     require_labels(NAME, model, examples)
     measure = _measure_batch(model, attack, _largest_strength(max_epsilon, attack, examples.x), examples)
-    rows = map_batches(measure, examples.arrays, batch_size, verbose, "batch")
+    rows = map_batches(measure, examples.arrays, batch_size, verbose, NAME)
     margin, margin_slope, loss, loss_slope, largest_slope, curvature, found = (row.astype("float64") for row in rows)
     correct = margin > 0
     lipschitz, curvature = float(largest_slope.max()), max(float(curvature.max()), 0.0)
@@ -253,12 +254,14 @@ def _distances(ascent, attack, x, y, most, seeds):
     """The norm of the smallest perturbation found that makes the classifier err, or infinity if none was found."""
     safe, tried = np.zeros(len(x), "float32"), np.full(len(x), most, "float32")
     found = np.full(len(x), np.inf, "float32")
-    for _ in range(HALVINGS + 1):
-        epsilon = ops.cast(tried, x.dtype)
-        perturbed, badness = attack.worst(ascent, x, y, epsilon, seeds)
-        size = ops.convert_to_numpy(norm_balls.lengths(ops.cast(perturbed - x, "float32"), attack.norm))
-        is_broken = ops.convert_to_numpy(badness) > 0
-        found = np.where(is_broken, np.minimum(found, size), found)
-        safe = np.where(is_broken, safe, np.maximum(safe, tried))
-        tried = (safe + np.minimum(found, most)) / 2
+    with Progress(HALVINGS + 1, "attack", 0, "strength") as progress:
+        for _ in range(HALVINGS + 1):
+            epsilon = ops.cast(tried, x.dtype)
+            perturbed, badness = attack.worst(ascent, x, y, epsilon, seeds)
+            size = ops.convert_to_numpy(norm_balls.lengths(ops.cast(perturbed - x, "float32"), attack.norm))
+            is_broken = ops.convert_to_numpy(badness) > 0
+            found = np.where(is_broken, np.minimum(found, size), found)
+            safe = np.where(is_broken, safe, np.maximum(safe, tried))
+            tried = (safe + np.minimum(found, most)) / 2
+            progress.update()
     return found

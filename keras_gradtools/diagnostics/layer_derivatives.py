@@ -7,10 +7,10 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.curvature.data.progress import Progress
 from keras_gradtools.diagnostics.layer_likeness import likeness
 from keras_gradtools.diagnostics.layer_trial import tried
 from keras_gradtools.diagnostics.layer_verdict import LayerDerivatives
+from keras_gradtools.display.progress import Progress
 from keras_gradtools.keras_state import layer_calls
 from keras_gradtools.keras_state.scopes import StateScope
 

@@ -8,8 +8,8 @@ import pytest
 from keras import layers, ops
 
 from keras_gradtools.curvature import Fisher, GaussNewton, Hessian
-from keras_gradtools.curvature.data import progress
 from keras_gradtools.curvature.operators import operator
+from keras_gradtools.display import progress
 
 RNG = np.random.default_rng(5)
 N, D, K, SIZE = 17, 3, 2, 5

@@ -97,7 +97,10 @@ def eigsh(a, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
             residuals = remainder * np.abs(vectors[-1, wanted])
             # The rounding error of a product is proportional to the largest eigenvalue.
             allowed = np.maximum(tol * np.abs(values[wanted]), _ROUNDING * eps * np.abs(values).max())
-            if np.all(residuals <= allowed) or ncv == n:
+            converged = int((residuals <= allowed).sum())
+            relative = np.max(residuals / np.maximum(np.abs(values[wanted]), np.finfo(dtype).tiny))
+            bar.note(f"{converged} of {k} eigenvalues converged, residual {relative:.1e}")
+            if converged == k or ncv == n:
                 basis.count = ncv
                 return values[wanted].astype(dtype), basis.combined(vectors[:, wanted])
             retained = np.sort(_order(values, which)[: k + int(_EXTRA_SHARE * (ncv - 1 - k))])

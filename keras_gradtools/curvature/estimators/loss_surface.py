@@ -88,7 +88,7 @@ def loss_surface(operator, directions=None, distance=1.0, points=21, seed=0):
     curvatures = np.sum(directions * (operator @ directions), axis=0, dtype="float64")
     line = np.linspace(-distance, distance, points)
     losses = np.empty((points, points))
-    with progress_of(operator, "loss_surface", points**2) as bar:
+    with progress_of(operator, "loss_surface", points**2, "loss") as bar:
         for i, a in enumerate(line):
             for j, b in enumerate(line):
                 losses[i, j] = bar.after(operator.loss(directions @ np.array([a, b], directions.dtype)))

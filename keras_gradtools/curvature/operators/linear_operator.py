@@ -4,7 +4,6 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.curvature.data.progress import Progress
 from keras_gradtools.curvature.estimators.diagonal import diagonal
 from keras_gradtools.curvature.estimators.eigenvalues import eigsh
 from keras_gradtools.curvature.estimators.spectral_density import spectral_density
@@ -12,6 +11,7 @@ from keras_gradtools.curvature.estimators.trace import trace
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.display import html
+from keras_gradtools.display.progress import Progress
 
 
 class LinearOperator:
@@ -143,8 +143,8 @@ class LinearOperator:
             ("matrix", f"{kind}, {size:.3g} MiB if formed by dense()"),
         ]
 
-    def _progress(self, what, total):
-        return Progress(total, f"{type(self).__name__}.{what}", self.verbose)
+    def _progress(self, what, total, unit="product"):
+        return Progress(total, f"{type(self).__name__}.{what}", self.verbose, unit)
 
 
 class LinearizedOperator(LinearOperator):

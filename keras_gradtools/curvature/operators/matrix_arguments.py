@@ -5,8 +5,8 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.curvature.data.progress import Progress
 from keras_gradtools.curvature.operators.solver_vectors import real_numbers, solver_dtype
+from keras_gradtools.display.progress import Progress
 
 # Largest difference of a matrix from its transpose, relative to its largest element, that counts as rounding.
 _TOLERANCE = 1e-3
@@ -99,6 +99,6 @@ def precision_of(a):
     return solver_dtype(getattr(a, "dtype", None))
 
 
-def progress_of(a, what, total):
+def progress_of(a, what, total, unit="product"):
     """The `Progress` of `total` products. Operators show a bar according to their `verbose`, other matrices never."""
-    return a._progress(what, total) if hasattr(a, "_progress") else Progress(total, what, 0)
+    return a._progress(what, total, unit) if hasattr(a, "_progress") else Progress(total, what, 0, unit)

@@ -10,13 +10,13 @@ from keras_gradtools import nesting, validation
 from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.data_sums import DataSums, on_devices
-from keras_gradtools.curvature.data.progress import Progress
 from keras_gradtools.curvature.estimators.loss_surface import loss_surface
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.linearized_products import fast_matvec
 from keras_gradtools.curvature.operators.operator_algebra import AlgebraicOperator
 from keras_gradtools.curvature.operators.parameters import Parameters
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+from keras_gradtools.display.progress import Progress
 from keras_gradtools.tape import jacobian_plans
 
 # Number of columns of a matrix that are multiplied in one pass over the data. More columns were slower on every
