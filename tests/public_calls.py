@@ -466,7 +466,7 @@ def rows():
                 "log_dir": "directory?",
             },
         ),
-        "Monitor": (cb.Monitor, {}, "every: every, prefix: text, log_dir: directory?"),
+        "Monitor": (cb.Monitor, {}, "every: every, prefix: text, log_dir: directory?, progress_bar: names?"),
         "NewtonStep": (
             cb.NewtonStep,
             batches,

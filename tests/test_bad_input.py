@@ -85,6 +85,7 @@ BAD["column"] = lambda: ["abc", 3, object(), generator(), symbolic(), {1}, np.on
 BAD["matrix"] = lambda: ["abc", 3, object(), generator(), symbolic(), {1}, None, np.ones((3, 2)), np.eye(3) * 1j]
 BAD["directions"] = lambda: ["abc", 3, object(), symbolic(), {1}, np.ones(7), [None, None], np.ones((2, 8)) * 1j]
 BAD["text"] = lambda: [None, 3, 1j, object(), generator(), symbolic(), {1}, ops.ones(3)]
+BAD["names"] = lambda: ["abc", 3, 1j, object(), generator(), symbolic(), {1}, ops.ones(3), [None]]
 BAD["directory"] = lambda: [3, 1j, object(), symbolic(), {1}, ops.ones(3)]
 BAD["bar"] = lambda: ["abc", None, 7, 1j, object(), symbolic(), {1}, ops.ones(3), []]
 BAD["verbosity"] = lambda: ["abc", 7, -1, 1j, object(), symbolic(), {1}, ops.ones(3)]

@@ -2,6 +2,8 @@
 
 import warnings
 
+import numpy as np
+
 from keras_gradtools import nesting, validation
 from keras_gradtools.attacks.robustness_metrics import RobustnessMetrics
 from keras_gradtools.training.monitor import Monitor
@@ -12,9 +14,9 @@ NAME = "RobustnessMonitor"
 class RobustnessMonitor(Monitor):
     """Attacks the model on held-out examples during `fit`, and logs the `kg.attacks.robustness_metrics`.
 
-    The names begin with `val_`, as in `val_pgd_0.1_accuracy`. The values appear in the `History` and in the progress
-    bar. Callbacks after this one in the list can use them, if you give them a direction:
-    `keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max")`.
+    The names begin with `val_`, as in `val_pgd_0.1_accuracy`. The values appear in the `History`, and the most
+    important ones in the progress bar. Callbacks after this one in the list can use all of them, if you give them a
+    direction: `keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max")`.
 
     A warning is given when the model shows signs of masked gradients: accuracy under PGD above that under FGSM or
     noise, or accuracy left at a huge strength. Consecutive measurements with signs give one warning.
@@ -35,6 +37,8 @@ class RobustnessMonitor(Monitor):
         batch_size: Number of examples per batch.
         inputs: Name, key or position of the input to perturb if `x` has several. Default: the only floating-point
             input. The other inputs are not changed.
+        progress_bar: Which of the numbers the progress bar shows. Default: the accuracy under PGD of the first
+            strength. See `kg.callbacks.Monitor`.
 
     Attributes:
         signs: The signs of masked gradients in the last measurement, a list of sentences.
@@ -76,8 +80,9 @@ class RobustnessMonitor(Monitor):
         seed=0,
         batch_size=128,
         inputs=None,
+        progress_bar=None,
     ):
-        super().__init__(every, prefix="val_")
+        super().__init__(every, prefix="val_", progress_bar=progress_bar)
         expected = f"{NAME} expects arrays of shape (batch, ...) in a tuple (x, y) as `data`"
         if not isinstance(data, (tuple, list)) or len(data) != 2:
             raise ValueError(f"{expected}. Received: data={validation.describe(data)}.")
@@ -93,9 +98,11 @@ class RobustnessMonitor(Monitor):
             )
         self.signs = []
         self._examples = (x, y)
+        strengths = list(epsilons) if isinstance(epsilons, (list, tuple, np.ndarray)) else [epsilons]
         self._metrics = RobustnessMetrics(
             epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size, NAME, inputs
         )
+        self.KEY_NUMBERS = (f"pgd_{float(strengths[0]):g}_accuracy",)
 
     def begin(self):
         self._metrics.require_examples(self.model, *self._examples)

@@ -31,8 +31,9 @@ class CurvatureMonitor(Monitor):
     - `sharpness_times_learning_rate`. Gradient descent is stable if it is below 2.
     - `gradient_norm`, the norm of the gradient over the data.
 
-    The values appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in the
-    list can use them, if you give them a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`.
+    The values appear in the `History`, `CSVLogger` and `TensorBoard`, and the most important ones in the progress bar.
+    Callbacks after this one in the list can use all of them, if you give them a direction:
+    `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`.
     Nothing in the model changes, and the random vectors do not come from the generators that the model uses.
 
     Args:
@@ -50,6 +51,8 @@ class CurvatureMonitor(Monitor):
             the eigenvalues. Inside it, the trace is exact.
         seed: An integer that seeds the random vectors. They are the same in every measurement.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
+        progress_bar: Which of the numbers the progress bar shows. Default: `hessian_max_eigenvalue`. See
+            `kg.callbacks.Monitor`.
 
     Attributes:
         last: A dict of the values that were measured last.
@@ -81,6 +84,8 @@ class CurvatureMonitor(Monitor):
     (arXiv:2103.00065, 2021) for the sharpness times the learning rate. See `kg.curvature` for the estimators.
     """
 
+    KEY_NUMBERS = ("hessian_max_eigenvalue",)
+
     def __init__(
         self,
         data,
@@ -93,8 +98,9 @@ class CurvatureMonitor(Monitor):
         trace_matvecs=4,
         seed=0,
         batch_size=256,
+        progress_bar=None,
     ):
-        super().__init__(every)
+        super().__init__(every, progress_bar=progress_bar)
         self._tol = validation.require_number(NAME, "tol", tol, above=0, below=1)
         self._seed = validation.require_seed(NAME, seed)
         if not validation.is_count(trace_matvecs, 0) or trace_matvecs == 1:

@@ -38,8 +38,8 @@ class BatchJacobianMonitor(Monitor):
     - `"dynamical_isometry"`: `jacobian_dynamical_isometry`, the root mean square of $\sigma_i - 1$, 0 for an isometry.
     - `"local_lipschitz"`: `jacobian_local_lipschitz_mean` and `_max`, see `kg.diagnostics.local_lipschitz`.
 
-    The values appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in the
-    list can use them, if you give them a direction:
+    The values appear in the `History`, `CSVLogger` and `TensorBoard`, and the most important ones in the progress bar.
+    Callbacks after this one in the list can use all of them, if you give them a direction:
     `keras.callbacks.EarlyStopping("jacobian_spectral_norm_max", mode="min")`. Before training,
     `kg.diagnostics.batch_independence` checks that the examples do not depend on one another, since otherwise a
     Jacobian of one example has no meaning. Nothing in the model changes. After the first measurement, nothing is traced
@@ -58,6 +58,8 @@ class BatchJacobianMonitor(Monitor):
         seed: An integer that seeds the random start vectors. They are the same in every measurement.
         inputs: Names, keys or positions of the inputs to differentiate with respect to. Default: all floating-point
             inputs. The other inputs, such as integers and masks, are not changed.
+        progress_bar: Which of the numbers the progress bar shows. Default: `jacobian_spectral_norm_max`. See
+            `kg.callbacks.Monitor`.
 
     Attributes:
         spectra: A list with the singular values of each measurement, of shape `(batch, r)`.
@@ -90,10 +92,22 @@ class BatchJacobianMonitor(Monitor):
     Source: As for `kg.diagnostics.jacobian_spectrum` and `kg.diagnostics.local_lipschitz`.
     """
 
+    KEY_NUMBERS = ("spectral_norm_max",)
+
     def __init__(
-        self, x, every="epoch", quantities=None, *, training=False, method="auto", radius=0.1, seed=0, inputs=None
+        self,
+        x,
+        every="epoch",
+        quantities=None,
+        *,
+        training=False,
+        method="auto",
+        radius=0.1,
+        seed=0,
+        inputs=None,
+        progress_bar=None,
     ):
-        super().__init__(every, prefix="jacobian_")
+        super().__init__(every, prefix="jacobian_", progress_bar=progress_bar)
         self._method = validation.require_choice(NAME, "method", method, METHODS)
         self._radius = validation.require_number(NAME, "radius", radius, above=0)
         self._seed = validation.require_seed(NAME, seed)

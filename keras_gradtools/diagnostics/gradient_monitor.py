@@ -52,6 +52,8 @@ class GradientMonitor(Monitor):
         log_dir: Folder for TensorBoard files, which needs `pip install "keras-gradtools[tensorboard]"`. The step in
             these files is the number of the epoch, starting at 0 as in Keras, or the number of batches.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
+        progress_bar: Which of the numbers the progress bar shows. Default: `gradient_norm`. See
+            `kg.callbacks.Monitor`.
 
     Attributes:
         layers: A dict with an entry for each quantity except `gradient_noise_scale`: a dict from the layers, in the
@@ -86,6 +88,8 @@ class GradientMonitor(Monitor):
     gradients by layer; McCandlish et al. (arXiv:1812.06162, 2018) for the noise scale.
     """
 
+    KEY_NUMBERS = ("gradient_norm",)
+
     def __init__(
         self,
         data,
@@ -98,8 +102,9 @@ class GradientMonitor(Monitor):
         per_layer=True,
         log_dir=None,
         batch_size=256,
+        progress_bar=None,
     ):
-        super().__init__(every, log_dir=log_dir)
+        super().__init__(every, log_dir=log_dir, progress_bar=progress_bar)
         self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
         self._quantities = require_quantities(NAME, quantities, QUANTITIES) or QUANTITIES
         self._per_layer = validation.require_flag(NAME, "per_layer", per_layer)

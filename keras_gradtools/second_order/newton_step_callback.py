@@ -61,6 +61,8 @@ class NewtonStep(Monitor):
         allow_underdetermined: Whether `"dense"` accepts data with fewer outputs than there are weights.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
         verbose: 1 to print a line for each step, 0 for no output.
+        progress_bar: Which of the numbers the progress bar shows. Default: `newton_decrease` and `newton_damping`. See
+            `kg.callbacks.Monitor`.
 
     Raises:
         ValueError: If an option is invalid. When `fit` begins, if the model has no loss or returns different values for
@@ -90,6 +92,8 @@ class NewtonStep(Monitor):
     Hessian-free optimization" (2010); TensorFlow's guide "Advanced automatic differentiation", "Newton's method".
     """
 
+    KEY_NUMBERS = ("decrease", "damping")
+
     def __init__(
         self,
         data,
@@ -108,8 +112,9 @@ class NewtonStep(Monitor):
         allow_underdetermined=False,
         batch_size=256,
         verbose=0,
+        progress_bar=None,
     ):
-        super().__init__(every, prefix="newton_")
+        super().__init__(every, prefix="newton_", progress_bar=progress_bar)
         self._solver = validation.require_choice(NAME, "solver", solver, SOLVERS)
         self._curvature = validation.require_choice(NAME, "curvature", curvature, CURVATURES)
         self.damping = validation.require_number(NAME, "damping", damping, least=0)

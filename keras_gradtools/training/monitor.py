@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.training import progress_line
 from keras_gradtools.training.current_weights import sync_weights
 from keras_gradtools.training.event_file import EventFile, require_writer
 from keras_gradtools.training.failed_measurements import FailedMeasurements
@@ -22,8 +23,9 @@ class Monitor(keras.callbacks.Callback):
     weights on every backend: between training steps on JAX, Keras keeps them outside of the variables, and `Monitor`
     brings them back. `measure` may assign new values to the weights, as `kg.callbacks.NewtonStep` does.
 
-    The numbers appear in the `History`, the progress bar, `CSVLogger` and `TensorBoard`. Callbacks after this one in
-    the list can use them, if you give them a direction: `keras.callbacks.EarlyStopping("name", mode="min")`.
+    The numbers appear in the `History`, `CSVLogger` and `TensorBoard`. The progress bar shows those that `progress_bar`
+    chooses. Callbacks after this one in the list can use all of them, if you give them a direction:
+    `keras.callbacks.EarlyStopping("name", mode="min")`.
 
     Override `begin`, which is called when `fit` begins, to prepare what depends on the model. If something cannot be
     measured, raise the error there, before the weights change. Override `end` to delete what `begin` has created. Use
@@ -38,6 +40,10 @@ class Monitor(keras.callbacks.Callback):
         prefix: A string before each name in the logs.
         log_dir: Folder for TensorBoard files, which needs `pip install "keras-gradtools[tensorboard]"`. The step in
             these files is the number of the epoch, starting at 0 as in Keras, or the number of batches.
+
+        progress_bar: Which of the numbers the progress bar of `fit` shows: None for the most important ones, which a
+            subclass names in the class attribute `KEY_NUMBERS` (here: all), True for all, False for none, or a list of
+            names as in the logs.
 
     Attributes:
         last: A dict of the values that were measured last, with their names in the logs.
@@ -70,7 +76,10 @@ class Monitor(keras.callbacks.Callback):
     [0.5, 0.25, 0.125]
     """
 
-    def __init__(self, every="epoch", *, prefix="", log_dir=None):
+    # The names, without the prefix, of what the progress bar shows by default. None for all.
+    KEY_NUMBERS: tuple | None = None
+
+    def __init__(self, every="epoch", *, prefix="", log_dir=None, progress_bar=None):
         super().__init__()
         self._owner = type(self).__name__
         self._schedule = Schedule(self._owner, every)
@@ -81,6 +90,7 @@ class Monitor(keras.callbacks.Callback):
         if log_dir is not None:
             require_writer(self._owner)
         self._prefix, self._log_dir = prefix, log_dir
+        self._progress_bar = _require_choice_of_names(self._owner, progress_bar)
         self._events: Any = None
         self._failed = FailedMeasurements(self._owner)
         # Keras may run the batch hooks of an async-safe callback in another thread while training continues. The hooks
@@ -110,6 +120,16 @@ class Monitor(keras.callbacks.Callback):
         """Returns `compute()`, or None if it raises. The first failure warns, and `quantity` is not tried again."""
         return self._failed.tried(quantity, compute)
 
+    def shown(self):
+        """The names of the numbers in `last` that the progress bar shows."""
+        if self._progress_bar is None:
+            keys = self.last if self.KEY_NUMBERS is None else [f"{self._prefix}{name}" for name in self.KEY_NUMBERS]
+            # Without any of the most important ones, the first is better than none.
+            return [name for name in keys if name in self.last] or list(self.last)[:1]
+        if isinstance(self._progress_bar, bool):
+            return list(self.last) if self._progress_bar else []
+        return list(self._progress_bar)
+
     def sync_weights(self):
         """Brings the current weights into the variables of the model, as before `measure`."""
         sync_weights(self.model)
@@ -120,6 +140,7 @@ class Monitor(keras.callbacks.Callback):
         if self._log_dir is not None:
             self._events = EventFile(self._owner, self._log_dir)
         self._schedule.begin((self.params or {}).get("steps"))
+        progress_line.choose(self.model, self)
 
     def on_train_batch_end(self, batch, logs=None):
         if self._schedule.is_due_after_batch(batch):
@@ -132,6 +153,7 @@ class Monitor(keras.callbacks.Callback):
             logs.update(self._logged())
 
     def on_train_end(self, logs=None):
+        progress_line.release(self.model, self)
         self.end()
         if self._events is not None:
             self._events.close()
@@ -158,6 +180,14 @@ class Monitor(keras.callbacks.Callback):
     def _logged(self):
         """The part of `last` that the logs contain."""
         return self.last
+
+
+def _require_choice_of_names(owner, chosen):
+    if chosen is None or isinstance(chosen, bool):
+        return chosen
+    if not isinstance(chosen, (list, tuple)) or not all(isinstance(name, str) for name in chosen):
+        raise validation.refused(owner, "None, True, False or a list of names", "progress_bar", chosen)
+    return tuple(chosen)
 
 
 def _number(value):
