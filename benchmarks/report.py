@@ -1,22 +1,16 @@
-"""Writes docs/benchmarks.md from the results of the last complete runs: `python -m benchmarks.report`."""
+"""Writes docs/benchmarks.md, its figures and docs/benchmark_tables.md: `python -m benchmarks.report`.
+
+It reads the results of the last complete runs, benchmarks/results/.
+"""
 
 import json
 
-from benchmarks import tables
+from benchmarks import figures, page, tables
 from benchmarks.run import BACKENDS, RESULTS, ROOT
 
-HEAD = """# Benchmarks
+HEAD = """# Tables of the benchmarks
 
-How much slower is this package than code that an expert writes by hand for one framework? The tables compare the two,
-on the machine named under each heading. These commands measure again:
-
-- `make bench`: times (`make bench BACKEND=jax` on one backend)
-- `.venv/bin/python -m benchmarks.run --memory`: memory
-- `.venv/bin/python -m benchmarks.growth`: growth of time and memory of Jacobians
-- `benchmarks.curvature_modes`, `benchmarks.curvature_memory` and `benchmarks.traces`: curvature
-- `benchmarks.second_order`: second-order training
-- `benchmarks.monitor_cost`: cost of the monitors as a fraction of an epoch
-- `.venv/bin/python -m benchmarks.report`: writes this page from benchmarks/results/
+All measurements behind [benchmarks](benchmarks.md), on the machine named under each heading.
 
 ## How to read the tables
 
@@ -76,11 +70,6 @@ everything but the matrix products.
 """
 
 
-def markdown(head, body):
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def modes_section():
     """The ways to compute a product with a curvature operator, and their costs."""
     head = (
@@ -110,7 +99,7 @@ def modes_section():
         "gradient that one tape has recorded for all products (`linearized()`), a compiled product (eager on torch), "
         "and a gradient. On torch the first is much faster than the second, so solvers and estimators use it there."
     )
-    yield markdown(head, body)
+    yield tables.markdown(head, body)
 
 
 def memory_section():
@@ -138,7 +127,7 @@ def memory_section():
         f"{results[0]['parameters']:,} weights ({results[0]['weights_mib']} MiB). `eigsh` has a basis of "
         f"{results[0]['basis']} vectors. *Over a gradient* is the additional memory of `eigsh`."
     )
-    yield markdown(head, body)
+    yield tables.markdown(head, body)
 
 
 def traces_section():
@@ -162,7 +151,7 @@ def traces_section():
         f"{results[0]['matvecs']} products each, for a trained classifier with tanh and 2,410 weights. The error of "
         f"Hutch++ is smaller by a factor of {closer}."
     )
-    yield markdown(head, body)
+    yield tables.markdown(head, body)
 
 
 def second_order_section():
@@ -208,7 +197,7 @@ def second_order_section():
         "preconditioner. Adam's learning rate and decay are the best of ten combinations on three other seeds. On "
         "TensorFlow and JAX, Adam takes twenty steps in one program."
     )
-    yield markdown(head, body)
+    yield tables.markdown(head, body)
 
 
 def monitor_cost_section():
@@ -234,7 +223,7 @@ def monitor_cost_section():
         "penalty. A measurement costs the same for any number of training examples. It depends only on the number of "
         "monitored ones."
     )
-    yield markdown(head, body)
+    yield tables.markdown(head, body)
 
 
 def saved(what):
@@ -253,26 +242,21 @@ def sections():
                 result = json.loads(path.read_text())
                 yield f"## {backend}: {what}\n\n{tables.conditions(result)}"
                 for caption, head, body in tables.tables(result):
-                    yield f"**{caption[0].upper()}{caption[1:]}**\n\n{markdown(head, body)}"
+                    yield f"**{caption[0].upper()}{caption[1:]}**\n\n{tables.markdown(head, body)}"
+
+
+def tables_page():
+    """The text of docs/benchmark_tables.md."""
+    parts = (sections, modes_section, memory_section, traces_section, second_order_section, monitor_cost_section)
+    return "\n\n".join([HEAD.rstrip(), *(text for part in parts for text in part())]) + "\n"
 
 
 def main():
-    page = ROOT / "docs" / "benchmarks.md"
-    page.write_text(
-        "\n\n".join(
-            [
-                HEAD.rstrip(),
-                *sections(),
-                *modes_section(),
-                *memory_section(),
-                *traces_section(),
-                *second_order_section(),
-                *monitor_cost_section(),
-            ]
-        )
-        + "\n"
-    )
-    print(f"Wrote {page.relative_to(ROOT)}")
+    for name, text in (("benchmarks", page.text()), ("benchmark_tables", tables_page())):
+        path = ROOT / "docs" / f"{name}.md"
+        path.write_text(text, encoding="utf-8")
+        print(f"Wrote {path.relative_to(ROOT)}")
+    figures.main()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Runs the benchmarks, one process for each backend: `python -m benchmarks.run`.
 
 A run of a part of `rows.PARTS` writes benchmarks/results/BACKEND_PART.json, or BACKEND_memory.json with --memory.
-`python -m benchmarks.report` turns these files into docs/benchmarks.md. With --rows or --quick, the results are shown
-but not saved, so that a file always holds one complete run.
+`python -m benchmarks.report` turns these files into docs/benchmarks.md and docs/benchmark_tables.md. With --rows or
+--quick, the results are shown but not saved, so that a file always holds one complete run.
 """
 
 import argparse

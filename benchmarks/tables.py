@@ -1,9 +1,14 @@
-"""The tables of a result, for the terminal and, as Markdown, for docs/benchmarks.md."""
+"""The tables of a result, for the terminal and, as Markdown, for docs/benchmark_tables.md."""
 
 from rich.table import Table
 
 # The columns that do not hold numbers.
 TEXT = ("row", "mode", "model", "what", "grows with", "")
+
+
+def markdown(head, body):
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def verdict(entry):

@@ -1,0 +1,97 @@
+"""The text of docs/benchmarks.md: ten figures, with pictures."""
+
+from benchmarks import figures, summary, tables
+from benchmarks.run import BACKENDS
+
+PAGE = """# Benchmarks
+
+How much slower is this package than code that an expert writes by hand for one framework? Compiled, on TensorFlow and
+JAX, it is as fast, within a few percent. {eager}
+
+Ten figures, measured on {cpu} with one thread. [The tables](benchmark_tables.md) have all measurements, with
+quartiles, and say how they were made. The commands at the end of this page measure again.
+
+{table}
+
+## Overhead
+
+Both sides compute the same values on the same model, in alternating runs of one process. The bars are medians over the
+models, and 1 means that the package costs nothing.
+
+{overhead}
+
+TensorFlow's guide "Advanced automatic differentiation" computes Jacobians and Hessians eagerly, and traces its
+vectorized loops at every call. The same functions of this package are compiled and cached. On the guide's own models:
+
+{guide}
+
+## What derivatives cost
+
+A product with the Hessian costs about two gradients, whatever the size of the model. Further products at the same
+point cost less, because they share what is recorded. In `fit`, a penalty on input gradients about doubles the time of a
+training step.
+
+{costs}
+
+## Second-order training
+
+Each point is one seed. Both methods start from the same weights and train in `fit` for the same wall-clock time. Adam
+has the best of ten learning rates and decays. Left is the squared error of a 1-20-1 network that fits sin(10 pi x) /
+(10 pi x). Right is the norm of the gradient of a digit classifier, which measures convergence, not accuracy on test
+data: see [when to use which](second_order.md).
+
+{training}
+
+## Monitors
+
+The epochs of this demo are short. The cost of a measurement does not depend on the size of the training set, so with
+50,000 examples it is a forty times smaller fraction.
+
+{monitors}
+
+## Measuring again
+
+| command | measures |
+| --- | --- |
+| `make bench`, `make bench BACKEND=jax` | times, compared with hand-written code |
+| `python -m benchmarks.run --memory` | memory |
+| `python -m benchmarks.growth` | growth of time and memory of Jacobians |
+| `python -m benchmarks.curvature_modes`, `curvature_memory`, `traces` | curvature |
+| `python -m benchmarks.second_order` | second-order training |
+| `python -m benchmarks.monitor_cost` | monitors, as a fraction of an epoch |
+| `python -m benchmarks.report` | writes this page, its figures and the tables from `benchmarks/results/` |
+
+[Robustness](robustness.md) has the study of robust training, and [penalties](penalties.md) that of kinks.
+"""
+ALT = {
+    "overhead": "Our time over that of hand-written code, by task and backend: the figures of the table above",
+    "guide": "How many times faster than the code of TensorFlow's guide",
+    "costs": "Costs of products in gradients, and of penalties in plain training steps",
+    "training": "Errors after second-order training and after Adam in the same time, for three seeds on each backend",
+    "monitors": "Cost of one measurement of each monitor, in percent of an epoch",
+}
+
+
+def picture(name):
+    """A figure as Markdown, for light and for dark pages."""
+    return "\n\n".join(
+        f"```{{image}} _static/benchmarks_{name}_{style}.svg\n:alt: {ALT[name]}\n:class: only-{style}\n```"
+        for style in figures.TEXT
+    )
+
+
+def text():
+    """The text of docs/benchmarks.md."""
+    eager = [summary.NAMES[b] for b in BACKENDS if summary.is_eager(b)]
+    slower = [summary.ratio(b, row) - 1 for b in BACKENDS if summary.is_eager(b) for row in summary.TASKS]
+    return PAGE.format(
+        eager=f"{' and '.join(eager)} runs eagerly, and is {min(slower):.0%} to {max(slower):.0%} slower."
+        if eager
+        else "",
+        cpu=summary.read("jax", "gradients")["machine"]["cpu"],
+        table=tables.markdown(
+            ("", *map(summary.label, BACKENDS)),
+            [(f"{n}. {what}", *row) for n, (what, row) in enumerate(summary.ten_figures(), 1)],
+        ),
+        **{name: picture(name) for name in figures.FIGURES},
+    )
