@@ -6,6 +6,8 @@ TESTS ?=
 # A file of constraints for pip, for `make release-check`.
 CONSTRAINTS ?=
 JOBS ?= 2
+# Where `make docs` builds the site, and the port of `make docs-serve`.
+SITE ?= site
 PORT ?= 8000
 
 BIN := .venv/bin
@@ -15,7 +17,7 @@ TF_CPP_MIN_LOG_LEVEL ?= 2
 export TF_CPP_MIN_LOG_LEVEL
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-versions release-check lint types bench docs docs-serve clean
+.PHONY: help demo test test-slow test-versions release-check lint types bench docs docs-links docs-serve clean
 
 help:  ## list the targets
 	@echo "make TARGET [BACKEND=tensorflow|jax|torch]; .venv is created when it is first needed"
@@ -63,11 +65,14 @@ bench: $(INSTALLED)  ## compare speed with hand-written code, one backend after 
 	@$(BIN)/python -m benchmarks.run $(addprefix --backend ,$(BACKEND))
 
 docs: $(DOCS_INSTALLED)  ## build the site into site/ and run its notebooks; BACKEND=tensorflow by default
-	@KERAS_BACKEND=$(or $(BACKEND),tensorflow) $(BIN)/python -m sphinx -W --keep-going -q -d out/docs/doctrees docs site
-	@echo "Open site/index.html, or run make docs-serve"
+	@KERAS_BACKEND=$(or $(BACKEND),tensorflow) $(BIN)/python -m sphinx -W --keep-going -q -d out/docs/doctrees docs $(SITE)
+	@echo "Open $(SITE)/index.html, or run make docs-serve"
+
+docs-links: $(DOCS_INSTALLED)  ## check the links inside the site; the pages' code runs as for make docs
+	@KERAS_BACKEND=$(or $(BACKEND),tensorflow) $(BIN)/python -m sphinx -b linkcheck -W --keep-going -q -d out/docs/doctrees docs out/docs/links
 
 docs-serve:  ## serve site/ at http://localhost:8000; another port with PORT=8080
-	@$(PYTHON) -m http.server --directory site $(PORT)
+	@$(PYTHON) -m http.server --directory $(SITE) $(PORT)
 
 clean:  ## remove everything that the targets create, except .venv
 	@rm -rf .venvs site out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

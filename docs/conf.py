@@ -61,14 +61,20 @@ html_theme = "pydata_sphinx_theme"
 html_title = "keras-gradtools"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+# The switcher reads this file from the root of the server. A release adds an entry for itself, and its site is built
+# into a folder of its own: `make docs SITE=site/0.2.0`.
+html_extra_path = ["versions.json"]
 html_theme_options = {
     "article_header_end": ["notebook.html"],
     "footer_start": ["copyright"],
+    "check_switcher": False,
     "footer_end": [],
     "header_links_before_dropdown": 6,
+    "navbar_end": ["version-switcher", "theme-switcher"],
     "navigation_with_keys": False,
     "secondary_sidebar_items": ["page-toc"],
     "show_toc_level": 2,
+    "switcher": {"json_url": "/versions.json", "version_match": version},
     "use_edit_page_button": False,
 }
 # Pages without pages below them have nothing to list on the left.
@@ -84,3 +90,6 @@ def _not_an_empty_glob(record):
 
 
 logging.getLogger("sphinx.sphinx.directives.other").addFilter(_not_an_empty_glob)
+
+# `make docs-links` checks the links inside the site. Others change without us.
+linkcheck_ignore = [r"https?://.*"]
