@@ -1,5 +1,6 @@
 """The reference: docstrings of public names, listed by topic, and links from inline code to them."""
 
+import functools
 import importlib
 import inspect
 import re
@@ -7,6 +8,7 @@ import re
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 
 PACKAGE = "keras_gradtools"
@@ -17,6 +19,28 @@ PAGE = re.compile(r"\bdocs/([\w/]+)\.md\b")
 CODE_BEFORE_LETTER = re.compile(r"(`[^`]+`)(?=(\w)?)")
 # `kg.attacks.pgd`, `attacks.pgd(model, x, y)`, `PGD`, `hvp`: a dotted name, perhaps with arguments.
 CODE = re.compile(r"(?:kg\.|keras_gradtools\.)?([A-Za-z_][\w.]*)(\(.*\))?$", re.DOTALL)
+
+
+# Methods that other modules of the package call, and users do not.
+INTERNAL = {
+    "attempt",
+    "batches",
+    "can_start_spectrum",
+    "check",
+    "compile_from_config",
+    "compute",
+    "count_examples",
+    "end_step",
+    "is_of_logits",
+    "load_own_variables",
+    "of_batch",
+    "of_callback",
+    "outputs_of_example",
+    "rate",
+    "require_enough_outputs",
+    "spectrum_start",
+    "worst",
+}
 
 
 def public_name(name):
@@ -34,7 +58,35 @@ def directive(name):
         return [f".. autofunction:: {PACKAGE}.{name}", ""]
     if issubclass(found, Exception):
         return [f".. autoexception:: {PACKAGE}.{name}", ""]
-    return [f".. autoclass:: {PACKAGE}.{name}", "   :members:", "   :inherited-members:", ""]
+    lines = [f".. autoclass:: {PACKAGE}.{name}", ""]
+    for member, kind in members(found):
+        lines += [f"   .. auto{kind}:: {PACKAGE}.{name}.{member}", ""]
+    return lines
+
+
+def members(cls):
+    """The documented methods and properties of a class, without those that the reference lists for a base of it."""
+    listed = [each for each in public_classes() if each is not cls and issubclass(cls, each)]
+    seen = set()
+    for base in cls.__mro__:
+        for name, found in vars(base).items():
+            is_method = inspect.isfunction(found) or isinstance(found, classmethod | staticmethod)
+            if name in seen or not (is_method or isinstance(found, property | functools.cached_property)):
+                continue
+            seen.add(name)
+            function = getattr(found, "fget", None) or getattr(found, "func", None) or found
+            is_ours = function.__module__.startswith(PACKAGE) and not any(issubclass(each, base) for each in listed)
+            if is_ours and found.__doc__ and not name.startswith("_") and name not in INTERNAL:
+                yield name, "method" if is_method else "property"
+
+
+@functools.cache
+def public_classes():
+    """The classes that the modules of the package export."""
+    package = importlib.import_module(PACKAGE)
+    found = [getattr(package, name) for name in package.__all__]
+    inner = [vars(module)[name] for module in found if inspect.ismodule(module) for name in module.__all__]
+    return {each for each in (*found, *inner) if inspect.isclass(each)}
 
 
 def expand_names(app, page, source):
@@ -60,13 +112,13 @@ def adapt_docstring(app, what, name, found, options, lines):
     lines[:] = CODE_BEFORE_LETTER.sub(lambda span: span[1] + ("\\ " if span[2] else ""), text).split("\n")
 
 
-def skip_member(app, what, name, found, skip, options):
-    """Leaves out the fields of named tuples, which their class describes, and what Keras' classes define."""
-    if type(found).__name__ in ("_tuplegetter", "builtin_function_or_method", "method_descriptor"):
-        return True
-    function = getattr(found, "fget", None) or getattr(found, "func", None) or found
-    module = getattr(function, "__module__", None)
-    return True if module and not module.startswith(PACKAGE) else None
+def show_constructor(app, what, name, found, options, signature, returns):
+    """Shows the parameters of a class whose `__new__`, that of Keras, takes any arguments."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    parameters = list(inspect.signature(found.__init__).parameters.values())[1:]
+    shown = inspect.Signature(parameters)
+    return stringify_signature(shown, unqualified_typehints=True), returns
 
 
 class LinkNames(SphinxPostTransform):
@@ -134,6 +186,6 @@ def setup(app):
     """Connects the functions of this module to Sphinx."""
     app.connect("source-read", expand_names)
     app.connect("autodoc-process-docstring", adapt_docstring)
-    app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-signature", show_constructor)
     app.add_post_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
