@@ -74,9 +74,11 @@ def members(cls):
             if name in seen or not (is_method or isinstance(found, property | functools.cached_property)):
                 continue
             seen.add(name)
-            function = getattr(found, "fget", None) or getattr(found, "func", None) or found
-            is_ours = function.__module__.startswith(PACKAGE) and not any(issubclass(each, base) for each in listed)
-            if is_ours and found.__doc__ and not name.startswith("_") and name not in INTERNAL:
+            if name.startswith("_") or name in INTERNAL or any(issubclass(each, base) for each in listed):
+                continue
+            holders = (getattr(found, attribute, None) for attribute in ("fget", "func", "__func__"))
+            function = next(filter(None, holders), found)
+            if function.__doc__ and function.__module__.startswith(PACKAGE):
                 yield name, "method" if is_method else "property"
 
 
