@@ -60,6 +60,7 @@ lint: $(INSTALLED)  ## check style, format and types
 
 types: $(INSTALLED)  ## check types with mypy
 	@$(BIN)/mypy
+	@$(BIN)/mypy --strict --follow-imports=silent tests/annotations/user_code.py
 
 bench: $(INSTALLED)  ## compare speed with hand-written code, one backend after the other
 	@$(BIN)/python -m benchmarks.run $(addprefix --backend ,$(BACKEND))

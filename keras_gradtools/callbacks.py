@@ -10,5 +10,5 @@ from keras_gradtools.training.monitor import Monitor
 __all__ = ["BatchJacobianMonitor", "CurvatureMonitor", "GradientMonitor", "Monitor", "NewtonStep", "RobustnessMonitor"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -10,5 +10,5 @@ from keras_gradtools.second_order.second_order_model import SecondOrder
 __all__ = ["AdversarialTraining", "InputGradientRegularized", "SecondOrder"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

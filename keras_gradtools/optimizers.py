@@ -8,5 +8,5 @@ from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReaso
 __all__ = ["LevenbergMarquardt", "Newton", "NewtonCG", "NewtonStepResult", "StepReason"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

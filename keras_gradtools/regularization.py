@@ -5,5 +5,5 @@ from keras_gradtools.input_gradients.input_gradient_penalty import input_gradien
 __all__ = ["input_gradient_penalty"]
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

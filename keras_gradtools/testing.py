@@ -1,8 +1,11 @@
 """Checks of derivatives against central differences, for tests of layers and functions with custom gradients."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, Nested
 from keras_gradtools.finite_differences import GRADIENT, SAFETY, Point, Settings
 from keras_gradtools.transforms.first_order import grad, jvp, require_tuple, vjp
 from keras_gradtools.transforms.second_order import hvp
@@ -15,7 +18,16 @@ _WHOLE = 32
 _DRAWN = 16
 
 
-def check_jvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, seed=0):
+def check_jvp(
+    fun: Function,
+    primals: Sequence[Nested],
+    tangents: Sequence[Nested] | None = None,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    step: float | None = None,
+    seed: int = 0,
+) -> None:
     r"""Checks forward mode against central differences along one direction.
 
     Each element is compared: $J v \approx (f(x - 2 h v) - 8 f(x - h v) + 8 f(x + h v) - f(x + 2 h v)) / 12 h$.
@@ -65,7 +77,15 @@ def check_jvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, s
     _check_forward(point, point.direction(tangents), "order 1 (forward mode)")
 
 
-def check_vjp(fun, primals, *, rtol=None, atol=None, step=None, seed=0):
+def check_vjp(
+    fun: Function,
+    primals: Sequence[Nested],
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    step: float | None = None,
+    seed: int = 0,
+) -> None:
     r"""Checks reverse mode against central differences, $\langle J^\top u, v \rangle = \langle u, J v \rangle$.
 
     This is checked for random $u$ and $v$, and then with unit vectors for $v$, so that a failure names the element of
@@ -105,7 +125,17 @@ def check_vjp(fun, primals, *, rtol=None, atol=None, step=None, seed=0):
     _check_reverse(point, point.cotangent(), "order 1 (reverse mode)")
 
 
-def check_gradients(fun, args, order=2, modes=("forward", "reverse"), *, rtol=None, atol=None, step=None, seed=0):
+def check_gradients(
+    fun: Function,
+    args: Sequence[Nested],
+    order: int = 2,
+    modes: Sequence[str] = ("forward", "reverse"),
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    step: float | None = None,
+    seed: int = 0,
+) -> None:
     r"""Checks the derivatives of a function up to a given order, in all combinations of forward and reverse mode.
 
     Order 1 runs `check_jvp` and `check_vjp`. Order 2 also applies them to the functions $x \mapsto J(x) v$ and
@@ -147,7 +177,16 @@ def check_gradients(fun, args, order=2, modes=("forward", "reverse"), *, rtol=No
     _check_orders(settings, fun, args, order, tuple(modes), (), "output")
 
 
-def check_hvp(fun, primals, tangents=None, *, rtol=None, atol=None, step=None, seed=0):
+def check_hvp(
+    fun: Function,
+    primals: Sequence[Nested],
+    tangents: Sequence[Nested] | None = None,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    step: float | None = None,
+    seed: int = 0,
+) -> None:
     r"""Checks a Hessian-vector product against central differences of the gradient, and the symmetry of the Hessian.
 
     Each element of $H v \approx \partial \nabla f(x + t v) / \partial t$ is compared, and
@@ -265,5 +304,5 @@ def _suspect(off, v):
     return first
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "keras_gradtools"
 
 # Bottom first. A module imports from levels below its own, and from its own folder.
 LEVELS = [
-    {"start", "nesting", "blocks", "display"},
+    {"annotations", "start", "nesting", "blocks", "display"},
     {"validation", "keras_internals"},
     {"keras_state"},
     {"backend"},

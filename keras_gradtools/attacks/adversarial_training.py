@@ -1,10 +1,11 @@
 """Adversarial training: every batch is attacked before it is trained on."""
 
-from typing import Any
+from typing import Any, Self
 
 import keras
 
 from keras_gradtools import chosen_inputs, nesting, validation
+from keras_gradtools.annotations import InputNames, Nested
 from keras_gradtools.attacks.perturbed_input import OfOneInput
 from keras_gradtools.training.wrapped_model import StateOfStep, WrappedModel, no_labels
 
@@ -63,7 +64,9 @@ class AdversarialTraining(WrappedModel):
     Source: Goodfellow et al. (arXiv:1412.6572, 2014) for FGSM; Madry et al. (arXiv:1706.06083, 2017), equation 2.1.
     """
 
-    def __init__(self, model, attack, seed=None, inputs=None, **kwargs):
+    def __init__(
+        self, model: keras.Model, attack: Any, seed: int | None = None, inputs: InputNames = None, **kwargs: Any
+    ) -> None:
         if not callable(getattr(attack, "perturb", None)):
             expected = "an attack, such as keras_gradtools.attacks.PGD(0.1, steps=7),"
             raise validation.refused(NAME, expected, "attack", attack)
@@ -78,7 +81,7 @@ class AdversarialTraining(WrappedModel):
         self._seeds = keras.random.SeedGenerator(self._seed)
         self._step: Any = StateOfStep(labels=None)
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         _, y, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
         if y is None:
             raise no_labels(NAME)
@@ -88,7 +91,7 @@ class AdversarialTraining(WrappedModel):
         finally:
             self._step.labels = None
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Nested, training: bool | None = None) -> Nested:
         if self._step.labels is not None:
             (y,) = self._step.labels
             inputs = self._attacked(inputs, y)
@@ -103,7 +106,7 @@ class AdversarialTraining(WrappedModel):
         model = OfOneInput(self.model, chosen, inputs)
         return chosen.filled(inputs, [self.attack.perturb(model, x, y, self._seeds)])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "attack": keras.saving.serialize_keras_object(self.attack),
@@ -112,7 +115,7 @@ class AdversarialTraining(WrappedModel):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         restored = {
             name: keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
             for name in ("model", "attack")

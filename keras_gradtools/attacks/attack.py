@@ -1,5 +1,9 @@
 """The base class of all attacks."""
 
+from typing import Any, Self
+
+from keras_gradtools.annotations import Function, Nested, Tensor
+
 
 class Attack:
     """Options that Keras can serialize, and `perturb` for use in a training step.
@@ -8,18 +12,18 @@ class Attack:
     """
 
     @property
-    def name(self):
+    def name(self) -> str:
         return type(self).__name__
 
-    def perturb(self, model, x, y, seed=None):
+    def perturb(self, model: Function, x: Nested, y: Nested, seed: Any = None) -> Tensor:
         """The perturbed examples as constants. Can be called inside a compiled function."""
         raise NotImplementedError
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         raise NotImplementedError
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**config)
 
     def __eq__(self, other):

@@ -1,10 +1,12 @@
 """The fast gradient sign method."""
 
 import functools
+from typing import Literal
 
 import keras
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, InputNames, Nested, Tensor, Verbose
 from keras_gradtools.attacks.gradient_attack import GradientAttack
 
 
@@ -30,7 +32,14 @@ class FGSM(GradientAttack):
     Source: As for `kg.attacks.fgsm`.
     """
 
-    def __init__(self, epsilon, norm="inf", clip=(0.0, 1.0), loss=None, targeted=False):
+    def __init__(
+        self,
+        epsilon: float,
+        norm: Literal["inf", 2] = "inf",
+        clip: tuple[float, float] | None = (0.0, 1.0),
+        loss: str | None = None,
+        targeted: bool = False,
+    ) -> None:
         super().__init__(epsilon, norm, clip, "cross_entropy" if loss is None else loss, targeted)
         if len(self.objectives) > 1:
             raise validation.refused(self.name, "one loss, as there is one step,", "loss", loss)
@@ -40,19 +49,19 @@ class FGSM(GradientAttack):
 
 
 def fgsm(
-    model,
-    x,
-    y,
-    epsilon,
+    model: Function,
+    x: Nested,
+    y: Nested,
+    epsilon: float,
     *,
-    norm="inf",
-    clip=(0.0, 1.0),
-    loss=None,
-    targeted=False,
-    batch_size=128,
-    verbose="auto",
-    inputs=None,
-):
+    norm: Literal["inf", 2] = "inf",
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    loss: str | None = None,
+    targeted: bool = False,
+    batch_size: int = 128,
+    verbose: Verbose = "auto",
+    inputs: InputNames = None,
+) -> Tensor:
     r"""Attacks a model with one gradient ascent step on its loss: the fast gradient sign method.
 
     $$x' = \text{clip}\bigl(x + \epsilon \, d\bigr), \qquad

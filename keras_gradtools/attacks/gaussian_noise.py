@@ -1,9 +1,12 @@
 """Random noise, the baseline for attacks and defenses."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, Nested, Tensor
 from keras_gradtools.attacks.attack import Attack
 from keras_gradtools.attacks.data_range import bounds, require_clip
 
@@ -34,15 +37,15 @@ class GaussianNoise(Attack):
     Source: Bishop, "Training with noise is equivalent to Tikhonov regularization" (Neural Computation 7(1), 1995).
     """
 
-    def __init__(self, stddev, clip=None):
+    def __init__(self, stddev: float, clip: tuple[float, float] | None = None) -> None:
         self.stddev = validation.require_number(self.name, "stddev", stddev, least=0)
         self.clip = require_clip(self.name, clip)
 
-    def perturb(self, model, x, y, seed=None):
+    def perturb(self, model: Function, x: Nested, y: Nested, seed: Any = None) -> Tensor:
         """The noisy examples. The model and the labels are not used."""
         x = ops.convert_to_tensor(x)
         noisy = x + ops.cast(keras.random.normal(ops.shape(x), stddev=self.stddev, seed=seed), x.dtype)
         return noisy if self.clip is None else ops.clip(noisy, *bounds(self.clip, noisy.dtype))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"stddev": self.stddev, "clip": self.clip}

@@ -1,9 +1,13 @@
 """The base class of the gradient attacks: their options, and their use inside and outside of a training step."""
 
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
 import keras
 from keras import ops
 
 from keras_gradtools import chosen_inputs, validation
+from keras_gradtools.annotations import Function, InputNames, Nested, Tensor, Verbose
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent, ascend
 from keras_gradtools.attacks.attack import Attack
@@ -21,7 +25,14 @@ class GradientAttack(Attack):
     steps = 1
     random_start = False
 
-    def __init__(self, epsilon, norm, clip, loss, targeted):
+    def __init__(
+        self,
+        epsilon: float,
+        norm: Literal["inf", 2],
+        clip: tuple[float, float] | None,
+        loss: str | Sequence[str] | None,
+        targeted: bool,
+    ) -> None:
         self.epsilon = validation.require_number(self.name, "epsilon", epsilon, least=0)
         self.norm = norm_balls.require_norm(self.name, norm)
         self.clip = require_clip(self.name, clip)
@@ -29,11 +40,11 @@ class GradientAttack(Attack):
         self.objectives = tuple(Objective(loss, -1.0 if targeted else 1.0) for loss in self._require_losses(loss))
 
     @property
-    def rate(self):
+    def rate(self) -> float:
         """The step size as a fraction of `epsilon`."""
         return 1.0
 
-    def perturb(self, model, x, y, seed=None):
+    def perturb(self, model: Function, x: Nested, y: Nested, seed: Any = None) -> Tensor:
         """The perturbed examples as constants. Can be called inside a compiled function.
 
         They are the end points of one run on the first of the losses. The model is called in inference mode and is not
@@ -51,7 +62,15 @@ class GradientAttack(Attack):
             )
         return ops.stop_gradient(moved)
 
-    def generate(self, model, x, y, batch_size=128, verbose="auto", inputs=None):
+    def generate(
+        self,
+        model: Function,
+        x: Nested,
+        y: Nested,
+        batch_size: int = 128,
+        verbose: Verbose = "auto",
+        inputs: InputNames = None,
+    ) -> Tensor:
         """The perturbed examples as a NumPy array, or in the nested structure of `x`, computed batch by batch."""
         batch_size = validation.require_count(self.name, "batch_size", batch_size)
         validation.require_verbose(self.name, verbose)
@@ -74,7 +93,7 @@ class GradientAttack(Attack):
         """A function `(x, y, epsilon)` that returns the perturbed examples of one batch."""
         raise NotImplementedError
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "epsilon": self.epsilon,
             "norm": self.norm,
@@ -90,7 +109,7 @@ class GradientAttack(Attack):
         return losses[0] if len(losses) == 1 else losses
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         loss = config["loss"]
         if isinstance(loss, dict):
             loss = keras.saving.deserialize_keras_object(loss, custom_objects=custom_objects)

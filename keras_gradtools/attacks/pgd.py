@@ -1,9 +1,13 @@
 """Projected gradient ascent on the loss, known as the PGD attack."""
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, InputNames, Nested, Tensor, Verbose
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.batches import seeds_from
 from keras_gradtools.attacks.gradient_attack import GradientAttack
@@ -37,17 +41,17 @@ class PGD(GradientAttack):
 
     def __init__(
         self,
-        epsilon,
-        norm="inf",
-        clip=(0.0, 1.0),
-        loss=None,
-        steps=20,
-        restarts=1,
-        step_size=None,
-        random_start=True,
-        targeted=False,
-        seed=None,
-    ):
+        epsilon: float,
+        norm: Literal["inf", 2] = "inf",
+        clip: tuple[float, float] | None = (0.0, 1.0),
+        loss: str | Sequence[str] | None = None,
+        steps: int = 20,
+        restarts: int = 1,
+        step_size: float | None = None,
+        random_start: bool = True,
+        targeted: bool = False,
+        seed: int | None = None,
+    ) -> None:
         super().__init__(epsilon, norm, clip, NAMED if loss is None else loss, targeted)
         self.steps = validation.require_count(self.name, "steps", steps)
         self.restarts = validation.require_count(self.name, "restarts", restarts)
@@ -56,7 +60,7 @@ class PGD(GradientAttack):
         self.seed = validation.require_seed(self.name, seed, may_be_none=True)
 
     @property
-    def rate(self):
+    def rate(self) -> float:
         if self.step_size is None:
             return 2.5 / self.steps
         return self.step_size / self.epsilon if self.epsilon else 0.0
@@ -65,7 +69,7 @@ class PGD(GradientAttack):
         seeds = seeds_from(self.seed)
         return lambda x, y, epsilon: self.worst(ascent, x, y, epsilon, seeds)[0]
 
-    def worst(self, ascent, x, y, epsilon, seeds):
+    def worst(self, ascent: Any, x: Any, y: Any, epsilon: Any, seeds: Any) -> Any:
         """The worst examples found and their badness, which is positive where an attack on a classifier succeeded."""
         runs = []
         for _ in range(self.restarts):
@@ -76,7 +80,7 @@ class PGD(GradientAttack):
                 runs.append((objective, start))
         return ascent.worst(runs, x, y, epsilon, self.steps, self.rate)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "steps": self.steps,
@@ -88,24 +92,24 @@ class PGD(GradientAttack):
 
 
 def pgd(
-    model,
-    x,
-    y,
-    epsilon,
+    model: Function,
+    x: Nested,
+    y: Nested,
+    epsilon: float,
     *,
-    norm="inf",
-    clip=(0.0, 1.0),
-    loss=None,
-    steps=20,
-    restarts=1,
-    step_size=None,
-    random_start=True,
-    targeted=False,
-    seed=None,
-    batch_size=128,
-    verbose="auto",
-    inputs=None,
-):
+    norm: Literal["inf", 2] = "inf",
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    loss: str | Sequence[str] | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+    step_size: float | None = None,
+    random_start: bool = True,
+    targeted: bool = False,
+    seed: int | None = None,
+    batch_size: int = 128,
+    verbose: Verbose = "auto",
+    inputs: InputNames = None,
+) -> Tensor:
     r"""Attacks a model by projected gradient ascent on its loss, and returns the worst examples that it finds.
 
     $$x_{t+1} = \text{clip}\bigl(x + \Pi_\epsilon(x_t + \alpha \, d_t - x)\bigr), \qquad

@@ -1,13 +1,17 @@
 """Plots of the distances from examples to a misclassification."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Axes
 from keras_gradtools.drawing.pyplot import panels
 from keras_gradtools.drawing.styles import legend_above_curves, series_style, text_color
 
 
-def plot_robustness(report, ax=None):
+def plot_robustness(report: Any, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Plots the distance from each example to a misclassification, as `kg.attacks.robustness_report` estimates it.
 
     The left plot shows the fraction of all examples whose distance exceeds a given strength. For the attack's distance,

@@ -1,11 +1,14 @@
 """Accuracy under attack and gradient norms of a classifier, as numbers to log."""
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, validation
+from keras_gradtools.annotations import Function, InputNames, Nested, Verbose
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent
 from keras_gradtools.attacks.batches import first_outputs, map_batches, require_examples, require_labels, seeds_from
@@ -127,21 +130,21 @@ class RobustnessMetrics:
 
 
 def robustness_metrics(
-    model,
-    x,
-    y,
-    epsilons=(0.1,),
+    model: Function,
+    x: Nested,
+    y: Nested,
+    epsilons: Sequence[float] = (0.1,),
     *,
-    norm="inf",
-    clip=(0.0, 1.0),
-    steps=20,
-    restarts=1,
-    jacobian=True,
-    seed=0,
-    batch_size=128,
-    verbose="auto",
-    inputs=None,
-):
+    norm: Literal["inf", 2] = "inf",
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    steps: int = 20,
+    restarts: int = 1,
+    jacobian: bool = True,
+    seed: int = 0,
+    batch_size: int = 128,
+    verbose: Verbose = "auto",
+    inputs: InputNames = None,
+) -> dict[str, float]:
     r"""Measures the accuracy of a classifier under attack and its gradient norms, and looks for gradient masking.
 
     With $\ell_i$ the cross-entropy of example $i$ and $z_i$ the outputs of the model, the gradient norms are

@@ -1,10 +1,13 @@
 """A callback that attacks a classifier during training and logs its robustness."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import Data, InputNames
 from keras_gradtools.attacks.robustness_metrics import RobustnessMetrics
 from keras_gradtools.training.monitor import Monitor
 
@@ -68,20 +71,20 @@ class RobustnessMonitor(Monitor):
 
     def __init__(
         self,
-        data,
-        every="epoch",
+        data: Data,
+        every: int | str = "epoch",
         *,
-        epsilons=(0.1,),
-        norm="inf",
-        clip=(0.0, 1.0),
-        steps=20,
-        restarts=1,
-        jacobian=True,
-        seed=0,
-        batch_size=128,
-        inputs=None,
-        progress_bar=None,
-    ):
+        epsilons: Sequence[float] = (0.1,),
+        norm: Literal["inf", 2] = "inf",
+        clip: tuple[float, float] | None = (0.0, 1.0),
+        steps: int = 20,
+        restarts: int = 1,
+        jacobian: bool = True,
+        seed: int = 0,
+        batch_size: int = 128,
+        inputs: InputNames = None,
+        progress_bar: bool | Sequence[str] | None = None,
+    ) -> None:
         super().__init__(every, prefix="val_", progress_bar=progress_bar)
         expected = f"{NAME} expects arrays of shape (batch, ...) in a tuple (x, y) as `data`"
         if not isinstance(data, (tuple, list)) or len(data) != 2:
@@ -98,16 +101,16 @@ class RobustnessMonitor(Monitor):
             )
         self.signs = []
         self._examples = (x, y)
-        strengths = list(epsilons) if isinstance(epsilons, (list, tuple, np.ndarray)) else [epsilons]
+        strengths: list[Any] = list(epsilons) if isinstance(epsilons, (list, tuple, np.ndarray)) else [epsilons]
         self._metrics = RobustnessMetrics(
             epsilons, norm, clip, steps, restarts, jacobian, seed, batch_size, NAME, inputs
         )
         self.KEY_NUMBERS = (f"pgd_{float(strengths[0]):g}_accuracy",)
 
-    def begin(self):
+    def begin(self) -> None:
         self._metrics.require_examples(self.model, *self._examples)
 
-    def measure(self):
+    def measure(self) -> dict[str, Any]:
         had_signs = bool(self.signs)
         measured = self.attempt("all metrics", lambda: self._metrics.measure(self.model, *self._examples))
         if measured is None:

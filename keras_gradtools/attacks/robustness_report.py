@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, validation
+from keras_gradtools.annotations import Function, InputNames, Nested, Verbose
 from keras_gradtools.attacks import norm_balls
 from keras_gradtools.attacks.ascent import CompiledAscent
 from keras_gradtools.attacks.batches import map_batches, require_examples, require_labels, seeds_from
@@ -105,20 +107,20 @@ def _quantiles(distances):
 
 
 def robustness_report(
-    model,
-    x,
-    y,
+    model: Function,
+    x: Nested,
+    y: Nested,
     *,
-    norm="inf",
-    clip=(0.0, 1.0),
-    max_epsilon=None,
-    steps=20,
-    restarts=1,
-    seed=0,
-    batch_size=128,
-    verbose="auto",
-    inputs=None,
-):
+    norm: Literal["inf", 2] = "inf",
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    max_epsilon: float | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+    seed: int = 0,
+    batch_size: int = 128,
+    verbose: Verbose = "auto",
+    inputs: InputNames = None,
+) -> RobustnessReport:
     r"""Estimates in four ways how far each example can be moved before a classifier errs.
 
     Let $m$ be the margin (the logit of the label minus the largest other logit), $\ell$ the cross-entropy,

@@ -2,12 +2,14 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Data, Loss, Variables
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.spectrum_ends import spectrum_ends
 from keras_gradtools.curvature.operators.hessian import Hessian
@@ -88,18 +90,18 @@ class CurvatureMonitor(Monitor):
 
     def __init__(
         self,
-        data,
-        every="epoch",
+        data: Data,
+        every: int | str = "epoch",
         *,
-        variables=None,
-        loss=None,
-        training=False,
-        tol=1e-2,
-        trace_matvecs=4,
-        seed=0,
-        batch_size=256,
-        progress_bar=None,
-    ):
+        variables: Variables = None,
+        loss: Loss = None,
+        training: bool = False,
+        tol: float = 1e-2,
+        trace_matvecs: int = 4,
+        seed: int = 0,
+        batch_size: int = 256,
+        progress_bar: bool | Sequence[str] | None = None,
+    ) -> None:
         super().__init__(every, progress_bar=progress_bar)
         self._tol = validation.require_number(NAME, "tol", tol, above=0, below=1)
         self._seed = validation.require_seed(NAME, seed)
@@ -111,15 +113,15 @@ class CurvatureMonitor(Monitor):
         self._start: Any = None
         self._can_start_spectrum: bool | None = None
 
-    def begin(self):
+    def begin(self) -> None:
         self._operator = self._loss_on_data.operator(Hessian, self.model)
         self._operator.check("product")
         self._start = self._can_start_spectrum = None
 
-    def measure(self):
+    def measure(self) -> dict[str, Any]:
         return self.attempt("the curvature", self._measured) or {}
 
-    def end(self):
+    def end(self) -> None:
         self._operator = None
 
     def _measured(self):

@@ -1,10 +1,13 @@
 """Plots of curvature: Hessians, their spectra, and the loss over a plane of weights."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import Axes, Nested
 from keras_gradtools.drawing.matrices import imshow_zero_center
 from keras_gradtools.drawing.pyplot import current_axes, epochs_or_measurements, numbers, pyplot_or_error
 from keras_gradtools.drawing.styles import legend_above_curves, series_style
@@ -12,7 +15,7 @@ from keras_gradtools.drawing.styles import legend_above_curves, series_style
 _LEVELS = 12
 
 
-def plot_hessian(hessian, ax=None, blocks=None, **kwargs):
+def plot_hessian(hessian: Nested, ax: Axes | None = None, blocks: Any = None, **kwargs: Any) -> Axes:
     """Plots a Hessian as an image with zero at the center of the color map, and marks the blocks of its variables.
 
     Args:
@@ -103,7 +106,7 @@ def _slices_by_name(blocks):
     return dict(zip(names, blocks.slices, strict=True))
 
 
-def plot_spectral_density(density, ax=None, floor=1e-6):
+def plot_spectral_density(density: Any, ax: Axes | None = None, floor: float = 1e-6) -> Axes:
     r"""Plots a density of eigenvalues on a logarithmic scale, with a band of plus and minus two standard errors.
 
     Args:
@@ -149,7 +152,7 @@ def plot_spectral_density(density, ax=None, floor=1e-6):
     return ax
 
 
-def plot_eigenvalue_history(history, ax=None, keys=None):
+def plot_eigenvalue_history(history: Any, ax: Axes | None = None, keys: Sequence[str] | None = None) -> Axes:
     """Plots eigenvalues over training.
 
     If the values vary widely, the scale is linear around zero and logarithmic beyond.
@@ -214,7 +217,7 @@ def _curves(history, keys):
     return {f"eigenvalue {i + 1}": column for i, column in enumerate(columns.T)}
 
 
-def plot_loss_surface(surface, ax=None, levels=_LEVELS):
+def plot_loss_surface(surface: Any, ax: Axes | None = None, levels: int = _LEVELS) -> Axes:
     """Plots the loss over a plane of weights, as filled contours around the current weights.
 
     Args:

@@ -1,11 +1,13 @@
 """A callback that logs properties of the batch Jacobian."""
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from keras_gradtools import chosen_inputs, validation
+from keras_gradtools.annotations import InputNames, Nested
 from keras_gradtools.curvature.data.batch_loss import require_model
 from keras_gradtools.diagnostics.jacobian_spectrum import (
     METHODS,
@@ -96,17 +98,17 @@ class BatchJacobianMonitor(Monitor):
 
     def __init__(
         self,
-        x,
-        every="epoch",
-        quantities=None,
+        x: Nested,
+        every: int | str = "epoch",
+        quantities: str | Sequence[str] | None = None,
         *,
-        training=False,
-        method="auto",
-        radius=0.1,
-        seed=0,
-        inputs=None,
-        progress_bar=None,
-    ):
+        training: bool = False,
+        method: Literal["auto", "explicit", "implicit"] = "auto",
+        radius: float = 0.1,
+        seed: int = 0,
+        inputs: InputNames = None,
+        progress_bar: bool | Sequence[str] | None = None,
+    ) -> None:
         super().__init__(every, prefix="jacobian_", progress_bar=progress_bar)
         self._method = validation.require_choice(NAME, "method", method, METHODS)
         self._radius = validation.require_number(NAME, "radius", radius, above=0)
@@ -121,7 +123,7 @@ class BatchJacobianMonitor(Monitor):
         self._chosen: tuple = ()
         self.spectra: list = []
 
-    def begin(self):
+    def begin(self) -> None:
         model = require_model(NAME, self.model)
         self._examples = require_float_examples(NAME, self._given)
         self._by = require_inputs(NAME, model, self._examples, self._inputs)
@@ -136,7 +138,7 @@ class BatchJacobianMonitor(Monitor):
         self._chosen = self._measurable_quantities()
         self._directions = None
 
-    def end(self):
+    def end(self) -> None:
         self._examples = self._by = self._directions = None
 
     def _measurable_quantities(self):
@@ -151,7 +153,7 @@ class BatchJacobianMonitor(Monitor):
             )
         return tuple(q for q in self._quantities or QUANTITIES if q not in OF_ALL_VALUES)
 
-    def measure(self):
+    def measure(self) -> dict[str, Any]:
         model = require_model(NAME, self.model)
         found: dict[str, float] = {}
         spectrum: Any = None

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import Nested
 from keras_gradtools.curvature.data.batch_loss import require_model
 from keras_gradtools.diagnostics.layer_names import layer_names
 from keras_gradtools.keras_state import layer_calls
@@ -17,7 +18,7 @@ from keras_gradtools.transforms import compiled
 NAME = "dead_units"
 
 
-def dead_units(model, x, training=False):
+def dead_units(model: keras.Model, x: Nested, training: bool = False) -> dict[str, np.ndarray]:
     r"""Finds the units that are zero on every example, in each layer with a ReLU-like activation.
 
     Where $\max(0, z)$ is zero, its slope is zero as well. A unit that is zero on all examples passes no gradient to its

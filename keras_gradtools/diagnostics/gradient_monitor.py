@@ -1,12 +1,15 @@
 """A callback that logs gradients for each layer."""
 
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Data, Loss, Variables
 from keras_gradtools.curvature.data.batches import Batches
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.diagnostics.dead_units import rectifying_layers, zero_units
@@ -92,18 +95,18 @@ class GradientMonitor(Monitor):
 
     def __init__(
         self,
-        data,
-        every="epoch",
-        quantities=None,
+        data: Data,
+        every: int | str = "epoch",
+        quantities: str | Sequence[str] | None = None,
         *,
-        variables=None,
-        loss=None,
-        training=False,
-        per_layer=True,
-        log_dir=None,
-        batch_size=256,
-        progress_bar=None,
-    ):
+        variables: Variables = None,
+        loss: Loss = None,
+        training: bool = False,
+        per_layer: bool = True,
+        log_dir: str | os.PathLike[str] | None = None,
+        batch_size: int = 256,
+        progress_bar: bool | Sequence[str] | None = None,
+    ) -> None:
         super().__init__(every, log_dir=log_dir, progress_bar=progress_bar)
         self._loss_on_data = LossOnData(NAME, data, variables, loss, training, batch_size)
         self._quantities = require_quantities(NAME, quantities, QUANTITIES) or QUANTITIES
@@ -119,7 +122,7 @@ class GradientMonitor(Monitor):
         self._epoch = self._last_batch = 0
         self.layers: dict[str, dict[str, list[float]]] = {}
 
-    def begin(self):
+    def begin(self) -> None:
         given = self._loss_on_data
         # Only the gradient of this operator is used.
         self._operator = given.operator(Hessian, self.model)
@@ -134,22 +137,22 @@ class GradientMonitor(Monitor):
             self._rectifying = rectifying_layers(self._operator.model)
         self._steps, self._before = (self.params or {}).get("steps"), None
 
-    def end(self):
+    def end(self) -> None:
         self._operator = self._examples = self._batches = self._before = self._gradient = None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch = epoch
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._last_batch = batch
         if "update_to_weight_ratio" in self._quantities and self._is_measured_after(batch):
             self._before = self._weights()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         super().on_epoch_end(epoch, logs)
         self._steps = self._last_batch + getattr(self.model, "steps_per_execution", 1)
 
-    def measure(self):
+    def measure(self) -> dict[str, Any]:
         found: dict[str, float] = {}
         gradient = self.attempt("gradient_norm", self._gradients) if self._needs_gradient() else None
         if "gradient_norm" in self._quantities and gradient is not None:
@@ -165,7 +168,7 @@ class GradientMonitor(Monitor):
                 found["gradient_noise_scale"] = noise.noise_scale
         return found
 
-    def histograms(self):
+    def histograms(self) -> dict[str, np.ndarray]:
         if self._gradient is None:
             return {}
         pairs = zip(self._operator.variables, self._gradient, strict=True)

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import Data, Loss, Variables
 from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.draws import Draws
@@ -46,8 +48,15 @@ class GradientNoise:
 
 
 def gradient_noise_scale(
-    model, loss, data, variables=None, training=False, *, batch_size=_MOST_EXAMPLES, chunk_size=None
-):
+    model: keras.Layer,
+    loss: Loss,
+    data: Data,
+    variables: Variables = None,
+    training: bool = False,
+    *,
+    batch_size: int = _MOST_EXAMPLES,
+    chunk_size: int | None = None,
+) -> GradientNoise:
     r"""Computes the gradient noise scale, the batch size at which the noise of the gradient equals the gradient.
 
     With $\bar g$ the mean of the gradients of the $n$ examples,

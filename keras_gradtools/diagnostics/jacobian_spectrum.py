@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
+from keras_gradtools.annotations import Function, InputNames, Nested
 from keras_gradtools.display.descriptions import short
 from keras_gradtools.display.html import Table
 from keras_gradtools.display.results import displayed
@@ -45,7 +46,7 @@ class JacobianSpectrum:
     singular_values: Any
 
     @property
-    def condition_number(self):
+    def condition_number(self) -> np.ndarray | None:
         r"""$\sigma_1 / \sigma_r$, of shape `(batch,)`; infinite where $\sigma_r$ is zero up to rounding."""
         if self.singular_values is None:
             return None
@@ -54,7 +55,7 @@ class JacobianSpectrum:
         return np.where(is_regular, first / np.where(is_regular, last, 1.0), np.inf)
 
     @property
-    def effective_rank(self):
+    def effective_rank(self) -> np.ndarray | None:
         r"""$\exp(-\sum_i p_i \log p_i)$, $p_i = \sigma_i / \sum_j \sigma_j$, of shape `(batch,)`; 0 if all are zero."""
         if self.singular_values is None:
             return None
@@ -64,7 +65,7 @@ class JacobianSpectrum:
         return np.where(total[:, 0] > 0, np.exp(entropy), 0.0)
 
     @property
-    def dynamical_isometry(self):
+    def dynamical_isometry(self) -> np.ndarray | None:
         r"""The distance to an isometry, $(\frac1r \sum_i (\sigma_i - 1)^2)^{1/2}$, of shape `(batch,)`."""
         if self.singular_values is None:
             return None
@@ -83,7 +84,16 @@ class JacobianSpectrum:
         return np.finfo("float32").eps * self.singular_values.shape[1]
 
 
-def jacobian_spectrum(model, x, training=False, method="auto", *, iterations=ITERATIONS, seed=0, inputs=None):
+def jacobian_spectrum(
+    model: Function,
+    x: Nested,
+    training: bool = False,
+    method: Literal["auto", "explicit", "implicit"] = "auto",
+    *,
+    iterations: int = ITERATIONS,
+    seed: int = 0,
+    inputs: InputNames = None,
+) -> JacobianSpectrum:
     r"""Computes the singular values of each example's Jacobian, or only its norms if the Jacobian is large.
 
     `"explicit"` forms the Jacobians with `kg.batch_jacobian` and decomposes them with NumPy. `"implicit"` computes the

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.annotations import Nested, Verbose
 from keras_gradtools.diagnostics.layer_likeness import likeness
 from keras_gradtools.diagnostics.layer_trial import tried
 from keras_gradtools.diagnostics.layer_verdict import LayerDerivatives
@@ -21,7 +22,9 @@ _ORDER = ("constant", "yes", "unclear", "wrong", "once", "no")
 _BY_NUMBERS = ("constant", "unclear")
 
 
-def layer_derivatives(model, x=None, training=False, *, seed=0, verbose="auto"):
+def layer_derivatives(
+    model: keras.Layer, x: Nested = None, training: bool = False, *, seed: int = 0, verbose: Verbose = "auto"
+) -> LayerDerivatives:
     r"""Tests which layers of a model can be differentiated twice on this backend, and gives advice on the others.
 
     The model is called once. For each call $f$ of a layer with inputs and weights $z$, a random cotangent $c$ and a

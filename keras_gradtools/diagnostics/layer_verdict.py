@@ -91,17 +91,17 @@ class LayerDerivatives:
     note: str = ""
 
     @property
-    def twice_differentiable(self):
+    def twice_differentiable(self) -> bool:
         """Whether no layer has a missing or wrong second derivative. Layers in `unclear` do not count."""
         return not self.problems
 
     @property
-    def problems(self):
+    def problems(self) -> tuple[LayerVerdict, ...]:
         """The verdicts of the layers whose second derivative is missing or wrong."""
         return tuple(layer for layer in self.layers if layer.verdict not in ("yes", "constant", "unclear"))
 
     @property
-    def unclear(self):
+    def unclear(self) -> tuple[LayerVerdict, ...]:
         """The verdicts of the layers for which the test is undecided."""
         return tuple(layer for layer in self.layers if layer.verdict == "unclear")
 

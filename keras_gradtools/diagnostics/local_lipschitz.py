@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
+from keras_gradtools.annotations import Function, InputNames, Nested
 from keras_gradtools.diagnostics.jacobian_spectrum import outputs_of, require_float_examples, require_inputs, taped
 from keras_gradtools.example_norms import for_each, normalized, numbers, split, squares
 from keras_gradtools.transforms import compiled
@@ -14,7 +15,16 @@ from keras_gradtools.transforms import compiled
 NAME = "local_lipschitz"
 
 
-def local_lipschitz(model, x, training=False, *, radius=0.1, iterations=10, seed=0, inputs=None):
+def local_lipschitz(
+    model: Function,
+    x: Nested,
+    training: bool = False,
+    *,
+    radius: float = 0.1,
+    iterations: int = 10,
+    seed: int = 0,
+    inputs: InputNames = None,
+) -> np.ndarray:
     r"""Computes a lower bound of the Lipschitz constant of a model within a ball around each example.
 
     The constant is $\max_{\lVert \delta \rVert \le r} \lVert f(x + \delta) - f(x) \rVert / \lVert \delta \rVert$. It is

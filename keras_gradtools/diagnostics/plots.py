@@ -1,8 +1,11 @@
 """Plots of what monitors measured during training: singular values, and gradients by layer."""
 
+from typing import Any
+
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Axes
 from keras_gradtools.drawing.pyplot import current_axes, epochs_or_measurements
 from keras_gradtools.drawing.styles import graded_colors, graded_styles, legend_above_curves
 
@@ -12,7 +15,7 @@ _MOST_NAMES = 5
 _FLOOR = 1e-8
 
 
-def plot_singular_values(spectra, ax=None):
+def plot_singular_values(spectra: Any, ax: Axes | None = None) -> Axes:
     r"""Plots the singular values of Jacobians over training, on a logarithmic scale.
 
     There is one line for each $i$, the median of $\sigma_i$ over the examples. For the largest and the smallest
@@ -80,7 +83,7 @@ def plot_singular_values(spectra, ax=None):
     return ax
 
 
-def plot_gradient_flow(layers, ax=None, quantity="gradient_norm"):
+def plot_gradient_flow(layers: Any, ax: Axes | None = None, quantity: str = "gradient_norm") -> Axes:
     r"""Plots a quantity of each layer, from the input to the output, over training.
 
     There is one line for each measurement, from dark for the first to light for the last. Gradient norms that fall

@@ -1,12 +1,18 @@
 """Plots of matrices and Jacobians, with zero at the center of the color map."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import ArrayLike, Axes
 from keras_gradtools.drawing.pyplot import current_axes, numbers, panels, pyplot_or_error
 
 
-def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r"):
+def imshow_zero_center(
+    image: ArrayLike, ax: Axes | None = None, limit: float | None = None, colorbar: bool = True, cmap: str = "RdBu_r"
+) -> Axes:
     r"""Plots a matrix as an image with zero at the center of the color map.
 
     The color map covers $[-c, c]$ with $c = \max \lvert a_{ij} \rvert$.
@@ -48,7 +54,9 @@ def imshow_zero_center(image, ax=None, limit=None, colorbar=True, cmap="RdBu_r")
     return ax
 
 
-def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
+def plot_as_patches(
+    jacobian: ArrayLike, ax: Axes | None = None, patch_axes: Sequence[int] | None = None, pad: int = 1, **kwargs: Any
+) -> Axes:
     """Plots a Jacobian as a grid of patches, each a matrix, separated by gray lines.
 
     Two axes of the Jacobian form the patches, and the others form the rows and columns of the grid:
@@ -96,12 +104,19 @@ def plot_as_patches(jacobian, ax=None, patch_axes=None, pad=1, **kwargs):
     image[:, :, :height, :width] = grid
     image = image.swapaxes(1, 2).reshape(rows * (height + pad), columns * (width + pad))
     ax = imshow_zero_center(image[: image.shape[0] - pad, : image.shape[1] - pad], ax, **kwargs)
-    ax.set_xticks(np.arange(columns) * (width + pad) + (width - 1) / 2, range(columns))
-    ax.set_yticks(np.arange(rows) * (height + pad) + (height - 1) / 2, range(rows))
+    ax.set_xticks(np.arange(columns) * (width + pad) + (width - 1) / 2, [str(i) for i in range(columns)])
+    ax.set_yticks(np.arange(rows) * (height + pad) + (height - 1) / 2, [str(i) for i in range(rows)])
     return ax
 
 
-def plot_jacobians(jacobians, ax=None, patch_axes=None, pad=1, limit=None, cmap="RdBu_r"):
+def plot_jacobians(
+    jacobians: Mapping[str, ArrayLike],
+    ax: Sequence[Axes] | None = None,
+    patch_axes: Sequence[int] | None = None,
+    pad: int = 1,
+    limit: float | None = None,
+    cmap: str = "RdBu_r",
+) -> np.ndarray:
     """Plots several Jacobians side by side on the same color scale, each as in `plot_as_patches`.
 
     For a full Jacobian, `(batch, out, batch, in)`, each patch has the shape `(batch, batch)`. It is diagonal if the

@@ -1,13 +1,16 @@
 """Clipping the norm of the gradient: a function and a layer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_gradtools.annotations import Nested, Tensor
 from keras_gradtools.gradient_control.control import GradientControl, constant, require_differentiable, require_limit
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
 
 
-def clip_gradient_norm(x, max_norm):
+def clip_gradient_norm(x: Nested, max_norm: float) -> Tensor:
     r"""Returns `x` and clips the norm of its gradient $u$: $u \cdot \min(1, m / \lVert u \rVert_2)$.
 
     The norm is that of the whole tensor, including the batch axis. For half precision it is computed in float32.
@@ -105,12 +108,12 @@ class ClipGradientNorm(GradientControl):
     Source: As for `clip_gradient_norm`.
     """
 
-    def __init__(self, max_norm, **kwargs):
+    def __init__(self, max_norm: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.max_norm = require_limit("ClipGradientNorm", "max_norm", max_norm)
 
-    def call(self, inputs):
+    def call(self, inputs: Nested) -> Nested:
         return clip_gradient_norm(inputs, self.max_norm)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "max_norm": self.max_norm}

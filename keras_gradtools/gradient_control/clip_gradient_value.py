@@ -1,13 +1,16 @@
 """Clipping the elements of the gradient: a function and a layer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_gradtools.annotations import Nested, Tensor
 from keras_gradtools.gradient_control.control import GradientControl, constant, require_differentiable, require_limit
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
 
 
-def clip_gradient_value(x, max_value):
+def clip_gradient_value(x: Nested, max_value: float) -> Tensor:
     r"""Returns `x` and clips each element of its gradient $u$: $\min(\max(u, -m), m)$.
 
     Args:
@@ -89,12 +92,12 @@ class ClipGradientValue(GradientControl):
     Source: As for `clip_gradient_value`.
     """
 
-    def __init__(self, max_value, **kwargs):
+    def __init__(self, max_value: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.max_value = require_limit("ClipGradientValue", "max_value", max_value)
 
-    def call(self, inputs):
+    def call(self, inputs: Nested) -> Nested:
         return clip_gradient_value(inputs, self.max_value)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "max_value": self.max_value}

@@ -1,9 +1,12 @@
 """The base classes of the layers that control a gradient, and checks and conversions for their functions."""
 
+from typing import Any, Self
+
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, Nested
 from keras_gradtools.validation import name_of
 
 
@@ -16,29 +19,29 @@ class GradientControl(keras.layers.Layer):
     argument.)
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs: Nested) -> Nested:
         return keras.tree.map_structure(lambda x: keras.KerasTensor(x.shape, dtype=x.dtype), inputs)
 
 
 class FunctionControl(GradientControl):
     """Base class of the layers that apply a function, replace its gradient, and are saved with the function."""
 
-    def __init__(self, fun, **kwargs):
+    def __init__(self, fun: Function, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.fun = fun
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         fun = keras.saving.serialize_keras_object(self.fun)
         if getattr(ops, name_of(self.fun), None) is self.fun:
             fun["module"] = "keras.ops"  # Without it, Keras finds only losses, metrics and activations.
         return {**super().get_config(), "fun": fun}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**{**config, "fun": keras.saving.deserialize_keras_object(config["fun"])})
 
 

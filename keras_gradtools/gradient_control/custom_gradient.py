@@ -1,12 +1,14 @@
 """Functions with a custom gradient: a decorator and a layer."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.annotations import Arguments, Function, Nested
 from keras_gradtools.gradient_control.control import FunctionControl
 from keras_gradtools.gradient_control.custom_gradient_values import (
     checked_pair,
@@ -18,7 +20,7 @@ from keras_gradtools.gradient_control.custom_gradient_values import (
 from keras_gradtools.keras_state import recording
 
 
-def custom_gradient(fun):
+def custom_gradient(fun: Callable[Arguments, tuple[Any, Function]]) -> Callable[Arguments, Any]:
     r"""Defines the gradient of a function yourself, $\partial y / \partial x \cdot u := \mathrm{grad\_fn}(u)$.
 
     `fun` returns its value, and a function that maps the gradient $u$ of the value to the gradients of the arguments.
@@ -160,12 +162,12 @@ class CustomGradient(FunctionControl):
     Source: As for `custom_gradient`.
     """
 
-    def __init__(self, fun, **kwargs):
+    def __init__(self, fun: Function, **kwargs: Any) -> None:
         super().__init__(fun, **kwargs)
         self._differentiated = custom_gradient(fun)
 
-    def call(self, inputs):
+    def call(self, inputs: Nested) -> Nested:
         return self._differentiated(*inputs) if isinstance(inputs, (list, tuple)) else self._differentiated(inputs)
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs: Nested) -> Nested:
         return keras.layers.Layer.compute_output_spec(self, inputs)  # the value may have another shape and dtype

@@ -1,12 +1,15 @@
 """Reversing the gradient: a function and a layer."""
 
+from typing import Any
+
 import keras
 
+from keras_gradtools.annotations import Nested, Tensor
 from keras_gradtools.gradient_control.control import GradientControl, constant, require_differentiable
 from keras_gradtools.gradient_control.scale_gradient import require_scale, require_scale_of_layer, scaled
 
 
-def reverse_gradient(x, scale=1.0):
+def reverse_gradient(x: Nested, scale: float | Tensor = 1.0) -> Tensor:
     r"""Returns `x` and reverses its gradient $u$ to $-s \cdot u$.
 
     Placed between a feature extractor and a domain classifier, it makes the extractor maximize the loss that the
@@ -88,7 +91,7 @@ class ReverseGradient(GradientControl):
     Source: As for `reverse_gradient`. Equation 14 there is a schedule for the scale.
     """
 
-    def __init__(self, scale=1.0, **kwargs):
+    def __init__(self, scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._initial_scale = require_scale_of_layer("ReverseGradient", scale)
         value = keras.initializers.Constant(self._initial_scale)
@@ -96,16 +99,16 @@ class ReverseGradient(GradientControl):
         self._scale = self.add_weight((), value, "float32", trainable=False, autocast=False, name="scale")
 
     @property
-    def scale(self):
+    def scale(self) -> Any:
         """The `keras.Variable` that holds the scale. A number can be assigned to this attribute."""
         return self._scale
 
     @scale.setter
-    def scale(self, value):
+    def scale(self, value: Any) -> Any:
         self._scale.assign(require_scale("ReverseGradient", value))
 
-    def call(self, inputs):
+    def call(self, inputs: Nested) -> Nested:
         return reverse_gradient(inputs, self._scale)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "scale": self._initial_scale}

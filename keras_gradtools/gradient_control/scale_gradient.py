@@ -1,16 +1,18 @@
 """Scaling the gradient: a function and a layer."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Nested, Tensor
 from keras_gradtools.gradient_control.control import GradientControl, constant, require_differentiable
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
 
 
-def scale_gradient(x, scale):
+def scale_gradient(x: Nested, scale: float | Tensor) -> Tensor:
     r"""Returns `x` and multiplies its gradient $u$ by a factor, $s \cdot u$.
 
     Args:
@@ -108,12 +110,12 @@ class ScaleGradient(GradientControl):
     Source: As for `scale_gradient`.
     """
 
-    def __init__(self, scale, **kwargs):
+    def __init__(self, scale: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.scale = require_scale_of_layer("ScaleGradient", scale)
 
-    def call(self, inputs):
+    def call(self, inputs: Nested) -> Nested:
         return scale_gradient(inputs, self.scale)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "scale": self.scale}

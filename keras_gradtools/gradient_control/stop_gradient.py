@@ -1,13 +1,16 @@
 """Stopping the gradient: a function and a layer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import Nested
 from keras_gradtools.gradient_control.control import GradientControl
 
 
-def stop_gradient(x):
+def stop_gradient(x: Nested) -> Nested:
     r"""Returns `x` as a constant, $\partial\,\mathrm{stop}(x) / \partial x = 0$.
 
     Unlike `keras.ops.stop_gradient`, it takes nested structures with constants in them, keeps the mask of a symbolic
@@ -93,8 +96,8 @@ class StopGradient(GradientControl):
     Source: As for `stop_gradient`.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    def call(self, inputs):
+    def call(self, inputs: Nested) -> Nested:
         return stop_gradient(inputs)

@@ -1,17 +1,20 @@
 """Passing the gradient through a function unchanged: a function and a layer."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, Nested, Tensor
 from keras_gradtools.gradient_control.control import FunctionControl, require_differentiable
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
 from keras_gradtools.tape import vectors
 from keras_gradtools.validation import name_of
 
 
-def straight_through(fun):
+def straight_through(fun: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     r"""Gives `fun` the gradient of the identity, $\partial y / \partial x \cdot u := u$.
 
     It lets gradients through functions such as step, round and sign, whose own gradient is zero.
@@ -100,9 +103,9 @@ class StraightThrough(FunctionControl):
     Source: As for `straight_through`.
     """
 
-    def __init__(self, fun, **kwargs):
+    def __init__(self, fun: Function, **kwargs: Any) -> None:
         super().__init__(fun, **kwargs)
         self._forward = straight_through(fun)
 
-    def call(self, inputs):
+    def call(self, inputs: Nested) -> Nested:
         return self._forward(inputs)

@@ -3,12 +3,16 @@
 import keras
 
 from keras_gradtools import chosen_inputs, validation
+from keras_gradtools.annotations import Function, InputNames, Nested
+from keras_gradtools.independence.cross_example_gradients import BatchIndependence
 from keras_gradtools.independence.example_mixing import examine
 
 NAME = "batch_independence"
 
 
-def batch_independence(model, x, training=False, *, seed=0, inputs=None):
+def batch_independence(
+    model: Function, x: Nested, training: bool = False, *, seed: int = 0, inputs: InputNames = None
+) -> BatchIndependence:
     r"""Tests whether any output of example i depends on the input of example j, and finds the layers that cause it.
 
     Batch Jacobians, per-example gradients and penalties on input gradients assume that examples are independent,

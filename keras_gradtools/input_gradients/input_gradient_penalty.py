@@ -1,9 +1,12 @@
 """The input gradient penalty as a function, for custom training loops."""
 
+from typing import Literal
+
 import keras
 from keras import ops
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import Function, InputNames, Loss, Nested, Tensor
 from keras_gradtools.chosen_inputs import as_tensors, require_names
 from keras_gradtools.input_gradients.penalty import Penalty, chosen_positions
 from keras_gradtools.input_gradients.recorded_call import RecordedCall, Snapshot
@@ -15,24 +18,24 @@ NAME = "input_gradient_penalty"
 
 
 def input_gradient_penalty(
-    model,
-    x,
-    y=None,
+    model: Function,
+    x: Nested,
+    y: Nested = None,
     *,
-    loss=None,
-    sample_weight=None,
-    target="loss",
-    norm=2,
-    squared=True,
-    center=0.0,
-    method="auto",
-    step_size=0.1,
-    projections=1,
-    inputs=None,
-    frozen_statistics=False,
-    training=True,
-    seed=None,
-):
+    loss: Loss = None,
+    sample_weight: Nested = None,
+    target: str | Function = "loss",
+    norm: Literal["inf", 1, 2] = 2,
+    squared: bool = True,
+    center: float = 0.0,
+    method: str = "auto",
+    step_size: float = 0.1,
+    projections: int = 1,
+    inputs: InputNames = None,
+    frozen_statistics: bool = False,
+    training: bool = True,
+    seed: int | keras.random.SeedGenerator | None = None,
+) -> Tensor:
     r"""Computes a differentiable penalty on the gradient with respect to the inputs.
 
     $$\frac1N \sum_i w_i \, \text{pen}(g_i), \qquad g_i = \frac{\partial \ell_i}{\partial x_i}, \qquad

@@ -1,11 +1,12 @@
 """A layer that penalizes the gradient of a wrapped layer's output with respect to its input."""
 
-from typing import Any
+from typing import Any, Literal, Self
 
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, Nested, Schedule
 from keras_gradtools.input_gradients.penalty import Penalty, chosen_positions, restored
 from keras_gradtools.input_gradients.recorded_call import RecordedCall, Snapshot
 from keras_gradtools.input_gradients.strength import Strength
@@ -66,20 +67,20 @@ class InputGradientPenalty(keras.layers.Wrapper):
 
     def __init__(
         self,
-        layer,
-        weight,
-        target="outputs",
-        norm=2,
-        squared=True,
-        center=0.0,
-        method="auto",
-        step_size=0.1,
-        projections=1,
-        frozen_statistics=False,
-        every=1,
-        seed=None,
-        **kwargs,
-    ):
+        layer: keras.Layer,
+        weight: Schedule,
+        target: str | Function = "outputs",
+        norm: Literal["inf", 1, 2] = 2,
+        squared: bool = True,
+        center: float = 0.0,
+        method: str = "auto",
+        step_size: float = 0.1,
+        projections: int = 1,
+        frozen_statistics: bool = False,
+        every: int = 1,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(layer, keras.Layer):
             raise validation.refused(NAME, "a Keras layer", "layer", layer)
         seed = validation.require_seed(NAME, seed, may_be_none=True)
@@ -100,7 +101,7 @@ class InputGradientPenalty(keras.layers.Wrapper):
         self._seeds = keras.random.SeedGenerator(seed) if penalty.may_draw else None
         penalty.warn_of_rounding(self.compute_dtype)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Nested, training: bool | None = None) -> Nested:
         if not training:
             return self.layer(inputs, training=training)
         if self._choice is None:
@@ -127,17 +128,17 @@ class InputGradientPenalty(keras.layers.Wrapper):
             self.add_loss(applied.weighted)
         return call.outputs
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs: Nested, training: bool | None = None) -> Nested:
         # The penalty changes the loss, not the output.
         return self.layer.compute_output_spec(inputs)
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(self, inputs: Nested, previous_mask: Nested) -> Nested:
         return self.layer.compute_mask(inputs, previous_mask)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {**super().get_config(), **self._strength.get_config(), **self._penalty.get_config()}
         return {**config, "seed": self._seed}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         return cls(**restored(config, ("layer", "weight", "target"), custom_objects))

@@ -1,15 +1,15 @@
 """Training on the loss plus a penalty on its gradient with respect to the inputs."""
 
 import contextlib
-import functools
 import inspect
 import warnings
-from typing import Any
+from typing import Any, Literal, Self
 
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, InputNames, Nested, Schedule
 from keras_gradtools.chosen_inputs import as_tensors, model_inputs, require_names
 from keras_gradtools.input_gradients.penalty import Penalty, chosen_positions, restored
 from keras_gradtools.input_gradients.recorded_call import RecordedCall, Snapshot
@@ -17,7 +17,7 @@ from keras_gradtools.input_gradients.sample_weights import example_weights
 from keras_gradtools.input_gradients.strength import Strength
 from keras_gradtools.input_gradients.targets import FunctionTarget, LossTarget, OutputsTarget
 from keras_gradtools.keras_state import example_losses
-from keras_gradtools.training.wrapped_model import StateOfStep, WrappedModel
+from keras_gradtools.training.wrapped_model import StateOfStep, WrappedModel, documented_as
 
 NAME = "InputGradientRegularized"
 
@@ -136,21 +136,21 @@ class InputGradientRegularized(WrappedModel):
 
     def __init__(
         self,
-        model,
-        weight,
-        target="loss",
-        norm=2,
-        squared=True,
-        center=0.0,
-        method="auto",
-        step_size=0.1,
-        projections=1,
-        inputs=None,
-        frozen_statistics=False,
-        every=1,
-        seed=None,
-        **kwargs,
-    ):
+        model: keras.Model,
+        weight: Schedule,
+        target: str | Function = "loss",
+        norm: Literal["inf", 1, 2] = 2,
+        squared: bool = True,
+        center: float = 0.0,
+        method: str = "auto",
+        step_size: float = 0.1,
+        projections: int = 1,
+        inputs: InputNames = None,
+        frozen_statistics: bool = False,
+        every: int = 1,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         penalty = Penalty(NAME, target, norm, squared, center, method, step_size, projections, frozen_statistics)
         strength = Strength(NAME, weight, every)
         inputs = require_names(NAME, inputs)
@@ -173,12 +173,12 @@ class InputGradientRegularized(WrappedModel):
         penalty.warn_of_rounding(self.compute_dtype)
 
     @property
-    def weight(self):
+    def weight(self) -> Schedule:
         """The factor of the penalty: a number or a schedule."""
         return self._strength.weight
 
     @weight.setter
-    def weight(self, weight):
+    def weight(self, weight: Schedule) -> None:
         strength = Strength(NAME, weight, self._strength.every)
         if strength.depends_on_step and self._steps is None:
             raise ValueError(
@@ -189,19 +189,19 @@ class InputGradientRegularized(WrappedModel):
         self._strength = strength
 
     @property
-    def method(self):
+    def method(self) -> str:
         """The method in use, with `"auto"` resolved."""
         return self._current_choice().method
 
     @WrappedModel.jit_compile.setter
-    def jit_compile(self, value):
+    def jit_compile(self, value: Any) -> None:
         choice = self._penalty.choose(self.model, bool(value))
         self._penalty.require_compilable(choice, value)
         WrappedModel.jit_compile.fset(self, value)
         self._choice = choice
 
-    @functools.wraps(keras.Model.compile)
-    def compile(self, optimizer="rmsprop", loss=None, *args, **kwargs):
+    @documented_as(keras.Model.compile)
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
         if loss is None and self._penalty.target == "loss":
             raise ValueError(
                 f"{NAME} penalizes the gradient of the compiled loss and expects a `loss`. Received: loss=None. Pass "
@@ -214,7 +214,7 @@ class InputGradientRegularized(WrappedModel):
             self._choice = self._penalty.choose(self.model)
         return self._choice
 
-    def summary(self, *args, **kwargs):
+    def summary(self, *args: Any, **kwargs: Any) -> None:
         """Prints the summary of `keras.Model.summary`, and which penalty method is used and why."""
         super().summary(*args, **kwargs)
         bound = inspect.signature(keras.Model.summary).bind(self, *args, **kwargs)
@@ -222,8 +222,8 @@ class InputGradientRegularized(WrappedModel):
             f" Input-gradient penalty: {self._penalty.describe(self._current_choice())}"
         )
 
-    @functools.wraps(keras.Model.fit)
-    def fit(self, *args, **kwargs):
+    @documented_as(keras.Model.fit)
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(keras.Model.fit).bind(self, *args, **kwargs)
         given = bound.arguments.get("callbacks")
         if not isinstance(given, keras.callbacks.CallbackList):
@@ -231,11 +231,11 @@ class InputGradientRegularized(WrappedModel):
             bound.arguments["callbacks"] = [*given, _DominantPenalty()]
         return super().fit(*bound.args[1:], **bound.kwargs)
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         with self._recording():
             return super().train_step(*args)
 
-    def test_step(self, *args):
+    def test_step(self, *args: Any) -> Any:
         with self._recording():
             return super().test_step(*args)
 
@@ -248,7 +248,7 @@ class InputGradientRegularized(WrappedModel):
         finally:
             self._step.recording, self._step.call = False, None
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Nested, training: bool | None = None) -> Nested:
         if not self._step.recording:
             return self._forward(inputs, training)
         inputs = as_tensors(inputs)
@@ -258,7 +258,14 @@ class InputGradientRegularized(WrappedModel):
         self._step.call = call
         return call.outputs
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self,
+        x: Nested = None,
+        y: Nested = None,
+        y_pred: Nested = None,
+        sample_weight: Nested = None,
+        training: bool = True,
+    ) -> Any:
         if not self._step.recording:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         self._require_labels(y)
@@ -316,7 +323,7 @@ class InputGradientRegularized(WrappedModel):
             )
         return call
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             **self._strength.get_config(),
@@ -326,7 +333,7 @@ class InputGradientRegularized(WrappedModel):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         return cls(**restored(config, ("model", "weight", "target"), custom_objects))
 
 

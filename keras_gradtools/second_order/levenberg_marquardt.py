@@ -1,8 +1,11 @@
 """The Levenberg-Marquardt method."""
 
+from typing import Any, Literal
+
 import keras
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Schedule
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
 from keras_gradtools.second_order.second_order_optimizer import MatrixOptimizer
 from keras_gradtools.second_order.step_solvers import DenseSolver
@@ -56,21 +59,21 @@ class LevenbergMarquardt(MatrixOptimizer):
 
     def __init__(
         self,
-        damping=1e-3,
-        scaling="identity",
-        max_attempts=10,
-        allow_underdetermined=False,
-        learning_rate=1.0,
-        name="levenberg_marquardt",
-    ):
+        damping: float = 1e-3,
+        scaling: Literal["identity", "diagonal"] = "identity",
+        max_attempts: int = 10,
+        allow_underdetermined: bool = False,
+        learning_rate: Schedule = 1.0,
+        name: str = "levenberg_marquardt",
+    ) -> None:
         super().__init__(damping, max_attempts, allow_underdetermined, learning_rate, name)
         self.scaling = validation.require_choice(type(self).__name__, "scaling", scaling, SCALINGS)
 
-    def operator_class(self):
+    def operator_class(self) -> type:
         return GaussNewton
 
-    def solver(self, operator, equations):
+    def solver(self, operator: Any, equations: Any) -> Any:
         return DenseSolver(lambda: equations.of(operator), operator.dtype, self.scaling)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "scaling": self.scaling}

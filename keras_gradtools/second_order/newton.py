@@ -1,7 +1,10 @@
 """Newton's method with the full Hessian."""
 
+from typing import Any
+
 import keras
 
+from keras_gradtools.annotations import Schedule
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.second_order.second_order_optimizer import MatrixOptimizer
 from keras_gradtools.second_order.step_solvers import DenseSolver
@@ -48,11 +51,18 @@ class Newton(MatrixOptimizer):
     Source: Nocedal & Wright, "Numerical Optimization" (2006), chapter 3.4.
     """
 
-    def __init__(self, damping=1e-3, max_attempts=10, allow_underdetermined=False, learning_rate=1.0, name="newton"):
+    def __init__(
+        self,
+        damping: float = 1e-3,
+        max_attempts: int = 10,
+        allow_underdetermined: bool = False,
+        learning_rate: Schedule = 1.0,
+        name: str = "newton",
+    ) -> None:
         super().__init__(damping, max_attempts, allow_underdetermined, learning_rate, name)
 
-    def operator_class(self):
+    def operator_class(self) -> type:
         return Hessian
 
-    def solver(self, operator, equations):
+    def solver(self, operator: Any, equations: Any) -> Any:
         return DenseSolver(lambda: equations.of(operator), operator.dtype)

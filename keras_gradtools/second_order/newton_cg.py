@@ -1,11 +1,13 @@
 """Newton's method with conjugate gradients."""
 
 import math
+from typing import Any, Literal
 
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Schedule
 from keras_gradtools.second_order.recycled_preconditioner import recycled_preconditioner, require_rank
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
 from keras_gradtools.second_order.step_solvers import CURVATURES, ConjugateGradientsSolver
@@ -75,16 +77,16 @@ class NewtonCG(SecondOrderOptimizer):
 
     def __init__(
         self,
-        damping=1e-3,
-        curvature="hessian",
-        max_iterations=250,
-        rtol=None,
-        progress_tol=None,
-        preconditioner_rank=None,
-        max_attempts=10,
-        learning_rate=1.0,
-        name="newton_cg",
-    ):
+        damping: float = 1e-3,
+        curvature: Literal["hessian", "gauss_newton"] = "hessian",
+        max_iterations: int = 250,
+        rtol: float | None = None,
+        progress_tol: float | None = None,
+        preconditioner_rank: int | None = None,
+        max_attempts: int = 10,
+        learning_rate: Schedule = 1.0,
+        name: str = "newton_cg",
+    ) -> None:
         super().__init__(damping, max_attempts, learning_rate, name)
         owner, fraction = type(self).__name__, {"above": 0, "below": 1, "may_be_none": True}
         self.curvature = validation.require_choice(owner, "curvature", curvature, CURVATURES)
@@ -92,9 +94,9 @@ class NewtonCG(SecondOrderOptimizer):
         self.rtol = validation.require_number(owner, "rtol", rtol, **fraction)
         self.progress_tol = validation.require_number(owner, "progress_tol", progress_tol, **fraction)
         self.preconditioner_rank = require_rank(owner, preconditioner_rank)
-        self._preconditioner = None
+        self._preconditioner: Any = None
 
-    def build(self, variables):
+    def build(self, variables: Any) -> None:
         if self.built:
             return
         super().build(variables)
@@ -107,10 +109,10 @@ class NewtonCG(SecondOrderOptimizer):
             self._values = self.add_variable(self._preconditioner.values.shape, name="eigenvalues", **options)
             self._state = self.add_variable((3,), name="preconditioner_state", **options)
 
-    def operator_class(self):
+    def operator_class(self) -> type:
         return CURVATURES[self.curvature]
 
-    def solver(self, operator, equations):
+    def solver(self, operator: Any, equations: Any) -> Any:
         preconditioner = self._preconditioner_of(operator)
         if preconditioner is not None:
             # Loading a saved model may have changed the variables since the last step.
@@ -121,7 +123,7 @@ class NewtonCG(SecondOrderOptimizer):
             preconditioner.wait, preconditioner.waited = map(int, waits)
         return ConjugateGradientsSolver(operator, self.max_iterations, self.rtol, self.progress_tol, preconditioner)
 
-    def end_step(self, operator, damping):
+    def end_step(self, operator: Any, damping: float) -> None:
         super().end_step(operator, damping)
         preconditioner = self._preconditioner_of(operator)
         if preconditioner is not None:
@@ -135,7 +137,7 @@ class NewtonCG(SecondOrderOptimizer):
         is_for_it = preconditioner is not None and preconditioner.vectors.shape[1] == operator.shape[0]
         return preconditioner if is_for_it else None
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Loads as Keras does, but skips a saved preconditioner of another rank or for other variables."""
         pairs = [] if self._preconditioner is None else [self._vectors, self._values, self._state]
         others = self.variables[: len(self.variables) - len(pairs)]
@@ -149,7 +151,7 @@ class NewtonCG(SecondOrderOptimizer):
         for variable in pairs:
             variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         options = {
             "curvature": self.curvature,
             "max_iterations": self.max_iterations,

@@ -62,7 +62,7 @@ class NewtonStepResult(NamedTuple):
     iterations: int
     attempts: int
 
-    def logs(self):
+    def logs(self) -> dict[str, float]:
         """The entries for the logs of `fit` that the model and the callback share."""
         return {
             "damping": self.damping,

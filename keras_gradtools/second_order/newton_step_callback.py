@@ -1,11 +1,13 @@
 """A callback that takes Newton steps while `fit` trains with another optimizer."""
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Data, Loss, Variables
 from keras_gradtools.curvature.data.batches import refuse_non_finite
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.second_order.newton_step import StepReason, newton_step
@@ -96,24 +98,24 @@ class NewtonStep(Monitor):
 
     def __init__(
         self,
-        data,
-        every="epoch",
+        data: Data,
+        every: int | str = "epoch",
         *,
-        variables=None,
-        solver="cg",
-        curvature="hessian",
-        damping=1e-3,
-        loss=None,
-        training=False,
-        max_iterations=250,
-        rtol=None,
-        preconditioner_rank=None,
-        max_attempts=10,
-        allow_underdetermined=False,
-        batch_size=256,
-        verbose=0,
-        progress_bar=None,
-    ):
+        variables: Variables = None,
+        solver: Literal["cg", "dense"] = "cg",
+        curvature: Literal["hessian", "gauss_newton"] = "hessian",
+        damping: float = 1e-3,
+        loss: Loss = None,
+        training: bool = False,
+        max_iterations: int = 250,
+        rtol: float | None = None,
+        preconditioner_rank: int | None = None,
+        max_attempts: int = 10,
+        allow_underdetermined: bool = False,
+        batch_size: int = 256,
+        verbose: bool | Literal[0, 1] = 0,
+        progress_bar: bool | Sequence[str] | None = None,
+    ) -> None:
         super().__init__(every, prefix="newton_", progress_bar=progress_bar)
         self._solver = validation.require_choice(NAME, "solver", solver, SOLVERS)
         self._curvature = validation.require_choice(NAME, "curvature", curvature, CURVATURES)
@@ -132,7 +134,7 @@ class NewtonStep(Monitor):
         self._equations: Any = None
         self._preconditioner: Any = None
 
-    def begin(self):
+    def begin(self) -> None:
         self._has_warned = False
         self._operator = self._loss_on_data.operator(CURVATURES[self._curvature], self.model)
         refuse_non_finite(NAME, self._operator.batches())
@@ -145,11 +147,11 @@ class NewtonStep(Monitor):
             dense_memory.require_room(NAME, self._operator.shape[0], np.dtype("float64"))
         self._operator.check("product")
 
-    def end(self):
+    def end(self) -> None:
         # Compiled programs stay cached with the model.
         self._operator = self._equations = self._preconditioner = None
 
-    def measure(self):
+    def measure(self) -> dict[str, Any]:
         operator = self._operator
         operator.draw_anew()
         if self._solver == "cg":

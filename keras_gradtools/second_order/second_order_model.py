@@ -1,20 +1,21 @@
 """Second-order training with `fit`."""
 
-import functools
 import warnings
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.annotations import Function, Nested
 from keras_gradtools.curvature.data.batches import batch_size_of, refuse_non_finite
 from keras_gradtools.keras_state.layer_state import state_variables
 from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason, newton_step
 from keras_gradtools.second_order.normal_equations import NormalEquations
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
 from keras_gradtools.training.undone_by_errors import undone_by_errors
-from keras_gradtools.training.wrapped_model import WrappedModel, no_labels
+from keras_gradtools.training.wrapped_model import WrappedModel, documented_as, no_labels
 
 NAME = "SecondOrder"
 
@@ -78,7 +79,7 @@ class SecondOrder(WrappedModel):
     Nielsen, "Damping parameter in Marquardt's method" (1999).
     """
 
-    def __init__(self, model, training=True, **kwargs):
+    def __init__(self, model: keras.Model, training: bool = True, **kwargs: Any) -> None:
         training = validation.require_flag(NAME, "training", training)
         super().__init__(NAME, model, **kwargs)
         if self.compute_dtype == "float16":
@@ -88,16 +89,16 @@ class SecondOrder(WrappedModel):
             )
         self._training = training
         self._last = _LastStep()
-        self._problem = None
+        self._problem: Any = None
         self._has_warned = False
 
     @property
-    def last_step(self):
+    def last_step(self) -> NewtonStepResult | None:
         """The result of the last step, a `kg.optimizers.NewtonStepResult`. None before the first step."""
         return self._last.result
 
-    @functools.wraps(keras.Model.compile)
-    def compile(self, optimizer=None, *args, **kwargs):
+    @documented_as(keras.Model.compile)
+    def compile(self, optimizer: Any = None, *args: Any, **kwargs: Any) -> None:
         if not isinstance(optimizer, SecondOrderOptimizer):
             raise ValueError(
                 f"{NAME} expects a second-order optimizer, such as keras_gradtools.optimizers.LevenbergMarquardt(). "
@@ -108,7 +109,7 @@ class SecondOrder(WrappedModel):
         super().compile(optimizer, *args, **kwargs)
         self._problem, self._has_warned = None, False
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Function:
         if not self.optimizer.built:
             # On TensorFlow, Keras builds the optimizer in its own training step, which is replaced here.
             self.optimizer.build(self.trainable_variables)
@@ -116,7 +117,7 @@ class SecondOrder(WrappedModel):
             self.train_function = backend.train_function(self, self._step_on)
         return self.train_function
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Nested, training: bool | None = None) -> Nested:
         return self._forward(inputs, training)
 
     def _step_on(self, batch):
@@ -160,11 +161,11 @@ class SecondOrder(WrappedModel):
                 stacklevel=3,
             )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "training": self._training}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
         return cls(**config | {"model": model})
 

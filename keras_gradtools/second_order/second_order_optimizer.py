@@ -1,9 +1,12 @@
 """The base class of the second-order optimizers."""
 
+from typing import Any, Self
+
 import keras
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Schedule
 from keras_gradtools.second_order.step_solvers import require_enough_outputs
 
 
@@ -14,7 +17,7 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
     step.
     """
 
-    def __init__(self, damping, max_attempts, learning_rate, name):
+    def __init__(self, damping: float, max_attempts: int, learning_rate: Schedule, name: str) -> None:
         owner = type(self).__name__
         super().__init__(_require_learning_rate(owner, learning_rate), name=name)
         self.initial_damping = validation.require_number(owner, "damping", damping, least=0)
@@ -24,42 +27,42 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         self.has_trainer = False
 
     @property
-    def damping(self):
+    def damping(self) -> float:
         """The damping of the next step, a float. It can be set."""
         return float(ops.convert_to_numpy(self._damping))
 
     @damping.setter
-    def damping(self, value):
+    def damping(self, value: float) -> None:
         self._damping.assign(value)
 
-    def operator_class(self):
+    def operator_class(self) -> type:
         """The class of the curvature operator that this method uses."""
         raise NotImplementedError
 
-    def solver(self, operator, equations):
+    def solver(self, operator: Any, equations: Any) -> Any:
         """The solver for the step, as `newton_step` takes it.
 
         `operator` is the operator of one batch, `equations` the `NormalEquations` that all batches share.
         """
         raise NotImplementedError
 
-    def require_enough_outputs(self, operator, examples):
+    def require_enough_outputs(self, operator: Any, examples: int) -> None:
         """Raises `ValueError` if the method cannot take a step on a batch of so few examples."""
 
-    def end_step(self, operator, damping):
+    def end_step(self, operator: Any, damping: float) -> None:
         """Stores what the next step needs, such as its damping. `operator` is the operator of the step that ended."""
         self.damping = damping
         self.iterations.assign_add(1)
 
-    def build(self, variables):
+    def build(self, variables: Any) -> None:
         if not self.has_trainer:
             raise ValueError(self._needs_trainer())
         super().build(variables)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         raise ValueError(self._needs_trainer())
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         raise ValueError(self._needs_trainer())
 
     def _needs_trainer(self):
@@ -70,7 +73,7 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
             f"`keras_gradtools.models.SecondOrder(model).compile(keras_gradtools.optimizers.{owner}(...), loss)`."
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         learning_rate = super().get_config()["learning_rate"]
         return {
             "damping": self.initial_damping,
@@ -80,7 +83,7 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         config = dict(config)
         if isinstance(config["learning_rate"], dict):
             config["learning_rate"] = keras.saving.deserialize_keras_object(
@@ -92,16 +95,18 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
 class MatrixOptimizer(SecondOrderOptimizer):
     """A method that forms and factorizes the matrix, which a batch with few outputs does not determine."""
 
-    def __init__(self, damping, max_attempts, allow_underdetermined, learning_rate, name):
+    def __init__(
+        self, damping: float, max_attempts: int, allow_underdetermined: bool, learning_rate: Schedule, name: str
+    ) -> None:
         super().__init__(damping, max_attempts, learning_rate, name)
         owner = type(self).__name__
         self.allow_underdetermined = validation.require_flag(owner, "allow_underdetermined", allow_underdetermined)
 
-    def require_enough_outputs(self, operator, examples):
+    def require_enough_outputs(self, operator: Any, examples: int) -> None:
         if not self.allow_underdetermined:
             require_enough_outputs(type(self).__name__, operator, examples)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "allow_underdetermined": self.allow_underdetermined}
 
 

@@ -129,7 +129,7 @@ class ConjugateGradientsSolver:
             if not iterates or i >= _LEAST_GROWTH * iterates[-1][0]:
                 iterates.append((i, x, value))
 
-        found = conjugate_gradients(
+        found: Any = conjugate_gradients(
             self._linearized,
             -gradient.astype(self.dtype),
             damping=damping,

@@ -3,10 +3,14 @@
 import contextlib
 import enum
 import threading
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
+import keras
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.annotations import Nested, Tensor
 from keras_gradtools.blocks import Block
 from keras_gradtools.independence import cross_example_gradients
 from keras_gradtools.tape import jacobian_plans, vectors
@@ -64,7 +68,7 @@ class GradientTape:
     Derivatives" (2008), chapter 3.
     """
 
-    def __init__(self, persistent=False, watch_accessed_variables=True):
+    def __init__(self, persistent: bool = False, watch_accessed_variables: bool = True) -> None:
         validation.require_flag("GradientTape", "persistent", persistent)
         validation.require_flag("GradientTape", "watch_accessed_variables", watch_accessed_variables)
         self._persistent = persistent
@@ -74,7 +78,7 @@ class GradientTape:
         self._used = False
         self._pauses: list = []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self._inside:
             raise ValueError(
                 "This GradientTape is already recording: a tape cannot be entered inside its own block. "
@@ -93,7 +97,7 @@ class GradientTape:
             self.__exit__()
             raise
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         # An interrupt may have stopped the first attempt halfway. `_leave` can safely run again.
         try:
             self._leave(*exception)
@@ -111,7 +115,7 @@ class GradientTape:
             self._tape.__exit__(*exception)
         self._inside = self._recording = False
 
-    def watch(self, tensor):
+    def watch(self, tensor: Nested) -> None:
         """Watches `tensor`: a tensor, a `keras.Variable`, or a nested structure of them.
 
         Args:
@@ -133,14 +137,14 @@ class GradientTape:
             else:
                 self._tape.watch(x)
 
-    def watched_variables(self):
+    def watched_variables(self) -> tuple[keras.Variable, ...]:
         """Returns the `keras.Variable`s watched so far as a tuple, in the order in which they were first watched.
 
         On TensorFlow, raw `tf.Variable`s come after them.
         """
         return tuple(self._tape.watched_variables())
 
-    def stop_recording(self):
+    def stop_recording(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context manager that pauses this tape: operations inside the `with` block are not recorded.
 
         Other tapes are not paused.
@@ -150,7 +154,7 @@ class GradientTape:
         """
         return _Pause(self)
 
-    def reset(self):
+    def reset(self) -> None:
         """Discards the recorded operations and the list of watched tensors. Recording continues from here.
 
         Raises:
@@ -167,7 +171,13 @@ class GradientTape:
         if used_up and not self._recording and not self._pauses:
             self._resume()
 
-    def gradient(self, target, sources, output_gradients=None, unconnected_gradients="none"):
+    def gradient(
+        self,
+        target: Nested,
+        sources: Nested,
+        output_gradients: Nested = None,
+        unconnected_gradients: str | enum.Enum = "none",
+    ) -> Nested:
         r"""Computes the gradient of `target` with respect to `sources`, $\sum_k (\partial y_k / \partial x)^\top u_k$.
 
         Args:
@@ -196,7 +206,9 @@ class GradientTape:
             gradients = [vectors.zeros(s) if g is None else g for g, s in zip(gradients, flat_sources, strict=True)]
         return vectors.pack_as(sources, gradients)
 
-    def jvp(self, target, sources, tangents, unconnected_gradients="none"):
+    def jvp(
+        self, target: Nested, sources: Nested, tangents: Nested, unconnected_gradients: str | enum.Enum = "none"
+    ) -> Nested:
         r"""Computes the derivative of `target` along `tangents`, $\sum_i (\partial y / \partial x_i) v_i$.
 
         Args:
@@ -220,7 +232,9 @@ class GradientTape:
             found = [vectors.zeros(t) if p is None else p for p, t in zip(found, targets, strict=True)]
         return vectors.pack_as(target, found)
 
-    def linearize(self, target, sources, unconnected_gradients="none"):
+    def linearize(
+        self, target: Nested, sources: Nested, unconnected_gradients: str | enum.Enum = "none"
+    ) -> Callable[[Nested], Nested]:
         r"""Returns the linear map $v \mapsto \sum_i (\partial y / \partial x_i) v_i$ as a function.
 
         The work that does not depend on $v$ is done once, so many tangents cost less than with `jvp`.
@@ -252,14 +266,14 @@ class GradientTape:
 
     def jacobian(
         self,
-        target,
-        sources,
-        unconnected_gradients="none",
-        parallel_iterations=None,
-        experimental_use_pfor=True,
-        chunk_size=None,
-        mode="reverse",
-    ):
+        target: Tensor,
+        sources: Nested,
+        unconnected_gradients: str | enum.Enum = "none",
+        parallel_iterations: int | None = None,
+        experimental_use_pfor: bool = True,
+        chunk_size: int | None = None,
+        mode: Literal["auto", "forward", "reverse"] = "reverse",
+    ) -> Nested:
         r"""Computes the Jacobian of `target` with respect to `sources`, $J_{k i} = \partial y_k / \partial x_i$.
 
         Args:
@@ -292,15 +306,15 @@ class GradientTape:
 
     def batch_jacobian(
         self,
-        target,
-        source,
-        unconnected_gradients="none",
-        parallel_iterations=None,
-        experimental_use_pfor=True,
-        chunk_size=None,
-        mode="reverse",
-        check_independence=False,
-    ):
+        target: Tensor,
+        source: Nested,
+        unconnected_gradients: str | enum.Enum = "none",
+        parallel_iterations: int | None = None,
+        experimental_use_pfor: bool = True,
+        chunk_size: int | None = None,
+        mode: Literal["auto", "forward", "reverse"] = "reverse",
+        check_independence: bool = False,
+    ) -> Nested:
         r"""Computes the Jacobian of each example, $J_{b k i} = \partial y_{b k} / \partial x_{b i}$.
 
         Correct only if the examples are independent. This is not checked unless `check_independence=True`. In reverse

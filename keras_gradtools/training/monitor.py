@@ -1,9 +1,11 @@
 """The base class of the callbacks that measure something while `fit` trains."""
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
@@ -79,7 +81,14 @@ class Monitor(keras.callbacks.Callback):
     # The names, without the prefix, of what the progress bar shows by default. None for all.
     KEY_NUMBERS: tuple | None = None
 
-    def __init__(self, every="epoch", *, prefix="", log_dir=None, progress_bar=None):
+    def __init__(
+        self,
+        every: int | str = "epoch",
+        *,
+        prefix: str = "",
+        log_dir: str | os.PathLike[str] | None = None,
+        progress_bar: bool | Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         self._owner = type(self).__name__
         self._schedule = Schedule(self._owner, every)
@@ -102,25 +111,25 @@ class Monitor(keras.callbacks.Callback):
         self.measured_at: list[int] = []
         self.step_unit = "epoch" if self._schedule.counts_epochs else "batch"
 
-    def begin(self):
+    def begin(self) -> None:
         """Called when `fit` begins."""
 
-    def measure(self):
+    def measure(self) -> dict[str, Any]:
         """Override this to return a dict from names, without the prefix, to numbers."""
         raise NotImplementedError(f"{self._owner} has to override `measure`.")
 
-    def histograms(self):
+    def histograms(self) -> dict[str, np.ndarray]:
         """Returns a dict from tags to NumPy arrays, whose histograms are written to `log_dir` after `measure`."""
         return {}
 
-    def end(self):
+    def end(self) -> None:
         """Called when `fit` ends."""
 
-    def attempt(self, quantity, compute):
+    def attempt(self, quantity: str, compute: Callable[[], Any]) -> Any:
         """Returns `compute()`, or None if it raises. The first failure warns, and `quantity` is not tried again."""
         return self._failed.tried(quantity, compute)
 
-    def shown(self):
+    def shown(self) -> list[str]:
         """The names of the numbers in `last` that the progress bar shows."""
         if self._progress_bar is None:
             keys = self.last if self.KEY_NUMBERS is None else [f"{self._prefix}{name}" for name in self.KEY_NUMBERS]
@@ -130,11 +139,11 @@ class Monitor(keras.callbacks.Callback):
             return list(self.last) if self._progress_bar else []
         return list(self._progress_bar)
 
-    def sync_weights(self):
+    def sync_weights(self) -> None:
         """Brings the current weights into the variables of the model, as before `measure`."""
         sync_weights(self.model)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._failed = FailedMeasurements(self._owner)
         self.begin()
         if self._log_dir is not None:
@@ -142,17 +151,17 @@ class Monitor(keras.callbacks.Callback):
         self._schedule.begin((self.params or {}).get("steps"))
         progress_line.choose(self.model, self)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._schedule.is_due_after_batch(batch):
             self._measure(logs, self._schedule.batches)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._schedule.is_due_after_epoch(epoch):
             self._measure(logs, epoch)
         elif logs is not None and not self._schedule.counts_epochs:
             logs.update(self._logged())
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         progress_line.release(self.model, self)
         self.end()
         if self._events is not None:

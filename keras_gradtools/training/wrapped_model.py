@@ -3,18 +3,28 @@
 import contextlib
 import functools
 import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import keras
 
 from keras_gradtools import backend, validation
+from keras_gradtools.annotations import Nested
 from keras_gradtools.keras_state.layer_state import state_variables
 from keras_gradtools.training.undone_by_errors import undone_by_errors
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def documented_as(method: Any) -> Callable[[_Method], _Method]:
+    """`functools.wraps`, which leaves the type of a method as it is: type checkers would not bind it."""
+    return functools.wraps(method)  # type: ignore[return-value]
 
 
 class WrappedModel(keras.Model):
     """Base class of the wrappers. `model` is shared, not copied. `owner` is the name of the public class."""
 
-    def __init__(self, owner, model, **kwargs):
+    def __init__(self, owner: str, model: keras.Model, **kwargs: Any) -> None:
         if not isinstance(model, keras.Model):
             advice = "Put layers into a keras.Sequential with a keras.Input first."
             raise validation.refused(owner, "a keras.Model", "model", model, advice)
@@ -27,21 +37,21 @@ class WrappedModel(keras.Model):
         self.built = True
 
     @property
-    def wrapped_model(self):
+    def wrapped_model(self) -> keras.Model:
         """The model whose weights are trained."""
         return self.model
 
     @property
-    def output_names(self):
+    def output_names(self) -> list[str]:
         # Keras matches losses and metrics that are given by name with these names.
         return self.model.output_names
 
     @keras.Model.jit_compile.setter
-    def jit_compile(self, value):
+    def jit_compile(self, value: Any) -> None:
         keras.Model.jit_compile.fset(self, value)
         self._forward = backend.compiled(self._call_model) if value else self._call_model
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         """Does what Keras does for a model that does not override `compile`."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
@@ -50,17 +60,24 @@ class WrappedModel(keras.Model):
         # Keras would compile the whole step, which fails because of the tape in it.
         return False
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         block = self._whole()
         with block, block:
             return super().train_step(*args)
 
-    def test_step(self, *args):
+    def test_step(self, *args: Any) -> Any:
         block = self._whole()
         with block, block:
             return super().test_step(*args)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self,
+        x: Nested = None,
+        y: Nested = None,
+        y_pred: Nested = None,
+        sample_weight: Nested = None,
+        training: bool = True,
+    ) -> Any:
         self._require_labels(y)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
@@ -78,8 +95,8 @@ class WrappedModel(keras.Model):
     def _call_model(self, inputs, training):
         return self.model(inputs, training=training)
 
-    @functools.wraps(keras.Model.save)
-    def save(self, filepath, *args, **kwargs):
+    @documented_as(keras.Model.save)
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         if str(filepath).endswith((".h5", ".hdf5")):
             raise ValueError(
                 f"{type(self).__name__} is saved to a `.keras` file. Received: filepath={str(filepath)!r}. Keras could "
@@ -87,11 +104,11 @@ class WrappedModel(keras.Model):
             )
         return super().save(filepath, *args, **kwargs)
 
-    def export(self, *args, **kwargs):
+    def export(self, *args: Any, **kwargs: Any) -> Any:
         """Exports the wrapped model, as `keras.Model.export` does."""
         return self.model.export(*args, **kwargs)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "model": keras.saving.serialize_keras_object(self.model)}
 
 

@@ -2,16 +2,20 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate
 
 from keras import ops
 
 from keras_gradtools import backend, validation
+from keras_gradtools.annotations import Arguments, Tensor
 from keras_gradtools.transforms.first_order import jvp_named
 from keras_gradtools.transforms.taped_call import TapedCall, require_function
 
 
-def laplacian(fun, axes=None):
+def laplacian(
+    fun: Callable[Concatenate[Tensor, Arguments], Any], axes: Sequence[int] | None = None
+) -> Callable[Concatenate[Tensor, Arguments], Tensor]:
     r"""Turns a function of points into its Laplacian, $\sum_i \partial^2 f_{b k} / \partial x_{b i}^2$.
 
     For physics-informed networks. Only the second derivatives in the sum are computed, one axis at a time, and no
@@ -50,7 +54,7 @@ def laplacian(fun, axes=None):
     _require_axes_at_first("laplacian", axes)
 
     @functools.wraps(fun, updated=())
-    def transformed(x, *args, **kwargs):
+    def transformed(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         x = _points("laplacian", x)
         chosen = require_axes("laplacian", axes, x.shape[1])
 
@@ -66,7 +70,9 @@ def laplacian(fun, axes=None):
     return transformed
 
 
-def divergence(fun, axes=None):
+def divergence(
+    fun: Callable[Concatenate[Tensor, Arguments], Any], axes: Sequence[int] | None = None
+) -> Callable[Concatenate[Tensor, Arguments], Tensor]:
     r"""Turns a vector field into its divergence, $\nabla \cdot f_b = \sum_k \partial f_{b k} / \partial x_{b i_k}$.
 
     The examples must be independent, which is not checked.
@@ -102,7 +108,7 @@ def divergence(fun, axes=None):
     _require_axes_at_first("divergence", axes)
 
     @functools.wraps(fun, updated=())
-    def transformed(x, *args, **kwargs):
+    def transformed(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         x = _points("divergence", x)
         chosen = require_axes("divergence", axes, x.shape[1])
 

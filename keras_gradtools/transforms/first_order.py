@@ -3,12 +3,17 @@
 import functools
 import types
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import Arguments, Function, Nested
 from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
 
 
-def grad(fun, argnums=0, has_aux=False):
+def grad(
+    fun: Callable[Arguments, Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[Arguments, Any]:
     r"""Turns a scalar function into its gradient, $\nabla f(x) = \partial f / \partial x$.
 
     The variables that `fun` reads are constants. To differentiate with respect to weights, pass them as arguments or
@@ -64,7 +69,9 @@ def gradient_named(name, fun, argnums=0, has_aux=False):
     return gradient
 
 
-def value_and_grad(fun, argnums=0, has_aux=False):
+def value_and_grad(
+    fun: Callable[Arguments, Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[Arguments, tuple[Any, Any]]:
     r"""Turns a scalar function into one that returns its value and its gradient, $(f(x), \nabla f(x))$.
 
     Args:
@@ -109,7 +116,7 @@ def _gradient(name, fun, args, kwargs, argnums, has_aux):
     return call, call.vjp(is_last=True)
 
 
-def vjp(fun, *primals, has_aux=False):
+def vjp(fun: Function, *primals: Nested, has_aux: bool = False) -> tuple[Any, ...]:
     r"""Evaluates a function and returns its vector-Jacobian product as a function, $u \mapsto J^\top u$.
 
     Args:
@@ -148,7 +155,7 @@ def vjp(fun, *primals, has_aux=False):
     return (call.value, pullback, call.aux) if has_aux else (call.value, pullback)
 
 
-def jvp(fun, primals, tangents, has_aux=False):
+def jvp(fun: Function, primals: Sequence[Nested], tangents: Sequence[Nested], has_aux: bool = False) -> tuple[Any, ...]:
     r"""Evaluates a function and its derivative along a direction, $(f(x), J v)$.
 
     Args:
@@ -193,7 +200,7 @@ def jvp_named(name, fun, primals, tangents, has_aux=False):
     return (call.value, derivative, call.aux) if has_aux else (call.value, derivative)
 
 
-def linearize(fun, *primals, has_aux=False):
+def linearize(fun: Function, *primals: Nested, has_aux: bool = False) -> tuple[Any, ...]:
     r"""Evaluates a function and returns its derivative at that point as a linear function, $v \mapsto J v$.
 
     The work that does not depend on the direction is done once.

@@ -1,16 +1,20 @@
 """Compiling Keras computations, and turning models into pure functions."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_gradtools import backend, validation
+from keras_gradtools.annotations import Arguments, Result, Tensor
 from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.taped_call import require_function
 
 
-def jit(fun):
+def jit(fun: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Compiles `fun` with `tf.function` on TensorFlow and `jax.jit` on JAX. On torch `fun` runs eagerly.
 
     Keras variables are state on every backend. Each call of `fun` reads their current values and writes back what it
@@ -60,7 +64,7 @@ def jit(fun):
     return compiled.jitted(fun) if backend.COMPILES_SECOND_ORDER else backend.jit(fun)
 
 
-def functionalize(model):
+def functionalize(model: keras.Layer) -> tuple[Callable[..., Any], list[Tensor]]:
     r"""Turns a model into a pure function of its weights, $f(\theta, x)$, to which every transform can be applied.
 
     Args:

@@ -1,12 +1,14 @@
 """Jacobians of functions and models: full Jacobians and per-example Jacobians."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from keras import ops
 
 from keras_gradtools import chosen_inputs, nesting, validation
+from keras_gradtools.annotations import Arguments, InputNames
 from keras_gradtools.independence.example_mixing import examine
 from keras_gradtools.tape import jacobian_plans, vectors
 from keras_gradtools.transforms import auxiliary, compiled
@@ -19,7 +21,13 @@ from keras_gradtools.transforms.taped_call import (
 )
 
 
-def jacobian(fun, argnums=0, mode="auto", chunk_size=None, has_aux=False):
+def jacobian(
+    fun: Callable[Arguments, Any],
+    argnums: int | Sequence[int] = 0,
+    mode: Literal["auto", "forward", "reverse"] = "auto",
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+) -> Callable[Arguments, Any]:
     r"""Turns a function into its Jacobian, $J_{k i} = \partial f_k / \partial x_i$.
 
     An eager call is compiled. The compiled program is cached for the same `fun`, shapes and dtypes, and the Python code
@@ -67,7 +75,15 @@ def jacobian(fun, argnums=0, mode="auto", chunk_size=None, has_aux=False):
     return Jacobian(fun, _options("jacobian", argnums, mode, chunk_size, has_aux)).as_function()
 
 
-def batch_jacobian(fun, mode="auto", chunk_size=None, check_independence=False, inputs=None, argnums=0, has_aux=False):
+def batch_jacobian(
+    fun: Callable[Arguments, Any],
+    mode: Literal["auto", "forward", "reverse"] = "auto",
+    chunk_size: int | None = None,
+    check_independence: bool = False,
+    inputs: InputNames = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Callable[Arguments, Any]:
     r"""Turns a function of a batch into each example's Jacobian, $J_{b k i} = \partial f_{b k} / \partial x_{b i}$.
 
     Correct only if the examples are independent. This is not checked unless `check_independence=True`. It costs at most

@@ -3,13 +3,15 @@
 import functools
 import math
 import threading
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, validation
+from keras_gradtools.annotations import Arguments, Tensor
 from keras_gradtools.blocks import Block
 from keras_gradtools.example_norms import for_each
 from keras_gradtools.keras_state.scopes import StateScope
@@ -24,7 +26,7 @@ _one_at_a_time = threading.RLock()
 _MOST_BLOCKS = 32
 
 
-def kernel_hessian(fun, layer):
+def kernel_hessian(fun: Callable[Arguments, Any], layer: keras.layers.Dense) -> Callable[Arguments, Tensor]:
     r"""Turns a scalar function into its Hessian with respect to the kernel of one `Dense` layer that it calls.
 
     With $a_b$ the layer's input for example $b$, $z_b = W^\top a_b + c$ its pre-activation, and

@@ -2,10 +2,13 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.annotations import Arguments
 from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import auxiliary
@@ -17,7 +20,9 @@ from keras_gradtools.transforms.taped_call import (
 )
 
 
-def per_example_grad(fun, argnums=0, has_aux=False):
+def per_example_grad(
+    fun: Callable[Arguments, Any], argnums: int = 0, has_aux: bool = False
+) -> Callable[Arguments, Any]:
     r"""Turns the loss of a batch into the gradient for each example, $g_b = \nabla_\theta \ell(\theta, x_b)$.
 
     `fun` is called with each example as a batch of one, vectorized over all examples (`vmap`). If the backend cannot

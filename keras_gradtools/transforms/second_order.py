@@ -3,17 +3,25 @@
 import functools
 import math
 import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.annotations import Arguments, Function, Nested, Tensor
 from keras_gradtools.tape import jacobian_plans, vectors
 from keras_gradtools.transforms.first_order import gradient_named, require_tuple
 from keras_gradtools.transforms.jacobians import Jacobian, Options
 from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
 
 
-def hessian(fun, argnums=0, chunk_size=None, has_aux=False):
+def hessian(
+    fun: Callable[Arguments, Any],
+    argnums: int | Sequence[int] = 0,
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+) -> Callable[Arguments, Any]:
     r"""Turns a function into its Hessian, $H_{k i j} = \partial^2 f_k / \partial x_i \partial x_j$.
 
     An eager call is compiled and cached, as for `jacobian`.
@@ -65,7 +73,7 @@ def hessian(fun, argnums=0, chunk_size=None, has_aux=False):
     return Jacobian(fun, Options("hessian", argnums, mode, chunk_size, has_aux, of_derivative=True)).as_function()
 
 
-def flatten_hessian(blocks):
+def flatten_hessian(blocks: Nested) -> tuple[Tensor, Callable[[Tensor], Nested]]:
     r"""Joins the blocks of a Hessian with respect to several tensors into one matrix of shape `(n, n)`.
 
     The elements of the $i$-th tensor, in the order of `keras.ops.reshape(x, -1)`, have the rows and columns that
@@ -161,7 +169,7 @@ def _half(block):
     return half
 
 
-def hvp(fun, primals, tangents):
+def hvp(fun: Function, primals: Sequence[Nested], tangents: Sequence[Nested]) -> tuple[Nested, ...]:
     r"""Computes a Hessian-vector product, $H v = \nabla (\nabla f \cdot v)$, without forming the Hessian.
 
     Args:
@@ -208,7 +216,9 @@ def _hvp(name, fun, primals, tangents):
     return call.vjp(vectors.pack_as(call.sources, tangents), is_last=True)
 
 
-def ggnvp(model_fun, loss_fun, primals, tangents):
+def ggnvp(
+    model_fun: Function, loss_fun: Function, primals: Sequence[Nested], tangents: Sequence[Nested]
+) -> tuple[Nested, ...]:
     r"""Computes the product of the generalized Gauss-Newton matrix with a vector, $J^\top H_\ell J v$.
 
     $J$ is the Jacobian of `model_fun` at `primals`, and $H_\ell$ the Hessian of `loss_fun` at its output. If the loss

@@ -3,13 +3,14 @@
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Matrix
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.trace import finite_matvec_of, random_signs, units
 from keras_gradtools.curvature.operators.matrix_arguments import progress_of, square_matrix
 from keras_gradtools.curvature.solvers.arguments import require_matvecs
 
 
-def diagonal(a, matvecs=99, seed=0):
+def diagonal(a: Matrix, matvecs: int = 99, seed: int = 0) -> Estimate:
     r"""An estimate of the diagonal, the mean of $v_i \odot A v_i$ over vectors $v_i$ of random signs.
 
     Args:

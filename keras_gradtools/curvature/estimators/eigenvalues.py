@@ -1,8 +1,11 @@
 """Some eigenvalues of a symmetric matrix that is known by its products."""
 
+from typing import Literal
+
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Matrix
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, require_finite_length
 from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, precision_of, progress_of, symmetric_matrix
 
@@ -22,12 +25,21 @@ class EigenvalueConvergenceError(RuntimeError):
         residuals: The norm of `A v - lambda v` for each of them.
     """
 
-    def __init__(self, message, eigenvalues, eigenvectors, residuals):
+    def __init__(self, message: str, eigenvalues: np.ndarray, eigenvectors: np.ndarray, residuals: np.ndarray) -> None:
         super().__init__(message)
         self.eigenvalues, self.eigenvectors, self.residuals = eigenvalues, eigenvectors, residuals
 
 
-def eigsh(a, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
+def eigsh(
+    a: Matrix,
+    k: int = 6,
+    which: Literal["LA", "SA", "LM", "BE"] = "LA",
+    *,
+    ncv: int | None = None,
+    max_restarts: int | None = None,
+    tol: float | None = None,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     r"""Some eigenvalues and their eigenvectors, as `scipy.sparse.linalg.eigsh` returns them.
 
     This is the Lanczos method with full reorthogonalization and thick restarts. The basis has `ncv` vectors, however

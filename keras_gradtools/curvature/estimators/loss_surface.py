@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import ArrayLike
 from keras_gradtools.curvature.estimators.eigenvalues import eigsh
 from keras_gradtools.curvature.operators.matrix_arguments import progress_of
 from keras_gradtools.display.results import displayed
@@ -27,7 +28,9 @@ class LossSurface(NamedTuple):
     curvatures: Any
 
 
-def loss_surface(operator, directions=None, distance=1.0, points=21, seed=0):
+def loss_surface(
+    operator: Any, directions: ArrayLike = None, distance: float = 1.0, points: int = 21, seed: int = 0
+) -> LossSurface:
     r"""The loss $L(\theta + a \, u_1 + b \, u_2)$ over a plane through the weights.
 
     Args:

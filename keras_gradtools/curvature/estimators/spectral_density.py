@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Matrix
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, require_finite_length
 from keras_gradtools.curvature.estimators.trace import mean_of
 from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, precision_of, progress_of, symmetric_matrix
@@ -37,7 +38,9 @@ class SpectralDensity(NamedTuple):
     width: float
 
 
-def spectral_density(a, probes=10, steps=50, *, points=1000, width=None, seed=0):
+def spectral_density(
+    a: Matrix, probes: int = 10, steps: int = 50, *, points: int = 1000, width: float | None = None, seed: int = 0
+) -> SpectralDensity:
     r"""An estimate of the density of the eigenvalues, $\frac1n \sum_i \mathcal{N}(t; \lambda_i, \sigma^2)$.
 
     $\mathcal{N}$ is a Gaussian with mean $\lambda_i$ and variance $\sigma^2$. The eigenvalues are not computed. Each

@@ -1,8 +1,11 @@
 """The trace of a matrix from products with random vectors."""
 
+from typing import Literal
+
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Matrix
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.krylov_basis import KrylovBasis, dot, require_finite_length
 from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, precision_of, progress_of, square_matrix
@@ -11,7 +14,9 @@ from keras_gradtools.curvature.solvers.arguments import require_matvecs
 METHODS = ("hutch++", "hutchinson")
 
 
-def trace(a, matvecs=99, method="hutch++", seed=0):
+def trace(
+    a: Matrix, matvecs: int = 99, method: Literal["hutch++", "hutchinson"] = "hutch++", seed: int = 0
+) -> Estimate:
     r"""An estimate of the trace from products with vectors $v_i$ of random signs.
 
     Hutchinson's estimator is the mean of $v_i^\top A v_i$. Hutch++ uses a third of the products to find the directions

@@ -1,9 +1,12 @@
 """The Fisher information matrix of a model."""
 
+from typing import Literal
+
 import keras
 from keras import ops
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import Data, Loss, Variables, Verbose
 from keras_gradtools.curvature.data.batch_loss import with_masks_of
 from keras_gradtools.curvature.data.batches import batch_size_of
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewtonOfBatch
@@ -76,18 +79,18 @@ class Fisher(CurvatureOperator):
 
     def __init__(
         self,
-        model,
-        loss,
-        data,
-        variables=None,
-        training=False,
+        model: keras.Layer,
+        loss: Loss,
+        data: Data,
+        variables: Variables = None,
+        training: bool = False,
         *,
-        kind="exact",
-        samples=1,
-        seed=0,
-        batch_size=256,
-        verbose="auto",
-    ):
+        kind: Literal["exact", "mc", "empirical"] = "exact",
+        samples: int = 1,
+        seed: int = 0,
+        batch_size: int = 256,
+        verbose: Verbose = "auto",
+    ) -> None:
         self._kind = validation.require_choice("Fisher", "kind", kind, KINDS)
         self._samples = validation.require_count("Fisher", "samples", samples)
         if not validation.is_count(seed, 0) or seed >= 2**31:

@@ -1,6 +1,7 @@
 """The Hessian of a training loss."""
 
 import functools
+from typing import Any
 
 from keras import ops
 
@@ -75,7 +76,7 @@ class Hessian(CurvatureOperator):
     Source: Pearlmutter, "Fast exact multiplication by the Hessian" (1994), equation 3.
     """
 
-    def can_start_spectrum(self, samples):
+    def can_start_spectrum(self, samples: int) -> bool:
         """Whether `spectrum_start` can be used: only for small models, data in one batch, and few samples."""
         if not self._sums.is_one_batch or samples > _MOST_SAMPLES:
             return False
@@ -83,7 +84,7 @@ class Hessian(CurvatureOperator):
         is_small = self._sums.is_quick_to_trace and self.shape[0] <= _MOST_WEIGHTS
         return is_small and not backend.is_shared_by_replicas(batch, self.variables[0])
 
-    def spectrum_start(self, first, bits, share, steps):
+    def spectrum_start(self, first: Any, bits: Any, share: Any, steps: int) -> Any:
         """Computes the first Lanczos steps, the trace samples and the norm of the gradient: see `spectrum_start.py`."""
         vectors = [ops.convert_to_tensor(first, dtype=solver_dtype(self.dtype).name), ops.convert_to_tensor(bits)]
         add = functools.partial(_spectrum_start, share, steps)

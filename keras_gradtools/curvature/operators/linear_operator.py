@@ -1,12 +1,16 @@
 """A matrix that is known by its products, as SciPy and the estimators take it."""
 
+from typing import Any, Literal
+
 import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Nested, Verbose
 from keras_gradtools.curvature.estimators.diagonal import diagonal
 from keras_gradtools.curvature.estimators.eigenvalues import eigsh
-from keras_gradtools.curvature.estimators.spectral_density import spectral_density
+from keras_gradtools.curvature.estimators.estimate import Estimate
+from keras_gradtools.curvature.estimators.spectral_density import SpectralDensity, spectral_density
 from keras_gradtools.curvature.estimators.trace import trace
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
@@ -33,18 +37,18 @@ class LinearOperator:
 
     is_symmetric = True
 
-    def __init__(self, shape, dtype, verbose="auto"):
+    def __init__(self, shape: tuple[int, int], dtype: Any, verbose: Verbose = "auto") -> None:
         self.shape, self.dtype, self.verbose = tuple(shape), np.dtype(dtype), verbose
 
-    def __matmul__(self, vectors):
+    def __matmul__(self, vectors: Nested) -> Any:
         raise NotImplementedError
 
     @property
-    def T(self):  # noqa: N802
+    def T(self) -> "LinearOperator":  # noqa: N802
         """The transpose, which is the operator itself if that is known to be symmetric."""
         return self
 
-    def matvec(self, vector):
+    def matvec(self, vector: Nested) -> Any:
         """The product with a vector of shape `(n,)` or `(n, 1)`, in that shape, as SciPy calls it."""
         n, shape = self.shape[0], tuple(np.shape(vector))
         if shape not in ((n,), (n, 1)):
@@ -56,7 +60,7 @@ class LinearOperator:
         reshape = ops.reshape if ops.is_tensor(vector) else np.reshape
         return reshape(self @ reshape(vector, (n,)), (n, 1))
 
-    def matmat(self, matrix):
+    def matmat(self, matrix: Nested) -> Any:
         """The product with a matrix of columns, of shape `(n, columns)`."""
         if len(np.shape(matrix)) != 2:
             raise ValueError(
@@ -64,15 +68,15 @@ class LinearOperator:
             )
         return self @ matrix
 
-    def rmatvec(self, vector):
+    def rmatvec(self, vector: Nested) -> Any:
         """The product of the transpose with a vector, as for `matvec`."""
         return self.T.matvec(vector)
 
-    def rmatmat(self, matrix):
+    def rmatmat(self, matrix: Nested) -> Any:
         """The product of the transpose with a matrix of columns, of shape `(n, columns)`."""
         return self.T.matmat(matrix)
 
-    def dense(self):
+    def dense(self) -> np.ndarray:
         """The matrix as a NumPy array of shape `(n, n)`, from `n` products.
 
         Raises:
@@ -82,23 +86,34 @@ class LinearOperator:
         dense_memory.require_room(type(self).__name__, n, dtype)
         return self @ np.eye(n, dtype=dtype)
 
-    def trace(self, matvecs=99, method="hutch++", seed=0):
+    def trace(self, matvecs: int = 99, method: Literal["hutch++", "hutchinson"] = "hutch++", seed: int = 0) -> Estimate:
         """An `Estimate` of the trace: see `kg.curvature.trace`."""
         return trace(self, matvecs, method, seed)
 
-    def diagonal(self, matvecs=99, seed=0):
+    def diagonal(self, matvecs: int = 99, seed: int = 0) -> Estimate:
         """An `Estimate` of the diagonal: see `kg.curvature.diagonal`."""
         return diagonal(self, matvecs, seed)
 
-    def eigsh(self, k=6, which="LA", *, ncv=None, max_restarts=None, tol=None, seed=0):
+    def eigsh(
+        self,
+        k: int = 6,
+        which: Literal["LA", "SA", "LM", "BE"] = "LA",
+        *,
+        ncv: int | None = None,
+        max_restarts: int | None = None,
+        tol: float | None = None,
+        seed: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Some eigenvalues and their eigenvectors: see `kg.curvature.eigsh`."""
         return eigsh(self, k, which, ncv=ncv, max_restarts=max_restarts, tol=tol, seed=seed)
 
-    def spectral_density(self, probes=10, steps=50, *, points=1000, width=None, seed=0):
+    def spectral_density(
+        self, probes: int = 10, steps: int = 50, *, points: int = 1000, width: float | None = None, seed: int = 0
+    ) -> SpectralDensity:
         """A `SpectralDensity` of the eigenvalues: see `kg.curvature.spectral_density`."""
         return spectral_density(self, probes, steps, points=points, width=width, seed=seed)
 
-    def linearized(self):
+    def linearized(self) -> "LinearOperator":
         """The matrix at the current weights, for many products with NumPy vectors.
 
         If the data of a curvature operator is one batch, products with the result are faster than with the operator. On
@@ -112,7 +127,7 @@ class LinearOperator:
         """A function from a flat NumPy vector to its product at the current weights, faster than `@` if possible."""
         return lambda vector: self @ vector
 
-    def to_scipy(self):
+    def to_scipy(self) -> Any:
         """This operator as a `scipy.sparse.linalg.LinearOperator`, in single or double precision.
 
         Raises:

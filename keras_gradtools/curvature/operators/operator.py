@@ -2,15 +2,19 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from typing import Any, Self
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_gradtools import nesting, validation
+from keras_gradtools.annotations import ArrayLike, Data, Loss, Nested, Variables, Verbose
 from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.data_sums import DataSums, on_devices
-from keras_gradtools.curvature.estimators.loss_surface import loss_surface
+from keras_gradtools.curvature.estimators.loss_surface import LossSurface, loss_surface
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.linearized_products import fast_matvec
 from keras_gradtools.curvature.operators.operator_algebra import AlgebraicOperator
@@ -49,7 +53,17 @@ class CurvatureOperator(AlgebraicOperator):
     # What errors about the arguments name, if it is not the class.
     _owner: str | None = None
 
-    def __init__(self, model, loss, data, variables=None, training=False, *, batch_size=256, verbose="auto"):
+    def __init__(
+        self,
+        model: keras.Layer,
+        loss: Loss,
+        data: Data,
+        variables: Variables = None,
+        training: bool = False,
+        *,
+        batch_size: int = 256,
+        verbose: Verbose = "auto",
+    ) -> None:
         owner = self._owner or type(self).__name__
         validation.require_loss(owner, loss)
         validation.require_verbose(owner, verbose)
@@ -67,7 +81,7 @@ class CurvatureOperator(AlgebraicOperator):
         super().__init__((self._parameters.size, self._parameters.size), self._parameters.dtype, verbose)
 
     @classmethod
-    def of_callback(cls, owner, *args, **options):
+    def of_callback(cls, owner: str, *args: Any, **options: Any) -> Self:
         """The operator of a callback, whose errors about its arguments name `owner`."""
         operator = cls.__new__(cls)
         operator._owner = owner
@@ -92,7 +106,7 @@ class CurvatureOperator(AlgebraicOperator):
     def _fast_matvec(self):
         return fast_matvec(self._sums) or super()._fast_matvec()
 
-    def dense(self, chunk_size=None):
+    def dense(self, chunk_size: int | None = None) -> np.ndarray:
         """The matrix as a NumPy array of shape `(n, n)`.
 
         The matrix is exactly symmetric: a block of two variables is computed once and copied to its mirror image, and
@@ -130,7 +144,7 @@ class CurvatureOperator(AlgebraicOperator):
         dense_memory.symmetrize(matrix, self.slices)
         return matrix
 
-    def blocks(self, chunk_size=None):
+    def blocks(self, chunk_size: int | None = None) -> Nested:
         """The matrix as nested blocks like those of `kg.hessian`, NumPy arrays of shape `(*in_i, *in_j)`.
 
         `blocks[i][j]` is the block of the i-th and the j-th variable.
@@ -144,7 +158,7 @@ class CurvatureOperator(AlgebraicOperator):
         structure = self._parameters.structure
         return nesting.pack_as(structure, [nesting.pack_as(structure, row) for row in rows])
 
-    def loss(self, offset=None):
+    def loss(self, offset: Nested = None) -> float:
         """The loss $L$ whose curvature this is, as a float.
 
         Args:
@@ -156,19 +170,21 @@ class CurvatureOperator(AlgebraicOperator):
         """
         return self._sums.loss_at(self._offset("loss", offset))
 
-    def gradient(self, offset=None):
+    def gradient(self, offset: Nested = None) -> np.ndarray:
         """The gradient of the loss, a NumPy array of shape `(n,)`. `offset` is as for `loss`."""
         return self.loss_and_gradient(offset)[1]
 
-    def loss_and_gradient(self, offset=None):
+    def loss_and_gradient(self, offset: Nested = None) -> tuple[float, np.ndarray]:
         """Returns `(loss, gradient)`, at the cost of the gradient. `offset` is as for `loss`."""
         return self._sums.loss_and_gradient_at(self._offset("loss_and_gradient", offset))
 
-    def loss_surface(self, directions=None, distance=1.0, points=21, seed=0):
+    def loss_surface(
+        self, directions: ArrayLike = None, distance: float = 1.0, points: int = 21, seed: int = 0
+    ) -> LossSurface:
         """A `LossSurface` over a plane through the weights: see `kg.curvature.loss_surface`."""
         return loss_surface(self, directions, distance, points, seed)
 
-    def move(self, offset):
+    def move(self, offset: Nested) -> None:
         """Adds a vector, in any form that `@` accepts, to the variables. After an error, none of them has changed."""
         if offset is None:
             raise ValueError("move expects a vector as `offset`. Received: offset=None.")
@@ -193,15 +209,15 @@ class CurvatureOperator(AlgebraicOperator):
 
     # --- the data ---
 
-    def batches(self):
+    def batches(self) -> Iterator[tuple[Any, Any, Any]]:
         """Iterates over the batches of the data, `(x, y, sample_weight)` as tensors."""
         return iter(self._sums.batches)
 
-    def count_examples(self):
+    def count_examples(self) -> int:
         """The number of examples in the data."""
         return sum(map(batch_size_of, self._sums.batches))
 
-    def of_batch(self, batch, draws_anew=True):
+    def of_batch(self, batch: Any, draws_anew: bool = True) -> Self:
         """The same operator on a single batch, `(x, y, sample_weight)` as tensors.
 
         With `draws_anew`, its random numbers start from the current states of the seeds. Otherwise they are those of
@@ -216,7 +232,7 @@ class CurvatureOperator(AlgebraicOperator):
             self._sums.draws = other._sums.draws
         return other
 
-    def compute(self, what, body, batch):
+    def compute(self, what: Any, body: Any, batch: Any) -> Any:
         """Runs `body(spec, loss, parameters, model, batch)` compiled, with the random numbers of this operator.
 
         `what` identifies the program in the cache. `spec` is the `OfBatch` of the operator, `loss` its `BatchLoss`, and
@@ -224,7 +240,7 @@ class CurvatureOperator(AlgebraicOperator):
         """
         return self._sums.run(what, body, on_devices(batch))
 
-    def draw_anew(self):
+    def draw_anew(self) -> None:
         """Takes the current states of the model's seeds, so that dropout uses new masks from here on.
 
         Until this is called, all products, losses and gradients use the masks from when the operator was created,
@@ -232,16 +248,16 @@ class CurvatureOperator(AlgebraicOperator):
         """
         self._sums.draw_anew()
 
-    def check(self, of="product"):
+    def check(self, of: str = "product") -> None:
         """Runs the checks of the first product now. With `of="gradient"`, those of the first loss or gradient."""
         self._sums.prepare(of)
 
     @property
-    def is_of_logits(self):
+    def is_of_logits(self) -> bool:
         """Whether the model returns probabilities, and the matrix is that of the loss of their logits."""
         return self._sums.spec.loss is not self._sums.loss
 
-    def outputs_of_example(self):
+    def outputs_of_example(self) -> int | None:
         """The number of outputs of the model for one example. None if there are regularizers, which add to the rank."""
         if self._outputs is None:
             self._outputs = self._sums.outputs_of_example()

@@ -1,6 +1,7 @@
 """Sums, multiples and products of operators, which are operators themselves."""
 
 import numbers
+from typing import Any
 
 import numpy as np
 
@@ -16,19 +17,19 @@ class AlgebraicOperator(LinearOperator):
     The other operand may also be a sparse matrix or a `LinearOperator` of SciPy, and in a sum an array or a tensor.
     """
 
-    def __matmul__(self, other):
+    def __matmul__(self, other: Any) -> Any:
         if _is_operator(other):
             return ProductOperator(self, _as_operator(other))
         return self._times(other)
 
-    def __rmatmul__(self, other):
+    def __rmatmul__(self, other: Any) -> "AlgebraicOperator":
         return ProductOperator(_as_operator(other), self) if _is_operator(other) else NotImplemented
 
     def _times(self, vectors):
         """The product with a vector, a matrix of columns, or nested tensors. It is of the same kind as the operand."""
         raise NotImplementedError
 
-    def __mul__(self, factor):
+    def __mul__(self, factor: float) -> "AlgebraicOperator":
         return LinearCombination([(float(factor), self)]) if validation.is_number(factor) else NotImplemented
 
     __rmul__ = __mul__
@@ -36,16 +37,16 @@ class AlgebraicOperator(LinearOperator):
     def __truediv__(self, divisor):
         return self * (1.0 / divisor) if validation.is_number(divisor) else NotImplemented
 
-    def __neg__(self):
+    def __neg__(self) -> "AlgebraicOperator":
         return -1.0 * self
 
-    def __add__(self, other):
+    def __add__(self, other: Any) -> "AlgebraicOperator":
         other = _as_operator(other)
         return NotImplemented if other is None else LinearCombination([(1.0, self), (1.0, other)])
 
     __radd__ = __add__
 
-    def __sub__(self, other):
+    def __sub__(self, other: Any) -> "AlgebraicOperator":
         other = _as_operator(other)
         return NotImplemented if other is None else LinearCombination([(1.0, self), (-1.0, other)])
 

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import Function, Matrix, Nested
 from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
 from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, real_matrix, require_symmetric
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, real_numbers
@@ -43,18 +44,18 @@ class ConjugateGradientsResult(NamedTuple):
 
 
 def conjugate_gradients(
-    a,
-    b,
-    x0=None,
+    a: Matrix,
+    b: Nested,
+    x0: Nested = None,
     *,
-    damping=0.0,
-    preconditioner=None,
-    rtol=1e-5,
-    atol=0.0,
-    progress_tol=None,
-    max_iterations=None,
-    callback=None,
-):
+    damping: float = 0.0,
+    preconditioner: Any = None,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    progress_tol: float | None = None,
+    max_iterations: int | None = None,
+    callback: Function | None = None,
+) -> ConjugateGradientsResult:
     r"""Solves $(A + \lambda I) x = b$ for a symmetric positive definite matrix, using only products with it.
 
     It minimizes $q(x) = \tfrac12 x^\top (A + \lambda I) x - b^\top x$ over growing Krylov spaces, and stops when

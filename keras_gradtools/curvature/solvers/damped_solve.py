@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import ArrayLike
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, lower_triangle, real_numbers
 from keras_gradtools.curvature.solvers.cholesky import cholesky_solve
 from keras_gradtools.display.results import displayed
@@ -28,7 +29,7 @@ class DampedSolution(NamedTuple):
     attempts: int
 
 
-def damped_solve(a, b, damping=0.0, *, factor=10.0):
+def damped_solve(a: ArrayLike, b: ArrayLike, damping: float = 0.0, *, factor: float = 10.0) -> DampedSolution:
     r"""Solves $(A + \lambda I) x = b$ by a Cholesky factorization, with the first $\lambda$ for which it exists.
 
     The first $\lambda$ is `damping`. As long as the matrix is not positive definite, $\lambda$ is multiplied by

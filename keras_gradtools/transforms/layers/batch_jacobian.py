@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_gradtools.annotations import Function, Nested
 from keras_gradtools.transforms.jacobians import batch_jacobian
 from keras_gradtools.transforms.layers.derivative import Derivative
 
@@ -54,8 +55,8 @@ class BatchJacobian(Derivative):
     Source: Czarnecki et al., "Sobolev training for neural networks" (arXiv:1706.04859, 2017).
     """
 
-    def derivative(self, fun, x):
+    def derivative(self, fun: Function, x: Nested) -> Nested:
         return batch_jacobian(fun)(x)
 
-    def derivative_spec(self, inputs, outputs):
+    def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         return (*outputs.shape, *inputs.shape[1:])

@@ -1,29 +1,34 @@
 """The base class of layers that return a derivative of a wrapped layer."""
 
+from typing import Any
+
 import keras
 
 from keras_gradtools import chosen_inputs, validation
+from keras_gradtools.annotations import Function, InputNames, Nested
 from keras_gradtools.keras_state.layer_state import state_variables
 
 
 class Derivative(keras.layers.Wrapper):
     """Base class of layers that return, for each example, a derivative with respect to one input of a wrapped layer."""
 
-    def __init__(self, layer, return_outputs=False, inputs=None, **kwargs):
+    def __init__(
+        self, layer: keras.Layer, return_outputs: bool = False, inputs: InputNames = None, **kwargs: Any
+    ) -> None:
         if not isinstance(layer, keras.Layer):
             raise validation.refused(type(self).__name__, "a Keras layer or model", "layer", layer)
         self.return_outputs = validation.require_flag(type(self).__name__, "return_outputs", return_outputs)
         self._inputs = chosen_inputs.require_names(type(self).__name__, inputs)
         super().__init__(layer, **kwargs)
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Any = None) -> None:
         # `Wrapper.build` assumes a single input shape.
         if not self.layer.built:
             self.layer.build(input_shape)
             self.layer.built = True
         self.built = True
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Nested, training: bool | None = None) -> Nested:
         # The derivative discards what the layer assigns (statistics, seeds), so this call updates the state.
         outputs = None
         if self.return_outputs or (training and state_variables(self.layer)):
@@ -46,15 +51,15 @@ class Derivative(keras.layers.Wrapper):
             )
         return chosen
 
-    def derivative(self, fun, x):
+    def derivative(self, fun: Function, x: Nested) -> Nested:
         """Returns the derivative of `fun`, a function of the input, at `x`."""
         raise NotImplementedError
 
-    def derivative_spec(self, inputs, outputs):
+    def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         """Returns the shape of the derivative."""
         raise NotImplementedError
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs: Nested, training: bool | None = None) -> Nested:
         outputs = self.layer.compute_output_spec(inputs)
         if not isinstance(outputs, keras.KerasTensor):
             raise ValueError(
@@ -64,5 +69,5 @@ class Derivative(keras.layers.Wrapper):
         derivative = keras.KerasTensor(self.derivative_spec(x, outputs), dtype=outputs.dtype)
         return (outputs, derivative) if self.return_outputs else derivative
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "return_outputs": self.return_outputs, "inputs": self._inputs}

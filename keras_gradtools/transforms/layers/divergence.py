@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_gradtools.annotations import Function, Nested
 from keras_gradtools.transforms.differential_operators import divergence
 from keras_gradtools.transforms.layers.differential_operator import DifferentialOperator
 
@@ -47,10 +48,10 @@ class Divergence(DifferentialOperator):
     Source: Raissi, Perdikaris & Karniadakis, "Physics-informed neural networks" (2019).
     """
 
-    def derivative(self, fun, x):
+    def derivative(self, fun: Function, x: Nested) -> Nested:
         return divergence(fun, self.axes)(x)
 
-    def derivative_spec(self, inputs, outputs):
+    def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         axes = self._require_axes(inputs)
         if len(outputs.shape) != 2 or outputs.shape[1] != len(axes):
             raise ValueError(

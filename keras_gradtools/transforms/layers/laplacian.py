@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_gradtools.annotations import Function, Nested
 from keras_gradtools.transforms.differential_operators import laplacian
 from keras_gradtools.transforms.layers.differential_operator import DifferentialOperator
 
@@ -46,9 +47,9 @@ class Laplacian(DifferentialOperator):
     Source: Raissi, Perdikaris & Karniadakis, "Physics-informed neural networks" (2019).
     """
 
-    def derivative(self, fun, x):
+    def derivative(self, fun: Function, x: Nested) -> Nested:
         return laplacian(fun, self.axes)(x)
 
-    def derivative_spec(self, inputs, outputs):
+    def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         self._require_axes(inputs)
         return outputs.shape
