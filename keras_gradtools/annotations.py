@@ -35,6 +35,6 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes
 else:
-    Axes: TypeAlias = Any
+    Axes = Any

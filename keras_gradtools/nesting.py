@@ -114,7 +114,7 @@ class Outline(NamedTuple):
         """Whether `given` has this structure."""
         return _match(self.node, given, [])
 
-    def __str__(self):
+    def __str__(self) -> str:
         return _written(self.node).strip("'") if self.node is None else _written(self.node)
 
 
@@ -138,7 +138,7 @@ class _Constants:
     def __init__(self, value):
         self.value = value
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return 0
 
     def __eq__(self, other):

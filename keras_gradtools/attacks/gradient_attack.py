@@ -33,11 +33,13 @@ class GradientAttack(Attack):
         loss: str | Sequence[str] | None,
         targeted: bool,
     ) -> None:
-        self.epsilon = validation.require_number(self.name, "epsilon", epsilon, least=0)
+        self.epsilon: float = validation.require_number(self.name, "epsilon", epsilon, least=0)
         self.norm = norm_balls.require_norm(self.name, norm)
-        self.clip = require_clip(self.name, clip)
-        self.targeted = validation.require_flag(self.name, "targeted", targeted)
-        self.objectives = tuple(Objective(loss, -1.0 if targeted else 1.0) for loss in self._require_losses(loss))
+        self.clip: tuple[float, float] | None = require_clip(self.name, clip)
+        self.targeted: bool = validation.require_flag(self.name, "targeted", targeted)
+        self.objectives: tuple[Objective, ...] = tuple(
+            Objective(loss, -1.0 if targeted else 1.0) for loss in self._require_losses(loss)
+        )
 
     @property
     def rate(self) -> float:

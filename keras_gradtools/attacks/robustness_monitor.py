@@ -99,7 +99,7 @@ class RobustnessMonitor(Monitor):
                 f"{NAME} expects one label for each example. Received: x={validation.describe(x)} and "
                 f"y={validation.describe(y)}."
             )
-        self.signs = []
+        self.signs: list[str] = []
         self._examples = (x, y)
         strengths: list[Any] = list(epsilons) if isinstance(epsilons, (list, tuple, np.ndarray)) else [epsilons]
         self._metrics = RobustnessMetrics(

@@ -79,7 +79,7 @@ class RobustnessReport:
         ]
         return [first, Table(rows, ("distance", "10%", "median", "90%", "at most the attack's")), last]
 
-    def __str__(self):
+    def __str__(self) -> str:
         count, right = len(self.correct), self.correct
         norm = "l-infinity" if self.norm == "inf" else "l2"
         lines = [

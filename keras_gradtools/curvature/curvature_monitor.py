@@ -86,7 +86,7 @@ class CurvatureMonitor(Monitor):
     (arXiv:2103.00065, 2021) for the sharpness times the learning rate. See `kg.curvature` for the estimators.
     """
 
-    KEY_NUMBERS = ("hessian_max_eigenvalue",)
+    KEY_NUMBERS: tuple[str, ...] = ("hessian_max_eigenvalue",)
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from keras_gradtools.annotations import InputNames, Nested
 from keras_gradtools.curvature.data.batch_loss import require_model
 from keras_gradtools.diagnostics.jacobian_spectrum import (
     METHODS,
+    JacobianSpectrum,
     chosen_method,
     require_float_examples,
     require_inputs,
@@ -94,7 +95,7 @@ class BatchJacobianMonitor(Monitor):
     Source: As for `kg.diagnostics.jacobian_spectrum` and `kg.diagnostics.local_lipschitz`.
     """
 
-    KEY_NUMBERS = ("spectral_norm_max",)
+    KEY_NUMBERS: tuple[str, ...] = ("spectral_norm_max",)
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class BatchJacobianMonitor(Monitor):
         self._by: Any = None
         self._directions: Any = None
         self._chosen: tuple = ()
-        self.spectra: list = []
+        self.spectra: list[JacobianSpectrum] = []
 
     def begin(self) -> None:
         model = require_model(NAME, self.model)

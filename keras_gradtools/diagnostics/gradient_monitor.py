@@ -91,7 +91,7 @@ class GradientMonitor(Monitor):
     gradients by layer; McCandlish et al. (arXiv:1812.06162, 2018) for the noise scale.
     """
 
-    KEY_NUMBERS = ("gradient_norm",)
+    KEY_NUMBERS: tuple[str, ...] = ("gradient_norm",)
 
     def __init__(
         self,

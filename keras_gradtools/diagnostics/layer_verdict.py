@@ -65,7 +65,7 @@ class LayerVerdict:
     message: str = ""
     advice: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = f"{self.path} ({self.layer_class}): {VERDICTS[self.verdict]}"
         details = " ".join(part for part in (self.message, self.advice) if part)
         return f"{text}. {details}" if details else text
@@ -87,7 +87,7 @@ class LayerDerivatives:
 
     model: str
     backend: str
-    layers: tuple
+    layers: tuple[LayerVerdict, ...]
     note: str = ""
 
     @property
@@ -113,7 +113,7 @@ class LayerDerivatives:
         table = [Table(found, ("layer", "class", "verdict", "message", "advice"))] if found else []
         return [summary.removesuffix(":"), *table, self.note]
 
-    def __str__(self):
+    def __str__(self) -> str:
         what = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'} of {self.model!r} on {self.backend}"
         if not self.problems and not self.unclear:
             findings = ["all of them can be differentiated twice."]

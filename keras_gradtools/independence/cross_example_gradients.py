@@ -35,14 +35,14 @@ class BatchIndependence:
 
     independent: bool | None
     leak: float
-    layers: tuple
-    classes: tuple
+    layers: tuple[str, ...]
+    classes: tuple[str, ...]
     batch_size: int
     of: str
     reason: str = ""
     training: bool | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         tried = f"{self.of}, tried with {self.batch_size} examples"
         if self.independent:
             if not self.leak:

@@ -94,7 +94,7 @@ class NewtonStep(Monitor):
     Hessian-free optimization" (2010); TensorFlow's guide "Advanced automatic differentiation", "Newton's method".
     """
 
-    KEY_NUMBERS = ("decrease", "damping")
+    KEY_NUMBERS: tuple[str, ...] = ("decrease", "damping")
 
     def __init__(
         self,

@@ -20,8 +20,8 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
     def __init__(self, damping: float, max_attempts: int, learning_rate: Schedule, name: str) -> None:
         owner = type(self).__name__
         super().__init__(_require_learning_rate(owner, learning_rate), name=name)
-        self.initial_damping = validation.require_number(owner, "damping", damping, least=0)
-        self.max_attempts = validation.require_count(owner, "max_attempts", max_attempts)
+        self.initial_damping: float = validation.require_number(owner, "damping", damping, least=0)
+        self.max_attempts: int = validation.require_count(owner, "max_attempts", max_attempts)
         initial = keras.initializers.Constant(self.initial_damping)
         self._damping = self.add_variable((), initial, aggregation="only_first_replica", name="damping")
         self.has_trainer = False
@@ -100,7 +100,9 @@ class MatrixOptimizer(SecondOrderOptimizer):
     ) -> None:
         super().__init__(damping, max_attempts, learning_rate, name)
         owner = type(self).__name__
-        self.allow_underdetermined = validation.require_flag(owner, "allow_underdetermined", allow_underdetermined)
+        self.allow_underdetermined: bool = validation.require_flag(
+            owner, "allow_underdetermined", allow_underdetermined
+        )
 
     def require_enough_outputs(self, operator: Any, examples: int) -> None:
         if not self.allow_underdetermined:

@@ -105,7 +105,7 @@ class GradientTape:
             self._leave(*exception)
             raise
 
-    def __del__(self):
+    def __del__(self) -> None:
         # An interrupt at the very start of `__exit__` leaves the block open until the tape is deleted.
         if getattr(self, "_inside", False) and self._thread == threading.get_ident():
             self._leave()

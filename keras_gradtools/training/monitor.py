@@ -79,7 +79,7 @@ class Monitor(keras.callbacks.Callback):
     """
 
     # The names, without the prefix, of what the progress bar shows by default. None for all.
-    KEY_NUMBERS: tuple | None = None
+    KEY_NUMBERS: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Monitor(keras.callbacks.Callback):
         # Keras may run the batch hooks of an async-safe callback in another thread while training continues. The hooks
         # of this class do nothing if `every` counts epochs.
         has_own_hooks = any(getattr(type(self), hook) is not getattr(Monitor, hook) for hook in _BATCH_HOOKS)
-        self.async_safe = self._schedule.counts_epochs and not has_own_hooks
+        self.async_safe: bool = self._schedule.counts_epochs and not has_own_hooks
         self.last: dict[str, float] = {}
         self.step: Any = None
         self.measured_at: list[int] = []

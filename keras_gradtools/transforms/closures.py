@@ -40,10 +40,10 @@ class Identity:
         except TypeError:
             self._object = lambda: x
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         mine = self._object()
         return isinstance(other, Identity) and mine is not None and mine is other._object()
 

@@ -27,7 +27,9 @@ class EigenvalueConvergenceError(RuntimeError):
 
     def __init__(self, message: str, eigenvalues: np.ndarray, eigenvectors: np.ndarray, residuals: np.ndarray) -> None:
         super().__init__(message)
-        self.eigenvalues, self.eigenvectors, self.residuals = eigenvalues, eigenvectors, residuals
+        self.eigenvalues: np.ndarray = eigenvalues
+        self.eigenvectors: np.ndarray = eigenvectors
+        self.residuals: np.ndarray = residuals
 
 
 def eigsh(

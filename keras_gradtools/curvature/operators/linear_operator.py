@@ -38,7 +38,9 @@ class LinearOperator:
     is_symmetric = True
 
     def __init__(self, shape: tuple[int, int], dtype: Any, verbose: Verbose = "auto") -> None:
-        self.shape, self.dtype, self.verbose = tuple(shape), np.dtype(dtype), verbose
+        self.shape: tuple[int, ...] = tuple(shape)
+        self.dtype: np.dtype = np.dtype(dtype)
+        self.verbose: Verbose = verbose
 
     def __matmul__(self, vectors: Nested) -> Any:
         raise NotImplementedError
@@ -142,7 +144,7 @@ class LinearOperator:
             dtype=solver_dtype(self.dtype),
         )  # fmt: skip
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<{type(self).__name__} of shape {self.shape}, dtype {self.dtype}>"
 
     def _repr_html_(self):

@@ -67,7 +67,7 @@ class CurvatureOperator(AlgebraicOperator):
         owner = self._owner or type(self).__name__
         validation.require_loss(owner, loss)
         validation.require_verbose(owner, verbose)
-        self.model = require_model(owner, model)
+        self.model: keras.Layer = require_model(owner, model)
         self._parameters = Parameters(owner, self.model, variables)
         # A wrapper is compiled itself, so the compiled loss is that of `model`, not of the wrapped model.
         self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
@@ -76,8 +76,8 @@ class CurvatureOperator(AlgebraicOperator):
             owner, type(self).__name__, self.model, self._loss, self._make_spec(), self._parameters, batches, model
         )
         self._outputs = None
-        self.variables = list(self._parameters.variables)
-        self.slices = list(self._parameters.slices)
+        self.variables: list[keras.Variable] = list(self._parameters.variables)
+        self.slices: list[slice] = list(self._parameters.slices)
         super().__init__((self._parameters.size, self._parameters.size), self._parameters.dtype, verbose)
 
     @classmethod
@@ -198,7 +198,7 @@ class CurvatureOperator(AlgebraicOperator):
             raise ValueError(f"{name} expects one vector as `offset`. Received: {count} columns.")
         return parts
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         names = ", ".join(v.path for v in self.variables[:3]) + (", ..." if len(self.variables) > 3 else "")
         owner = type(self).__name__
         return f"<{owner} of {self.model.name!r} by {names}, shape {self.shape}, dtype {self.dtype}>"

@@ -34,7 +34,7 @@ class AlgebraicOperator(LinearOperator):
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor):
+    def __truediv__(self, divisor: float) -> "AlgebraicOperator":
         return self * (1.0 / divisor) if validation.is_number(divisor) else NotImplemented
 
     def __neg__(self) -> "AlgebraicOperator":
@@ -50,7 +50,7 @@ class AlgebraicOperator(LinearOperator):
         other = _as_operator(other)
         return NotImplemented if other is None else LinearCombination([(1.0, self), (-1.0, other)])
 
-    def __rsub__(self, other):
+    def __rsub__(self, other: Any) -> "AlgebraicOperator":
         other = _as_operator(other)
         return NotImplemented if other is None else LinearCombination([(1.0, other), (-1.0, self)])
 

@@ -17,7 +17,7 @@ class Derivative(keras.layers.Wrapper):
     ) -> None:
         if not isinstance(layer, keras.Layer):
             raise validation.refused(type(self).__name__, "a Keras layer or model", "layer", layer)
-        self.return_outputs = validation.require_flag(type(self).__name__, "return_outputs", return_outputs)
+        self.return_outputs: bool = validation.require_flag(type(self).__name__, "return_outputs", return_outputs)
         self._inputs = chosen_inputs.require_names(type(self).__name__, inputs)
         super().__init__(layer, **kwargs)
 

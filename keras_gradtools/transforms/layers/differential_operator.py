@@ -22,7 +22,7 @@ class DifferentialOperator(Derivative):
         **kwargs: Any,
     ) -> None:
         super().__init__(layer, return_outputs, inputs, **kwargs)
-        self.axes = None if axes is None else require_axes(type(self).__name__, axes)
+        self.axes: list[int] | None = None if axes is None else require_axes(type(self).__name__, axes)
 
     def _require_axes(self, inputs):
         if len(inputs.shape) != 2 or inputs.shape[1] is None:
