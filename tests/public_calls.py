@@ -366,7 +366,7 @@ def rows():
         "LevenbergMarquardt": (
             o.LevenbergMarquardt,
             {},
-            "damping: number, scaling: choice, max_attempts: count, allow_underdetermined: flag",
+            "damping: number, scaling: choice, max_attempts: count, geodesic_acceleration: flag",
         ),
         "Hessian": (c.Hessian, operator, {**operator_sorts, "variables": "variables?", "verbose": "bar"}),
         "GaussNewton": (c.GaussNewton, operator, {**operator_sorts, "variables": "variables?", "verbose": "bar"}),

@@ -60,7 +60,8 @@ class NewtonStep(Monitor):
         preconditioner_rank: Number of eigenvectors in the preconditioner that conjugate gradients build for the next
             steps, see `kg.optimizers.NewtonCG`.
         max_attempts: Maximum number of dampings that a step tries.
-        allow_underdetermined: Whether `"dense"` accepts data with fewer outputs than there are weights.
+        allow_underdetermined: Whether `"dense"` with the Hessian accepts data with fewer outputs than there are
+            weights. The Gauss-Newton matrix needs no such permission.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
         verbose: 1 to print a line for each step, 0 for no output.
         progress_bar: Which of the numbers the progress bar shows. Default: `newton_decrease` and `newton_damping`. See
@@ -141,9 +142,11 @@ class NewtonStep(Monitor):
         self._equations = NormalEquations(self._operator)
         if self._solver == "cg":
             self._preconditioner = recycled_preconditioner(self._operator.shape[0], self._rank, self._operator.dtype)
-        if self._solver == "dense" and not self._allow_underdetermined:
+        # The Gauss-Newton equation is solved in the space of the outputs where these are fewer.
+        is_determined = self._allow_underdetermined or self._curvature == "gauss_newton"
+        if self._solver == "dense" and not is_determined:
             require_enough_outputs(NAME, self._operator, self._operator.count_examples())
-        if self._solver == "dense":
+        if self._solver == "dense" and not self._equations.fits(self._operator.count_examples()):
             dense_memory.require_room(NAME, self._operator.shape[0], np.dtype("float64"))
         self._operator.check("product")
 

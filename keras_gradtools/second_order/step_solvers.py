@@ -9,11 +9,9 @@ from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.curvature.solvers.conjugate_gradients import conjugate_gradients
-from keras_gradtools.curvature.solvers.damped_solve import damped_solve
+from keras_gradtools.second_order.newton_equation import SMALLEST_SHARE
 
 CURVATURES = {"hessian": Hessian, "gauss_newton": GaussNewton}
-# The least damping after a rejected step, relative to the size of the curvature.
-SMALLEST_SHARE = 1e-6
 # The next conjugate gradient iterate is stored when the iteration number has grown by this factor since the last one.
 _LEAST_GROWTH = 1.5
 # Nocedal & Wright's forcing term: the relative residual is at most this, and at most the root of the gradient norm.
@@ -57,36 +55,36 @@ class Proposal(NamedTuple):
 
 
 class DenseSolver:
-    """Solves Newton's equation by factorizing the matrix, in double precision.
+    """Solves Newton's equation by factorizing its matrix, in double precision.
 
     Args:
-        system: A function without arguments that returns the loss, its gradient and the matrix.
+        system: A function without arguments that returns the loss, its gradient, and the equation: a `WeightSpace` or
+            a `ResidualSpace`.
         dtype: The dtype of the weights.
-        scaling: `"identity"`, or `"diagonal"` for Marquardt's damping with the diagonal of the matrix.
+        acceleration: A `GeodesicAcceleration`. None for none.
     """
 
-    def __init__(self, system, dtype, scaling="identity"):
-        self._system, self.dtype, self._scaling = system, np.dtype(dtype), scaling
+    def __init__(self, system, dtype, acceleration=None):
+        self._system, self.dtype, self._acceleration = system, np.dtype(dtype), acceleration
 
     def start(self, objective):
-        loss, gradient, self._matrix = self._system()
-        self._is_finite = bool(np.isfinite(self._matrix).all())
-        self._largest = float(np.abs(self._matrix).max(initial=0.0)) if self._is_finite else 0.0
+        loss, gradient, self._equation = self._system()
         return loss, np.asarray(gradient, "float64")
 
     def solve(self, gradient, damping):
-        if not self._is_finite:
+        equation = self._equation
+        if not equation.is_finite:
             return Proposal(None, 0.0, 0.0, damping, 0, 0.0)
-        matrix, right, scale = self._matrix, -gradient, None
-        if self._scaling == "diagonal":
-            diagonal = np.abs(np.diag(matrix)).astype("float64")
-            scale = 1.0 / np.sqrt(np.maximum(diagonal, SMALLEST_SHARE * (self._largest or 1.0)))
-            matrix, right = scale[:, None] * matrix * scale, scale * right
-        solution = damped_solve(matrix, right, damping)
-        step = solution.x if scale is None else scale * solution.x
-        curved = dot(step, self._matrix @ step)
-        size = self._largest if scale is None else 1.0
-        return Proposal(step, dot(gradient, step), curved, solution.damping, 0, size)
+        step, damping = equation.solve(damping)
+        slope, curved = dot(gradient, step), equation.curved(step)
+        proposal = Proposal(step, slope, curved, damping, 0, equation.size)
+        if self._acceleration is None or not step.any():
+            return proposal
+        accelerated = self._acceleration.of(equation, step, damping)
+        if accelerated is None:
+            return proposal
+        # The correction follows the model, not the loss: the decrease that is predicted stays that of the step.
+        return proposal._replace(step=accelerated, shorter=((step, slope, curved),))
 
 
 class ConjugateGradientsSolver:

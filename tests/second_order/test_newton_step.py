@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_gradtools.second_order.newton_equation import WeightSpace
 from keras_gradtools.second_order.newton_step import StepReason, newton_step
 from keras_gradtools.second_order.step_solvers import DenseSolver, Proposal
 
@@ -19,7 +20,8 @@ class Valley:
         return self.loss(offset), np.array([HEIGHT * np.tanh(self._x(offset))])
 
     def system(self):
-        return (*self.loss_and_gradient(), np.array([[HEIGHT / np.cosh(START) ** 2]]))
+        loss, gradient = self.loss_and_gradient()
+        return loss, gradient, WeightSpace(np.array([[HEIGHT / np.cosh(START) ** 2]]), gradient)
 
     def _x(self, offset):
         return START if offset is None else START + float(offset[0])
@@ -54,5 +56,9 @@ class TestBelowRounding:
             def loss_and_gradient(self, offset=None):
                 return 1.0, np.array([1e-12 if offset is None else 2e-12])
 
-        found = newton_step(Flat(), DenseSolver(lambda: (1.0, np.array([1e-12]), np.eye(1)), "float32"), 1e-3)
+        def system():
+            gradient = np.array([1e-12])
+            return 1.0, gradient, WeightSpace(np.eye(1), gradient)
+
+        found = newton_step(Flat(), DenseSolver(system, "float32"), 1e-3)
         assert found.reason == StepReason.VANISHED and found.step is None and found.damping == 1e-3

@@ -232,13 +232,13 @@ class CurvatureOperator(AlgebraicOperator):
             self._sums.draws = other._sums.draws
         return other
 
-    def compute(self, what: Any, body: Any, batch: Any) -> Any:
-        """Runs `body(spec, loss, parameters, model, batch)` compiled, with the random numbers of this operator.
+    def compute(self, what: Any, body: Any, batch: Any, *args: Any) -> Any:
+        """Runs `body(spec, loss, parameters, model, batch, *args)` compiled, with the random numbers of this operator.
 
         `what` identifies the program in the cache. `spec` is the `OfBatch` of the operator, `loss` its `BatchLoss`, and
         `parameters` its `Parameters`.
         """
-        return self._sums.run(what, body, on_devices(batch))
+        return self._sums.run(what, body, on_devices(batch), *args)
 
     def draw_anew(self) -> None:
         """Takes the current states of the model's seeds, so that dropout uses new masks from here on.
