@@ -1,6 +1,7 @@
 """The guide's notebooks and the lines of plain TensorFlow, JAX or torch beside them run, and give what they say.
 
-A line that ends with `# -> value` is compared with that value, or `# -> raises Name` with the class of its error.
+A statement with `# -> value` behind it or on the next line is compared with that value, and one with `# -> raises Name`
+must raise an error of that class.
 """
 
 import ast
@@ -45,7 +46,8 @@ def run(blocks, name):
         # Compilers read the source of functions.
         linecache.cache[file] = len(code), None, code.splitlines(True), file
         for statement in ast.parse(code).body:
-            expected = lines[statement.end_lineno - 1].partition("  # -> ")[2]
+            last, following = [*lines, ""][statement.end_lineno - 1 :][:2]
+            expected = last.partition("  # -> ")[2] or following.removeprefix("# -> ") * following.startswith("# -> ")
             where = f"{file}: {lines[statement.lineno - 1]}"
             if expected.startswith("raises "):
                 with pytest.raises(Exception) as raised:
@@ -86,7 +88,7 @@ def in_a_new_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_cells_give_what_they_say(page):
     blocks = cells(text_of(page))
-    assert "".join(blocks).count("  # -> ") >= 3
+    assert "".join(blocks).count("# -> ") >= 3
     run(blocks, page)
 
 
@@ -97,7 +99,7 @@ TABS = [(page, number) for page in PAGES for number, _ in enumerate(tab_sets(tex
 def test_tabs_give_what_they_say(page, number, backend):
     tabs = list(tab_sets(text_of(page)))[number]
     assert list(tabs) == FRAMEWORKS
-    assert all("  # -> " in code for code in tabs.values())
+    assert all("# -> " in code for code in tabs.values())
     run([tabs[backend]], f"{page}, tabs {number}")
 
 
