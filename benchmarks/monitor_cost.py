@@ -32,6 +32,12 @@ def monitors(x, y):
         **{
             f"CurvatureMonitor, {n} examples": kg.callbacks.CurvatureMonitor((x[:n], y[:n])) for n in CURVATURE_EXAMPLES
         },
+        **{
+            f"CurvatureMonitor, critical sharpness alone, {n} examples": kg.callbacks.CurvatureMonitor(
+                (x[:n], y[:n]), quantities="critical_sharpness"
+            )
+            for n in CURVATURE_EXAMPLES
+        },
         **{f"BatchJacobianMonitor, {n} examples": kg.callbacks.BatchJacobianMonitor(x[:n]) for n in JACOBIAN_EXAMPLES},
         **{
             f"BatchJacobianMonitor, {n} examples, without local_lipschitz": kg.callbacks.BatchJacobianMonitor(

@@ -419,6 +419,11 @@ def rows():
             {"points": 2},
             "directions: directions?, distance: number, points: count, seed: seed",
         ),
+        "critical_sharpness": (
+            lambda **options: c.critical_sharpness(hessian_operator(), **options),
+            {},
+            "direction: vector?, start: number?, tol: number",
+        ),
         "conjugate_gradients": (
             c.conjugate_gradients,
             {"a": matrix, "b": np.ones(3)},

@@ -1,5 +1,6 @@
 """Curvature matrices of a loss with respect to the weights of a model: products, spectra, traces, linear solvers."""
 
+from keras_gradtools.curvature.estimators.critical_sharpness import CriticalSharpness, critical_sharpness
 from keras_gradtools.curvature.estimators.diagonal import diagonal
 from keras_gradtools.curvature.estimators.eigenvalues import EigenvalueConvergenceError, eigsh
 from keras_gradtools.curvature.estimators.estimate import Estimate
@@ -15,6 +16,7 @@ from keras_gradtools.curvature.solvers.damped_solve import DampedSolution, dampe
 
 __all__ = [
     "ConjugateGradientsResult",
+    "CriticalSharpness",
     "CurvatureOperator",
     "DampedSolution",
     "EigenvalueConvergenceError",
@@ -25,6 +27,7 @@ __all__ = [
     "LossSurface",
     "SpectralDensity",
     "conjugate_gradients",
+    "critical_sharpness",
     "damped_solve",
     "diagonal",
     "eigsh",

@@ -10,13 +10,16 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.annotations import Data, Loss, Variables
+from keras_gradtools.curvature.estimators.critical_sharpness import along
 from keras_gradtools.curvature.estimators.estimate import Estimate
 from keras_gradtools.curvature.estimators.spectrum_ends import spectrum_ends
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.training.loss_on_data import LossOnData
 from keras_gradtools.training.monitor import Monitor
+from keras_gradtools.training.quantities import require_quantities
 
 NAME = "CurvatureMonitor"
+QUANTITIES = ("eigenvalues", "critical_sharpness")
 # Matrices up to size `_SMALL` are formed. After `_MOST_PRODUCTS` products, eigenvalues are logged even if they have not
 # converged.
 _SMALL, _MOST_PRODUCTS = 16, 60
@@ -32,6 +35,9 @@ class CurvatureMonitor(Monitor):
     - `hessian_trace` and `hessian_trace_error`, an estimate of the trace and its standard error.
     - `sharpness_times_learning_rate`. Gradient descent is stable if it is below 2.
     - `gradient_norm`, the norm of the gradient over the data.
+    - `critical_sharpness`, only if `quantities` names it: the sharpness along the gradient, from a gradient and less
+      than ten evaluations of the loss, see `kg.curvature.critical_sharpness`. A step of gradient descent raises the
+      loss if the learning rate times this is above 2.
 
     The values appear in the `History`, `CSVLogger` and `TensorBoard`, and the most important ones in the progress bar.
     Callbacks after this one in the list can use all of them, if you give them a direction:
@@ -46,6 +52,8 @@ class CurvatureMonitor(Monitor):
         loss: A loss as `compile` takes it. Default: the compiled loss, without the terms that a wrapper of `kg.models`
             adds.
         training: Whether the model is called in training mode.
+        quantities: `"eigenvalues"`, which includes the trace, `"critical_sharpness"`, or both. Critical sharpness alone
+            is cheap enough for every epoch of a training.
         tol: Tolerance for both eigenvalues, relative to the larger magnitude of the two. It is checked with error
             estimates. If an eigenvalue has close neighbors, the error may be a few times larger.
         trace_matvecs: Number of products for the trace in addition to those for the eigenvalues, 2 or more. 0 leaves
@@ -53,7 +61,8 @@ class CurvatureMonitor(Monitor):
             the eigenvalues. Inside it, the trace is exact.
         seed: An integer that seeds the random vectors. They are the same in every measurement.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
-        progress_bar: Which of the numbers the progress bar shows. Default: `hessian_max_eigenvalue`. See
+        progress_bar: Which of the numbers the progress bar shows. Default: `hessian_max_eigenvalue` and
+            `critical_sharpness`. See
             `kg.callbacks.Monitor`.
 
     Attributes:
@@ -67,7 +76,8 @@ class CurvatureMonitor(Monitor):
         For each measurement, a gradient, 5 to 20 products for the eigenvalues and `trace_matvecs` for the trace, about
         two gradients each. The eigenvectors of the last measurement are the starting point. An eigenvalue that has not
         converged after 60 products is logged without a warning. For at most 16 weights, or `trace_matvecs` if that is
-        more, the matrix is formed and all values are exact.
+        more, the matrix is formed and all values are exact. Critical sharpness takes a gradient and less than ten
+        evaluations of the loss.
 
     Example:
 
@@ -86,7 +96,7 @@ class CurvatureMonitor(Monitor):
     (arXiv:2103.00065, 2021) for the sharpness times the learning rate. See `kg.curvature` for the estimators.
     """
 
-    KEY_NUMBERS: tuple[str, ...] = ("hessian_max_eigenvalue",)
+    KEY_NUMBERS: tuple[str, ...] = ("hessian_max_eigenvalue", "critical_sharpness")
 
     def __init__(
         self,
@@ -96,6 +106,7 @@ class CurvatureMonitor(Monitor):
         variables: Variables = None,
         loss: Loss = None,
         training: bool = False,
+        quantities: str | Sequence[str] = "eigenvalues",
         tol: float = 1e-2,
         trace_matvecs: int = 4,
         seed: int = 0,
@@ -103,6 +114,7 @@ class CurvatureMonitor(Monitor):
         progress_bar: bool | Sequence[str] | None = None,
     ) -> None:
         super().__init__(every, progress_bar=progress_bar)
+        self._quantities = require_quantities(NAME, quantities, QUANTITIES) or QUANTITIES[:1]
         self._tol = validation.require_number(NAME, "tol", tol, above=0, below=1)
         self._seed = validation.require_seed(NAME, seed)
         if not validation.is_count(trace_matvecs, 0) or trace_matvecs == 1:
@@ -112,11 +124,12 @@ class CurvatureMonitor(Monitor):
         self._operator: Any = None
         self._start: Any = None
         self._can_start_spectrum: bool | None = None
+        self._critical_step: float | None = None
 
     def begin(self) -> None:
         self._operator = self._loss_on_data.operator(Hessian, self.model)
-        self._operator.check("product")
-        self._start = self._can_start_spectrum = None
+        self._operator.check("product" if "eigenvalues" in self._quantities else "gradient")
+        self._start = self._can_start_spectrum = self._critical_step = None
 
     def measure(self) -> dict[str, Any]:
         return self.attempt("the curvature", self._measured) or {}
@@ -125,6 +138,17 @@ class CurvatureMonitor(Monitor):
         self._operator = None
 
     def _measured(self):
+        found = self._of_eigenvalues() if "eigenvalues" in self._quantities else {}
+        return found | self._of_gradient() if "critical_sharpness" in self._quantities else found
+
+    def _of_gradient(self):
+        loss, gradient = self._operator.loss_and_gradient()
+        found = along(self._operator, loss, gradient, self._critical_step)
+        # The step of the last measurement is close to the next one.
+        self._critical_step = found.step if math.isfinite(found.step) else None
+        return {"critical_sharpness": found.value, "gradient_norm": float(np.linalg.norm(gradient.astype("float64")))}
+
+    def _of_eigenvalues(self):
         hessian = self._operator
         smallest, largest, trace, gradient_norm = self._spectrum(hessian)
         if gradient_norm is None:
