@@ -62,7 +62,7 @@ def measured(model: keras.Model, x: np.ndarray, y: np.ndarray) -> list[float]:
     report = kg.diagnostics.batch_independence(model, x)
     jacobian = kg.batch_jacobian(model, mode="reverse")(x)
     trainer = kg.models.SecondOrder(model)
-    trainer.compile(kg.optimizers.LevenbergMarquardt(scaling="diagonal", allow_underdetermined=True), "mse")
+    trainer.compile(kg.optimizers.LevenbergMarquardt(scaling="diagonal"), "mse")
     trainer.fit(x, y, verbose=0)
     last = trainer.last_step
     found = [float(values[0]), float(estimate.value), float(spectrum.spectral_norm.max()), float(ops.sum(jacobian))]

@@ -32,7 +32,7 @@ class Counted(Known):
         return super().__matmul__(v)
 
     @contextlib.contextmanager
-    def _progress(self, what, total):
+    def _progress(self, what, total, unit="product"):
         self.total = total
         yield self
 
