@@ -164,7 +164,8 @@ class Steep(hijax.VJPHiPrimitive):
     def expand(self, x):
         return jnp.sin(x)
 
-    def vjp_fwd(self, nonzeros, x):
+    def vjp_fwd(self, *args):
+        x = args[-1]  # after `nonzeros` from JAX 0.9 on
         return self(x), x
 
     def vjp_bwd_retval(self, x, u):
