@@ -182,6 +182,8 @@ def steep(x):
 @pytest.fixture(params=["VJPHiPrimitive", "jax_custom_vjp3"])
 def hundred(request):
     if request.param == "VJPHiPrimitive":
+        if not hasattr(hijax, "VmapOf"):
+            pytest.skip("before JAX 0.9, these primitives have no translation for `jit`, and none under `vmap`")
         yield steep
         return
     if not hasattr(jax.config, "jax_custom_vjp3"):
