@@ -32,6 +32,7 @@ EXAMPLES, STEPS = 240, 5
 # devices a hundred times.
 OPTIMIZERS = {
     "Newton": lambda: kg.optimizers.Newton(damping=0.1),
+    "LBFGS": lambda: kg.optimizers.LBFGS(),
     "NewtonCG": lambda: kg.optimizers.NewtonCG(damping=1.0, max_iterations=20),
     # With a preconditioner, devices may stop one product earlier or later. A small `rtol` keeps the effect small.
     "NewtonCG, Gauss-Newton": lambda: kg.optimizers.NewtonCG(damping=0.5, curvature="gauss_newton", rtol=1e-5),

@@ -355,6 +355,7 @@ def rows():
             {},
             "damping: number, max_attempts: count, allow_underdetermined: flag, learning_rate: number",
         ),
+        "LBFGS": (o.LBFGS, {}, "memory: count, max_evaluations: count"),
         "NewtonCG": (
             o.NewtonCG,
             {},

@@ -11,7 +11,7 @@ from keras_gradtools import backend, nesting, validation
 from keras_gradtools.annotations import Function, Nested
 from keras_gradtools.curvature.data.batches import batch_size_of, refuse_non_finite
 from keras_gradtools.keras_state.layer_state import state_variables
-from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason, newton_step
+from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason
 from keras_gradtools.second_order.normal_equations import NormalEquations
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
 from keras_gradtools.training.undone_by_errors import undone_by_errors
@@ -131,13 +131,7 @@ class SecondOrder(WrappedModel):
         problem, optimizer = self._problem, self.optimizer
         operator = problem.operator.of_batch(batch)
         optimizer.require_enough_outputs(problem.operator, batch_size_of(batch))
-        found = newton_step(
-            operator,
-            optimizer.solver(operator, problem.equations),
-            optimizer.damping,
-            scale=float(ops.convert_to_numpy(optimizer.learning_rate)),
-            max_attempts=optimizer.max_attempts,
-        )
+        found = optimizer.take_step(operator, problem.equations)
         if found.reason == StepReason.NOT_FINITE:
             refuse_non_finite(NAME, [batch])
             self._warn(found.message)

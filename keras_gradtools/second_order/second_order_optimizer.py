@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.annotations import Schedule
+from keras_gradtools.second_order.newton_step import NewtonStepResult, newton_step
 from keras_gradtools.second_order.step_solvers import require_enough_outputs
 
 
@@ -45,6 +46,16 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         `operator` is the operator of one batch, `equations` the `NormalEquations` that all batches share.
         """
         raise NotImplementedError
+
+    def take_step(self, operator: Any, equations: Any) -> NewtonStepResult:
+        """Computes the step for one batch. The weights do not change."""
+        return newton_step(
+            operator,
+            self.solver(operator, equations),
+            self.damping,
+            scale=float(ops.convert_to_numpy(self.learning_rate)),
+            max_attempts=self.max_attempts,
+        )
 
     def require_enough_outputs(self, operator: Any, examples: int) -> None:
         """Raises `ValueError` if the method cannot take a step on a batch of so few examples."""
