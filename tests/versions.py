@@ -35,7 +35,7 @@ class Row(typing.NamedTuple):
 ROWS = (
     Row("tensorflow", "oldest", ("keras==3.10.0", "numpy==1.26.4", "tensorflow==2.18.0")),
     Row("tensorflow", "newest", ("keras", "numpy", "tensorflow")),
-    Row("jax", "oldest", ("keras==3.10.0", "jax==0.9.0", "jaxlib==0.9.0")),
+    Row("jax", "oldest", ("keras==3.10.0", "jax==0.8.2", "jaxlib==0.8.2")),
     Row("jax", "newest", ("keras", "numpy", "jax")),
     # One torch: the one that the development environment has too, as others may come with gigabytes of CUDA.
     Row("torch", "oldest", ("keras==3.10.0", "torch==2.13.0")),
