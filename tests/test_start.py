@@ -64,9 +64,15 @@ def test_an_error_says_what_to_set(installed, options, message, tmp_path):
 
 
 START = """
+import importlib.machinery
 import sys
-for name in sys.argv[1:]:
-    sys.modules[name] = None
+
+class Others(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, *args):
+        return None if name.partition(".")[0] in sys.argv[1:] else super().find_spec(name, *args)
+
+sys.meta_path[:] = [Others if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 import keras_gradtools
 import keras
 print(keras.config.backend())
