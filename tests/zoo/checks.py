@@ -14,8 +14,12 @@ import keras_gradtools as kg
 STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 # Parts of some models compute in single precision, whatever the policy.
 RTOL, ATOL = 2e-3, 1e-6
-# A noise scale where three examples leave no gradient above the noise; a condition number of a singular Jacobian.
-MAY_BE_INFINITE = ("gradient_noise_scale", "jacobian_condition_number_median")
+# A noise scale where three examples leave no gradient above the noise; a condition number of a singular Jacobian; the
+# ratio of a step that was not taken.
+MAY_BE_INFINITE = ("gradient_noise_scale", "jacobian_condition_number_median", "newton_ratio")
+
+# Outputs of a model whose derivatives single precision no longer holds.
+EXPLODED = 1e10
 
 
 class Found(NamedTuple):
@@ -239,6 +243,9 @@ def _monitored(specimen, callback, names):
     if not found:
         return Found("error", "nothing was logged")
     bad = [name for name, value in found.items() if not np.isfinite(value) and name not in MAY_BE_INFINITE]
+    outputs = numbers(keras.tree.flatten(model(specimen.x, training=False))[0])
+    if bad and not np.abs(outputs).max() < EXPLODED:
+        return Found("unclear", f"the model itself returns NaN, or more than {EXPLODED:g}, after its training step")
     return Found("wrong" if bad else "right", f"not finite: {bad}" if bad else "")
 
 
