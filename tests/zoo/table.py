@@ -8,8 +8,9 @@ PAGE = ROOT / "docs" / "zoo.md"
 HEAD = """# The zoo
 
 This page shows which models the package was tried with, and what works for them: small configurations of the backbones
-of keras_hub, the models of keras.applications, and models like those of Keras' public examples. `python -m tests.zoo.run` tries them, and continues where
-it stopped. The backbones need `pip install "keras-gradtools[zoo]"`. `python -m tests.zoo.table` writes this page.
+of keras_hub, the models of keras.applications, and models like those of Keras' public examples.
+`python -m tests.zoo.run` tries them, and continues where it stopped. The backbones need
+`pip install "keras-gradtools[zoo]"`. `python -m tests.zoo.table` writes this page.
 
 A cell that was not tried on a backend is empty, and a model that was not tried at all has no row. The models of
 keras.applications have random weights, and the statistics that random images give them: with those of a new model,
