@@ -1,6 +1,6 @@
 """Plots of gradients, Jacobians, curvature and robustness. They need matplotlib: `keras-gradtools[plots]`."""
 
-from keras_gradtools.attacks.plots import plot_robustness
+from keras_gradtools.attacks.plots import plot_penalty_weight_sweep, plot_robustness
 from keras_gradtools.curvature.plots import (
     plot_eigenvalue_history,
     plot_hessian,
@@ -18,6 +18,7 @@ __all__ = [
     "plot_hessian",
     "plot_jacobians",
     "plot_loss_surface",
+    "plot_penalty_weight_sweep",
     "plot_robustness",
     "plot_singular_values",
     "plot_spectral_density",

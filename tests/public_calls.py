@@ -119,6 +119,10 @@ def rows():
     surface = c.LossSurface(np.arange(3.0), np.arange(3.0), np.arange(9.0).reshape(3, 3), np.ones(2))
     distances = np.ones(4)
     report = a.RobustnessReport(distances > 0, *[distances] * 6, 1.0, 1.0, 2)
+    found = np.array([[1.0], [0.9]])
+    sweep = kg.regularization.PenaltyWeightSweep(
+        np.array([0.0, 0.1]), found, found, found[:, 0] > 1, max_drop=0.1, epsilon=0.1, norm=2, examples=10
+    )
     common = {"model": model(), "x": X}
     batches = {"data": (X, X[:, :2])}
     operator = {"model": model(), "loss": "mse", **batches}
@@ -303,6 +307,23 @@ def rows():
         ),
         "robustness_metrics": attack_row(a.robustness_metrics, metric_sorts, epsilons=(0.1,)),
         "robustness_report": attack_row(a.robustness_report, report_sorts),
+        "penalty_weight_sweep": (
+            kg.regularization.penalty_weight_sweep,
+            {
+                "train": lambda weight: classifier(),
+                "penalty_weights": [0.1],
+                "x": PICTURES,
+                "y": Y,
+                "steps": 1,
+                "verbose": 0,
+            },
+            {
+                **without(ATTACK_SORTS, "model"),
+                "train": "function",
+                "penalty_weights": "epsilons",
+                "max_drop": "number",
+            },
+        ),
         "FGSM": (a.FGSM, {"epsilon": 0.1}, "epsilon: number, norm: choice, clip: clip?, targeted: flag"),
         "PGD": (
             a.PGD,
@@ -552,5 +573,6 @@ def rows():
             {"layers": {"a": [1.0], "b": [2.0]}},
             "layers: structure, quantity: choice",
         ),
+        "plot_penalty_weight_sweep": (pl.plot_penalty_weight_sweep, {"sweep": sweep}, "sweep: model"),
         "plot_robustness": (pl.plot_robustness, {"report": report}, "report: model"),
     }

@@ -1,4 +1,4 @@
-"""Plots of the distances from examples to a misclassification."""
+"""Plots of robustness: distances to a misclassification, and accuracies over the weight of a penalty."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -90,3 +90,66 @@ _DISTANCES = {
     "lipschitz_bound": "bound by slope (sampled)",
     "attack": "attack",
 }
+
+
+def plot_penalty_weight_sweep(sweep, ax=None):
+    """Plots the accuracies of a `kg.regularization.penalty_weight_sweep` over the weight of the penalty.
+
+    The weights are evenly spaced. The bars are standard errors over the examples. A vertical line marks the suggested
+    weight, and a dotted line the lowest accuracy without an attack that it may have. Crosses mark models with masked
+    gradients.
+
+    Args:
+        sweep: A `kg.regularization.PenaltyWeightSweep`.
+        ax: The matplotlib Axes to draw on. By default, the current one.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: If `sweep` is not a sweep.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> import matplotlib
+    >>> matplotlib.use("agg")
+    >>> import numpy as np
+    >>> import keras_gradtools as kg
+    >>> weights, clean, attacked = np.array([[0.0, 0.1], [0.99, 0.99], [0.5, 0.8]])
+    >>> masked = np.array([False, False])
+    >>> sweep = kg.regularization.PenaltyWeightSweep(
+    ...     weights, clean[:, None], attacked[:, None], masked, max_drop=0.01, epsilon=0.1, norm="inf", examples=100
+    ... )
+    >>> ax = kg.plots.plot_penalty_weight_sweep(sweep)
+    >>> [label.get_text() for label in ax.get_xticklabels()]
+    ['0', '0.1']
+
+    Source: As for `kg.regularization.penalty_weight_sweep`.
+    """
+    if not hasattr(sweep, "standard_errors"):
+        raise ValueError(
+            "plot_penalty_weight_sweep expects the result of kg.regularization.penalty_weight_sweep. Received: "
+            f"{validation.describe(sweep)}."
+        )
+    pyplot = pyplot_or_error()
+    ax = pyplot.gca() if ax is None else ax
+    places = np.arange(len(sweep.penalty_weights))
+    for label, accuracies, style in (("clean", sweep.clean, "o-"), ("under attack", sweep.attacked, "s--")):
+        mean, error = 100 * accuracies.mean(axis=1), 100 * sweep.standard_errors(accuracies)
+        ax.errorbar(places, mean, error, fmt=style, markersize=5, capsize=3, linewidth=1.5, label=label)
+    foreground = pyplot.rcParams["axes.labelcolor"]
+    if sweep.masked.any():
+        masked = 100 * sweep.attacked.mean(axis=1)[sweep.masked]
+        ax.plot(places[sweep.masked], masked, "x", color=foreground, markersize=10, label="masked gradients")
+    lowest = 100 * (sweep.clean[0].mean() - sweep.max_drop)
+    ax.axhline(lowest, color=foreground, linestyle=":", linewidth=1, label="lowest clean accuracy allowed")
+    suggested = places[sweep.penalty_weights == sweep.suggestion][0]
+    ax.axvline(suggested, color=foreground, linestyle="-.", linewidth=1, label=f"suggested: {sweep.suggestion:g}")
+    ax.set_xticks(places, [f"{weight:g}" for weight in sweep.penalty_weights])
+    norm = "l-infinity" if sweep.norm == "inf" else "l2"
+    ax.set(xlabel="weight of the penalty", ylabel="accuracy (%)")
+    ax.set_title(f"Accuracy over the weight, PGD up to {sweep.epsilon:g} ({norm})")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return ax
