@@ -13,16 +13,16 @@ import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Arrays this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import keras_gradtools as kg  # before Keras: it starts the backend that is installed
+
+# isort: split
 import keras
 import numpy as np
 from keras import ops
-
-import keras_gradtools as kg
 
 PARAMETERS = ("kernel 1", "bias 1", "kernel 2", "bias 2")
 

@@ -17,16 +17,16 @@ import subprocess
 import sys
 import typing
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The devices share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import keras_gradtools as kg  # before Keras: it starts the backend that is installed
+
+# isort: split
 import keras
 import numpy as np
 from keras import layers
-
-import keras_gradtools as kg
 
 STEPS = 10
 BATCH_SIZE = 64

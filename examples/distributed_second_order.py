@@ -13,16 +13,16 @@ import os
 import pathlib
 import sys
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The devices share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import keras_gradtools as kg  # before Keras: it starts the backend that is installed
+
+# isort: split
 import keras
 import numpy as np
 from keras import layers
-
-import keras_gradtools as kg
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 from distributed import LAUNCHERS

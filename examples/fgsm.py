@@ -9,15 +9,15 @@ import argparse
 import os
 import pathlib
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import keras_gradtools as kg  # before Keras: it starts the backend that is installed
+
+# isort: split
 import keras
 import numpy as np
 from keras import layers, ops
-
-import keras_gradtools as kg
 
 EPSILONS = (0.0, 0.1, 0.2, 0.3)
 

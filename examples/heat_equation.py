@@ -15,16 +15,16 @@ import os
 import pathlib
 import time
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Models this small do not profit from several threads, and slow down if the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import keras_gradtools as kg  # before Keras: it starts the backend that is installed
+
+# isort: split
 import keras
 import numpy as np
 from keras import layers, ops
-
-import keras_gradtools as kg
 
 DIFFUSIVITY = 0.1
 POINTS = 500

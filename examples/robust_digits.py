@@ -11,15 +11,15 @@ import os
 import pathlib
 import time
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import keras_gradtools as kg  # before Keras: it starts the backend that is installed
+
+# isort: split
 import keras
 import numpy as np
 from keras import layers
-
-import keras_gradtools as kg
 
 BATCH_SIZE = 64
 STRENGTH = 0.1

@@ -8,12 +8,16 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.attacks.robustness_metrics import RobustnessMetrics
+from keras_gradtools.display.html import Table
+from keras_gradtools.display.progress import Progress
+from keras_gradtools.display.results import displayed
 
 NAME = "penalty_weight_sweep"
 # Differences of accuracies below this are rounding.
 _ROUNDING = 1e-9
 
 
+@displayed
 @dataclasses.dataclass(frozen=True, eq=False)
 class PenaltyWeightSweep:
     """The result of `kg.regularization.penalty_weight_sweep`.
@@ -61,28 +65,37 @@ class PenaltyWeightSweep:
         share = accuracies.mean(axis=1)
         return np.sqrt(share * (1.0 - share) / self.examples)
 
+    def _parts(self):
+        return [self._title(), Table(list(self._rows()), ("weight", "clean", "attacked", "")), *self._remarks()]
+
     def __str__(self):
-        norm = "l-infinity" if self.norm == "inf" else "l2"
-        count = self.clean.shape[1]
-        lines = [
-            f"{self.examples} examples, PGD up to {self.epsilon:g} ({norm}), {count} training{'s'[: count > 1]} for "
-            "each weight",
-            f"{'weight':>10}{'clean':>10}{'attacked':>10}",
+        rows = [("weight", "clean", "attacked", ""), *self._rows()]
+        table = [
+            f"{weight:>10}{clean:>10}{attacked:>10}  {remark}".rstrip() for weight, clean, attacked, remark in rows
         ]
-        rows = zip(self.penalty_weights, self.clean.mean(axis=1), self.attacked.mean(axis=1), self.masked, strict=True)
-        for weight, clean, attacked, masked in rows:
-            remark = "  gradients are masked" if masked else "  suggested" if weight == self.suggestion else ""
-            lines.append(f"{weight:10g}{clean:10.1%}{attacked:10.1%}{remark}")
+        return "\n".join([self._title(), *table, *self._remarks()])
+
+    def _title(self):
+        norm, count = "l-infinity" if self.norm == "inf" else "l2", self.clean.shape[1]
+        trainings = f"{count} training{'s'[: count > 1]}"
+        return f"{self.examples} examples, PGD up to {self.epsilon:g} ({norm}), {trainings} for each weight"
+
+    def _rows(self):
+        found = zip(self.penalty_weights, self.clean.mean(axis=1), self.attacked.mean(axis=1), self.masked, strict=True)
+        for weight, clean, attacked, masked in found:
+            remark = "gradients are masked" if masked else "suggested" if weight == self.suggestion else ""
+            yield f"{weight:g}", f"{clean:.1%}", f"{attacked:.1%}", remark
+
+    def _remarks(self):
         error = max(self.standard_errors(self.clean).max(), self.standard_errors(self.attacked).max())
-        lines.append(
+        yield (
             f"Suggested weight: {self.suggestion:g}, which loses at most {100 * self.max_drop:g} points without an "
             f"attack. Standard error of an accuracy: at most {100 * error:.1f} points."
         )
         if self.suggestion == self.penalty_weights[-1]:
-            lines.append("It is the largest weight of the sweep: try larger ones.")
+            yield "It is the largest weight of the sweep: try larger ones."
         elif self.suggestion == 0:
-            lines.append("No weight of the sweep is better than 0: try smaller ones.")
-        return "\n".join(lines)
+            yield "No weight of the sweep is better than 0: try smaller ones."
 
 
 def penalty_weight_sweep(
@@ -129,7 +142,7 @@ def penalty_weight_sweep(
         steps: Number of steps of each PGD run.
         restarts: Number of PGD runs on the cross-entropy and on the margin.
         batch_size: Number of examples per batch of the attack.
-        verbose: 1 or `"auto"` for a progress bar of the trainings, 0 for none.
+        verbose: 1 for a progress bar of the trainings, 0 for none, `"auto"` for one if they take more than 3 seconds.
         inputs: As in `kg.attacks.robustness_metrics`.
 
     Returns:
@@ -168,24 +181,20 @@ def penalty_weight_sweep(
     metrics = RobustnessMetrics(
         [epsilon], norm, clip, steps, restarts, jacobian=False, batch_size=batch_size, owner=NAME, inputs=inputs
     )
-    bar = keras.utils.Progbar(
-        len(weights) * len(seeds),
-        verbose=int(bool(verbose)),
-        unit_name="training",
-        stateful_metrics=["weight", "clean", "attacked"],
-    )
     examples = 0
     found = np.empty((3, len(weights), len(seeds)))
-    for number, (row, column) in enumerate(np.ndindex(found.shape[1:]), 1):
-        keras.utils.set_random_seed(seeds[column])
-        model = _trained(train, weights[row])
-        examples = len(metrics.require_examples(model, x, y).y)
-        measured, _ = metrics.measure(model, x, y)
-        clean, attacked = measured["clean_accuracy"], measured[f"pgd_{epsilon:g}_accuracy"]
-        found[:, row, column] = clean, attacked, measured["masked_gradients"]
-        bar.update(number, [("weight", weights[row]), ("clean", clean), ("attacked", attacked)])
+    with Progress(found[0].size, "sweep of the weight of a penalty", verbose, "training") as progress:
+        for row, column in np.ndindex(found.shape[1:]):
+            keras.utils.set_random_seed(seeds[column])
+            model = _trained(train, weights[row])
+            examples = len(metrics.require_examples(model, x, y).y)
+            measured, _ = metrics.measure(model, x, y)
+            clean, attacked = measured["clean_accuracy"], measured[f"pgd_{epsilon:g}_accuracy"]
+            found[:, row, column] = clean, attacked, measured["masked_gradients"]
+            progress.note(f"weight {weights[row]:g}: {clean:.1%} clean, {attacked:.1%} attacked")
+            progress.update()
     clean, attacked, signs = found
-    masked = signs.any(axis=1)
+    masked = np.asarray(signs.any(axis=1))
     return PenaltyWeightSweep(np.asarray(weights), clean, attacked, masked, max_drop, epsilon, norm, examples)
 
 

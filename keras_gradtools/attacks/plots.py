@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.annotations import Axes
-from keras_gradtools.drawing.pyplot import panels
+from keras_gradtools.drawing.pyplot import current_axes, panels
 from keras_gradtools.drawing.styles import legend_above_curves, series_style, text_color
 
 
@@ -132,13 +132,12 @@ def plot_penalty_weight_sweep(sweep, ax=None):
             "plot_penalty_weight_sweep expects the result of kg.regularization.penalty_weight_sweep. Received: "
             f"{validation.describe(sweep)}."
         )
-    pyplot = pyplot_or_error()
-    ax = pyplot.gca() if ax is None else ax
+    ax = current_axes(ax)
     places = np.arange(len(sweep.penalty_weights))
-    for label, accuracies, style in (("clean", sweep.clean, "o-"), ("under attack", sweep.attacked, "s--")):
+    for number, (label, accuracies) in enumerate((("clean", sweep.clean), ("under attack", sweep.attacked))):
         mean, error = 100 * accuracies.mean(axis=1), 100 * sweep.standard_errors(accuracies)
-        ax.errorbar(places, mean, error, fmt=style, markersize=5, capsize=3, linewidth=1.5, label=label)
-    foreground = pyplot.rcParams["axes.labelcolor"]
+        ax.errorbar(places, mean, error, markersize=5, capsize=3, label=label, **series_style(number))
+    foreground = text_color(ax)
     if sweep.masked.any():
         masked = 100 * sweep.attacked.mean(axis=1)[sweep.masked]
         ax.plot(places[sweep.masked], masked, "x", color=foreground, markersize=10, label="masked gradients")
@@ -151,5 +150,5 @@ def plot_penalty_weight_sweep(sweep, ax=None):
     ax.set(xlabel="weight of the penalty", ylabel="accuracy (%)")
     ax.set_title(f"Accuracy over the weight, PGD up to {sweep.epsilon:g} ({norm})")
     ax.grid(alpha=0.3)
-    ax.legend()
+    legend_above_curves(ax, 2)
     return ax

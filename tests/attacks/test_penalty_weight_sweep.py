@@ -58,7 +58,7 @@ def test_all_weights_start_from_the_same_seed():
         drawn.append((penalty_weight, float(keras.random.uniform(()))))
         return train(penalty_weight)
 
-    found = penalty_weight_sweep(drawing, [0.25], X, Y, EPSILON, seeds=[3, 4], steps=1, verbose=0)
+    found = penalty_weight_sweep(drawing, [0.25], X, Y, EPSILON, seeds=[3, 4], steps=3, verbose=0)
     assert [weight for weight, _ in drawn] == [0.0, 0.0, 0.25, 0.25]
     (a, b, c, d) = (number for _, number in drawn)
     assert (a, b) == (c, d)
@@ -101,6 +101,12 @@ def test_shown_as_a_table():
     assert lines[4].split() == ["0.3", "98.5%", "80.0%", "suggested"]
     assert lines[5].endswith("gradients are masked")
     assert lines[6].startswith("Suggested weight: 0.3, which loses at most 1 points")
+
+
+def test_shown_in_a_notebook():
+    shown = made([0.99, 0.99, 0.985, 0.90], [0.5, 0.7, 0.8, 0.9])._repr_html_()
+    assert "98.5%" in shown
+    assert "Suggested weight: 0.3" in shown
 
 
 def test_shown_as_a_figure():
