@@ -22,6 +22,7 @@ LEVELS = [
     {"testing", "curvature", "input_gradients", "attacks"},
     {"second_order", "diagnostics"},
     {"layers", "models", "callbacks", "optimizers", "plots", "regularization"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # These belong to the adapters alone: each framework to the folder of its name, and the question which backend it is.

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 
 from keras_gradtools import validation
+from keras_gradtools.annotations import ArrayLike, Function, InputNames, Nested, Verbose
 from keras_gradtools.attacks.robustness_metrics import RobustnessMetrics
 from keras_gradtools.display.html import Table
 from keras_gradtools.display.progress import Progress
@@ -46,7 +48,7 @@ class PenaltyWeightSweep:
     examples: int
 
     @property
-    def suggestion(self):
+    def suggestion(self) -> float:
         """The weight with the highest accuracy under attack among those that lose at most `max_drop` without one.
 
         Weights with masked gradients are left out. Of equal weights, the smallest. It is 0 if no weight is better.
@@ -57,7 +59,7 @@ class PenaltyWeightSweep:
         best = attacked[allowed].max()
         return float(self.penalty_weights[np.argmax(allowed & (attacked >= best - _ROUNDING))])
 
-    def standard_errors(self, accuracies):
+    def standard_errors(self, accuracies: np.ndarray) -> np.ndarray:
         r"""The standard error of the mean of `clean` or `attacked`, of shape `(weights,)`.
 
         $\sqrt{p (1 - p) / n}$ for $n$ examples. It is the error of choosing other examples, not of other seeds.
@@ -99,22 +101,22 @@ class PenaltyWeightSweep:
 
 
 def penalty_weight_sweep(
-    train,
-    penalty_weights,
-    x,
-    y,
-    epsilon=0.1,
+    train: Function,
+    penalty_weights: Sequence[float],
+    x: Nested,
+    y: ArrayLike,
+    epsilon: float = 0.1,
     *,
-    max_drop=0.005,
-    seeds=(0,),
-    norm="inf",
-    clip=(0.0, 1.0),
-    steps=20,
-    restarts=1,
-    batch_size=128,
-    verbose="auto",
-    inputs=None,
-):
+    max_drop: float = 0.005,
+    seeds: Sequence[int] = (0,),
+    norm: str = "inf",
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    steps: int = 20,
+    restarts: int = 1,
+    batch_size: int = 128,
+    verbose: Verbose = "auto",
+    inputs: InputNames = None,
+) -> PenaltyWeightSweep:
     r"""Trains a classifier with each weight of a penalty, and suggests the weight to use.
 
     With $c_w$ the accuracy of the model trained with the weight $w$ and $a_w$ its accuracy under PGD, both on examples

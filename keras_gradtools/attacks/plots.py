@@ -92,7 +92,7 @@ _DISTANCES = {
 }
 
 
-def plot_penalty_weight_sweep(sweep, ax=None):
+def plot_penalty_weight_sweep(sweep: Any, ax: Axes | None = None) -> Axes:
     """Plots the accuracies of a `kg.regularization.penalty_weight_sweep` over the weight of the penalty.
 
     The weights are evenly spaced. The bars are standard errors over the examples. A vertical line marks the suggested

@@ -6,21 +6,26 @@ from keras_gradtools.diagnostics.jacobian_spectrum import JacobianSpectrum, jaco
 from keras_gradtools.diagnostics.layer_derivatives import layer_derivatives
 from keras_gradtools.diagnostics.layer_verdict import LayerDerivatives, LayerVerdict
 from keras_gradtools.diagnostics.local_lipschitz import local_lipschitz
+from keras_gradtools.diagnostics.model_report.findings import Finding
+from keras_gradtools.diagnostics.model_report.report import Report, report
 from keras_gradtools.independence.batch_independence import batch_independence
 from keras_gradtools.independence.cross_example_gradients import BatchIndependence
 
 __all__ = [
     "BatchIndependence",
+    "Finding",
     "GradientNoise",
     "JacobianSpectrum",
     "LayerDerivatives",
     "LayerVerdict",
+    "Report",
     "batch_independence",
     "dead_units",
     "gradient_noise_scale",
     "jacobian_spectrum",
     "layer_derivatives",
     "local_lipschitz",
+    "report",
 ]
 
 

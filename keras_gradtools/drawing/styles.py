@@ -9,7 +9,7 @@ _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _LINES = ("-", "--", "-.", ":")
 # The part of a graded color map that is visible on a light and on a dark background.
-_ON_LIGHT, _ON_DARK = (0.0, 0.8), (0.25, 1.0)
+_ON_LIGHT, _ON_DARK = (0.0, 0.8), (0.35, 1.0)
 # The share of the height of an Axes that a row of a legend takes.
 _ROW = 0.075
 

@@ -53,6 +53,14 @@ def flow(count):
     return {name: 10.0 ** RNG.normal(i, 0.2, size=count) for i, name in enumerate(layers)}
 
 
+def sweep():
+    clean, attacked = np.array([[0.98, 0.979, 0.95], [0.4, 0.7, 0.8]])
+    masked = np.array([False, False, True])
+    options = {"max_drop": 0.01, "epsilon": 0.1, "norm": "inf", "examples": 100}
+    weights = np.array([0.0, 0.1, 1.0])
+    return kg.regularization.PenaltyWeightSweep(weights, clean[:, None], attacked[:, None], masked, **options)
+
+
 # Each takes `ax`, which may be None. The number says how many Axes the plot has.
 PLOTS = {
     "imshow_zero_center": (1, lambda ax: kg.plots.imshow_zero_center(RNG.normal(size=(8, 10)), ax)),
@@ -63,6 +71,7 @@ PLOTS = {
     "plot_hessian": (1, lambda ax: kg.plots.plot_hessian(blocks(), ax)),
     "plot_jacobians": (2, lambda ax: kg.plots.plot_jacobians({"alone": jacobian(), "mixed": jacobian() - 1}, ax)),
     "plot_loss_surface": (1, lambda ax: kg.plots.plot_loss_surface(surface(), ax)),
+    "plot_penalty_weight_sweep": (1, lambda ax: kg.plots.plot_penalty_weight_sweep(sweep(), ax)),
     "plot_robustness": (2, lambda ax: kg.plots.plot_robustness(report(), ax)),
     "plot_singular_values": (1, lambda ax: kg.plots.plot_singular_values(spectra(3), ax)),
     "plot_singular_values, many": (1, lambda ax: kg.plots.plot_singular_values(spectra(12), ax)),

@@ -33,8 +33,9 @@ def contrast(a, b):
 
 
 def series(ax):
-    """The lines that have a name, and lines of measurements, without guides such as the line at zero."""
-    return [line for line in ax.lines if not line.get_label().startswith("_") or len(line.get_xdata()) > 2]
+    """The lines that have a name, and lines of measurements, without the caps of bars and guides such as at zero."""
+    lines = [line for line in ax.lines if line.get_marker() != "_"]
+    return [line for line in lines if not line.get_label().startswith("_") or len(line.get_xdata()) > 2]
 
 
 def test_every_plot_is_listed():

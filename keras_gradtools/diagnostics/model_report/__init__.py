@@ -1,0 +1,1 @@
+"""A report on a trained or untrained model: what is wrong with its derivatives, and what to do."""
