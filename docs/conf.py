@@ -68,7 +68,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "check_switcher": False,
     "footer_end": [],
-    "header_links_before_dropdown": 5,
+    "header_links_before_dropdown": 4,
     "navbar_end": ["version-switcher", "theme-switcher"],
     "navigation_with_keys": False,
     "secondary_sidebar_items": ["page-toc"],
