@@ -1,5 +1,6 @@
 """The command and its page: what it writes, and one clear line for what it cannot use."""
 
+import dataclasses
 import html.parser
 import pathlib
 import re
@@ -70,8 +71,9 @@ def test_a_page(folder, capsys):
 
 
 def test_names_are_escaped(tmp_path):
-    model = models.compiled("a", layers.Dense(2, "relu", name="<b>x"))
-    found = kg.diagnostics.report(model, (X, Y), checks=["gradients"], verbose=0)
+    found = kg.diagnostics.report(models.good(), (X, Y), checks=["gradients"], verbose=0)
+    # Keras on TensorFlow cannot call a model of this name.
+    found = dataclasses.replace(found, model="<b>x")
     found.save(tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text("utf-8"))
     assert "<b>x" in page.text and "b" not in {tag for tag, _ in page.tags}
