@@ -57,7 +57,10 @@ def plot_robustness(report: Any, ax: Sequence[Axes] | None = None) -> np.ndarray
     axes = panels(ax, 2, "plot_robustness", (11, 4.2))
     shares, pairs = axes
     finite = np.isfinite(report.attack)
-    end = 1.1 * max(report.attack[finite].max(initial=0.0), np.quantile(report.first_order, 0.95, method="lower"))
+    # Of a classifier with zero gradients, all of these distances may be infinite.
+    estimated = report.first_order[np.isfinite(report.first_order)]
+    largest = np.quantile(estimated, 0.95, method="lower") if estimated.size else 0.0
+    end = 1.1 * max(report.attack[finite].max(initial=0.0), largest) or 1.0
     shown = right & finite
     for number, (name, label) in enumerate(_DISTANCES.items()):
         style, distances = series_style(number), getattr(report, name)

@@ -1,5 +1,7 @@
 """Distances to an error: closed forms on linear classifiers, and the figure of them."""
 
+import dataclasses
+
 import keras
 import matplotlib
 import numpy as np
@@ -157,6 +159,12 @@ class TestShown:
 
     def test_as_a_figure_where_nothing_was_broken(self):
         pyplot.close(kg.plots.plot_robustness(report(max_epsilon=0.01))[0].figure)
+
+    def test_as_a_figure_where_all_gradients_are_zero(self):
+        found = dataclasses.replace(report(), attack=np.full(4, np.inf), first_order=np.full(4, np.inf))
+        shares, _ = kg.plots.plot_robustness(found)
+        assert shares.get_xlim() == (0.0, 1.0)
+        pyplot.close(shares.figure)
 
     @pytest.mark.parametrize(
         ("given", "match"), [(3, "a report from kg.attacks.robustness_report"), ("none", "on none")]

@@ -86,6 +86,16 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     assert "matplotlib is not installed" in (tmp_path / "r.html").read_text("utf-8")
 
 
+def test_a_picture_that_cannot_be_drawn(tmp_path):
+    def fails(figure):
+        raise ValueError("limits")
+
+    found = kg.diagnostics.report(models.good(), (X, Y), checks=["gradients"], verbose=0)
+    found.sections[0].draw = fails
+    found.save(tmp_path / "r.html")
+    assert "cannot draw these numbers" in (tmp_path / "r.html").read_text("utf-8")
+
+
 def test_without_jinja2(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert run(folder)[0] == 2
