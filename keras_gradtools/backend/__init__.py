@@ -10,7 +10,7 @@ import keras
 
 from keras_gradtools import nesting
 from keras_gradtools.backend.base import Backend
-from keras_gradtools.keras_state import framework
+from keras_gradtools.keras_state import framework, numpy_calls
 
 _CLASSES = {"tensorflow": "TensorFlowBackend", "jax": "JaxBackend", "torch": "TorchBackend"}
 
@@ -47,3 +47,4 @@ _current = _load()
 # The folders below import no adapter, and get what they need of it here.
 nesting.use_registry(_current.containers)
 framework.use(_current)
+numpy_calls.install_for_variables()

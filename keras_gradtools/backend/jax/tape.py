@@ -3,8 +3,10 @@
 import typing
 import weakref
 
+from jax._src.array import ArrayImpl
+
 from keras_gradtools.backend.jax import aliases, current_trace, slices, trace
-from keras_gradtools.keras_state import recording
+from keras_gradtools.keras_state import numpy_calls, recording
 
 
 class Tape(recording.Recording):
@@ -107,5 +109,10 @@ def _note_read_by_program(variable, given):
     weakref.finalize(given, trace.reads_by_programs.pop, key, None).atexit = False
 
 
+def _is_recorded(array):
+    return any(id(array) in tape.followed for tape in recording.active_tapes())
+
+
 def install():
     recording.install_read_hook(_watch_read)
+    numpy_calls.install(ArrayImpl, _is_recorded)

@@ -4,9 +4,10 @@ import keras
 import tensorflow as tf
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import tape as tape_module
+from tensorflow.python.framework import ops
 
 from keras_gradtools.backend.tensorflow import variables
-from keras_gradtools.keras_state import recording
+from keras_gradtools.keras_state import numpy_calls, recording
 
 
 class Tape(recording.Recording):
@@ -132,5 +133,10 @@ def _watch_read(variable, value, tapes):
     return value
 
 
+def _is_recorded(tensor):
+    return bool(pywrap_tfe.TFE_Py_TapeSetPossibleGradientTypes([tensor]))
+
+
 def install():
     recording.install_read_hook(_watch_read, variables.meet)
+    numpy_calls.install(ops.EagerTensor, _is_recorded)
