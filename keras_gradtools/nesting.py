@@ -153,7 +153,7 @@ _PLAIN = (list, tuple, dict, collections.OrderedDict, collections.defaultdict)
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict)
 # Packages whose classes are never garbage-collected, so that they can be held strongly.
 _FRAMEWORKS = ("builtins", "numpy", "jax", "jaxlib", "tensorflow", "torch", "keras")
-# Always leaves, so their types are remembered. A class that is none of these may still be registered later.
+# Always leaves, so their types are remembered, as those of arrays are. Any other class may still be registered later.
 _LEAVES = (type(None), str, bytes, numbers.Number, keras.Variable, keras.KerasTensor, keras.Layer)
 
 
@@ -183,15 +183,16 @@ def _kind(x):
         return _kinds_of_others[cls]
     except KeyError:
         pass
-    if isinstance(x, _LEAVES) or keras.ops.is_tensor(x) or (hasattr(x, "dtype") and hasattr(x, "shape")):
-        is_lasting = cls.__module__.split(".")[0] in _FRAMEWORKS
-        (_kinds if is_lasting else _kinds_of_others)[cls] = None
-        return None
-    for load in _registries:
-        registry = load()
-        if registry.knows(x):
-            _kinds_of_others[cls] = registry
-            return registry
+    if not (isinstance(x, _LEAVES) or keras.ops.is_tensor(x)):
+        for load in _registries:
+            registry = load()
+            if registry.knows(x):
+                _kinds_of_others[cls] = registry
+                return registry
+        if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+            return None  # not remembered
+    is_lasting = cls.__module__.split(".")[0] in _FRAMEWORKS
+    (_kinds if is_lasting else _kinds_of_others)[cls] = None
     return None
 
 

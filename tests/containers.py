@@ -36,6 +36,13 @@ class OfOptree(Pair):
     pass
 
 
+class Shaped(Pair):
+    """It could be taken for an array."""
+
+    shape = (2,)
+    dtype = "float32"
+
+
 def _flatten(x):
     return (x.a, x.b), type(x).__name__
 
@@ -56,12 +63,14 @@ optree.register_pytree_node(OfOptree, _flatten, lambda _, children: OfOptree(*ch
 if keras.config.backend() == "jax":
     import jax
 
-    jax.tree_util.register_pytree_node(Pair, _flatten, lambda _, children: Pair(*children))
+    for cls in (Pair, Shaped):
+        jax.tree_util.register_pytree_node(cls, _flatten, lambda _, children, cls=cls: cls(*children))
     jax.tree_util.register_pytree_node(Frozen, _flatten_frozen, _unflatten_frozen)
 elif keras.config.backend() == "torch":
     import torch
 
-    torch.utils._pytree.register_pytree_node(Pair, _flatten, lambda children, _: Pair(*children))
+    for cls in (Pair, Shaped):
+        torch.utils._pytree.register_pytree_node(cls, _flatten, lambda children, _, cls=cls: cls(*children))
     torch.utils._pytree.register_pytree_node(
         Frozen, _flatten_frozen, lambda children, name: _unflatten_frozen(name, children)
     )
@@ -72,7 +81,8 @@ else:
 
     Frozen.__tf_flatten__ = _tf_flatten
     Frozen.__tf_unflatten__ = classmethod(lambda cls, metadata, children: _unflatten_frozen(metadata[0], children))
-    optree.register_pytree_node(Pair, _flatten, lambda _, children: Pair(*children), namespace="keras")
+    for cls in (Pair, Shaped):
+        optree.register_pytree_node(cls, _flatten, lambda _, children, cls=cls: cls(*children), namespace="keras")
 
 
 def _of_a_layer(a, b):
@@ -110,5 +120,6 @@ CONTAINERS = [
     Container("tracked by a layer", _of_a_layer, type(_of_a_layer(1, 2))),
     Container("registered with optree", OfOptree, OfOptree),
     Container("registered by functions", Pair, Pair),
+    Container("registered, with a shape and a dtype", Shaped, Shaped),
     Container("dataclass", Frozen, Frozen),
 ]

@@ -28,6 +28,12 @@ def inverse(t):
     return torch.cholesky_inverse(torch.eye(2) + t * torch.tensor([[0.0, 1.0], [0.0, 0.0]])).sum()
 
 
+def hessian_of_compiled():
+    with torch._functorch.config.patch(donated_buffer=False):
+        exponential = torch.compile(torch.exp, backend="aot_eager")
+        return torch.autograd.functional.hessian(exponential, torch.tensor(0.0))
+
+
 THIRD = differences(lambda t: cube_of_normalized(t, 1e-3), 3)
 ROW = "of (1 + t, 2 - t, 4 + t / 2) at t = 0, third derivative"
 
@@ -50,4 +56,5 @@ REPORTS = (
         2.0,
     ),
     Report("the sum of `torch.cholesky_inverse([[1, t], [0, 1]])` at t = 0", lambda: slope(inverse, 0.0), 0.0),
+    Report("`torch.autograd.functional.hessian(torch.compile(torch.exp), x)` at x = 0", hessian_of_compiled, 1.0),
 )

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from keras_gradtools.backend.torch import ctc
+from keras_gradtools.backend.torch import ctc, graph, levels
 
 
 def of(nodes):
@@ -167,19 +167,38 @@ _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
 def _of_a_function(kind):
-    """For a `torch.autograd.Function` marked with `once_differentiable`: an error where torch would give zeros."""
-    return _once if getattr(kind._forward_cls.backward, "__code__", None) is _ONCE else None
+    """For a `torch.autograd.Function` without a second derivative: an error where torch would give zeros."""
+    function = kind._forward_cls
+    if function.__name__ == "CompiledFunction" and function.__module__.startswith("torch._functorch."):
+        return _compiled
+    return _once if getattr(function.backward, "__code__", None) is _ONCE else None
 
 
 def _once(node):
     # torch raises this error itself if the cotangent requires gradients. If the cotangent is a constant, torch ignores
     # that the gradient also depends on the saved tensors.
-    refuse = torch._C._functions.DelayedError(
-        b"trying to differentiate twice a function that was marked with @once_differentiable", 1
-    )
-    return lambda _, gradients: [
-        g if g is None or g.requires_grad else refuse(g.view_as(g).requires_grad_()) for g in gradients
-    ]
+    refuse = _refusal(b"trying to differentiate twice a function that was marked with @once_differentiable")
+    return lambda _, gradients: [g if g is None or g.requires_grad else refuse(g) for g in gradients]
+
+
+def _compiled(node):
+    # torch raises an error only for the path through the cotangent, or through a saved argument that is not a view. It
+    # ignores that the gradient also depends on the other saved tensors.
+    refuse = _refusal(graph.COMPILED.encode())
+    return lambda _, gradients: [g if g is None else refuse(g) for g in gradients]
+
+
+def _refusal(words):
+    """Returns a function that gives a gradient a derivative which raises an error with `words`."""
+    delayed = torch._C._functions.DelayedError(words, 1)
+
+    def refuse(gradient):
+        if levels.is_in_vectorized_pass():
+            # Its batched tensors would crash `DelayedError`. After this error, the rows are computed one by one.
+            raise RuntimeError(words.decode())
+        return delayed(gradient if gradient.requires_grad else gradient.view_as(gradient).requires_grad_())
+
+    return refuse
 
 
 def _attention(node):

@@ -114,8 +114,17 @@ def require_derivative(node):
     raise RuntimeError(no_derivative(words) or _differentiable_once(words))
 
 
+COMPILED = "torch.compile with aot_autograd does not currently support double backward"  # the words of torch
+
+
 def no_derivative(words):
     """The error message for an operation without derivative, from torch's message `words`. None for other messages."""
+    if COMPILED in words:
+        return (
+            "A second derivative, or a derivative in forward mode, was asked for through a function that was compiled "
+            f"by `torch.compile`, and has none. Received: torch's error {words!r}. Differentiate the function itself, "
+            "without `torch.compile`."
+        )
     found = re.search(r"derivative for '?(?:aten::)?_?(\w+?)(_backward)?'? is not implemented", words)
     if found is None:
         return None

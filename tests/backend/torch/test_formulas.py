@@ -371,7 +371,48 @@ class TestWhatTorchHasNoDerivativeOf:
         for second in (kg.hessian, lambda fun: lambda x: kg.hvp(fun, (x,), (x,))):
             with pytest.raises(RuntimeError, match=r"torch.autograd.Function .*once_differentiable"):
                 second(lambda x: ops.sum(Square.apply(x)))(x)
+        with pytest.raises(RuntimeError, match=r"torch.autograd.Function .*once_differentiable"):
+            kg.jacobian(kg.jacobian(Square.apply))(x)
         close(kg.grad(lambda x: ops.sum(Square.apply(x)))(x), [2, 4])
+
+    @pytest.mark.parametrize(
+        ("fun", "slope"),
+        [(lambda x: torch.sum(x**3), lambda x: 3 * x * x), (lambda x: torch.sum(torch.exp(x)), np.exp)],
+        ids=["saves its argument", "saves its value"],
+    )
+    @torch._functorch.config.patch(donated_buffer=False)
+    def test_a_compiled_function(self, fun, slope):
+        # torch itself gives zeros where the argument is a view, and where only values of the function are saved.
+        compiled, x = torch.compile(fun, backend="aot_eager"), tensor([1.0, 2.0])
+        slope = slope(np.array([1.0, 2.0]))
+        close(kg.grad(compiled)(x), slope)
+        close(kg.vjp(compiled, x)[1](2.0)[0], 2 * slope)
+        close(kg.jacobian(lambda x: torch.stack([compiled(x), 2 * compiled(x)]))(x), [slope, 2 * slope])
+        # The first derivative can be used in an outer tape, as long as that tape does not differentiate it.
+        close(kg.grad(lambda x: ops.sum(x * kg.stop_gradient(kg.grad(compiled)(x))))(x), slope)
+        for second in (
+            lambda: kg.hessian(compiled)(x),
+            lambda: kg.hvp(compiled, (x,), (x,)),
+            lambda: kg.jacobian(kg.grad(compiled), mode="reverse")(x),
+            lambda: kg.jacobian(kg.jacobian(lambda x: torch.stack([compiled(x), compiled(x)])))(x),
+            lambda: kg.linearize(kg.grad(compiled), x)[1](x),
+            lambda: kg.jvp(compiled, (x,), (x,)),
+            lambda: kg.jvp(lambda x: compiled(x) * x, (x,), (x,)),
+            lambda: _nested_tapes(compiled, x),
+            lambda: _nested_tapes(lambda x: compiled(x[:]) * x, x),
+        ):
+            with pytest.raises(RuntimeError, match=r"second derivative.* compiled by `torch.compile`"):
+                second()
+
+
+def _nested_tapes(fun, x):
+    with kg.GradientTape() as outer:
+        outer.watch(x)
+        with kg.GradientTape() as inner:
+            inner.watch(x)
+            y = fun(x)
+        slope = inner.gradient(y, x)
+    return outer.gradient(slope, x)
 
 
 class TestOperationsOfKeras:
