@@ -6,8 +6,9 @@ To load a saved wrapper, import `keras_gradtools` first: that registers these cl
 from keras_gradtools.attacks.adversarial_training import AdversarialTraining
 from keras_gradtools.input_gradients.input_gradient_regularized import InputGradientRegularized
 from keras_gradtools.second_order.second_order_model import SecondOrder
+from keras_gradtools.training.compiled_training import CompiledTraining
 
-__all__ = ["AdversarialTraining", "InputGradientRegularized", "SecondOrder"]
+__all__ = ["AdversarialTraining", "CompiledTraining", "InputGradientRegularized", "SecondOrder"]
 
 
 def __dir__() -> list[str]:

@@ -344,6 +344,7 @@ def rows():
             {"model": model(), **penalty},
             {"model": "model", **penalty_sorts, "inputs": "inputs?"},
         ),
+        "CompiledTraining": (kg.models.CompiledTraining, {"model": model()}, "model: model"),
         "SecondOrder": (kg.models.SecondOrder, {"model": model()}, "model: model, training: flag"),
         "InputGradientPenalty": (
             kg.layers.InputGradientPenalty,

@@ -26,8 +26,6 @@ class Backend(abc.ABC):
     # A subclass of `recording.Recording`, made by `Tape(watch_accessed_variables)`.
     Tape: Any = None
 
-    # Whether compiled functions have second derivatives.
-    COMPILES_SECOND_ORDER = True
     # The faster mode for Hessians, "forward" or "reverse", as measured.
     HESSIAN_MODE = "reverse"
     # Whether `linearize` is faster than a compiled product.
@@ -81,11 +79,14 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def jit(self, fun):
-        """`fun`, compiled where a compiled function has second derivatives. Variables are its state."""
+        """`fun`, compiled. Variables are its state.
 
-    def compiled(self, fun):
-        """`fun`, compiled where Keras does not already compile the whole training step, which includes `fun`."""
-        return fun
+        If the function that is returned has an attribute `refusal`, this is why it runs eagerly, or None.
+        """
+
+    def compiled_step(self, step):
+        """A training, test or prediction step of `fit`, compiled where Keras cannot compile it itself."""
+        return step
 
     def may_compile(self):
         """Whether a function that is called here may be compiled."""

@@ -56,9 +56,8 @@ class InputGradientRegularized(WrappedModel):
       further away. Both passes use the same dropout mask. In half precision, steps below 0.01 give noise.
     - `"random_projection"`, for `target="outputs"`: an unbiased estimate of the squared norm of the Jacobian, from the
       gradients of `projections` random mixtures of the outputs. It is differentiated like `"exact"`.
-    - `"auto"`: finite differences if an activation has kinks (found by evaluating it), if a layer has no second
-      derivative, or with `jit_compile=True` on torch, whose compiler cannot differentiate twice. Otherwise `"exact"`.
-      `summary()` reports the choice and the reason.
+    - `"auto"`: finite differences if an activation has kinks (found by evaluating it), or if a layer has no second
+      derivative. Otherwise `"exact"`. `summary()` reports the choice and the reason.
 
     Details:
 
@@ -101,10 +100,8 @@ class InputGradientRegularized(WrappedModel):
 
     Raises:
         ValueError: If `model` is not built, if an option is invalid, or if no input is floating-point. In `compile`, if
-            a loss is needed and missing, or with `jit_compile=True` if the method needs second derivatives and the
-            compiler of the backend cannot differentiate twice (torch). In a step, if the target or the loss does not
-            return one number for each example, or if there are no labels. The weights do not change. In `save`, for an
-            HDF5 file.
+            a loss is needed and missing. In a step, if the target or the loss does not return one number for each
+            example, or if there are no labels. The weights do not change. In `save`, for an HDF5 file.
 
     Cost:
         Relative to a plain training step, if computation dominates: 2 for `"exact"` in theory (one more forward pass
@@ -193,13 +190,6 @@ class InputGradientRegularized(WrappedModel):
         """The method in use, with `"auto"` resolved."""
         return self._current_choice().method
 
-    @WrappedModel.jit_compile.setter
-    def jit_compile(self, value: Any) -> None:
-        choice = self._penalty.choose(self.model, bool(value))
-        self._penalty.require_compilable(choice, value)
-        WrappedModel.jit_compile.fset(self, value)
-        self._choice = choice
-
     @documented_as(keras.Model.compile)
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
         if loss is None and self._penalty.target == "loss":
@@ -207,6 +197,7 @@ class InputGradientRegularized(WrappedModel):
                 f"{NAME} penalizes the gradient of the compiled loss and expects a `loss`. Received: loss=None. Pass "
                 "a loss to `compile`, or create it with another `target`."
             )
+        self._choice = self._penalty.choose(self.model)
         super().compile(optimizer, loss, *args, **kwargs)
 
     def _current_choice(self):

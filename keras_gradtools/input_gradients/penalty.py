@@ -7,7 +7,7 @@ import warnings
 import keras
 from keras import ops
 
-from keras_gradtools import backend, chosen_inputs, example_norms, validation
+from keras_gradtools import chosen_inputs, example_norms, validation
 from keras_gradtools.input_gradients import smoothness
 from keras_gradtools.input_gradients.targets import ALL
 from keras_gradtools.keras_state import layer_state
@@ -73,15 +73,12 @@ class Penalty:
         """Whether a method that may be chosen draws random numbers."""
         return self.target == "outputs" and self.method != "exact" and self.projections != ALL
 
-    def choose(self, model, is_compiled=False):
-        """The `Choice` of a method for `model`. `is_compiled` says whether the framework's compiler compiles it."""
+    def choose(self, model):
+        """The `Choice` of a method for `model`."""
         projections = ALL if self.method == "exact" else self.projections
         if self.method != "auto":
             return Choice(self.method, projections, ())
-        if is_compiled and not backend.COMPILES_SECOND_ORDER:
-            reasons: tuple = ("the compiler of this backend cannot differentiate twice",)
-        else:
-            reasons = smoothness.reasons_against_exact(model)
+        reasons = smoothness.reasons_against_exact(model)
         if not reasons:
             return Choice("exact", ALL, ("no kinks were found",))
         return Choice("finite_difference", self.projections if self.is_plain_square else ALL, reasons)
@@ -185,16 +182,6 @@ class Penalty:
                 f"{self.owner} with step_size={self.step_size:g} in {dtype}: finite differences over a step this small "
                 "are mostly rounding noise. Use 0.01 or more, or method='exact'.",
                 stacklevel=3,
-            )
-
-    def require_compilable(self, choice, jit_compile):
-        """Raises `ValueError` if the compiler of the backend cannot compile the chosen method."""
-        if jit_compile and choice.method != "finite_difference" and not backend.COMPILES_SECOND_ORDER:
-            raise ValueError(
-                f"{self.owner} with method={choice.method!r} differentiates twice, which the compiler of this backend "
-                "cannot do. "
-                f"Received: jit_compile={validation.shown(jit_compile)}. Use method='finite_difference', which "
-                "differentiates once, or compile the model with jit_compile=False."
             )
 
     def _require_target(self, target):

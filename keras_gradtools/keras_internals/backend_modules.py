@@ -11,9 +11,9 @@ from keras_gradtools.keras_internals.lookup import find
 
 
 def module(name):
-    """Keras' module `core`, `image`, `linalg`, `nn`, `numpy` or `rnn` for the current backend."""
+    """Keras' module `core`, `image`, `linalg`, `nn`, `numpy`, `random` or `rnn` for the current backend."""
     home = f"keras.src.backend.{keras.config.backend()}"
-    # Since Keras 3.16, all but `rnn` are in the folder `ops`.
+    # Since Keras 3.16, all but `random` and `rnn` are in the folder `ops`.
     return find(f"{home}.ops.{name}", f"{home}.{name}")
 
 
@@ -62,6 +62,7 @@ _USERS: dict = {
         },
         "image": {"affine_transform": "keras.ops.image:affine_transform"},
         "rnn": {"cudnn_ok": "lstm"},
+        "random": {"torch_seed_generator": "normal"},
     },
 }
 # Functions that some supported versions of Keras do not have. For example, `keras.ops.grad` exists since Keras 3.16.

@@ -6,6 +6,7 @@ global_state = find("keras.src.backend.common.global_state")
 StatelessScope = find("keras.src.backend.common.stateless_scope:StatelessScope")
 get_stateless_scope = find("keras.src.backend.common.stateless_scope:get_stateless_scope")
 global_seed_generator = find("keras.src.random.seed_generator:global_seed_generator")
+draw_seed = find("keras.src.random.seed_generator:draw_seed")
 make_default_seed = find("keras.src.random.seed_generator:make_default_seed")
 
 

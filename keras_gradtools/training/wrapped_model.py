@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,7 +34,6 @@ class WrappedModel(keras.Model):
         # Without autocasting, gradients are taken with respect to the given inputs, not to a copy in half precision.
         super().__init__(autocast=False, **kwargs)
         self.model = model
-        self._forward = self._call_model
         self.built = True
 
     @property
@@ -46,19 +46,56 @@ class WrappedModel(keras.Model):
         # Keras matches losses and metrics that are given by name with these names.
         return self.model.output_names
 
-    @keras.Model.jit_compile.setter
-    def jit_compile(self, value: Any) -> None:
-        keras.Model.jit_compile.fset(self, value)
-        self._forward = backend.compiled(self._call_model) if value else self._call_model
-
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Does what Keras does for a model that does not override `compile`."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
     def _should_torch_compile(self):
-        # Keras would compile the whole step, which fails because of the tape in it.
+        # torch's own compiler cannot differentiate twice.
         return False
+
+    def make_train_function(self, force: bool = False) -> Any:
+        return self._compiled_step("train_function", super().make_train_function, force)
+
+    def make_test_function(self, force: bool = False) -> Any:
+        return self._compiled_step("test_function", super().make_test_function, force)
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        return self._compiled_step("predict_function", super().make_predict_function, force)
+
+    def _compiled_step(self, name, make, force):
+        """Makes the function that Keras calls for each step, and compiles it where Keras does not."""
+        before = getattr(self, name)
+        made = make(force)
+        step = getattr(self, name)
+        if step is before or not self._compiles():
+            return made
+        compiled = backend.compiled_step(step)
+        if compiled is step:
+            return made
+
+        has_warned = False
+
+        def whole(data):
+            nonlocal has_warned
+            block = self._whole()
+            with block, block:
+                result = compiled(data)
+            if compiled.refusal is not None and not has_warned:
+                has_warned = True
+                warnings.warn(
+                    f"{type(self).__name__} runs its steps eagerly, which is slower: their operations cannot be "
+                    f"recorded, because {compiled.refusal}.",
+                    stacklevel=3,
+                )
+            return result
+
+        setattr(self, name, whole)
+        return whole
+
+    def _compiles(self):
+        return self.jit_compile
 
     def train_step(self, *args: Any) -> Any:
         block = self._whole()
@@ -92,7 +129,7 @@ class WrappedModel(keras.Model):
             return contextlib.nullcontext()
         return undone_by_errors([*state_variables(self), *self.metrics_variables])
 
-    def _call_model(self, inputs, training):
+    def _forward(self, inputs, training):
         return self.model(inputs, training=training)
 
     @documented_as(keras.Model.save)

@@ -40,6 +40,11 @@ class Program:
         self.ran = False
         self._compiled = backend.jit(traced)
 
+    @property
+    def refusal(self):
+        """Why `fun` was not compiled but ran eagerly, or None."""
+        return getattr(self._compiled, "refusal", None)
+
     def __call__(self, *args, **kwargs):
         result = self._compiled(*args, **kwargs)
         self.ran = True
@@ -115,16 +120,14 @@ class Programs:
                 self._last = None
                 self.by_key[key._replace(captured_values=self.captured_values(fun).key)] = program
 
-    def warn_once(self, name, fun, error, reason):
+    def warn_once(self, name, fun, reason, error=None):
         if self._has_warned:
             return
         self._has_warned = True
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        warnings.warn(
-            f"`{name}` runs {validation.name_of(fun)} eagerly, which is slower: {reason} The error was: "
-            f"{type(error).__name__}: {first_line}",
-            stacklevel=6,
-        )
+        if error is not None:
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            reason = f"{reason} The error was: {type(error).__name__}: {first_line}"
+        warnings.warn(f"`{name}` runs {validation.name_of(fun)} eagerly, which is slower: {reason}", stacklevel=6)
 
     def replace(self, key, program):
         with self.lock:
@@ -141,6 +144,12 @@ _DEPENDS_ON_VALUES = (
     "it cannot be compiled, because its Python code depends on the values of tensors. Use `keras.ops.where` or "
     "`keras.ops.cond` instead of `if`, and do not call `float(x)` or NumPy."
 )
+
+
+def _refused(reason):
+    return f"its operations cannot be recorded, because {reason}."
+
+
 _TOO_MUCH = (
     "its compiled program cannot be cached, because the function and those that it calls capture more values than can "
     "be compared at each call. Pass them as arguments instead."
@@ -186,22 +195,26 @@ def prepare(name, fun, body, options, args, kwargs):
 
     def compiled(args, kwargs):
         args, kwargs = nesting.map_structure(_argument, (args, kwargs))
-        if program.ran:
-            return program(*args, **kwargs)
+        is_new = not program.ran
         try:
             result = program(*args, **kwargs)
         except BaseException as error:
-            if not backend.depends_on_values(error):
-                programs.discard(key)
+            if not is_new or not backend.depends_on_values(error):
+                if is_new:
+                    programs.discard(key)
                 raise
             reason = error
         else:
-            programs.has_traced(fun, key, captured)
+            if program.refusal is not None:
+                programs.replace(key, _EAGER)
+                programs.warn_once(name, fun, _refused(program.refusal))
+            elif is_new:
+                programs.has_traced(fun, key, captured)
             return result
         # An error that also occurs without the compiler is raised from here, with a shorter traceback.
         result = eager(args, kwargs)
         programs.replace(key, _EAGER)
-        programs.warn_once(name, fun, reason, _DEPENDS_ON_VALUES)
+        programs.warn_once(name, fun, _DEPENDS_ON_VALUES, reason)
         return result
 
     return compiled
@@ -224,7 +237,7 @@ def jitted(fun):
                 if not hasattr(x, "dtype") and not isinstance(x, float)
             ]
         except TypeError as error:
-            programs.warn_once("kg.jit", fun, error, _TOO_MUCH)
+            programs.warn_once("kg.jit", fun, _TOO_MUCH, error)
             return fun(*args, **kwargs)
         key = _Key("jit", layer_state.ambient(), tuple(constants), captured.key)
         made = []
@@ -243,9 +256,11 @@ def jitted(fun):
             if isinstance(error, Exception) and not isinstance(error, ValueError) and backend.depends_on_values(error):
                 raise _branches_on_values(fun, error) from error
             raise
-        if not made:
-            return result
-        programs.has_traced(fun, key, captured)
+        refusal = getattr(program, "refusal", None)
+        if refusal is not None:
+            programs.warn_once("kg.jit", fun, _refused(refusal))
+        elif made:
+            programs.has_traced(fun, key, captured)
         return result
 
     return call

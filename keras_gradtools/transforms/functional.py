@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import validation
 from keras_gradtools.annotations import Arguments, Result, Tensor
 from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape import vectors
@@ -15,7 +15,12 @@ from keras_gradtools.transforms.taped_call import require_function
 
 
 def jit(fun: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Compiles `fun` with `tf.function` on TensorFlow and `jax.jit` on JAX. On torch `fun` runs eagerly.
+    """Compiles `fun` with `tf.function` on TensorFlow and `jax.jit` on JAX. On torch it is recorded and run again.
+
+    torch's own compiler cannot differentiate twice. Here the first two calls run eagerly, and the operations of torch
+    that they run are recorded, also those of derivatives. Later calls run only these, without Python, Keras and
+    autograd, and give the same bits. If the two calls differ, as with NumPy's random numbers, or if Python reads values
+    other than bools, `fun` runs eagerly, with one warning that says why. Calls under a tape run eagerly as well.
 
     Keras variables are state on every backend. Each call of `fun` reads their current values and writes back what it
     assigns: BatchNormalization's statistics, the state of a dropout seed, the weights in a custom training step.
@@ -45,8 +50,7 @@ def jit(fun: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     Cost:
         The first call with a new structure, shape or dtype of the arguments traces and compiles `fun`, which takes from
-        a tenth of a second to minutes. On torch nothing is compiled, because its compiler does not support second
-        derivatives.
+        a tenth of a second to minutes. On torch, each of the first two calls takes some five eager calls.
 
     Example:
 
@@ -61,7 +65,7 @@ def jit(fun: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     (2.0, 8.0, 4.0)
     """
     require_function("jit", fun)
-    return compiled.jitted(fun) if backend.COMPILES_SECOND_ORDER else backend.jit(fun)
+    return compiled.jitted(fun)
 
 
 def functionalize(model: keras.Layer) -> tuple[Callable[..., Any], list[Tensor]]:

@@ -19,10 +19,7 @@ W = RNG.normal(size=(D, K)).astype("float32")
 SAMPLE_WEIGHT = RNG.uniform(0.2, 2.0, N).astype("float32")
 EPSILON, RATE = 0.1, 0.2
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-MODES = [{"jit_compile": False}, {"run_eagerly": True}]
-# The compiler of torch takes its time.
-if keras.config.backend() != "torch":
-    MODES.append({"jit_compile": True})
+MODES = [{"jit_compile": False}, {"run_eagerly": True}, {"jit_compile": True}]
 
 
 def linear():
@@ -67,10 +64,6 @@ class TestOneStep:
     @pytest.mark.parametrize("weighted", [False, True])
     def test_fgsm(self, mode, weighted):
         self.check(mode, weighted)
-
-    @pytest.mark.slow
-    def test_compiled(self):
-        self.check({"jit_compile": True}, weighted=True)
 
     def check(self, mode, weighted):
         trained = adversarial(**mode)

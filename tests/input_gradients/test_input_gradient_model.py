@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_gradtools import backend as kernels
 from keras_gradtools.models import InputGradientRegularized
 from tests.cases import KERAS
 from tests.input_gradients.regularized import (
@@ -332,38 +331,6 @@ def test_summary_says_which_method_and_why(capsys):
     wrapped = regularized(target="outputs", method="random_projection", projections=3)
     wrapped.summary(print_fn=lambda line, **_: lines.append(line))
     assert "random_projection (projections=3) of 'outputs', norm 2, squared" in "\n".join(lines)
-
-
-@pytest.mark.parametrize("method", ["exact", "random_projection"])
-def test_methods_that_the_compiler_cannot_take(method):
-    if kernels.COMPILES_SECOND_ORDER:
-        pytest.skip("the compiler of this backend takes second derivatives")
-    wrapped = InputGradientRegularized(network(), WEIGHT, target="outputs", method=method)
-    with pytest.raises(ValueError, match="Received: jit_compile=True. Use method='finite_difference'"):
-        wrapped.compile("sgd", LOSS, jit_compile=True)
-
-
-def test_auto_follows_the_compiler(backend, capsys):
-    wrapped = regularized(compiled={"jit_compile": True})
-    assert wrapped.method == ("finite_difference" if backend == "torch" else "exact")
-    wrapped.summary()
-    if backend == "torch":
-        assert "because the compiler of this backend cannot differentiate twice" in capsys.readouterr().out
-    wrapped.compile("sgd", LOSS, jit_compile=False)
-    assert wrapped.method == "exact"
-
-
-@pytest.mark.slow
-def test_a_step_of_a_model_that_torch_compiled(backend):
-    if backend != "torch":
-        pytest.skip("the compilers of the other backends take less time: see test_a_step_when_compiled")
-    step = sgd_step(reference_of("finite_difference", "loss"), NETWORK, WEIGHT, RATE)
-    wrapped = regularized(compiled={"jit_compile": True})
-    logs = evaluate(wrapped)
-    history = fit(wrapped)
-    close([logs["input_gradient_penalty"], history["input_gradient_penalty"][0]], step.penalty)
-    assert_stepped(NETWORK, wrapped.model, step)
-    assert wrapped.jit_compile
 
 
 # --- the warning ---

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_gradtools import backend as kernels
 from keras_gradtools.models import InputGradientRegularized
 from tests.cases import central_differences
 
@@ -183,8 +182,6 @@ MODES = [{"jit_compile": False}, {"run_eagerly": True}, {"jit_compile": True}]
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "_".join(mode) + str(*mode.values()))
 @pytest.mark.parametrize("weighted", [False, True])
 def test_training_follows_the_gradient_of_the_total_loss(mode, weighted):
-    if mode.get("jit_compile") and not kernels.COMPILES_SECOND_ORDER:
-        pytest.skip("no second derivatives in this backend's compiler")
     model = keras.Sequential([keras.Input((D,)), layers.Dense(4, activation="tanh"), layers.Dense(K)])
     model.set_weights([RNG.normal(size=v.shape) for v in model.weights])
     before = model.get_weights()
@@ -419,13 +416,3 @@ def test_predictions_changed_on_the_way_to_the_loss():
     wrapped.compile("sgd", "mse")
     with pytest.raises(ValueError, match="the very `y_pred` that the last call"):
         wrapped.train_on_batch(X, np.zeros((N, K), "float32"))
-
-
-def test_a_compiler_that_cannot_differentiate_twice_is_refused_before_training():
-    wrapped = InputGradientRegularized(linear(), WEIGHT, method="exact")
-    if kernels.COMPILES_SECOND_ORDER:
-        wrapped.compile("sgd", "mse", jit_compile=True)
-        assert wrapped.jit_compile
-    else:
-        with pytest.raises(ValueError, match="Received: jit_compile=True. Use method='finite_difference'"):
-            wrapped.compile("sgd", "mse", jit_compile=True)

@@ -385,8 +385,7 @@ class TestTraining:
 
     @pytest.mark.parametrize(
         "options",
-        # The compiler of torch takes a minute.
-        [{"run_eagerly": True}, {"jit_compile": False}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow)],
+        [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}],
         ids=str,
     )
     def test_fit(self, options, backend):

@@ -15,6 +15,7 @@ import keras_gradtools as kg
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.closures import captured_values
 from tests.cases import close, tensor
+from tests.compilers import compiled_by
 
 factor = 2.0
 entries = [2.0]
@@ -266,25 +267,25 @@ class TestTheModelUnderAJit:
 class TestNotTracedAgain:
     """By what a function changes itself, and by what it does not read."""
 
-    def count(self, backend, fun, between, calls):
+    def count(self, fun, between, calls):
         compiled = kg.jit(fun)
-        compiled(tensor(1.0))
+        compiled_by(lambda: compiled(tensor(1.0)))
         traced = len(calls)
         for _ in range(3):
             between()
             compiled(tensor(1.0))
-        assert len(calls) == (4 * traced if backend == "torch" else traced)
+        assert len(calls) == traced
 
-    def test_by_a_list_that_it_appends_to(self, backend):
+    def test_by_a_list_that_it_appends_to(self):
         calls = []
 
         def fun(x):
             calls.append(1)
             return 2 * x
 
-        self.count(backend, lambda x: fun(x), lambda: None, calls)
+        self.count(lambda x: fun(x), lambda: None, calls)
 
-    def test_by_an_attribute_that_it_counts_in(self, backend):
+    def test_by_an_attribute_that_it_counts_in(self):
         class Counted:
             def __init__(self):
                 self.calls, self.steps, self.log = [], 0, {}
@@ -296,9 +297,9 @@ class TestNotTracedAgain:
                 return 2 * x
 
         counted = Counted()
-        self.count(backend, counted.fun, lambda: None, counted.calls)
+        self.count(counted.fun, lambda: None, counted.calls)
 
-    def test_by_an_attribute_that_it_does_not_read(self, backend):
+    def test_by_an_attribute_that_it_does_not_read(self):
         calls = []
         step = types.SimpleNamespace(epoch=0, c=2.0, history=[])
 
@@ -310,9 +311,9 @@ class TestNotTracedAgain:
             step.epoch += 1
             step.history.append(step.epoch)
 
-        self.count(backend, fun, between, calls)
+        self.count(fun, between, calls)
 
-    def test_by_training(self, backend):
+    def test_by_training(self):
         calls = []
         model = keras.Sequential([keras.Input((1,)), layers.Dense(1), layers.BatchNormalization()])
         model.compile("sgd", "mse")
@@ -321,13 +322,10 @@ class TestNotTracedAgain:
             calls.append(1)
             return model(ops.reshape(x, (1, 1)))
 
-        self.count(backend, fun, lambda: model.fit(np.ones((2, 1)), np.ones((2, 1)), verbose=0), calls)
+        self.count(fun, lambda: model.fit(np.ones((2, 1)), np.ones((2, 1)), verbose=0), calls)
 
 
-def test_too_much_runs_eagerly_and_says_so(backend):
-    if backend == "torch":
-        pytest.skip("torch has no compiler that differentiates twice")
-
+def test_too_much_runs_eagerly_and_says_so():
     def multiply(n):
         return lambda x: n * x
 

@@ -9,9 +9,10 @@ import torch
 
 from keras_gradtools.backend.base import Backend
 from keras_gradtools.backend.torch import checkpoint, fused, graph, keras_ops, pullbacks, pushforwards, tape
+from keras_gradtools.backend.torch.compiled import recorder, seeds
+from keras_gradtools.backend.torch.compiled.jit import jit, may_replay
 from keras_gradtools.backend.torch.containers import containers
 from keras_gradtools.backend.torch.custom_gradient import custom_gradient
-from keras_gradtools.backend.torch.jit import compiled, jit
 from keras_gradtools.backend.torch.per_example import per_example_gradients
 from keras_gradtools.backend.torch.processes import summed_over_processes
 from keras_gradtools.backend.torch.random_numbers import random_state, with_random_state
@@ -20,6 +21,8 @@ tape.install()
 checkpoint.install()
 fused.install()
 keras_ops.install()
+recorder.install()
+seeds.install()
 
 
 class TorchBackend(Backend):
@@ -27,8 +30,6 @@ class TorchBackend(Backend):
 
     Tape = tape.Tape
 
-    # What `torch.compile` has compiled can only be differentiated once.
-    COMPILES_SECOND_ORDER = False
     LINEARIZES_ONCE = True
 
     pullback = staticmethod(pullbacks.pullback)
@@ -39,7 +40,8 @@ class TorchBackend(Backend):
     per_example_gradients = staticmethod(per_example_gradients)
     custom_gradient = staticmethod(custom_gradient)
     jit = staticmethod(jit)
-    compiled = staticmethod(compiled)
+    may_compile = staticmethod(may_replay)
+    compiled_step = staticmethod(jit)
     containers = staticmethod(containers)
     random_state = staticmethod(random_state)
     with_random_state = with_random_state

@@ -5,6 +5,7 @@ import threading
 
 import torch
 
+from keras_gradtools.backend.torch.compiled import recorder
 from keras_gradtools.blocks import Block
 from keras_gradtools.keras_internals import backend_modules
 
@@ -12,8 +13,13 @@ get_device = backend_modules.function("core", "get_device")
 
 
 def random_state():
-    on_device = torch.cuda.get_rng_state() if get_device().startswith("cuda") else None
-    return torch.get_rng_state(), on_device
+    """A tuple of the state of the host's generator, and of that of the device, if it has its own."""
+    return recorder.seen_random_state(_random_state)
+
+
+def _random_state():
+    on_device = [torch.cuda.get_rng_state()] if get_device().startswith("cuda") else []
+    return torch.get_rng_state(), *on_device
 
 
 class with_random_state(Block):  # noqa: N801 - said of a block
@@ -31,17 +37,20 @@ class with_random_state(Block):  # noqa: N801 - said of a block
         # `extend` with `map` runs in C, so an interrupt cannot come between the change of the lock and its note.
         self._taken.extend(map(self._lock.acquire, (True,)))
         self._before = random_state()
-        _set_random_state(self._state)
+        set_random_state(self._state)
 
     def end(self):
         if self._before is not None:
-            _set_random_state(self._before)
+            set_random_state(self._before)
         if len(self._given) < len(self._taken):
             self._given.extend(itertools.starmap(self._lock.release, ((),)))
 
 
-def _set_random_state(state):
-    on_host, on_device = state
+def set_random_state(state):
+    recorder.seen_setting(_set_random_state, state)
+
+
+def _set_random_state(on_host, *on_device):
     torch.set_rng_state(on_host)
-    if on_device is not None:
-        torch.cuda.set_rng_state(on_device)
+    for state in on_device:
+        torch.cuda.set_rng_state(state)

@@ -20,7 +20,7 @@ class Draws:
 
     Attributes:
         key: Equal for two instances that have the same variables.
-        values: The states, as tensors.
+        values: The states of these variables and of the framework's generators, as tensors.
     """
 
     def __init__(self, model, more=()):
@@ -29,8 +29,9 @@ class Draws:
         self._global = seeds.spare_seed_generator()
         own = [*seeds.seed_states(model), *self._more]
         self._variables = [*own, self._global.state]
-        self.values = [*map(_copy, own), _tensor(seeds.next_global_seed())]
-        self._random = backend.random_state()
+        # The framework's own generators are not variables. Their states come last.
+        random_state = backend.random_state() or ()
+        self.values = [*map(_copy, own), _tensor(seeds.next_global_seed()), *random_state]
         self.key = tuple(map(Identity, self._variables))
 
     def anew(self, model):
@@ -66,11 +67,12 @@ class Draws:
 
 class _Lent(Block):
     def __init__(self, draws, mapping):
-        self.scope = scopes.StateScope([*mapping, *zip(draws._variables, draws.values, strict=True)])
+        count = len(draws._variables)
+        self.scope = scopes.StateScope([*mapping, *zip(draws._variables, draws.values[:count], strict=True)])
         self._blocks = (
             self.scope,
             seeds.global_seed_generator_is(draws._global),
-            backend.with_random_state(draws._random),
+            backend.with_random_state(tuple(draws.values[count:])),
         )
 
     def begin(self):

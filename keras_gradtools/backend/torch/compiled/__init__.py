@@ -1,0 +1,16 @@
+"""Compiled functions on torch: a call is recorded while it runs, and later calls run the recorded operations only.
+
+Most of the time that torch needs for small models is spent in Python: in Keras, in tapes, and in autograd. A recorded
+call needs none of it. It runs the same operations of torch in the same order, so its results are equal bit for bit.
+
+| file           | holds                                                                                  |
+| -------------- | -------------------------------------------------------------------------------------- |
+| `jit`          | compiled functions, their cached programs, and when a call runs eagerly                 |
+| `recorder`     | the operations of one call, and what it reads                                           |
+| `operations`   | what a recorder must know about an operation of torch                                   |
+| `leaks`        | calls that give values of tensors to Python                                             |
+| `seeds`        | random generators that are seeded from tensors                                          |
+| `recorded_call` | what a recorder has seen of one call, and whether another call did the same          |
+| `program`      | recorded operations as one Python function                                              |
+| `differentiable` | the gradient of results                                                              |
+"""

@@ -1,0 +1,45 @@
+"""Sees the calls that give the values of tensors to Python without an operation of torch, such as `numpy()`."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+T = torch.Tensor
+_LEAKS = {
+    T.numpy: "numpy()",
+    T.tolist: "tolist()",
+    T.__array__: "numpy()",
+    T.data_ptr: "data_ptr()",
+    T.untyped_storage: "untyped_storage()",
+    T.storage: "storage()",
+    T.__dlpack__: "__dlpack__()",
+    T.__repr__: "repr()",
+    T.__format__: "format()",
+    T.__reduce_ex__: "pickle",
+    T.__deepcopy__: "deepcopy",
+    torch.ctc_loss: "ctc_loss",
+    torch.nn.functional.ctc_loss: "ctc_loss",
+    torch.tensor_split: "tensor_split",
+    T.tensor_split: "tensor_split",
+    torch.utils.dlpack.to_dlpack: "to_dlpack",
+}
+_SETTERS = {T.data.__set__: "an assignment to `.data`"}
+_WITH_LENGTHS = {torch.tensor_split, T.tensor_split}
+
+
+class Leaks(TorchFunctionMode):
+    """A block in which `refuse(reason)` is called before a value of a tensor that is not constant leaves torch."""
+
+    def __init__(self, refuse, is_constant):
+        super().__init__()
+        self._refuse, self._is_constant = refuse, is_constant
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _LEAKS:
+            given = args[1:] if func in _WITH_LENGTHS else args
+            tensors = [x for x in (*given, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            if not all(map(self._is_constant, tensors)):
+                self._refuse(f"`{_LEAKS[func]}` gives the values of a tensor to Python")
+        elif func in _SETTERS:
+            self._refuse(f"{_SETTERS[func]} gives a tensor other memory")
+        return func(*args, **kwargs)
