@@ -12,5 +12,6 @@ call needs none of it. It runs the same operations of torch in the same order, s
 | `seeds`        | random generators that are seeded from tensors                                          |
 | `recorded_call` | what a recorder has seen of one call, and whether another call did the same          |
 | `program`      | recorded operations as one Python function                                              |
+| `bindings`     | the fastest way to call an operation                                                  |
 | `differentiable` | the gradient of results                                                              |
 """

@@ -213,7 +213,9 @@ class _Replayed:
         is_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            found = self._guarded(given) if self.guards else program.function(*given)
+            # The operations were recorded below autograd, so they need none of it.
+            with torch._C._AutoDispatchBelowAutograd():
+                found = self._guarded(given) if self.guards else program.function(*given)
         finally:
             torch._C._set_grad_enabled(is_enabled)
         if call.gradients:

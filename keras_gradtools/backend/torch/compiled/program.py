@@ -5,6 +5,7 @@ import weakref
 
 import torch
 
+from keras_gradtools.backend.torch.compiled.bindings import fastest
 from keras_gradtools.backend.torch.compiled.operations import Slot
 from keras_gradtools.backend.torch.compiled.recorder import ARGUMENT, CONSTANT, GUARD, VARIABLE
 
@@ -153,7 +154,7 @@ class _Writer:
             return
         given = [self._literal(x) for x in op.args]
         given += [f"{name}={self._literal(x)}" for name, x in op.kwargs.items()]
-        call = f"{self._name('f', getattr(op.function, '_op', op.function))}({', '.join(given)})"
+        call = f"{self._name('f', fastest(op.function))}({', '.join(given)})"
         targets = ["_" if s is None or s in op.mutated or s in self._defined else self._define(s) for s in op.outputs]
         if all(t == "_" for t in targets):
             self._lines.append(call)
