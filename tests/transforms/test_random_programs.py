@@ -57,6 +57,40 @@ def check_matrices(program, x, u, v):
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-4 * (1 + np.abs(hessian).max()))
 
 
+def check_compiled(program, x, u, v):
+    """Values, first and second derivatives of compiled functions equal those of eager ones, bit for bit."""
+
+    def fun(x):
+        return run(program, x, numpy=False)
+
+    def everything(x, u, v):
+        total = kg.hvp(lambda x: ops.sum(fun(x)), (x,), (v,))[0]
+        return [fun(x), kg.jvp(fun, (x,), (v,))[1], kg.vjp(fun, x)[1](u)[0], total]
+
+    compiled = kg.jit(everything)
+    for scale in (1.0, 0.5, 0.25):
+        given = [tensor(scale * w) for w in (x, u, v)]
+        for found, expected in zip(compiled(*given), everything(*given), strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(found), ops.convert_to_numpy(expected))
+
+
+@checked(10)
+@hypothesis.given(program=programs, x=vectors, u=vectors, v=vectors)
+def test_compiled(program, x, u, v, backend):
+    if backend != "torch":
+        pytest.skip("only on torch are the operations the same")
+    check_compiled(program, x, u, v)
+
+
+@pytest.mark.slow
+@checked(500)
+@hypothesis.given(program=programs, x=vectors, u=vectors, v=vectors)
+def test_500_compiled_programs(program, x, u, v, backend):
+    if backend != "torch":
+        pytest.skip("only on torch are the operations the same")
+    check_compiled(program, x, u, v)
+
+
 @checked(20)
 @hypothesis.given(programs, vectors, vectors, vectors)
 def test_products(program, x, u, v):

@@ -14,8 +14,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.rand(3, 4, generator=GENERATOR) + 0.1, torch.rand(3, 4, generator=GENERATOR) + 0.1
 B = X > 0.5
 UNARY = """
-    abs clone cos exp exp2 expm1 log log1p log2 mean neg reciprocal relu rsqrt sigmoid sign sin sqrt square sum t tanh tril
-    triu
+    abs clone cos exp exp2 expm1 log log1p log2 mean neg reciprocal relu rsqrt sigmoid sign sin sqrt square sum t tanh
+    tril triu
 """
 # An operation, its arguments, and keywords with which it may be called as well.
 ROWS = [
