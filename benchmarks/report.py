@@ -26,8 +26,8 @@ The columns:
   within the 95% confidence interval of the median.
 - The mode *compiled* is `kg.jit` compared with `tf.function` or `jax.jit`. *Self-compiled* is a transform that is
   called directly and compiles automatically, compared with the same. *XLA* is `tf.function(jit_compile=True)` around
-  both. *Fit* is `train_on_batch` as Keras compiles it. torch runs eagerly, because its compiler cannot differentiate
-  twice.
+  both. *Fit* is `train_on_batch` as Keras compiles it. *Replayed* is `kg.jit` on torch, compared with eager code,
+  because torch's own compiler cannot differentiate twice.
 
 The conditions: all runs use one thread. The last runs on TensorFlow and JAX ran side by side, on one core each. Batches
 are doubled until the native code takes 5 ms (20 ms where it is one gradient), except in rows with fixed sizes (eager

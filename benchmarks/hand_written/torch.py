@@ -3,10 +3,15 @@
 import keras
 import torch
 
+import keras_gradtools as kg
 from benchmarks.models import CLASSES, loss
 
-# There is no compiled mode: `torch.compile` cannot differentiate twice.
-MODES = {"eager": (lambda fun: fun, lambda fun: fun), "fit": (lambda fun: fun, lambda fun: fun)}
+# The hand-written code is eager in every mode: `torch.compile` cannot differentiate twice.
+MODES = {
+    "eager": (lambda fun: fun, lambda fun: fun),
+    "replayed": (kg.jit, lambda fun: fun),
+    "fit": (lambda fun: fun, lambda fun: fun),
+}
 THREADS = "torch.set_num_threads(1), OMP_NUM_THREADS=1"
 
 

@@ -84,9 +84,9 @@ class Backend(abc.ABC):
         If the function that is returned has an attribute `refusal`, this is why it runs eagerly, or None.
         """
 
-    def compiled_step(self, step):
-        """A training, test or prediction step of `fit`, compiled where Keras cannot compile it itself."""
-        return step
+    def compiled_step(self, fun):
+        """`fun`, a training, test or prediction step of `fit`, compiled where Keras cannot compile it itself."""
+        return fun
 
     def may_compile(self):
         """Whether a function that is called here may be compiled."""

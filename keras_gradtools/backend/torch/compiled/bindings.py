@@ -12,8 +12,8 @@ _methods = torch._C.TensorBase
 _NAMES = {
     _functions: """
         abs add addmm amax amin bmm cat clone cos div eq exp exp2 expm1 ge gt le log log1p log2 logical_and logical_not
-        lt maximum mean minimum mm mul ne neg permute pow reciprocal relu rsqrt select sigmoid sign sin split sqrt square
-        squeeze stack sub sum t tanh transpose tril triu unsqueeze where
+        lt maximum mean minimum mm mul ne neg permute pow reciprocal relu rsqrt select sigmoid sign sin split sqrt
+        square squeeze stack sub sum t tanh transpose tril triu unsqueeze where
     """,
     _methods: "expand view",
 }
