@@ -5,6 +5,7 @@ import re
 
 import jupytext
 from docutils import nodes
+from plain_markdown import plain_markdown
 
 LANGUAGES = {"en": "English", "ja": "日本語"}
 
@@ -60,7 +61,11 @@ def read_notebook(path):
     text = path.read_text("utf-8")
     if "display_name:" not in text:
         text = text.replace("kernelspec:\n", "kernelspec:\n  display_name: Python 3\n", 1)
-    return jupytext.reads(text, "md:myst")
+    notebook = jupytext.reads(text, "md:myst")
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain_markdown(cell.source)
+    return notebook
 
 
 def write_notebooks(app, error):

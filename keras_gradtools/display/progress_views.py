@@ -38,8 +38,8 @@ def _duration(seconds):
 
 class _LogView:
     def __init__(self, progress):
-        unit = "" if progress.total is None else f" of {progress.count.partition('/')[2]}"
-        print(f"{progress.title}: begins{unit}", flush=True)
+        work = "" if progress.total is None else f", {progress.count.partition('/')[2]}"
+        print(f"{progress.title}: started{work}", flush=True)
 
     def refresh(self, progress):
         pass

@@ -46,13 +46,13 @@ class TestLog:
     def test_two_lines(self, capsys):
         work(1000, 1000, unit="batch")
         first, last = capsys.readouterr().out.splitlines()
-        assert first == "work: begins of 1000 batches" and last.startswith("work: 1000/1000 batches, 0.")
+        assert first == "work: started, 1000 batches" and last.startswith("work: 1000/1000 batches, 0.")
         assert last.endswith("s, residual 999")
 
     def test_an_unknown_number(self, capsys):
         work(None, 40)
         first, last = capsys.readouterr().out.splitlines()
-        assert first == "work: begins" and last.startswith("work: 40 products, ")
+        assert first == "work: started" and last.startswith("work: 40 products, ")
 
     def test_a_failure(self, capsys):
         with pytest.raises(ZeroDivisionError), Progress(4, "work", 1, "loss") as bar:
@@ -148,4 +148,4 @@ def test_eigenvalues_and_a_surface(capsys):
     kg.curvature.loss_surface(hessian, points=3)
     lines = capsys.readouterr().out.splitlines()
     assert "2 of 2 eigenvalues converged, residual " in lines[1] and "products" in lines[1]
-    assert lines[2] == "Hessian.loss_surface: begins of 9 losses" and "9/9 losses" in lines[3] and len(lines) == 4
+    assert lines[2] == "Hessian.loss_surface: started, 9 losses" and "9/9 losses" in lines[3] and len(lines) == 4
