@@ -3,7 +3,8 @@
 Uses the classifier, the data and two of the four training methods of examples/demo.py (plain, and with the penalty), on
 one core. A measurement at the end of an epoch is timed inside `fit`, with its preparations before the last step. The
 reported share is the time of the measurement divided by that of its epoch, as the median over epochs. The first epochs,
-which compile, are excluded. Writes benchmarks/results/BACKEND_monitor_cost.json.
+which compile, are excluded. Writes benchmarks/results/BACKEND_monitor_cost.json. `--only TEXT` measures the monitors
+with this text in their name, and keeps the others' rows.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def timed(monitor):
     return Timed()
 
 
-def measure():
+def measure(only):
     import keras
     import numpy as np
 
@@ -93,6 +94,8 @@ def measure():
     found = {"backend": keras.backend.backend(), "target": TARGET, "rows": []}
     for way in WAYS:
         for name, monitor in monitors(x, y).items():
+            if only not in name:
+                continue
             keras.utils.set_random_seed(0)
             model = demo.WAYS[way](demo.build_classifier())
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -109,22 +112,33 @@ def measure():
     return found
 
 
+def _in_order(rows):
+    """The rows of one way of training after those of the other."""
+    return sorted(rows, key=lambda row: WAYS.index(row["way"]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, help="only this backend")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the monitors with this text in their name")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.here:
         for backend in [options.backend] if options.backend else BACKENDS:
-            arguments = [sys.executable, "-m", "benchmarks.monitor_cost", "--here", "--backend", backend]
-            subprocess.run(arguments, cwd=ROOT, env=environment_of(backend), check=True)
+            arguments = ["--here", "--backend", backend, "--only", options.only]
+            command = [sys.executable, "-m", "benchmarks.monitor_cost", *arguments]
+            subprocess.run(command, cwd=ROOT, env=environment_of(backend), check=True)
         return
     if options.backend == "torch":
         import torch
 
         torch.set_num_threads(1)
     path = RESULTS / f"{os.environ['KERAS_BACKEND']}_monitor_cost.json"
-    path.write_text(json.dumps(measure(), indent=1) + "\n")
+    found = measure(options.only)
+    if options.only and path.exists():
+        kept = json.loads(path.read_text())["rows"]
+        found["rows"] = _in_order([row for row in kept if options.only not in row["monitor"]] + found["rows"])
+    path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"Wrote {path.name}")
 
 

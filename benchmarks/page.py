@@ -38,14 +38,15 @@ training step.
 Each point is one seed. Both methods start from the same weights and train in `fit` for the same wall-clock time. Adam
 has the best of ten learning rates and decays. Left is the squared error of a 1-20-1 network that fits sin(10 pi x) /
 (10 pi x). Right is the norm of the gradient of a digit classifier, which measures convergence, not accuracy on test
-data: see [when to use which](second_order.md).
+data. [Training by second-order methods](second_order.md) says when to use which.
 
 {training}
 
 ## Monitors
 
-The epochs of this demo are short. The cost of a measurement does not depend on the size of the training set, so with
-50,000 examples it is a forty times smaller fraction.
+A monitor measures on a few examples at the end of an epoch. The bars show the cost of a measurement on 8 examples, as a
+fraction of an epoch of `make demo`, which has only 1,297 examples. The cost does not depend on the size of the training
+set: with 50,000 examples it is a forty times smaller fraction.
 
 {monitors}
 

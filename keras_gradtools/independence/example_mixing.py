@@ -8,6 +8,7 @@ from keras_gradtools import backend, nesting, validation
 from keras_gradtools.independence import cross_example_gradients
 from keras_gradtools.independence.cross_example_gradients import BatchIndependence, Leak
 from keras_gradtools.keras_state import layer_calls
+from keras_gradtools.keras_state.layer_state import with_keras_mask_of
 from keras_gradtools.keras_state.scopes import StateScope, read
 
 # Relative tolerance for values that are computed twice.
@@ -61,7 +62,7 @@ def _leak_of(name, called, leaves, judged, batch_size, seed):
         scope = StateScope()
         with scope, scope, tape, tape:
             for i in floats:
-                aliases[i] = backend.alias(leaves[i])
+                aliases[i] = with_keras_mask_of(backend.alias(leaves[i]), leaves[i])
                 tape.watch(aliases[i])
             outputs = _float_leaves(called(aliases))
         _require_outputs(name, outputs, batch_size)

@@ -17,6 +17,7 @@ from keras_gradtools import nesting
 from keras_gradtools.blocks import Block
 from keras_gradtools.keras_internals.attributes import DTYPE_POLICY
 from keras_gradtools.keras_internals.layers import Layer, Operation, get_keras_mask
+from keras_gradtools.keras_state.layer_state import with_keras_mask_of
 
 
 class LayerCall(NamedTuple):
@@ -215,7 +216,7 @@ def _watched_call(original, layer, args, kwargs):
             # Inside a loop that the framework traces, tensors have no values.
             if array_of(leaf) is None:
                 return original(layer, *args, **kwargs)
-            leaves[i] = alias(leaf)
+            leaves[i] = with_keras_mask_of(alias(leaf), leaf)
             record.watch(leaves[i])
             inputs.append(leaves[i])
     args, kwargs = nesting.pack_as((args, kwargs), leaves)

@@ -16,10 +16,12 @@ __all__ = [
     "ambient",
     "frozen_statistics",
     "get_keras_mask",
+    "has_keras_mask",
     "layers_of",
     "regularization_losses",
     "set_keras_mask",
     "state_variables",
+    "with_keras_mask_of",
 ]
 
 
@@ -33,6 +35,19 @@ def ambient():
         global_state.get_global_attribute("global_random_seed"),
         id(global_state.get_global_attribute("global_seed_generator")),
     )
+
+
+def has_keras_mask(x):
+    """Whether Keras has set a mask on `x`, which the next layer reads."""
+    return get_keras_mask(x) is not None
+
+
+def with_keras_mask_of(x, original):
+    """`x` with the mask of `original`, if that has one. Another tensor in its place would lose it."""
+    mask = get_keras_mask(original)
+    if mask is not None:
+        set_keras_mask(x, mask)
+    return x
 
 
 def layers_of(layer):

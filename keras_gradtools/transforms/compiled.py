@@ -154,6 +154,9 @@ _TOO_MUCH = (
     "its compiled program cannot be cached, because the function and those that it calls capture more values than can "
     "be compared at each call. Pass them as arguments instead."
 )
+_HAS_MASK = (
+    "an argument has a Keras mask, which a compiled program would not see. Pass the mask as an argument of its own."
+)
 _functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -171,7 +174,8 @@ def prepare(name, fun, body, options, args, kwargs):
     """Returns `body(fun, *args, **kwargs)` as a function of `(args, kwargs)`, compiled if possible.
 
     The function that is returned is valid for arguments of the same structure, shapes and dtypes. It is not compiled
-    inside another compilation, on a backend without a compiler, or while a scope gives other values to Keras variables.
+    inside another compilation, on a backend without a compiler, while a scope gives other values to Keras variables, or
+    if an argument has a Keras mask.
     If the Python code of `fun` depends on the values of tensors, it cannot be traced: a warning is issued, and `fun`
     runs eagerly from then on. Any other error of a first call is raised, and the next call tries again.
 
@@ -181,7 +185,8 @@ def prepare(name, fun, body, options, args, kwargs):
     def eager(args, kwargs):
         return body(fun, *args, **kwargs)
 
-    if not may_run():
+    # A program would not see the mask of an argument.
+    if not may_run() or any(map(layer_state.has_keras_mask, nesting.flatten((args, kwargs)))):
         return eager
     try:
         programs = _programs_of(fun)
@@ -228,6 +233,9 @@ def jitted(fun):
     def call(*args, **kwargs):
         reads = closures.attributes_read_by(fun)
         leaves = nesting.flatten((args, kwargs) if kwargs else args)
+        if any(map(layer_state.has_keras_mask, leaves)):
+            programs.warn_once("kg.jit", fun, _HAS_MASK)
+            return fun(*args, **kwargs)
         try:
             captured = programs.guarded_captured_values(fun)
             # The compiler itself distinguishes the shapes and dtypes of tensors.

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.keras_state.layer_state import with_keras_mask_of
 from keras_gradtools.keras_state.scopes import StateScope, read
 from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import auxiliary
@@ -137,7 +138,7 @@ def _differentiable_leaf(name, position, x):
         dtype = keras.config.floatx() if isinstance(x, float) else None
         x = validation.as_tensor(x, f"Argument {position} under `{name}` must be a tensor", dtype, True)
     validation.require_differentiable(x, f"Argument {position} under `{name}`")
-    return backend.alias(x)
+    return with_keras_mask_of(backend.alias(x), x)
 
 
 def as_result(x):

@@ -186,6 +186,14 @@ LAYERS = {
     },
 }
 
+# Those that Keras has from 3.16 on.
+NEW_LAYERS = {
+    "Mosaic": [Entry(_layer("Mosaic", seed=1), (_PICTURE,), None, True)],
+    # Its kernel is rounded and has a straight-through gradient, so that values do not tell.
+    "TernaryDense": [Entry(_layer("TernaryDense", 2, activation="tanh", trainable=False), (normal(2, 3),))],
+}
+LAYERS |= {name: entries for name, entries in NEW_LAYERS.items() if hasattr(layers, name)}
+
 # What takes or returns integers and strings, rounds to the 256 levels of an image, is abstract, or holds a model of
 # another framework.
 WITHOUT_DERIVATIVE = set(

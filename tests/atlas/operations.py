@@ -10,6 +10,7 @@ from keras import ops
 from tests.atlas.array_operations import BINARY, ELEMENTWISE, PRODUCTS, REDUCTIONS, SHAPES
 from tests.atlas.cases import words
 from tests.atlas.model_operations import FOURIER, IMAGES, LINEAR_ALGEBRA, NEURAL
+from tests.atlas.new_operations import NEW
 
 OPERATIONS = {
     **ELEMENTWISE,
@@ -21,6 +22,7 @@ OPERATIONS = {
     **FOURIER,
     **NEURAL,
     **IMAGES,
+    **NEW,
 }
 
 # What returns integers, booleans, strings or constants, creates tensors, or is a transform of its own.

@@ -4,7 +4,10 @@ import collections
 import json
 import pathlib
 import sys
+import textwrap
 
+from tests.atlas.layer_cases import NEW_LAYERS
+from tests.atlas.new_operations import ENTRIES
 from tests.atlas.run import RESULTS
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -24,6 +27,7 @@ EXPLAINED = {
     ("ops.image.hsv_to_rgb", "zeros"): "at black, the third derivative is that of the branch that Keras takes there",
 }
 
+NEW = "What is new in Keras 3.16 was tried with its nightly build:"
 HEAD = """# Which operations have derivatives, and of which order
 
 Look up the operations and layers of your model here before you start: the tables say up to which order their
@@ -38,7 +42,9 @@ were compared with differences of the values:
 - second order: nested tapes, `hvp`, and `linearize`;
 - third order: three nested tapes.
 
-Layers were differentiated with respect to their inputs and their weights.
+Layers were differentiated with respect to their inputs and their weights. The versions are Keras 3.15.1, TensorFlow
+2.21, JAX 0.10.2 and torch 2.13.
+{new}
 
 | an entry | means |
 | --- | --- |
@@ -108,8 +114,9 @@ def page():
     """The text of docs/support.md."""
     results = {backend: read(backend) for backend in BACKENDS}
     names = list(dict.fromkeys(name for found in results.values() for name in found))
+    new = [f"`ops.{name}`" for name in sorted(ENTRIES)] + [f"`layers.{name}`" for name in sorted(NEW_LAYERS)]
     lines = [
-        HEAD,
+        HEAD.format(new=textwrap.fill(f"{NEW} {', '.join(new)}.", 120)),
         "| | right | error | NaN | no derivative to compare with | wrong |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

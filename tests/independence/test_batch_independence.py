@@ -466,6 +466,35 @@ class TestMasks:
         report = kg.diagnostics.batch_independence(model, sparse.astype("int32"))
         assert report.independent is False and report.layers == ("masking",)
 
+    def test_that_a_layer_hands_to_the_next_one(self):
+        class Own(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.embedding, self.masking = layers.Embedding(11, D, mask_zero=True), Masking(name="masking")
+
+            def call(self, x):
+                return self.masking(self.embedding(x))
+
+        sparse = (examples(TOKENS, 0) * (np.arange(B * T).reshape(B, T) % 7 == 0)).astype("int32")
+        report = kg.diagnostics.batch_independence(Own(), sparse)
+        assert report.independent is False and report.layers == ("masking",)
+
+    def test_of_the_examples(self):
+        # What the user hands over has a mask of its own.
+        tokens = (np.arange(B * T).reshape(B, T) % 3 != 0).astype("int32")
+        embedded = layers.Embedding(11, D, mask_zero=True)(tokens)
+        counts = []
+
+        class Counting(layers.Layer):
+            supports_masking = True
+
+            def call(self, h, mask=None):
+                counts.append(mask is not None)
+                return h
+
+        report = kg.diagnostics.batch_independence(Counting(), embedded)
+        assert report.independent is True and all(counts)
+
     def test_in_a_function(self):
         embed = tokens(layers.Flatten())
         report = kg.diagnostics.batch_independence(

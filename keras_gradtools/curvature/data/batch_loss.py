@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_gradtools import nesting, validation
 from keras_gradtools.keras_state import example_losses
-from keras_gradtools.keras_state.layer_state import get_keras_mask, regularization_losses, set_keras_mask
+from keras_gradtools.keras_state.layer_state import regularization_losses, with_keras_mask_of
 from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.transforms.closures import Identity
 
@@ -136,9 +136,7 @@ class BatchLoss:
 def with_masks_of(outputs, originals):
     """Sets the Keras masks of `originals` on `outputs`, so that a loss knows what is padding. Returns `outputs`."""
     for output, original in zip(nesting.flatten(outputs), nesting.flatten(originals), strict=True):
-        mask = get_keras_mask(original)
-        if mask is not None:
-            set_keras_mask(output, mask)
+        with_keras_mask_of(output, original)
     return outputs
 
 

@@ -98,8 +98,9 @@ class Report:
     def _repr_html_(self):
         rows = [(f.severity, f.title, f.evidence, f.advice) for f in self.findings]
         table = [html.Table(rows, ("severity", "finding", "measured", "what to do"))] if rows else []
-        checks_done = [(s.title, s.status, s.remark) for s in self.sections]
-        return html.fragment("Report", [self.summary, *table, html.Table(checks_done, ("check", "status", ""))])
+        width = 3 if any(s.remark for s in self.sections) else 2
+        done = [(s.title, s.status, s.remark)[:width] for s in self.sections]
+        return html.fragment("Report", [self.summary, *table, html.Table(done, ("check", "status", "reason")[:width])])
 
 
 def report(

@@ -46,7 +46,7 @@ def test_the_jacobian_of_a_linear_model(full):
 def test_what_it_says(full):
     assert full.model == "good" and "12" in full.facts["examples"] and "10 weights" in full.facts["model"]
     assert "in 7 of 7 checks" in str(full) and repr(full).startswith("<Report on 'good'")
-    assert "Gradient flow" in full._repr_html_()
+    assert "Gradient flow" in full._repr_html_() and "reason" not in full._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_a_wrapper_is_examined_inside():
 def test_time_is_limited(monkeypatch):
     found = report(models.good(), (X, Y), checks=["values", "jacobian"], max_seconds=1e-9, verbose=0)
     assert [s.status for s in found.sections] == ["not run"] * 2 and "the limit of 1e-09 seconds" in str(found)
+    assert "reason" in found._repr_html_() and "the limit of 1e-09 seconds" in found._repr_html_()
 
 
 def test_the_model_does_not_change():
@@ -198,4 +199,4 @@ def test_options_are_refused(options):
 def test_progress(capsys):
     report(models.good(), (X, Y), checks=["values", "independence"], verbose=1)
     first, last = capsys.readouterr().out.splitlines()
-    assert first == "report on 'good': begins of 2 checks" and "2/2 checks" in last
+    assert first == "report on 'good': started, 2 checks" and "2/2 checks" in last
