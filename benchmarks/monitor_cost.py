@@ -4,7 +4,8 @@ Uses the classifier, the data and two of the four training methods of examples/d
 one core. A measurement at the end of an epoch is timed inside `fit`, with its preparations before the last step. The
 reported share is the time of the measurement divided by that of its epoch, as the median over epochs. The first epochs,
 which compile, are excluded. Writes benchmarks/results/BACKEND_monitor_cost.json. `--only TEXT` measures the monitors
-with this text in their name, and keeps the others' rows.
+with this text in their name, and keeps the others' rows. `--cpu` takes the CPU time of the process instead of the
+clock's, which depends less on what else runs on the machine, and writes no file.
 """
 
 import argparse
@@ -50,8 +51,8 @@ def monitors(x, y):
     }
 
 
-def timed(monitor):
-    """A callback that times the epochs, and the measurements of `monitor` after them."""
+def timed(monitor, now):
+    """A callback that times the epochs, and the measurements of `monitor` after them, by the clock `now`."""
     import keras
 
     class Timed(keras.callbacks.Callback):
@@ -63,27 +64,27 @@ def timed(monitor):
 
         def on_epoch_begin(self, epoch, logs=None):
             self.before = 0.0
-            self.start = time.perf_counter()
+            self.start = now()
 
         def on_train_batch_begin(self, batch, logs=None):
             if batch == self.params["steps"] - 1:
                 # Wait for JAX to finish the previous steps, which are not part of the measurement.
                 getattr(self.model, "jax_state_sync", lambda: None)()
                 keras.ops.convert_to_numpy(self.model.trainable_variables[0])
-            start = time.perf_counter()
+            start = now()
             monitor.on_train_batch_begin(batch, logs)
-            self.before += time.perf_counter() - start
+            self.before += now() - start
 
         def on_epoch_end(self, epoch, logs=None):
-            middle = time.perf_counter()
+            middle = now()
             monitor.on_epoch_end(epoch, logs)
             self.epochs.append(middle - self.start - self.before)
-            self.measurements.append(time.perf_counter() - middle + self.before)
+            self.measurements.append(now() - middle + self.before)
 
     return Timed()
 
 
-def measure(only):
+def measure(only, now=time.perf_counter):
     import keras
     import numpy as np
 
@@ -100,7 +101,7 @@ def measure(only):
             model = demo.WAYS[way](demo.build_classifier())
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
-            times = timed(monitor)
+            times = timed(monitor, now)
             model.fit(x, y, batch_size=demo.BATCH_SIZE, epochs=EPOCHS, verbose=0, callbacks=[times])
             epochs, measurements = (np.array(t[LEFT_OUT:]) for t in (times.epochs, times.measurements))
             low, share, high = np.quantile(measurements / epochs, (0.25, 0.5, 0.75))
@@ -121,11 +122,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, help="only this backend")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the monitors with this text in their name")
+    parser.add_argument("--cpu", action="store_true", help="print shares of CPU time, and write no file")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.here:
         for backend in [options.backend] if options.backend else BACKENDS:
-            arguments = ["--here", "--backend", backend, "--only", options.only]
+            arguments = ["--here", "--backend", backend, "--only", options.only, *["--cpu"] * options.cpu]
             command = [sys.executable, "-m", "benchmarks.monitor_cost", *arguments]
             subprocess.run(command, cwd=ROOT, env=environment_of(backend), check=True)
         return
@@ -133,6 +135,9 @@ def main():
         import torch
 
         torch.set_num_threads(1)
+    if options.cpu:
+        measure(options.only, time.process_time)
+        return
     path = RESULTS / f"{os.environ['KERAS_BACKEND']}_monitor_cost.json"
     found = measure(options.only)
     if options.only and path.exists():

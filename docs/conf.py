@@ -58,6 +58,7 @@ nb_merge_streams = True
 
 html_theme = "pydata_sphinx_theme"
 html_title = "keras-gradtools"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["tables.js", "search.js"]
