@@ -9,6 +9,7 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools.curvature import Fisher, GaussNewton, Hessian
+from tests.compilers import compiled_by
 
 RNG = np.random.default_rng(2)
 N, D = 8, 4
@@ -131,9 +132,7 @@ def test_the_users_generators_are_left_alone():
     assert [seeds_of(model) for model in models] == before
 
 
-def test_masks_share_a_program(backend):
-    if backend == "torch":
-        pytest.skip("torch runs eagerly")
+def test_masks_share_a_program():
     calls = []
 
     def counted(y_true, y_pred):
@@ -142,7 +141,7 @@ def test_masks_share_a_program(backend):
 
     model = drawing("Dropout with a seed")
     found = Hessian(model, counted, (X, T), training=True, verbose=0)
-    found @ V
+    compiled_by(lambda: found @ V)
     traced = len(calls)
     model(X, training=True)
     found.draw_anew()

@@ -106,8 +106,6 @@ class Counted(layers.Layer):
 
 
 def test_the_probe_is_traced_once(backend):
-    if backend == "torch":
-        pytest.skip("torch has no compiler that differentiates: every measurement calls Python")
     model = compiled(Counted())
     monitor = BatchJacobianMonitor(PROBE)
     counts = []
@@ -117,7 +115,8 @@ def test_the_probe_is_traced_once(backend):
             counts.append(Counted.calls)
 
     model.fit(X, T, epochs=4, verbose=0, callbacks=[monitor, Count()])
-    assert counts[0] == counts[-1]
+    # On torch, `fit` itself runs Python once for each of its batches.
+    assert counts[-1] - counts[-2] == (1 if backend == "torch" else 0)
 
 
 def test_stopping_by_it():

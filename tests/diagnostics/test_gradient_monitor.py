@@ -227,8 +227,6 @@ class Counted(layers.Layer):
 
 
 def test_the_gradients_are_traced_once(backend):
-    if backend == "torch":
-        pytest.skip("torch has no compiler that differentiates: every measurement calls Python")
     monitor = GradientMonitor(DATA, quantities=("gradient_norm", "update_to_weight_ratio", "gradient_noise_scale"))
     counts = []
 
@@ -237,7 +235,8 @@ def test_the_gradients_are_traced_once(backend):
             counts.append(Counted.calls)
 
     compiled(Counted()).fit(X, Y, epochs=4, verbose=0, callbacks=[monitor, Count()])
-    assert counts[0] == counts[-1]
+    # On torch, `fit` itself runs Python once for each of its batches.
+    assert counts[-1] - counts[-2] == (1 if backend == "torch" else 0)
 
 
 def test_a_wrapped_model():

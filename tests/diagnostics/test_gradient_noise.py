@@ -7,6 +7,7 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools.diagnostics import gradient_noise_scale
+from tests.compilers import compiled_by
 
 RNG = np.random.default_rng(22)
 N, D = 23, 4
@@ -110,9 +111,7 @@ def test_no_gradient_above_the_noise():
     assert same.noise_scale == 0 and same.squared_norm == 4
 
 
-def test_nothing_is_traced_again(backend):
-    if backend == "torch":
-        pytest.skip("torch has no compiler that differentiates: every call is one of Python")
+def test_nothing_is_traced_again():
     calls = []
 
     class Counted(layers.Layer):
@@ -122,7 +121,7 @@ def test_nothing_is_traced_again(backend):
 
     model = keras.Sequential([keras.Input((D,)), Counted(), layers.Dense(1)])
     model.compile("sgd", "mse")
-    gradient_noise_scale(model, None, (X, Y))
+    compiled_by(lambda: gradient_noise_scale(model, None, (X, Y)))
     before = len(calls)
     model.set_weights([2 * w for w in model.get_weights()])
     gradient_noise_scale(model, None, (X, Y))

@@ -53,7 +53,8 @@ class Program:
 
 
 def _draws(operation):
-    return operation.is_kept and not operation.mutated and operation.function is not GUARD
+    """Whether it may draw random numbers."""
+    return operation.is_kept and operation.function is not GUARD
 
 
 def _before_last_guard(operations):

@@ -239,9 +239,9 @@ class Recorder:
             else None
             for y in ([result] if is_single else result)
         )
-        self.operations.append(
-            Operation(function, encoded, named, outputs, is_single, mutated, bool(mutated) or found.draws)
-        )
+        # What returns nothing checks something.
+        is_kept = bool(mutated) or found.draws or all(s is None for s in outputs)
+        self.operations.append(Operation(function, encoded, named, outputs, is_single, mutated, is_kept))
         return result
 
     def _meet_value(self, function, args):

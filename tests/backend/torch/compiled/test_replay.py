@@ -352,3 +352,18 @@ def test_functions_and_models_are_let_go():
     keras.backend.clear_session()
     gc.collect()
     assert reference() is None
+
+
+def test_one_hot_without_reading_values():
+    def fun(x):
+        return torch.nn.functional.one_hot(x, 4), ops.one_hot(x, 4, axis=0), ops.one_hot(x - 1, 4)
+
+    assert_equal_to_eager(lambda: fun, [(torch.randint(0, 4, (5,)),) for _ in range(4)])
+
+
+def test_errors_for_values():
+    compiled = kg.jit(lambda a: torch.linalg.inv(a) @ a)
+    for _ in range(3):
+        close(compiled(torch.diag(torch.tensor([1.0, 2.0]))), [[1.0, 0.0], [0.0, 1.0]])
+    with pytest.raises(RuntimeError, match="singular"):
+        compiled(torch.zeros(2, 2))
