@@ -25,7 +25,8 @@ from keras_gradtools.backend.torch.compiled.differentiable import Differentiable
 from keras_gradtools.backend.torch.compiled.program import Diverged, Program
 from keras_gradtools.backend.torch.compiled.recorded_call import RecordedCall
 from keras_gradtools.backend.torch.compiled.recorder import Recorder
-from keras_gradtools.backend.torch.random_numbers import random_state, set_random_state
+from keras_gradtools.backend.torch.random_numbers import get_device, random_state, set_random_state
+from keras_gradtools.keras_internals.layers import get_keras_mask, set_keras_mask
 from keras_gradtools.keras_state import recording, scopes
 
 # At most this many signatures per function.
@@ -49,7 +50,7 @@ def jit(fun: Any) -> Any:
         try:
             key = (outline, _ambient(), *map(_kind, leaves))
             signature = signatures.get(key)
-        except TypeError:  # a constant that is not hashable
+        except TypeError:  # a constant that is not hashable, or a tensor that cannot be given to a program
             return _called(fun, outline, leaves)
         if signature is None:
             with lock:
@@ -96,12 +97,18 @@ def _converted(x):
 
 
 def _ambient():
-    return torch.is_grad_enabled(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    return (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        get_device(),
+    )
 
 
 def _kind(x):
     if isinstance(x, torch.Tensor):
-        if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.layout != torch.strided or x.is_complex():
+        is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided and not x.is_complex()
+        if not is_plain or get_keras_mask(x) is not None:
             raise TypeError
         return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
     if isinstance(x, keras.Variable):
@@ -184,9 +191,8 @@ class _Replayed:
         self._fun, self._outline, self._call = fun, outline, call
         self.guards = call.guards
         self.is_differentiated = False
-        self._program = program = Program(
-            call.recorder, call.outputs + [slot for _, slot in call.gradients if slot is not None]
-        )
+        more = [slot for _, slot in call.masks] + [slot for _, slot in call.gradients if slot is not None]
+        self._program = program = Program(call.recorder, call.outputs + more)
         self._arguments = [places[i] for i in program.arguments]
         self._described = [(v, v._value.dtype, v._value.shape, v._value.requires_grad) for v in program.variables]
         self._attached = [i for i, needed in enumerate(call.requires_grad) if needed]
@@ -218,12 +224,14 @@ class _Replayed:
                 found = self._guarded(given) if self.guards else program.function(*given)
         finally:
             torch._C._set_grad_enabled(is_enabled)
-        if call.gradients:
-            gradients = iter(found[len(call.outputs) :])
-            for variable, slot in call.gradients:
-                variable._value.grad = None if slot is None else next(gradients)
+        more = iter(found[len(call.outputs) :])
+        masks = [(i, next(more)) for i, _ in call.masks]
+        for variable, slot in call.gradients:
+            variable._value.grad = None if slot is None else next(more)
         if source is not None:
             found = source.attached(found, self._attached)
+        for i, mask in masks:
+            set_keras_mask(found[i], mask)
         leaves = [c if i is None else found[i] for i, c in zip(call.order, call.constants, strict=True)]
         return call.outline.pack(leaves)
 

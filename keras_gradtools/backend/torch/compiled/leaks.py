@@ -33,15 +33,22 @@ def _one_hot(tensor, num_classes=-1):
     return tensor.new_zeros((*tensor.shape, num_classes)).scatter_(-1, tensor.unsqueeze(-1), 1)
 
 
+def _add_multiples(tensors, others, alpha):
+    torch._foreach_add_(tensors, others, alpha=alpha.item())
+
+
 _WITHOUT_VALUES = {torch.nn.functional.one_hot: _one_hot}
 
 
 class Leaks(TorchFunctionMode):
-    """A block in which `refuse(reason)` is called before a value of a tensor that is not constant leaves torch."""
+    """A block in which `refuse(reason)` is called before a value of a tensor that is not constant leaves torch.
 
-    def __init__(self, refuse, is_constant):
+    `run(fun, changed, *args)` runs `fun(changed, *args)`, which changes tensors, as one operation.
+    """
+
+    def __init__(self, refuse, is_constant, run):
         super().__init__()
-        self._refuse, self._is_constant = refuse, is_constant
+        self._refuse, self._is_constant, self._run = refuse, is_constant, run
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -50,6 +57,9 @@ class Leaks(TorchFunctionMode):
             tensors = [x for x in (*given, *kwargs.values()) if isinstance(x, torch.Tensor)]
             if not all(map(self._is_constant, tensors)):
                 self._refuse(f"`{_LEAKS[func]}` gives the values of a tensor to Python")
+        elif func is torch._foreach_add_ and isinstance(kwargs.get("alpha"), torch.Tensor):
+            # Keras' SGD gives its learning rate where torch expects a number, which would become a constant.
+            return self._run(_add_multiples, *args, kwargs["alpha"])
         elif func in _SETTERS:
             self._refuse(f"{_SETTERS[func]} gives a tensor other memory")
         return _WITHOUT_VALUES.get(func, func)(*args, **kwargs)

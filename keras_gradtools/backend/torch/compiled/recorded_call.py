@@ -4,6 +4,7 @@ import torch
 
 from keras_gradtools import nesting
 from keras_gradtools.backend.torch.compiled.recorder import CAPTURED, CONSTANT, GUARD
+from keras_gradtools.keras_internals.layers import get_keras_mask
 
 _VALUES = (int, float, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, slice)
 
@@ -14,13 +15,14 @@ class RecordedCall:
     - `guards`: the values of the bools that Python has read.
     - `outputs`: the slots of the tensors in the result. `order`: for each leaf of the result, the number of its output,
       or None. `constants`: the leaves that are no tensors, with None for the others.
+    - `masks`: pairs of the number of an output that has a Keras mask, and the slot of the mask.
     - `requires_grad`: for each output, whether it required gradients, and was made by the call.
     """
 
     def __init__(self, recorder, result):
         self.recorder = recorder
         self.outline, leaves = nesting.split(result)
-        self.outputs, self.order, self.constants, self.requires_grad = [], [], [], []
+        self.outputs, self.order, self.constants, self.requires_grad, self.masks = [], [], [], [], []
         for x in leaves:
             is_tensor = isinstance(x, torch.Tensor)
             self.order.append(len(self.outputs) if is_tensor else None)
@@ -29,6 +31,9 @@ class RecordedCall:
                 slot = recorder.slot_of(x)
                 self.outputs.append(slot)
                 self.requires_grad.append(x.requires_grad and recorder.sources[slot] is None)
+                mask = get_keras_mask(x)
+                if mask is not None:
+                    self.masks.append((len(self.outputs) - 1, recorder.slot_of(mask)))
         self.gradients = recorder.gradients
         self.guards = tuple(op.args[1] for op in recorder.operations if op.function is GUARD)
         self.captured = [source[1] for source in recorder.sources if source is not None and source[0] == CAPTURED]
@@ -38,6 +43,7 @@ class RecordedCall:
         mine, others = self.recorder, other.recorder
         return (
             (self.outputs, self.order, self.requires_grad) == (other.outputs, other.order, other.requires_grad)
+            and self.masks == other.masks
             and self.outline == other.outline
             and _same(self.constants, other.constants)
             and _same(self.gradients, other.gradients)

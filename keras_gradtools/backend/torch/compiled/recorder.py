@@ -111,7 +111,7 @@ class Recorder:
         for i, x in enumerate(arguments):
             self._add(x, (ARGUMENT, i))
         self._mode: Any = _Mode(self._meet)
-        self._leaks: Any = Leaks(self.refuse, self._has_constant_value)
+        self._leaks: Any = Leaks(self.refuse, self._has_constant_value, self._run)
         self._log: Any = _Reads(self)
         self._was_multithreaded = True
 
@@ -243,6 +243,19 @@ class Recorder:
         is_kept = bool(mutated) or found.draws or all(s is None for s in outputs)
         self.operations.append(Operation(function, encoded, named, outputs, is_single, mutated, is_kept))
         return result
+
+    def _run(self, function, changed, *args):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in changed):
+            return function(changed, *args)
+        with _no_modes():
+            function(changed, *args)
+        if self.refusal is None:
+            self._inputs = []
+            encoded = self._encoded((changed, *args))
+            mutated = tuple(_slots_in(encoded[0]))
+            self._meet_writing(mutated, self._inputs, False)
+            self.operations.append(Operation(function, encoded, {}, (), True, mutated, True))
+        return None
 
     def _meet_value(self, function, args):
         value = function(*args)

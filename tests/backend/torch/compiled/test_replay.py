@@ -367,3 +367,15 @@ def test_errors_for_values():
         close(compiled(torch.diag(torch.tensor([1.0, 2.0]))), [[1.0, 0.0], [0.0, 1.0]])
     with pytest.raises(RuntimeError, match="singular"):
         compiled(torch.zeros(2, 2))
+
+
+def test_masks_of_arguments_and_results():
+    model = keras.Sequential([layers.Input((4,)), layers.Embedding(5, 3, mask_zero=True)])
+    tail = layers.LSTM(2)
+    tokens = torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0]])
+    expected = tail(model(tokens)).detach()
+    embedded, pooled = kg.jit(lambda x: model(x)), kg.jit(lambda x: tail(x))
+    for _ in range(4):
+        close(tail(embedded(tokens)).detach(), expected)
+        close(pooled(model(tokens)).detach(), expected)
+    assert (tail(model(tokens) * 1.0).detach() - expected).abs().max() > 1e-3
