@@ -26,6 +26,8 @@ class Backend(abc.ABC):
     # A subclass of `recording.Recording`, made by `Tape(watch_accessed_variables)`.
     Tape: Any = None
 
+    # What `jit` takes as `compiler` besides None.
+    COMPILERS: tuple = ()
     # The faster mode for Hessians, "forward" or "reverse", as measured.
     HESSIAN_MODE = "reverse"
     # Whether `linearize` is faster than a compiled product.
@@ -78,8 +80,8 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def jit(self, fun):
-        """`fun`, compiled. Variables are its state.
+    def jit(self, fun, compiler=None):
+        """`fun`, compiled, by one of `COMPILERS` or in the usual way. Variables are its state.
 
         If the function that is returned has an attribute `refusal`, this is why it runs eagerly, or None.
         """

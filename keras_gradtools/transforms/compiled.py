@@ -225,8 +225,8 @@ def prepare(name, fun, body, options, args, kwargs):
     return compiled
 
 
-def jitted(fun):
-    """`backend.jit(fun)`, with one program for each signature and for the captured values at the time of the call."""
+def jitted(fun, compiler=None):
+    """`backend.jit(fun, compiler)`, with a program for each signature and the captured values at the time of a call."""
     programs = Programs()
 
     @functools.wraps(fun, updated=())
@@ -251,7 +251,7 @@ def jitted(fun):
         made = []
 
         def make():
-            made.append(backend.jit(fun))
+            made.append(backend.jit(fun, compiler))
             return made[0]
 
         program = programs.get(key, make)

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_gradtools import validation
+from keras_gradtools import backend, validation
 from keras_gradtools.annotations import Arguments, Result, Tensor
 from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape import vectors
@@ -14,7 +14,7 @@ from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.taped_call import require_function
 
 
-def jit(fun: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def jit(fun: Callable[Arguments, Result], compiler: str | None = None) -> Callable[Arguments, Result]:
     """Compiles `fun` with `tf.function` on TensorFlow and `jax.jit` on JAX. On torch it is recorded and run again.
 
     torch's own compiler cannot differentiate twice. Here the first two calls run eagerly, and the operations of torch
@@ -41,12 +41,16 @@ def jit(fun: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         fun: A function of tensors in any nested structure. Arrays and Python floats are inputs. Anything else (an
             integer, a bool, a string, None) is a constant, and each value of it gets its own program. The Python code
             of `fun` runs only while it is traced, so its control flow must not depend on the values of tensors.
+        compiler: None for the usual compiler. `"xla"` on TensorFlow and `"inductor"` on torch compile longer, and fuse
+            operations, so that the program is faster and rounds differently. inductor needs a C++ compiler. JAX always
+            uses XLA, and takes only None.
 
     Returns:
         A function with the signature of `fun`, which returns tensors in the structure that `fun` returns.
 
     Raises:
-        ValueError: If `fun` is not a function.
+        ValueError: If `fun` is not a function, or if the backend has no such compiler.
+        RuntimeError: In a call, if inductor finds no C++ compiler.
 
     Cost:
         The first call with a new structure, shape or dtype of the arguments traces and compiles `fun`, which takes from
@@ -65,7 +69,10 @@ def jit(fun: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     (2.0, 8.0, 4.0)
     """
     require_function("jit", fun)
-    return compiled.jitted(fun)
+    if compiler is not None and compiler not in backend.COMPILERS:
+        known = " or ".join(map(repr, (*backend.COMPILERS, None)))
+        raise validation.refused("jit", f"{known} on {backend.name()}", "compiler", compiler)
+    return compiled.jitted(fun, compiler)
 
 
 def functionalize(model: keras.Layer) -> tuple[Callable[..., Any], list[Tensor]]:

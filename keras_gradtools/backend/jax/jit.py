@@ -85,7 +85,7 @@ class _Array:
 _ARRAY = _Array()
 
 
-def jit(fun):
+def jit(fun, compiler=None):
     programs = collections.OrderedDict()
 
     @functools.wraps(fun)

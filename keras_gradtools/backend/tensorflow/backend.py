@@ -39,6 +39,8 @@ class TensorFlowBackend(Backend):
 
     Tape = tape.Tape
 
+    COMPILERS = ("xla",)
+
     pullback = staticmethod(pullbacks.pullback)
     constant_pullback = staticmethod(pullbacks.constant_pullback)
     pullback_batch = staticmethod(pullbacks.pullback_batch)

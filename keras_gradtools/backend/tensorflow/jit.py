@@ -15,9 +15,9 @@ from keras_gradtools.backend.tensorflow.containers import Leaves
 from keras_gradtools.keras_state import recording, scopes
 
 
-def jit(fun):
+def jit(fun, compiler=None):
     # Inside a stateless scope, assignments are discarded. A graph either contains them or not, so there are two graphs.
-    outside, inside = _Graph(fun), _Graph(fun)
+    outside, inside = _Graph(fun, compiler), _Graph(fun, compiler)
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
@@ -33,8 +33,9 @@ def jit(fun):
 class _Graph:
     """A `tf.function` that reports the variables it reads, and custom gradients, to the tapes."""
 
-    def __init__(self, fun):
+    def __init__(self, fun, compiler):
         self._fun = fun
+        self._jit_compile = True if compiler == "xla" else None
         self._reads = {}
         self._has_custom_gradient = False
         self._compiled = {}
@@ -44,7 +45,9 @@ class _Graph:
         compiled = self._compiled.get(outline)
         if compiled is None:
             # Without AutoGraph, Python control flow on values raises an error, as on JAX.
-            compiled = tf.function(functools.partial(self._traced, outline), autograph=False)
+            compiled = tf.function(
+                functools.partial(self._traced, outline), autograph=False, jit_compile=self._jit_compile
+            )
             # TensorFlow counts traces per code object for this warning, and all functions compiled here share one.
             compiled._omit_frequent_tracing_warning = True
             compiled = self._compiled.setdefault(outline, compiled)

@@ -30,6 +30,7 @@ class TorchBackend(Backend):
 
     Tape = tape.Tape
 
+    COMPILERS = ("inductor",)
     LINEARIZES_ONCE = True
 
     pullback = staticmethod(pullbacks.pullback)

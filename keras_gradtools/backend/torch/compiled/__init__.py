@@ -13,5 +13,6 @@ call needs none of it. It runs the same operations of torch in the same order, s
 | `recorded_call` | what a recorder has seen of one call, and whether another call did the same          |
 | `program`      | recorded operations as one Python function                                              |
 | `bindings`     | the fastest way to call an operation                                                  |
+| `inductor`     | recorded operations compiled by torch's own compiler                                   |
 | `differentiable` | the gradient of results                                                              |
 """

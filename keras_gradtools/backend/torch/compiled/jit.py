@@ -12,13 +12,14 @@ sees its operations, and once torch itself has differentiated a result, as `loss
 import collections
 import functools
 import threading
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 import torch
 
-from keras_gradtools import nesting
+from keras_gradtools import nesting, validation
 from keras_gradtools.backend.torch import levels
 from keras_gradtools.backend.torch.compiled import recorder
 from keras_gradtools.backend.torch.compiled.differentiable import Differentiable
@@ -37,7 +38,7 @@ _MOST_RECORDINGS = 10
 _MOST_CHANGES = 2
 
 
-def jit(fun: Any) -> Any:
+def jit(fun: Any, compiler: str | None = None) -> Any:
     signatures: collections.OrderedDict = collections.OrderedDict()
     lock = threading.Lock()
 
@@ -54,7 +55,7 @@ def jit(fun: Any) -> Any:
             return _called(fun, outline, leaves)
         if signature is None:
             with lock:
-                signature = signatures.setdefault(key, Signature(fun, outline))
+                signature = signatures.setdefault(key, Signature(fun, outline, compiler))
                 if len(signatures) > _MOST_SIGNATURES:
                     signatures.popitem(last=False)
         result = signature(leaves)
@@ -121,8 +122,8 @@ def _kind(x):
 class Signature:
     """The programs of a function for one signature of its arguments."""
 
-    def __init__(self, fun, outline):
-        self._fun, self._outline = fun, outline
+    def __init__(self, fun, outline, compiler=None):
+        self._fun, self._outline, self._compiler = fun, outline, compiler
         self._programs: list = []
         self._recorded: list = []
         self._recordings = self._changes = 0
@@ -177,7 +178,7 @@ class Signature:
             return
         if is_as_before:
             self._recordings = self._changes = 0
-            program = _Replayed(self._fun, self._outline, call, places)
+            program = _Replayed(self._fun, self._outline, call, places, self._compiler)
             self._programs = [program, *[p for p in self._programs if p.guards != call.guards]]
         self._recorded = [c for c in self._recorded if c.guards != call.guards]
         if not is_as_before:
@@ -187,12 +188,18 @@ class Signature:
 class _Replayed:
     """A program with the structure of its result, for certain values of the bools that Python reads."""
 
-    def __init__(self, fun, outline, call, places):
+    def __init__(self, fun, outline, call, places, compiler):
         self._fun, self._outline, self._call = fun, outline, call
         self.guards = call.guards
         self.is_differentiated = False
         more = [slot for _, slot in call.masks] + [slot for _, slot in call.gradients if slot is not None]
-        self._program = program = Program(call.recorder, call.outputs + more)
+        self._program = program = Program(call.recorder, call.outputs + more, compiler)
+        if program.refusal is not None:
+            warnings.warn(
+                f"inductor cannot compile {validation.name_of(fun)}, because {program.refusal}. Its recorded "
+                "operations are run one by one.",
+                stacklevel=8,
+            )
         self._arguments = [places[i] for i in program.arguments]
         self._described = [(v, v._value.dtype, v._value.shape, v._value.requires_grad) for v in program.variables]
         self._attached = [i for i, needed in enumerate(call.requires_grad) if needed]
@@ -219,9 +226,12 @@ class _Replayed:
         is_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            # The operations were recorded below autograd, so they need none of it.
-            with torch._C._AutoDispatchBelowAutograd():
-                found = self._guarded(given) if self.guards else program.function(*given)
+            if program.is_replayed:
+                # The operations were recorded below autograd, so they need none of it.
+                with torch._C._AutoDispatchBelowAutograd():
+                    found = self._guarded(given) if self.guards else program.function(*given)
+            else:
+                found = program.function(*given)
         finally:
             torch._C._set_grad_enabled(is_enabled)
         more = iter(found[len(call.outputs) :])

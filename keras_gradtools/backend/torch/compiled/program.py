@@ -5,6 +5,7 @@ import weakref
 
 import torch
 
+from keras_gradtools.backend.torch.compiled import inductor
 from keras_gradtools.backend.torch.compiled.bindings import fastest
 from keras_gradtools.backend.torch.compiled.operations import Slot
 from keras_gradtools.backend.torch.compiled.recorder import ARGUMENT, CONSTANT, GUARD, VARIABLE
@@ -28,19 +29,25 @@ class Program:
     - `arguments`: the numbers of the arguments that they use. `variables`: the Keras variables. `captured`: weak
       references to captured tensors. `function` takes the tensors of these three, and returns the tensors of the slots
       `outputs` as a tuple.
+    - `is_replayed`: whether the operations run one by one, and are not compiled by inductor.
     - `draws`: whether they draw random numbers.
     - `restored`: the positions of the tensors given to `function` that may have changed when it raises `Diverged`.
       `draws_before_guard`: whether it may have drawn random numbers by then.
     - `written_variables`: the variables whose values it overwrites.
     """
 
-    def __init__(self, recorder, outputs):
+    def __init__(self, recorder, outputs, compiler=None):
         operations = _without_aliases(recorder, outputs)
         if not recorder.draws:
             operations = [op for op in operations if op.function not in recorder.of_random_state]
         operations = _needed(operations, outputs)
         writer = _Writer(recorder, outputs)
         self.function = writer.write(operations)
+        # Why another compiler was not used, or None.
+        self.refusal = inductor.cannot_compile(operations) if compiler == "inductor" else None
+        self.is_replayed = compiler is None or self.refusal is not None
+        if not self.is_replayed:
+            self.function = inductor.Compiled(recorder, operations, writer.given, outputs, writer.exposed)
         self.arguments, self.variables = list(writer.arguments.values()), list(writer.variables.values())
         # If a tensor is captured and nobody else holds it any longer, the function now captures another one.
         self.captured = [weakref.ref(x) for x in writer.captured.values()]
@@ -110,7 +117,7 @@ class _Writer:
 
     def __init__(self, recorder, outputs):
         self._recorder, self._outputs = recorder, outputs
-        self._exposed = recorder.written | {recorder.storages[s] for s in outputs}
+        self.exposed = recorder.written | {recorder.storages[s] for s in outputs}
         self._names: dict = {"diverge": diverge}
         self._known: dict = {}
         self.arguments: dict = {}
@@ -179,7 +186,7 @@ class _Writer:
             self.variables[slot] = x
         elif kind == CONSTANT:
             name = self._name("c", x)
-            if self._recorder.storages[slot] not in self._exposed:
+            if self._recorder.storages[slot] not in self.exposed:
                 return name
             # The function may change it or give it to its caller.
             if slot not in self._defined:
