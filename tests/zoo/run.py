@@ -46,7 +46,9 @@ class Worker:
         return {"model": cell[0], "check": cell[1], "status": status, "seconds": seconds, "text": text}
 
     def _start(self):
-        environment = os.environ | {"KERAS_BACKEND": self._backend, "JAX_ENABLE_X64": "1", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"KERAS_BACKEND": self._backend, "OMP_NUM_THREADS": "1"}
+        # Some models mix integers of 32 and 64 bits then: try them with JAX_ENABLE_X64=0.
+        environment.setdefault("JAX_ENABLE_X64", "1")
         environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
         if self._backend == "jax":
             # Most of the time goes into compiling what runs a few times.
