@@ -215,12 +215,17 @@ def rows():
         "laplacian": (
             used(kg.laplacian, "x"),
             {"fun": lambda x: ops.sum(x**2, axis=1), "x": X},
-            "fun: function, x: examples, axes: axes?",
+            "fun: function, x: examples, axes: axes?, chunk_size: count?",
         ),
         "divergence": (
             used(kg.divergence, "x"),
             {"fun": lambda x: x**2, "x": X},
-            "fun: function, x: examples, axes: axes?",
+            "fun: function, x: examples, axes: axes?, chunk_size: count?",
+        ),
+        "partial_derivatives": (
+            used(kg.partial_derivatives, "x"),
+            {"fun": lambda x: x**2, "derivatives": [(0,), (0, 1)], "x": X},
+            "fun: function, derivatives: structure, argnums: positions",
         ),
         "flatten_hessian": (kg.flatten_hessian, {"blocks": kg.hessian(square)(VECTOR)}, "blocks: structure"),
         "kernel_hessian": (

@@ -33,6 +33,9 @@ class Backend(abc.ABC):
     # Whether `linearize` is faster than a compiled product.
     LINEARIZES_ONCE = False
 
+    # The axis of the directions in a stack of derivatives, 0 or 1, as measured. See `transforms/taylor/stacks.py`.
+    STACK_AXIS = 0
+
     # Derivatives of a tape.
 
     @abc.abstractmethod
@@ -61,6 +64,27 @@ class Backend(abc.ABC):
     def pushforward(self, tape, targets, sources, tangents):
         """Forward mode: `sum_i J_i v_i` for every target."""
         return self.linearize(tape, targets, sources)(tangents)
+
+    # Steps of forward passes that carry several derivatives, see `steps`.
+
+    def operations(self):
+        """A block in which a call can be recorded, as well as by a tape, so that `steps_between` can take it apart."""
+        return Block()
+
+    def steps_between(self, tape, operations, targets, sources):
+        """Returns `(steps, target slots, source slots)`, in the order in which the operations ran.
+
+        A slot is None where nothing connects targets with sources. Returns None if the framework cannot take the call
+        apart. `operations` is the block in which the tape recorded.
+        """
+        return None
+
+    def map_stacks(self, fun, stacks):
+        """Maps `fun(*rows) -> list of tensors` over the axis `STACK_AXIS` of `stacks`, vectorized.
+
+        In a stack of scalars, that is axis 0.
+        """
+        raise NotImplementedError
 
     # Transforms of functions.
 

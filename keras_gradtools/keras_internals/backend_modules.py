@@ -31,7 +31,7 @@ def _of_operations(*names):
 # module.
 _USERS: dict = {
     "tensorflow": {
-        "nn": {**_of_operations("celu", "ctc_loss"), "_compute_moments": "moments"},
+        "nn": {**_of_operations("celu", "ctc_loss", "silu"), "_compute_moments": "moments"},
         "numpy": _of_operations("i0", "ldexp", "logaddexp", "logaddexp2", "nextafter", "sinc"),
     },
     "jax": {

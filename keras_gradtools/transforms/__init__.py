@@ -5,6 +5,7 @@ from keras_gradtools.transforms.first_order import grad, jvp, linearize, value_a
 from keras_gradtools.transforms.functional import functionalize, jit
 from keras_gradtools.transforms.jacobians import batch_jacobian, jacobian
 from keras_gradtools.transforms.kernel_hessian import kernel_hessian
+from keras_gradtools.transforms.partial_derivatives import partial_derivatives
 from keras_gradtools.transforms.per_example import per_example_grad
 from keras_gradtools.transforms.second_order import flatten_hessian, ggnvp, hessian, hvp
 
@@ -23,6 +24,7 @@ __all__ = [
     "kernel_hessian",
     "laplacian",
     "linearize",
+    "partial_derivatives",
     "per_example_grad",
     "value_and_grad",
     "vjp",

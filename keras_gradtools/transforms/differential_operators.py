@@ -7,37 +7,48 @@ from typing import Any, Concatenate
 
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import validation
 from keras_gradtools.annotations import Arguments, Tensor
-from keras_gradtools.transforms.first_order import jvp_named
-from keras_gradtools.transforms.taped_call import TapedCall, require_function
+from keras_gradtools.tape import jacobian_plans
+from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.taped_call import require_function
+from keras_gradtools.transforms.taylor.operators import divergence_of, laplacian_of
 
 
 def laplacian(
-    fun: Callable[Concatenate[Tensor, Arguments], Any], axes: Sequence[int] | None = None
+    fun: Callable[Concatenate[Tensor, Arguments], Any],
+    axes: Sequence[int] | None = None,
+    coefficients: Any = None,
+    chunk_size: int | None = None,
 ) -> Callable[Concatenate[Tensor, Arguments], Tensor]:
     r"""Turns a function of points into its Laplacian, $\sum_i \partial^2 f_{b k} / \partial x_{b i}^2$.
 
-    For physics-informed networks. Only the second derivatives in the sum are computed, one axis at a time, and no
-    Hessian is formed. The examples must be independent, which is not checked.
+    With coefficients, $\sum_{i j} D_{i j} \partial^2 f_{b k} / \partial x_{b i} \partial x_{b j}$, the second-order
+    part of anisotropic diffusion. One pass carries the value, the first derivatives along all axes, and the sum of the
+    second ones. No Hessian is formed. The examples must be independent, which is not checked. It is compiled and cached
+    as for `jacobian`.
 
     Args:
         fun: A function or a Keras model of `(x, ...)`, with `x` of shape `(batch, n)`, that returns one tensor of shape
             `(batch, ...)`.
         axes: The indices of the inputs to sum over, as a list. Negative indices count from the end. By default all n
             inputs. `[0]` gives $\partial^2 f / \partial x_0^2$.
+        coefficients: The numbers $D_{i j}$ for the m axes, a tensor of shape `(m,)` (the diagonal), `(m, m)`, or
+            `(batch, m, m)` for each example its own. They need not be symmetric. By default the identity.
+        chunk_size: Number of axes whose first derivatives are carried at once. By default all. Smaller chunks need less
+            memory. The result is the same.
 
     Returns:
         A function with the arguments of `fun` that returns the Laplacian with respect to the first, in the shape of the
-        output of `fun`. It can be differentiated again.
+        output of `fun`. It can be differentiated again, also with respect to `coefficients`.
 
     Raises:
-        ValueError: When called, if `x` does not have the shape `(batch, n)`, n is not known, or an axis does not exist.
+        ValueError: When called, if `x` does not have the shape `(batch, n)`, n is not known, or an axis does not exist,
+            or `coefficients` has another shape.
 
     Cost:
-        On JAX (forward over forward), about four evaluations of `fun` per axis, for any number of outputs. On the other
-        backends (reverse over reverse), one gradient per output and one more per output and axis, of about three
-        evaluations each.
+        For m axes about m + 2 evaluations of `fun`, for any number of outputs. Of 2 m + 2 with a matrix of
+        coefficients. In memory, m first derivatives of each intermediate value.
 
     Example:
 
@@ -48,40 +59,46 @@ def laplacian(
     >>> [[float(v) for v in row] for row in kg.laplacian(f)(x)], [float(v) for v in kg.laplacian(f, axes=[1])(x)[:, 0]]
     ([[8.0], [24.0]], [2.0, 6.0])
 
-    Source: Griewank & Walther, "Evaluating Derivatives" (2008), section 10.2, on second derivatives along directions.
+    Source: Li et al., "A computational framework for neural network-based variational Monte Carlo with forward
+    Laplacian" (arXiv:2307.08214, 2023); Dangel et al., "Collapsing Taylor mode automatic differentiation"
+    (arXiv:2505.13644, 2025).
     """
     require_function("laplacian", fun)
     _require_axes_at_first("laplacian", axes)
+    chunk_size = jacobian_plans.require_chunk_size("laplacian", chunk_size)
 
     @functools.wraps(fun, updated=())
     def transformed(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         x = _points("laplacian", x)
-        chosen = require_axes("laplacian", axes, x.shape[1])
-
-        def value(x):
-            return fun(x, *args, **kwargs)
-
-        if backend.HESSIAN_MODE == "forward":
-            found = [_second_derivative_forward(value, x, axis) for axis in chosen]
-            _require_output(found[0])
-            return sum(found)
-        return _laplacian_reverse(value, x, chosen)
+        chosen = tuple(require_axes("laplacian", axes, x.shape[1]))
+        factors = None if coefficients is None else require_coefficients("laplacian", coefficients, x, len(chosen))
+        body = functools.partial(_laplacian, chosen, chunk_size)
+        found, _ = compiled.run("laplacian", fun, body, (chosen, chunk_size), (factors, x, *args), kwargs)
+        return found
 
     return transformed
 
 
+def _laplacian(axes, chunk_size, fun, coefficients, x, *args, **kwargs):
+    return laplacian_of(lambda x: fun(x, *args, **kwargs), x, axes, coefficients, chunk_size)[1], None
+
+
 def divergence(
-    fun: Callable[Concatenate[Tensor, Arguments], Any], axes: Sequence[int] | None = None
+    fun: Callable[Concatenate[Tensor, Arguments], Any],
+    axes: Sequence[int] | None = None,
+    chunk_size: int | None = None,
 ) -> Callable[Concatenate[Tensor, Arguments], Tensor]:
     r"""Turns a vector field into its divergence, $\nabla \cdot f_b = \sum_k \partial f_{b k} / \partial x_{b i_k}$.
 
-    The examples must be independent, which is not checked.
+    The examples must be independent, which is not checked. It is compiled and cached as for `jacobian`.
 
     Args:
         fun: A function or a Keras model of `(x, ...)`, with `x` of shape `(batch, n)`, that returns a tensor of shape
             `(batch, m)`.
         axes: The index of the input $i_k$ for each of the m outputs, as a list. Negative indices count from the end. By
             default all n inputs in order.
+        chunk_size: Number of axes whose derivatives are carried at once. By default all. Smaller chunks need less
+            memory. The result is the same.
 
     Returns:
         A function with the arguments of `fun` that returns the divergence with respect to the first, of shape
@@ -91,8 +108,7 @@ def divergence(
         ValueError: When called, if a shape does not match, or there is not one axis per output.
 
     Cost:
-        For each output a `jvp` of about two evaluations of `fun` on JAX, or a gradient of about three on the other
-        backends.
+        About m + 1 evaluations of `fun`.
 
     Example:
 
@@ -106,28 +122,21 @@ def divergence(
     """
     require_function("divergence", fun)
     _require_axes_at_first("divergence", axes)
+    chunk_size = jacobian_plans.require_chunk_size("divergence", chunk_size)
 
     @functools.wraps(fun, updated=())
     def transformed(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         x = _points("divergence", x)
-        chosen = require_axes("divergence", axes, x.shape[1])
-
-        def value(x):
-            return fun(x, *args, **kwargs)
-
-        if backend.HESSIAN_MODE == "forward":
-            columns = []
-            for k, axis in enumerate(chosen):
-                y, derivative = jvp_named("divergence", value, (x,), (_unit(x, axis),))
-                _require_field(y, chosen)
-                columns.append(derivative[:, k])
-        else:
-            call = TapedCall("divergence", value, (x,))
-            _require_field(call.target, chosen)
-            columns = [call.vjp(_unit(call.target, k))[:, axis] for k, axis in enumerate(chosen)]
-        return sum(columns)[:, None]
+        chosen = tuple(require_axes("divergence", axes, x.shape[1]))
+        body = functools.partial(_divergence, chosen, chunk_size)
+        found, _ = compiled.run("divergence", fun, body, (chosen, chunk_size), (x, *args), kwargs)
+        return found
 
     return transformed
+
+
+def _divergence(axes, chunk_size, fun, x, *args, **kwargs):
+    return divergence_of(lambda x: fun(x, *args, **kwargs), x, axes, chunk_size)[1], None
 
 
 def _require_axes_at_first(name, axes):
@@ -160,51 +169,21 @@ def _points(name, x):
     return x
 
 
-def _require_output(y):
-    if not ops.is_tensor(y) or not len(y.shape) or None in tuple(y.shape)[1:]:
-        raise ValueError(f"laplacian expects one output, of shape (batch, ...). Received: {validation.describe(y)}.")
-
-
-def _require_field(y, axes):
-    shape = tuple(getattr(y, "shape", ()))
-    if len(shape) != 2 or shape[1] != len(axes):
-        raise ValueError(
-            f"divergence expects outputs of shape (batch, {len(axes)}), one for each axis. Received: shape {shape}."
+def require_coefficients(name, coefficients, x, count):
+    """Returns `coefficients` as a tensor. Raises `ValueError` unless its shape is that of `count` axes of `x`."""
+    found = validation.as_tensor(coefficients, f"{name} expects `coefficients` as a tensor", x.dtype)
+    validation.require_differentiable(found, f"`coefficients` of {name}")
+    shape = tuple(found.shape)
+    if shape not in ((count,), (count, count)) and not (len(shape) == 3 and shape[1:] == (count, count)):
+        raise validation.refused(
+            name,
+            f"a tensor of shape ({count},), ({count}, {count}) or (batch, {count}, {count})",
+            "coefficients",
+            found,
         )
-
-
-def _unit(like, element):
-    """Zeros in the shape of `like`, with a one at the element number `element` of each example."""
-    shape = tuple(like.shape)[1:]
-    one = ops.reshape(ops.one_hot(element, math.prod(shape), dtype=like.dtype), (1, *shape))
-    return ops.broadcast_to(one, ops.shape(like))
-
-
-def _second_derivative_forward(value, x, axis):
-    unit = _unit(x, axis)
-
-    def first(x):
-        return jvp_named("laplacian", value, (x,), (unit,))[1]
-
-    return jvp_named("laplacian", first, (x,), (unit,))[1]
-
-
-def _laplacian_reverse(value, x, axes):
-    """The gradient of each output element, then the gradient of that gradient's entry for each axis."""
-
-    def gradients(x):
-        call = TapedCall("laplacian", value, (x,))
-        _require_output(call.target)
-        shapes.append(call.target.shape)
-        return [call.vjp(_unit(call.target, k)) for k in range(math.prod(call.target.shape[1:]))]
-
-    shapes: list[Any] = []
-    outer = TapedCall("laplacian", gradients, (x,))
-    columns = []
-    for gradient in outer.target:
-        along = [backend.pullback(outer.tape, [gradient], outer.flat_sources, [_unit(x, axis)])[0] for axis in axes]
-        found = [second[:, axis] for second, axis in zip(along, axes, strict=True) if second is not None]
-        columns.append(sum(found) if found else ops.zeros_like(x[:, 0]))
-    if not columns:
-        return ops.zeros((ops.shape(x)[0], *shapes[-1][1:]), dtype=x.dtype)
-    return ops.reshape(ops.stack(columns, axis=1), (-1, *shapes[-1][1:]))
+    if len(shape) == 3 and None not in (shape[0], x.shape[0]) and shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{name} expects `coefficients` of one matrix for each of the {x.shape[0]} examples. Received: "
+            f"{validation.describe(found)}."
+        )
+    return ops.cast(found, x.dtype)

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.blocks import Block
 from keras_gradtools.keras_state.layer_state import with_keras_mask_of
 from keras_gradtools.keras_state.scopes import StateScope, read
 from keras_gradtools.tape import vectors
@@ -20,7 +21,8 @@ class TapedCall:
     variables during the call (BatchNormalization's statistics, the state of a dropout seed) are discarded, and so are
     the losses that it adds to layers.
 
-    It uses the kernels of the backend directly, because it does not need the checks of a `GradientTape`.
+    It uses the kernels of the backend directly, because it does not need the checks of a `GradientTape`. `operations`
+    is a block of `backend.operations`, if the call will be taken apart into steps.
 
     Attributes:
         tape: The backend's tape that recorded the call.
@@ -31,7 +33,7 @@ class TapedCall:
         aux: The auxiliary output if `has_aux`, in the form that is returned to the caller.
     """
 
-    def __init__(self, name, fun, args, kwargs=None, argnums=0, has_aux=False):
+    def __init__(self, name, fun, args, kwargs=None, argnums=0, has_aux=False, operations=None):
         args = list(args)
         positions = argument_positions(name, argnums, len(args))
         for i in positions:
@@ -41,7 +43,8 @@ class TapedCall:
         self.flat_sources = vectors.differentiable(self.sources)
         self.tape = backend.Tape(watch_accessed_variables=False)
         scope, tape = StateScope(), self.tape
-        with scope, scope, tape, tape:
+        block = operations or Block()
+        with scope, scope, tape, tape, block, block:
             for x in self.flat_sources:
                 tape.watch(x)
             returned = fun(*args, **(kwargs or {}))

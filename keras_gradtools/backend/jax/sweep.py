@@ -41,7 +41,8 @@ def push(part, arrays, tangents):
         fun, inputs = step.split(arrays)
         slots = [step.inputs[i] for i in step.active_inputs]
         directions = [sums[slot] if slot in sums else jax.numpy.zeros_like(arrays[slot]) for slot in slots]
-        add(sums, (step.outputs[i] for i in step.active_outputs), _push_one(step.operation, fun, inputs, directions))
+        pushed = push_one(step.operation.primitive, step.operation.params, fun, inputs, directions)
+        add(sums, (step.outputs[i] for i in step.active_outputs), pushed)
     return [sums[slot] for slot in part.target_slots if slot is not None]
 
 
@@ -69,8 +70,9 @@ def _by_pieces(sweep, part, stacks):
     return [jax.numpy.concatenate(column) for column in zip(*pieces, strict=True)]
 
 
-def _push_one(operation, fun, inputs, directions):
-    if not jaxprs.lacks_forward_mode(operation.primitive, operation.params):
+def push_one(primitive, params, fun, inputs, directions):
+    """The derivative of `fun`, which calls an operation, along `directions`."""
+    if not jaxprs.lacks_forward_mode(primitive, params):
         return jax.jvp(fun, inputs, directions)[1]
     # `custom_vjp` and similar operations have no forward mode. Their pullback is linear, so its own pullback is one.
     outputs, pullback = jax.vjp(fun, *inputs)

@@ -17,6 +17,7 @@ from keras_gradtools.backend.tensorflow import (
     pushforwards,
     replicas,
     resizing,
+    steps,
     tape,
 )
 from keras_gradtools.backend.tensorflow.chunks import map_chunks
@@ -46,6 +47,9 @@ class TensorFlowBackend(Backend):
     pullback_batch = staticmethod(pullbacks.pullback_batch)
     pushforward_batch = staticmethod(pushforwards.pushforward_batch)
     linearize = staticmethod(pushforwards.linearize)
+    operations = staticmethod(steps.Operations)
+    steps_between = staticmethod(steps.steps_between)
+    map_stacks = staticmethod(steps.map_stacks)
     per_example_gradients = staticmethod(per_example_gradients)
     custom_gradient = staticmethod(custom_gradient)
     jit = staticmethod(jit)

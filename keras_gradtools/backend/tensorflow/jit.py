@@ -79,7 +79,13 @@ def _floats_to_tensors(structure):
     )
 
 
-_WORDS = ("SymbolicTensor", "symbolic tf.Tensor", "is out of scope", "tf.function only supports")
+_WORDS = (
+    "SymbolicTensor",
+    "symbolic tf.Tensor",
+    "is out of scope",
+    "tf.function only supports",
+    "slice indices must be integers",
+)
 
 
 def depends_on_values(error):

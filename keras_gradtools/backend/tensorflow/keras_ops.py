@@ -5,7 +5,7 @@ import functools
 import tensorflow as tf
 
 from keras_gradtools.backend import keras_formulas
-from keras_gradtools.backend.tensorflow import ctc, elementwise
+from keras_gradtools.backend.tensorflow import ctc, elementwise, steps
 from keras_gradtools.keras_internals import backend_modules
 from keras_gradtools.keras_state import recording
 
@@ -17,6 +17,7 @@ def install():
     neural["_compute_moments"].replace(_differentiable_moments)
     neural["ctc_loss"].replace(ctc.differentiable)
     neural["celu"].replace(elementwise.celu)
+    neural["silu"].replace(steps.plain_silu)
     # Some of these functions do not exist in every supported Keras.
     for name in _FORMULAS:
         if name in numpy:

@@ -8,7 +8,7 @@ differentiate twice.
 import torch
 
 from keras_gradtools.backend.base import Backend
-from keras_gradtools.backend.torch import checkpoint, fused, graph, keras_ops, pullbacks, pushforwards, tape
+from keras_gradtools.backend.torch import checkpoint, fused, graph, keras_ops, pullbacks, pushforwards, steps, tape
 from keras_gradtools.backend.torch.compiled import recorder, seeds
 from keras_gradtools.backend.torch.compiled.jit import jit, may_replay
 from keras_gradtools.backend.torch.containers import containers
@@ -38,6 +38,9 @@ class TorchBackend(Backend):
     pullback_batch = staticmethod(pullbacks.pullback_batch)
     pushforward_batch = staticmethod(pushforwards.pushforward_batch)
     linearize = staticmethod(pushforwards.linearize)
+    operations = staticmethod(steps.Operations)
+    steps_between = staticmethod(steps.steps_between)
+    map_stacks = staticmethod(steps.map_stacks)
     per_example_gradients = staticmethod(per_example_gradients)
     custom_gradient = staticmethod(custom_gradient)
     jit = staticmethod(jit)

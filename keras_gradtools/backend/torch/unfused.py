@@ -81,6 +81,19 @@ def _one_at_a_time(*args, **kwargs):
     raise RuntimeError("an operation whose gradient cannot be differentiated inside torch.vmap")
 
 
+def _softmax(input, dim, dtype=None, _stacklevel=3):  # noqa: A002
+    x = input if dtype is None else input.to(dtype)
+    # The same for every shift, so its derivative is left out.
+    y = torch.exp(x - x.detach().amax(dim, keepdim=True))
+    return y / y.sum(dim, keepdim=True)
+
+
+def _log_softmax(input, dim, dtype=None, _stacklevel=3):  # noqa: A002
+    x = input if dtype is None else input.to(dtype)
+    y = x - x.detach().amax(dim, keepdim=True)
+    return y - torch.log(torch.exp(y).sum(dim, keepdim=True))
+
+
 _UNFUSED = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -92,4 +105,18 @@ _UNFUSED = {
     torch.ctc_loss: _one_at_a_time,
     F.scaled_dot_product_attention: _one_at_a_time,
     F.multi_head_attention_forward: _one_at_a_time,
+}
+
+# What a forward pass by steps replaces by several simpler steps.
+OPENED = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.hardsigmoid: _hard_sigmoid,
+    torch._weight_norm: _weight_norm,
+    torch.softmax: _softmax,
+    torch.Tensor.softmax: _softmax,
+    F.softmax: _softmax,
+    torch.log_softmax: _log_softmax,
+    torch.Tensor.log_softmax: _log_softmax,
+    F.log_softmax: _log_softmax,
 }

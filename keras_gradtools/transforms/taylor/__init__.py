@@ -1,0 +1,1 @@
+"""Forward passes through recorded operations that carry several derivatives of each value at once."""

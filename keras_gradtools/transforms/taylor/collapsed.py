@@ -1,0 +1,181 @@
+r"""The forward Laplacian: one pass that carries first derivatives and the *sum* of second derivatives.
+
+For directions $v_d$, every value $y$ has its derivatives $J_d = \partial_{v_d} y$, as one stack, and the sum
+$S = \sum_d \partial_{v_d} \partial_{w_d} y$. An operation $z = f(y)$ maps them to
+
+$$J_d \mapsto f' J_d, \qquad S \mapsto f' S + \sum_d f''[J_d, K_d],$$
+
+where $K_d = \partial_{w_d} y$, which is $J_d$ for the Laplacian. The second derivatives are summed at each operation,
+so none of them is carried on alone.
+
+Source: Li et al., "A computational framework for neural network-based variational Monte Carlo with forward Laplacian"
+(arXiv:2307.08214, 2023); Dangel et al., "Collapsing Taylor mode automatic differentiation" (arXiv:2505.13644, 2025).
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_gradtools import backend
+from keras_gradtools.backend import steps as kinds
+from keras_gradtools.transforms.taylor import elementwise, stacks
+
+
+class Carried(NamedTuple):
+    """The derivatives of one value. With `is_uniform`, those in `first` are equal for all examples: batch axis 1.
+
+    `first` is a stack. With pairs of directions, it holds the derivatives along all $v_d$, then along all $w_d$.
+    `summed` is None while it is zero.
+    """
+
+    first: Any
+    summed: Any = None
+    is_uniform: bool = False
+
+
+class Sum(NamedTuple):
+    """Which second derivatives are summed.
+
+    `order` is 1 if there are none. `weights` is None, or a vector with a factor for each direction. With `pairs`, the
+    second half of the directions are the $w_d$. Otherwise $w_d = v_d$.
+    """
+
+    order: int = 2
+    weights: Any = None
+    pairs: bool = False
+
+    def halves(self, stack):
+        """The two stacks whose products are summed: the derivatives along $v_d$, and along $w_d$ with the weights."""
+        if self.pairs:
+            return stacks.halves(stack)
+        return stack, stack if self.weights is None else stacks.weighted(stack, self.weights)
+
+
+def push(steps, slots, carried, total):
+    """Runs the pass over `steps`, from the `Carried` of each source slot. Returns the `Carried` by slot."""
+    state = dict(zip(slots, carried, strict=True))
+    for step in steps:
+        given = [state.get(slot) for slot in step.inputs]
+        if any(c is not None for c in given):
+            for slot, found in zip(step.outputs, _through(step, given, total), strict=True):
+                state[slot] = found
+    return state
+
+
+def _through(step, given, total):
+    if all(c is not None and c.is_uniform and c.summed is None for c in given):
+        if (found := step.push_uniform([c.first for c in given])) is not None:
+            return [Carried(first, None, True) for first in found]
+        if step.kind == kinds.ELEMENTWISE:
+            return [_elementwise(step, given[0], total)]
+    given = [full(c, x) for c, x in zip(given, step.primals, strict=True)]
+    if step.kind == kinds.ELEMENTWISE:
+        return [_elementwise(step, given[0], total)]
+    if step.kind == kinds.PRODUCT:
+        return [_product(step, given, total)]
+    return _general(step, given, total)
+
+
+def full(carried, x):
+    """`carried` with derivatives for each example."""
+    if carried is None or not carried.is_uniform:
+        return carried
+    return Carried(stacks.with_examples(carried.first, x), carried.summed)
+
+
+def _elementwise(step, carried, total):
+    slopes = elementwise.derivatives(step, total.order)
+    first = stacks.against(slopes[0]) * carried.first
+    if total.order == 1:
+        return Carried(first)
+    left, right = total.halves(carried.first)
+    summed = slopes[1] * stacks.summed(left * right)
+    return Carried(first, summed if carried.summed is None else slopes[0] * carried.summed + summed)
+
+
+def _product(step, given, total):
+    a, b = given
+    x, y = step.primals
+    rank = max(len(x.shape), len(y.shape))
+    first = [
+        stacks.stretched(c.first, rank) * stacks.against(other, rank) for c, other in ((a, y), (b, x)) if c is not None
+    ]
+    summed = [c.summed * other for c, other in ((a, y), (b, x)) if c is not None and c.summed is not None]
+    if total.order == 2 and a is not None and b is not None:
+        (a_left, a_right), (b_left, b_right) = total.halves(a.first), total.halves(b.first)
+        cross = stacks.summed(stacks.stretched(a_left, rank) * stacks.stretched(b_right, rank))
+        other = cross
+        if total.pairs:
+            other = stacks.summed(stacks.stretched(a_right, rank) * stacks.stretched(b_left, rank))
+        summed.append(cross + other)
+    return Carried(_added(first), _added(summed))
+
+
+def _added(parts):
+    total = None
+    for part in parts:
+        total = part if total is None else total + part
+    return total
+
+
+def _general(step, given, total):
+    """Any operation, by derivatives along derivatives of this one operation. Linear ones have no second part."""
+    present = [i for i, c in enumerate(given) if c is not None]
+    primals = tuple(step.primals[i] for i in present)
+
+    def call(*active):
+        values = list(step.primals)
+        for i, x in zip(present, active, strict=True):
+            values[i] = x
+        return step.call(*values)
+
+    def along(*tangents):
+        return step.jvp(call, primals, tangents)
+
+    firsts = [given[i].first for i in present]
+    if step.kind == kinds.LINEAR and len(present) == len(given) and (found := _linear(step, given)) is not None:
+        return found
+    first = backend.map_stacks(along, firsts)
+    summed = [None] * len(first)
+    if total.order == 2:
+        if any(given[i].summed is not None for i in present):
+            tangents = [
+                ops.zeros_like(step.primals[i]) if given[i].summed is None else given[i].summed for i in present
+            ]
+            summed = along(*tangents)
+        if step.kind != kinds.LINEAR and not (step.kind == kinds.BILINEAR and len(present) == 1):
+            curved = _curvature(step, call, primals, [total.halves(s) for s in firsts], total)
+            summed = [_added([s for s in pair if s is not None]) for pair in zip(summed, curved, strict=True)]
+    return [Carried(f, s) for f, s in zip(first, summed, strict=True)]
+
+
+def _linear(step, given):
+    """The results of a linear step that has a faster way than derivatives. None if it has not."""
+    first = step.push_linear([c.first for c in given])
+    if first is None:
+        return None
+    if all(c.summed is None for c in given):
+        return [Carried(f) for f in first]
+    rows = [
+        stacks.of_rows([ops.zeros_like(x) if c.summed is None else c.summed])
+        for c, x in zip(given, step.primals, strict=True)
+    ]
+    return [Carried(f, stacks.row(s, 0)) for f, s in zip(first, step.push_linear(rows), strict=True)]
+
+
+def _curvature(step, call, primals, halves, total):
+    """The sum over d of f''[J_d, K_d], for each output."""
+    if step.kind == kinds.BILINEAR:
+        (a_left, a_right), (b_left, b_right) = halves
+        cross = step.sum_of_products(a_left, b_right)
+        if cross is not None:
+            other = step.sum_of_products(a_right, b_left) if total.pairs else cross
+            return [x + y for x, y in zip(cross, other, strict=True)]
+    count = len(primals)
+
+    def second(*tangents):
+        left, right = tangents[:count], tangents[count:]
+        return step.jvp(lambda *x: step.jvp(call, x, left), primals, right)
+
+    curved = backend.map_stacks(second, [left for left, _ in halves] + [right for _, right in halves])
+    return [stacks.summed(c) for c in curved]

@@ -1,0 +1,163 @@
+"""Partial derivatives by name, against closed forms and nested derivatives, up to fourth order."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_gradtools as kg
+
+RNG = np.random.default_rng(0)
+X = RNG.uniform(0.5, 1.5, size=(4, 2)).astype("float32")
+KEYS = [(), (0,), (1, 1), (0, 1), (0, 1, 1), (1, 1, 1, 1)]
+
+
+def numbers(x):
+    return ops.convert_to_numpy(ops.stop_gradient(ops.convert_to_tensor(x))).astype("float64")
+
+
+def close(found, expected, rtol=1e-3, atol=1e-4):
+    np.testing.assert_allclose(numbers(found), numbers(expected), rtol=rtol, atol=atol)
+
+
+def nested(fun, key):
+    """One derivative after the other."""
+
+    def along(fun, variable):
+        unit = np.eye(2, dtype="float32")[variable]
+        return lambda x: kg.jvp(fun, (x,), (ops.broadcast_to(ops.convert_to_tensor(unit), x.shape),))[1]
+
+    for variable in key:
+        fun = along(fun, variable)
+    return fun
+
+
+def network(activation):
+    model = keras.Sequential(
+        [keras.Input((2,)), layers.Dense(6, activation), layers.Dense(6, activation), layers.Dense(2)]
+    )
+    rng = np.random.default_rng(1)
+    for v in model.trainable_variables:
+        v.assign(0.5 * rng.normal(size=v.shape))
+    return model
+
+
+def test_a_polynomial():
+    """u = x^4 t^2."""
+    t, x = X[:, :1].astype("float64"), X[:, 1:].astype("float64")
+    names = {
+        "u": "",
+        "u_t": "t",
+        "u_tt": "tt",
+        "u_xt": "xt",
+        "u_xxx": "xxx",
+        "u_xxxx": "xxxx",
+        "u_ttxx": "ttxx",
+        "zero": "ttt",
+    }
+    found = kg.partial_derivatives(lambda x: x[:, 1:] ** 4 * x[:, :1] ** 2, names, variables="tx")(X)
+    expected = {
+        "u": x**4 * t**2,
+        "u_t": 2 * x**4 * t,
+        "u_tt": 2 * x**4,
+        "u_xt": 8 * x**3 * t,
+        "u_xxx": 24 * x * t**2,
+        "u_xxxx": 24 * t**2,
+        "u_ttxx": 24 * x**2,
+        "zero": 0 * x,
+    }
+    assert list(found) == list(names)
+    for name in names:
+        close(found[name], expected[name], rtol=1e-4)
+
+
+def test_arguments_of_their_own():
+    """u = exp(-t) sin(2 x + y), with the space in an argument of two columns."""
+    fun = lambda t, s: ops.exp(-t) * ops.sin(2 * s[:, :1] + s[:, 1:])  # noqa: E731
+    t, s = X[:, :1], RNG.normal(size=(4, 2)).astype("float32")
+    derivatives = kg.partial_derivatives(fun, ["t", "xx", "xy", "tyy", "xxxx"], variables="txy", argnums=(0, 1))
+    value = np.exp(-t.astype("float64")) * np.sin(2 * s[:, :1] + s[:, 1:])
+    for found, factor in zip(derivatives(t, s), [-1, -4, -2, 1, 16], strict=True):
+        close(found, factor * value)
+
+
+def attention(x):
+    tokens = ops.stack([ops.sin(x), ops.cos(2 * x), x], axis=2)
+    scores = ops.softmax(ops.matmul(tokens, ops.transpose(tokens, (0, 2, 1))), axis=-1)
+    return ops.sum(ops.tanh(ops.matmul(scores, tokens)), axis=1)
+
+
+def custom(x):
+    straight = kg.straight_through(lambda x: ops.round(4 * x) / 4)
+    return ops.sin(straight(x) * x) + kg.stop_gradient(x) * x**2
+
+
+FUNCTIONS = {
+    **{name: network(name) for name in ("tanh", "gelu", "silu", "softplus", "sigmoid")},
+    "attention": attention,
+    "quotient": lambda x: ops.sum(x, axis=1, keepdims=True) * x / (1 + ops.sum(x**2, axis=1, keepdims=True)),
+    "concatenated": lambda x: ops.exp(ops.concatenate([x[:, :1] * x[:, 1:], ops.ones((4, 1)), x], axis=1)),
+    "custom gradient": custom,
+    "norm": lambda x: ops.sqrt(ops.sum(x**2, axis=1)),
+    "maximum": lambda x: ops.max(x**2, axis=1) ** 2,
+    "constant": lambda x: ops.ones((4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives_are_nested_ones(name):
+    fun = FUNCTIONS[name]
+    found = kg.partial_derivatives(fun, KEYS)(X)
+    for key, derivative in zip(KEYS, found, strict=True):
+        expected = kg.jit(nested(fun, key))(ops.convert_to_tensor(X))
+        close(derivative, expected)
+
+
+def test_several_outputs():
+    found = kg.partial_derivatives(lambda x: {"u": x[:, 0] ** 3, "v": (x[:, 1] * x[:, 0],)}, [(0,), (0, 1)])(X)
+    close(found[0]["u"], 3 * X[:, 0] ** 2)
+    close(found[1]["u"], np.zeros(4))
+    close(found[0]["v"][0], X[:, 1])
+    close(found[1]["v"][0], np.ones(4))
+
+
+def test_the_gradient_by_the_weights():
+    model = FUNCTIONS["tanh"]
+
+    def gradients(derivatives):
+        with kg.GradientTape() as tape:
+            u_t, u_xxx = derivatives(ops.convert_to_tensor(X))
+            loss = ops.sum(u_t**2) + ops.sum(u_t * u_xxx)
+        return tape.gradient(loss, model.trainable_variables, unconnected_gradients="zero")
+
+    found = gradients(kg.partial_derivatives(model, [(0,), (1, 1, 1)]))
+    expected = gradients(lambda x: [nested(model, key)(x) for key in ((0,), (1, 1, 1))])
+    for g, e in zip(found, expected, strict=True):
+        close(g, e, atol=1e-3)
+
+
+def test_under_jit_and_with_other_arguments():
+    fun = lambda x, scale, power=1: scale * x**power  # noqa: E731
+    derivatives = kg.partial_derivatives(fun, [(0,), (1, 1)])
+    for found in (derivatives(X, 3.0, power=3), kg.jit(lambda x: derivatives(x, 3.0, power=3))(X)):
+        close(found[0][:, 0], 9 * X[:, 0] ** 2)
+        close(found[1][:, 1], 18 * X[:, 1])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: kg.partial_derivatives("net", [(0,)]), "partial_derivatives takes a function"),
+        (lambda: kg.partial_derivatives(ops.sin, []), "a list of derivatives"),
+        (lambda: kg.partial_derivatives(ops.sin, ["t"]), "a tuple of numbers of variables"),
+        (lambda: kg.partial_derivatives(ops.sin, ["y"], variables="tx"), "a string of the letters 'tx'"),
+        (lambda: kg.partial_derivatives(ops.sin, [(2,)], variables="tx"), "numbers of variables"),
+        (lambda: kg.partial_derivatives(ops.sin, ["t"], variables="tt"), "different letters"),
+        (lambda: kg.partial_derivatives(ops.sin, [(2,)])(X), "numbers of variables below 2"),
+        (lambda: kg.partial_derivatives(ops.sin, [(0,)])(X[0]), r"points of shape \(batch, n\)"),
+        (lambda: kg.partial_derivatives(ops.sin, [(0,)], argnums=1)(X), "argnums"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
