@@ -79,13 +79,6 @@ class Backend(abc.ABC):
         """
         return None
 
-    def map_stacks(self, fun, stacks):
-        """Maps `fun(*rows) -> list of tensors` over the axis `STACK_AXIS` of `stacks`, vectorized.
-
-        In a stack of scalars, that is axis 0.
-        """
-        raise NotImplementedError
-
     # Transforms of functions.
 
     @abc.abstractmethod

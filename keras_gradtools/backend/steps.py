@@ -46,6 +46,14 @@ class Step:
         """For an elementwise step, the derivative of `fun(x) -> [y]`, made from `call`. Can be differentiated."""
         raise NotImplementedError
 
+    def push_stacks(self, stacks):
+        """The derivatives along stacks of tangents, one stack for each active input."""
+        raise NotImplementedError
+
+    def curvature(self, left, right):
+        """The sum over the directions of the second derivatives along `left` and `right`, two lists of stacks."""
+        raise NotImplementedError
+
     def push_linear(self, stacks):
         """For a linear step, the derivatives along stacks of tangents. None if there is no faster way than `jvp`."""
         return None

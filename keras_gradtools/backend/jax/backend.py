@@ -49,7 +49,6 @@ class JaxBackend(Backend):
     pushforward_batch = staticmethod(pushforwards.pushforward_batch)
     linearize = staticmethod(pushforwards.linearize)
     steps_between = staticmethod(steps.steps_between)
-    map_stacks = staticmethod(steps.map_stacks)
     custom_gradient = staticmethod(custom_gradient)
     jit = staticmethod(jit)
     depends_on_values = staticmethod(depends_on_values)

@@ -156,7 +156,7 @@ class _Steps:
         return self._free - 1
 
 
-def map_stacks(fun, stacks):
+def _map_stacks(fun, stacks):
     # Directions are along axis 1, behind the examples, but along axis 0 of scalars.
     axes = [min(1, s.ndim - 1) for s in stacks]
     ranks = []
@@ -181,7 +181,23 @@ def _bound(equation):
     return bind
 
 
-class _Same(steps.Step):
+class _JaxStep(steps.Step):
+    """A step whose derivatives are those of JAX."""
+
+    def push_stacks(self, stacks):
+        return _map_stacks(lambda *tangents: self.jvp(self.call, self.primals, tangents), stacks)
+
+    def curvature(self, left, right):
+        count = len(self.primals)
+
+        def second(*tangents):
+            first = lambda *x: self.jvp(self.call, x, tangents[:count])  # noqa: E731
+            return self.jvp(first, self.primals, tangents[count:])
+
+        return [x.sum(min(1, x.ndim - 1)) for x in _map_stacks(second, [*left, *right])]
+
+
+class _Same(_JaxStep):
     """The result of a program, which has two slots: one inside and one outside of it."""
 
     kind = steps.LINEAR
@@ -200,7 +216,7 @@ class _Same(steps.Step):
         return stacks
 
 
-class _Step(steps.Step):
+class _Step(_JaxStep):
     def __init__(self, primitive, params, bind, inputs, results, outputs):
         self._primitive, self._params, self._bind = primitive, params, bind
         self._values = [x for x, _ in inputs]
@@ -266,7 +282,7 @@ def _uniform_product(step, stacks):
     (left, _), batch = step._params["dimension_numbers"]
     if step._positions != [0] or step._values[0].ndim != 2 or tuple(left) != (1,) or any(batch):
         return None
-    return map_stacks(step.call, stacks)
+    return _map_stacks(step.call, stacks)
 
 
 def _uniform_sum(step, stacks):
@@ -278,7 +294,7 @@ def _uniform_sum(step, stacks):
 
 
 def _uniform_same(step, stacks):
-    return map_stacks(step.call, stacks)
+    return _map_stacks(step.call, stacks)
 
 
 def _uniform_columns(step, stacks):

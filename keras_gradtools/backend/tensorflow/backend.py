@@ -49,7 +49,6 @@ class TensorFlowBackend(Backend):
     linearize = staticmethod(pushforwards.linearize)
     operations = staticmethod(steps.Operations)
     steps_between = staticmethod(steps.steps_between)
-    map_stacks = staticmethod(steps.map_stacks)
     per_example_gradients = staticmethod(per_example_gradients)
     custom_gradient = staticmethod(custom_gradient)
     jit = staticmethod(jit)

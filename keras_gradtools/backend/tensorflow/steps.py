@@ -204,6 +204,17 @@ class _Step(steps.Step):
     def slope(self, fun, x):
         return [pulled_back(lambda x: fun(x)[0], [x], tf.ones_like(x))[0]]
 
+    def push_stacks(self, stacks):
+        return _map_stacks(lambda *tangents: self.jvp(self.call, self.primals, tangents), stacks)
+
+    def curvature(self, left, right):
+        count = len(self.primals)
+
+        def second(*tangents):
+            return self.jvp(lambda *x: self.jvp(self.call, x, tangents[:count]), self.primals, tangents[count:])
+
+        return [tf.reduce_sum(x, 0) for x in _map_stacks(second, [*left, *right])]
+
     def push_linear(self, stacks):
         if self.kind != steps.LINEAR:
             return None
@@ -239,5 +250,5 @@ def _run_again(op, inputs):
     return list(results) if isinstance(results, (list, tuple)) else [results]
 
 
-def map_stacks(fun, stacks):
+def _map_stacks(fun, stacks):
     return map_rows(lambda rows: list(fun(*rows)), stacks)

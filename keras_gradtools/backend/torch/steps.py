@@ -7,9 +7,10 @@ that the targets depend on: a `torch.autograd.Function`, for example, does not p
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from keras_gradtools.backend import steps
-from keras_gradtools.backend.torch import levels, operations, random_numbers, unfused
+from keras_gradtools.backend.torch import levels, operations, pullbacks, unfused
 from keras_gradtools.blocks import Block
 
 
@@ -23,7 +24,7 @@ class Operations(Block):
         self._state = None
 
     def begin(self):
-        self._state = random_numbers.random_state()
+        self._state = _random_state()
         mode = _Mode(self.calls)
         mode.__enter__()
         self._mode = mode
@@ -32,12 +33,16 @@ class Operations(Block):
         mode, self._mode = self._mode, None
         if mode is not None:
             mode.__exit__(None, None, None)
-            self.is_random = not _equal(self._state, random_numbers.random_state())
+            self.is_random = self._state != _random_state()
 
 
-def _equal(a, b):
-    leaves = zip(_pytree.tree_leaves(a), _pytree.tree_leaves(b), strict=True)
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in leaves)
+def _random_state():
+    # Not seen by `kg.jit`, which would not record a comparison of values.
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        states = [torch.get_rng_state()]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            states.append(torch.cuda.get_rng_state())
+        return [state.numpy().tobytes() for state in states]
 
 
 class _Mode(TorchFunctionMode):
@@ -184,15 +189,38 @@ class _Step(steps.Step):
         return [results[i] for i in self._outputs]
 
     def jvp(self, fun, primals, tangents):
-        try:
-            return torch.func.jvp(fun, tuple(primals), tuple(tangents))[1]
-        except (RuntimeError, NotImplementedError):
-            if levels.depth():
-                raise
-        return _by_two_pullbacks(fun, primals, tangents)
+        return _jvp(fun, primals, tangents)
 
     def slope(self, fun, x):
-        return self.jvp(fun, (x,), (torch.ones_like(x),))
+        block = differentiating()
+        with block, block:
+            alias = _alias(x)
+            (y,) = fun(alias)
+            found = None
+            if y.requires_grad:
+                (found,) = torch.autograd.grad(y, alias, torch.ones_like(y), create_graph=True, allow_unused=True)
+        return [torch.zeros_like(x) if found is None else found]
+
+    def push_stacks(self, stacks):
+        if self.kind != steps.LINEAR:
+            return _jvp(self._call_rows, self._repeated(stacks), stacks)
+        return _jvp(self.call, self.primals, stacks, is_batched=True)
+
+    def curvature(self, left, right):
+        primals = self._repeated(left)
+        found = _jvp(lambda *x: _jvp(self._call_rows, x, left), primals, right)
+        return [q.sum(0) for q in found]
+
+    def _repeated(self, stacks):
+        return [x.expand(len(s), *x.shape) for x, s in zip(self.primals, stacks, strict=True)]
+
+    def _call_rows(self, *stacks):
+        """`call` for each row of stacks of active inputs."""
+        try:
+            return torch.func.vmap(self.call)(*stacks)
+        except (RuntimeError, NotImplementedError):
+            rows = [self.call(*row) for row in zip(*stacks, strict=True)]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
 
     def push_linear(self, stacks):
         rule = _LINEAR.get(self._name)
@@ -210,34 +238,49 @@ class _Step(steps.Step):
         return args[1] if is_plain else None
 
 
-def _by_two_pullbacks(fun, primals, tangents):
-    """The pullback is linear in its cotangents, so its own pullback is the derivative along the tangents."""
-    was_multithreaded = torch._C._is_multithreading_enabled()
-    torch._C._set_multithreading_enabled(False)
-    try:
-        with torch.enable_grad():
-            aliases = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in primals]
-            values = fun(*aliases)
-            cotangents = [torch.zeros_like(y, requires_grad=True) for y in values]
-            gradients = torch.autograd.grad(values, aliases, cotangents, create_graph=True, allow_unused=True)
-            pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
-            if not pairs:
-                return [torch.zeros_like(y) for y in values]
-            outputs, along = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, cotangents, along, create_graph=True, allow_unused=True)
-    finally:
-        torch._C._set_multithreading_enabled(was_multithreaded)
-    return [torch.zeros_like(y) if d is None else d for d, y in zip(found, values, strict=True)]
+class differentiating(Block):  # noqa: N801 - said of a block
+    """A block for backward passes of single operations, which run on this thread, so that tapes see their order."""
+
+    def __init__(self):
+        self._grad_mode = torch.is_grad_enabled()
+        self._was_multithreaded = torch._C._is_multithreading_enabled()
+
+    def begin(self):
+        torch._C._set_grad_enabled(True)
+        torch._C._set_multithreading_enabled(False)
+
+    def end(self):
+        torch._C._set_multithreading_enabled(self._was_multithreaded)
+        torch._C._set_grad_enabled(self._grad_mode)
 
 
-def map_stacks(fun, stacks):
-    try:
-        return torch.func.vmap(fun)(*stacks)
-    except (RuntimeError, NotImplementedError):
-        if levels.depth():
-            raise
-    rows = [fun(*row) for row in zip(*stacks, strict=True)]
-    return [torch.stack(column) for column in zip(*rows, strict=True)]
+def _alias(x):
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _jvp(fun, primals, tangents, is_batched=False):
+    """The derivative of `fun` along the tangents, or along each row of them.
+
+    The pullback is linear in its cotangents, so its own pullback is the derivative. Not by `torch.func.jvp`, whose
+    second derivatives are wrong for some operations.
+    """
+    block = differentiating()
+    with block, block:
+        aliases = [_alias(x) for x in primals]
+        values = fun(*aliases)
+        cotangents = [torch.zeros_like(y, requires_grad=True) for y in values]
+        connected = [i for i, y in enumerate(values) if y.requires_grad]
+        gradients = [None] * len(aliases)
+        if connected:
+            pulled = [values[i] for i in connected], aliases, [cotangents[i] for i in connected]
+            gradients = torch.autograd.grad(*pulled, create_graph=True, allow_unused=True)
+        pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
+        shapes = [(len(tangents[0]), *y.shape) if is_batched else y.shape for y in values]
+        if not pairs:
+            return [y.new_zeros(shape) for y, shape in zip(values, shapes, strict=True)]
+        run = pullbacks.batched_pass if is_batched else pullbacks.single_pass
+        found = run([g for g, _ in pairs], cotangents, [t for _, t in pairs], True)
+    return [y.new_zeros(shape) if d is None else d for d, y, shape in zip(found, values, shapes, strict=True)]
 
 
 def _matrix_product(step, stacks):

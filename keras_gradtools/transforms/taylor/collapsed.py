@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_gradtools import backend
 from keras_gradtools.backend import steps as kinds
 from keras_gradtools.transforms.taylor import elementwise, stacks
 
@@ -120,33 +119,24 @@ def _added(parts):
 
 def _general(step, given, total):
     """Any operation, by derivatives along derivatives of this one operation. Linear ones have no second part."""
-    present = [i for i, c in enumerate(given) if c is not None]
-    primals = tuple(step.primals[i] for i in present)
-
-    def call(*active):
-        values = list(step.primals)
-        for i, x in zip(present, active, strict=True):
-            values[i] = x
-        return step.call(*values)
-
-    def along(*tangents):
-        return step.jvp(call, primals, tangents)
-
-    firsts = [given[i].first for i in present]
-    if step.kind == kinds.LINEAR and len(present) == len(given) and (found := _linear(step, given)) is not None:
+    present = next(c.first for c in given if c is not None)
+    given = [Carried(stacks.zeros(present, x)) if c is None else c for c, x in zip(given, step.primals, strict=True)]
+    firsts = [c.first for c in given]
+    if step.kind == kinds.LINEAR and (found := _linear(step, given)) is not None:
         return found
-    first = backend.map_stacks(along, firsts)
+    first = step.push_stacks(firsts)
     summed = [None] * len(first)
     if total.order == 2:
-        if any(given[i].summed is not None for i in present):
-            tangents = [
-                ops.zeros_like(step.primals[i]) if given[i].summed is None else given[i].summed for i in present
-            ]
-            summed = along(*tangents)
-        if step.kind != kinds.LINEAR and not (step.kind == kinds.BILINEAR and len(present) == 1):
-            curved = _curvature(step, call, primals, [total.halves(s) for s in firsts], total)
+        if any(c.summed is not None for c in given):
+            summed = step.jvp(step.call, step.primals, tuple(map(_summed_or_zeros, given, step.primals)))
+        if step.kind != kinds.LINEAR:
+            curved = _curvature(step, [total.halves(s) for s in firsts], total)
             summed = [_added([s for s in pair if s is not None]) for pair in zip(summed, curved, strict=True)]
     return [Carried(f, s) for f, s in zip(first, summed, strict=True)]
+
+
+def _summed_or_zeros(carried, x):
+    return ops.zeros_like(x) if carried.summed is None else carried.summed
 
 
 def _linear(step, given):
@@ -156,14 +146,11 @@ def _linear(step, given):
         return None
     if all(c.summed is None for c in given):
         return [Carried(f) for f in first]
-    rows = [
-        stacks.of_rows([ops.zeros_like(x) if c.summed is None else c.summed])
-        for c, x in zip(given, step.primals, strict=True)
-    ]
+    rows = [stacks.of_rows([_summed_or_zeros(c, x)]) for c, x in zip(given, step.primals, strict=True)]
     return [Carried(f, stacks.row(s, 0)) for f, s in zip(first, step.push_linear(rows), strict=True)]
 
 
-def _curvature(step, call, primals, halves, total):
+def _curvature(step, halves, total):
     """The sum over d of f''[J_d, K_d], for each output."""
     if step.kind == kinds.BILINEAR:
         (a_left, a_right), (b_left, b_right) = halves
@@ -171,11 +158,4 @@ def _curvature(step, call, primals, halves, total):
         if cross is not None:
             other = step.sum_of_products(a_right, b_left) if total.pairs else cross
             return [x + y for x, y in zip(cross, other, strict=True)]
-    count = len(primals)
-
-    def second(*tangents):
-        left, right = tangents[:count], tangents[count:]
-        return step.jvp(lambda *x: step.jvp(call, x, left), primals, right)
-
-    curved = backend.map_stacks(second, [left for left, _ in halves] + [right for _, right in halves])
-    return [stacks.summed(c) for c in curved]
+    return step.curvature([left for left, _ in halves], [right for _, right in halves])

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_gradtools import backend
 from keras_gradtools.backend import steps as kinds
 from keras_gradtools.transforms.taylor import elementwise, stacks
 
@@ -77,7 +76,7 @@ def _through(step, given, keys):
         return [Jet(found) for found in _leibniz(step.call, step, parts, keys)]
     if step.kind == kinds.LINEAR:
         found = _linear(step, parts, step.push_linear)
-        return [Jet(p) for p in found or _linear(step, parts, functools.partial(_push_by_jvp, step))]
+        return [Jet(p) for p in found or _linear(step, parts, step.push_stacks)]
     return [Jet(found) for found in _general(step, parts, keys)]
 
 
@@ -97,10 +96,6 @@ def _linear(step, parts, push):
     if found is None:
         return None
     return [{key: stacks.row(stack, i) for i, key in enumerate(present)} for stack in found]
-
-
-def _push_by_jvp(step, rows):
-    return backend.map_stacks(lambda *tangents: step.jvp(step.call, step.primals, tangents), rows)
 
 
 def _elementwise(step, parts, keys):

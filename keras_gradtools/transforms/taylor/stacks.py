@@ -68,6 +68,12 @@ def of_rows(rows):
     return ops.stack(rows, axis=axis(len(rows[0].shape)))
 
 
+def zeros(stack, x):
+    """Zeros for the directions of `stack`, as a stack for `x`."""
+    place, shape = axis(len(x.shape)), ops.shape(x)
+    return ops.zeros((*shape[:place], stack.shape[axis(rank(stack))], *shape[place:]), dtype=x.dtype)
+
+
 def with_examples(stack, x):
     """A stack that is equal for all examples, and has size 1 there, with its entries for each example of `x`."""
     place, shape = axis(len(x.shape)), ops.shape(x)
