@@ -22,6 +22,7 @@ class Step:
     Attributes:
         kind: One of the constants of this file.
         function: For an elementwise operation, its name in `taylor.elementwise`, if it is there. Otherwise None.
+        is_piecewise_linear: Whether the operation may have kinks, and all its second derivatives are zero elsewhere.
         inputs, outputs: The slots of the active inputs and outputs, through which derivatives pass.
         primals: The values of the active inputs.
         results: The values of the active outputs.
@@ -29,6 +30,7 @@ class Step:
 
     kind: str = GENERAL
     function: str | None = None
+    is_piecewise_linear: bool = False
     inputs: tuple = ()
     outputs: tuple = ()
     primals: tuple = ()

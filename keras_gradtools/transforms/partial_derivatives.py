@@ -14,6 +14,7 @@ from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.first_order import jvp_named
 from keras_gradtools.transforms.taped_call import TapedCall, argument_positions, require_argnums, require_function
 from keras_gradtools.transforms.taylor import jets
+from keras_gradtools.transforms.taylor.kinks import warn_of_kinks
 
 NAME = "partial_derivatives"
 
@@ -142,6 +143,9 @@ def derivatives_of(name, fun, args, kwargs, keys, argnums=0):
     present = [(slot, seed) for slot, seed in zip(sources, seeds, strict=True) if slot is not None]
     state = jets.push(steps, [slot for slot, _ in present], [seed for _, seed in present], needed)
     by_target = [jets.full(state.get(slot), y) for slot, y in zip(targets, call.flat_targets, strict=True)]
+    higher = [key for key in keys if len(key) > 1]
+    if higher and not any(len(key) > 1 for parts in by_target for key in parts):
+        warn_of_kinks(name, steps)
     return [_packed(call, by_target, key) if key else call.value for key in keys]
 
 

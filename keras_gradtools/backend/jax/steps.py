@@ -86,6 +86,25 @@ _ELEMENTWISE = {
     "tan",
     "tanh",
 }
+_PIECEWISE_LINEAR = {
+    "abs",
+    "ceil",
+    "clamp",
+    "cummax",
+    "cummin",
+    "floor",
+    "max",
+    "min",
+    "reduce_max",
+    "reduce_min",
+    "reduce_window_max",
+    "round",
+    "select_n",
+    "sign",
+    "sort",
+}
+# JAX's own functions with a custom derivative whose second derivative is zero.
+_RECTIFIERS = ("relu at ", "relu6 at ")
 _CLOSED_FORMS = {name: name for name in ("cos", "exp", "sin", "sinh", "cosh", "square", "tanh")}
 _CLOSED_FORMS["logistic"] = "sigmoid"
 _PROGRAMS = {"pjit", "jit", "closed_call", "core_call"}
@@ -105,7 +124,8 @@ def steps_between(tape, _, targets, sources):
         if operation.primitive.name in _PROGRAMS and not operation.subfuns and not operation.closed_over:
             found.open(operation.params["jaxpr"], inputs, outputs)
         else:
-            found.add(operation.primitive, operation.params, operation.bind, inputs, operation.outputs, outputs)
+            is_rectifier = bool(operation.subfuns) and _is_rectifier(operation.subfuns[0])
+            found.add(operation, operation.bind, inputs, operation.outputs, outputs, is_rectifier)
     return found.steps, part.target_slots, part.source_slots
 
 
@@ -114,8 +134,9 @@ class _Steps:
         self.steps = []
         self._free = first_free
 
-    def add(self, primitive, params, bind, inputs, results, outputs):
-        self.steps.append(_Step(primitive, params, bind, inputs, results, outputs))
+    def add(self, operation, bind, inputs, results, outputs, is_rectifier=False):
+        if any(slot is not None for slot in outputs):
+            self.steps.append(_Step(operation, bind, inputs, results, outputs, is_rectifier))
 
     def open(self, program, inputs, outputs):
         """Adds the steps of a program. Its operations are evaluated again, and their values have slots of their own."""
@@ -138,7 +159,8 @@ class _Steps:
             if equation.primitive.name in _PROGRAMS:
                 self.open(equation.params["jaxpr"], given, out)
             else:
-                self.add(equation.primitive, equation.params, _bound(equation), given, results, out)
+                is_rectifier = _is_rectifier(jaxprs.opened(equation.params.get("call_jaxpr")))
+                self.add(equation, _bound(equation), given, results, out, is_rectifier)
         for var, slot in zip(jaxpr.outvars, outputs, strict=True):
             if slot is None or isinstance(var, Literal):
                 continue
@@ -154,6 +176,12 @@ class _Steps:
     def _next(self):
         self._free += 1
         return self._free - 1
+
+
+def _is_rectifier(fun):
+    """Whether a function with a custom derivative, or its program, is one of JAX's `relu` and `relu6`."""
+    source = getattr(getattr(fun, "debug_info", None), "func_src_info", None) or ""
+    return source.startswith(_RECTIFIERS) and "/jax/_src/nn/functions.py" in source
 
 
 def _map_stacks(fun, stacks):
@@ -217,8 +245,9 @@ class _Same(_JaxStep):
 
 
 class _Step(_JaxStep):
-    def __init__(self, primitive, params, bind, inputs, results, outputs):
-        self._primitive, self._params, self._bind = primitive, params, bind
+    def __init__(self, operation, bind, inputs, results, outputs, is_rectifier):
+        self._primitive, self._params, self._bind = operation.primitive, operation.params, bind
+        self.is_piecewise_linear = is_rectifier or self._primitive.name in _PIECEWISE_LINEAR
         self._values = [x for x, _ in inputs]
         self._positions = [i for i, (_, slot) in enumerate(inputs) if slot is not None]
         self._active_outputs = [i for i, slot in enumerate(outputs) if slot is not None]
@@ -238,7 +267,8 @@ class _Step(_JaxStep):
             return (steps.PRODUCT if name == "mul" else steps.BILINEAR), None
         if name == "div" and self._positions == [0]:
             return steps.LINEAR, None
-        if name in _ELEMENTWISE and count == 1 and self.primals[0].shape == self.results[0].shape:
+        is_elementwise = name in _ELEMENTWISE or name == "custom_jvp_call" and self.is_piecewise_linear
+        if is_elementwise and count == 1 and self.primals[0].shape == self.results[0].shape:
             return steps.ELEMENTWISE, _CLOSED_FORMS.get(name)
         return steps.GENERAL, None
 

@@ -38,6 +38,9 @@ _ELEMENTWISE = _names(
     "Sign Sin Sinh Softplus Softsign Sqrt Square SquaredDifference Tan Tanh Xdivy Xlogy"
 )
 _GENERAL = _names("LogSoftmax Max MaxPool Min Prod Softmax")
+_PIECEWISE_LINEAR = _names(
+    "Abs Ceil Floor LeakyRelu Max MaxPool Maximum Min Minimum Relu Relu6 Rint Round SelectV2 Sign"
+)
 _CLOSED_FORMS = {name.title(): name for name in ("cos", "cosh", "exp", "sigmoid", "sin", "sinh", "square", "tanh")}
 
 
@@ -171,6 +174,7 @@ def _same_shape(x, y):
 class _Step(steps.Step):
     def __init__(self, op, kind, active, outputs, input_slots, output_slots):
         self.op, self.kind, self.active = op, kind, active
+        self.is_piecewise_linear = op.type in _PIECEWISE_LINEAR
         self._outputs = outputs
         self.inputs, self.outputs = input_slots, output_slots
         self.primals = tuple(op.inputs[i] for i in active)

@@ -42,6 +42,10 @@ _GENERAL = _names(
     "nan_to_num nanmean nanquantile nansum nll_loss pad prod quantile real remainder rms_norm round sign sinc sort "
     "std stft topk trapz trunc unfold unfold_copy var"
 )
+PIECEWISE_LINEAR = _names(
+    "__abs__ abs absolute amax amin ceil clamp clip floor hardshrink hardtanh leaky_relu max maximum max_pool1d "
+    "max_pool2d min minimum relu relu6 round sign softshrink sort topk trunc where"
+)
 CLOSED_FORMS = {name: name for name in ("cos", "cosh", "exp", "sigmoid", "sin", "sinh", "square", "tanh")}
 
 

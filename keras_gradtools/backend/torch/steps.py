@@ -177,6 +177,7 @@ class _Step(steps.Step):
         self.primals = tuple(call.leaves[i] for i in active)
         self.results = tuple(call.results[i] for i in outputs)
         self.kind = operations.kind_of(self._name, places, self.primals, self.results)
+        self.is_piecewise_linear = self._name in operations.PIECEWISE_LINEAR
         if self.kind == steps.ELEMENTWISE:
             self.function = operations.CLOSED_FORMS.get(self._name)
 

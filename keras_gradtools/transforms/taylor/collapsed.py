@@ -83,13 +83,14 @@ def full(carried, x):
 
 
 def _elementwise(step, carried, total):
-    slopes = elementwise.derivatives(step, total.order)
+    is_curved = total.order == 2 and not step.is_piecewise_linear
+    slopes = elementwise.derivatives(step, 2 if is_curved else 1)
     first = stacks.against(slopes[0]) * carried.first
-    if total.order == 1:
-        return Carried(first)
-    left, right = total.halves(carried.first)
-    summed = slopes[1] * stacks.summed(left * right)
-    return Carried(first, summed if carried.summed is None else slopes[0] * carried.summed + summed)
+    summed = [] if carried.summed is None else [slopes[0] * carried.summed]
+    if is_curved:
+        left, right = total.halves(carried.first)
+        summed.append(slopes[1] * stacks.summed(left * right))
+    return Carried(first, _added(summed))
 
 
 def _product(step, given, total):
@@ -129,7 +130,7 @@ def _general(step, given, total):
     if total.order == 2:
         if any(c.summed is not None for c in given):
             summed = step.jvp(step.call, step.primals, tuple(map(_summed_or_zeros, given, step.primals)))
-        if step.kind != kinds.LINEAR:
+        if step.kind != kinds.LINEAR and not step.is_piecewise_linear:
             curved = _curvature(step, [total.halves(s) for s in firsts], total)
             summed = [_added([s for s in pair if s is not None]) for pair in zip(summed, curved, strict=True)]
     return [Carried(f, s) for f, s in zip(first, summed, strict=True)]

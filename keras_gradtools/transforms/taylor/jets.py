@@ -99,13 +99,14 @@ def _linear(step, parts, push):
 
 
 def _elementwise(step, parts, keys):
-    order = max(_highest(parts, keys), 1)
+    # All derivatives of a piecewise linear function but the first are zero.
+    order = 1 if step.is_piecewise_linear else max(_highest(parts, keys), 1)
     slopes = elementwise.derivatives(step, order)
     found = {}
     for key in keys:
         total = None
         for blocks, count in _partitions(key).items():
-            if all(block in parts for block in blocks):
+            if len(blocks) <= order and all(block in parts for block in blocks):
                 term = slopes[len(blocks) - 1]
                 for block in blocks:
                     term = term * parts[block]

@@ -10,6 +10,7 @@ from keras_gradtools.transforms.first_order import jvp_named
 from keras_gradtools.transforms.taped_call import TapedCall
 from keras_gradtools.transforms.taylor import collapsed, stacks
 from keras_gradtools.transforms.taylor.collapsed import Carried, Sum
+from keras_gradtools.transforms.taylor.kinks import warn_of_kinks
 
 
 def laplacian_of(value, x, axes, coefficients=None, chunk_size=None):
@@ -28,6 +29,7 @@ def laplacian_of(value, x, axes, coefficients=None, chunk_size=None):
         if found is not None and found.summed is not None:
             total = found.summed if total is None else total + found.summed
     if total is None:
+        warn_of_kinks("laplacian", parts[0])
         total = ops.zeros_like(call.target)
     return call.value, ops.broadcast_to(total, ops.shape(call.target))
 
