@@ -14,6 +14,7 @@ from keras_gradtools.input_gradients.input_gradient_penalty_layer import InputGr
 from keras_gradtools.transforms.layers.batch_jacobian import BatchJacobian
 from keras_gradtools.transforms.layers.divergence import Divergence
 from keras_gradtools.transforms.layers.laplacian import Laplacian
+from keras_gradtools.transforms.layers.partial_derivatives import PartialDerivatives
 
 __all__ = [
     "BatchJacobian",
@@ -23,6 +24,7 @@ __all__ = [
     "Divergence",
     "InputGradientPenalty",
     "Laplacian",
+    "PartialDerivatives",
     "ReverseGradient",
     "ScaleGradient",
     "StopGradient",

@@ -366,6 +366,11 @@ def rows():
             {"layer": keras.layers.Dense(1)},
             "layer: model, axes: layer axes?, return_outputs: flag",
         ),
+        "PartialDerivatives": (
+            kg.layers.PartialDerivatives,
+            {"layer": keras.layers.Dense(1), "derivatives": [(0,)]},
+            "layer: model, derivatives: structure",
+        ),
         "Divergence": (
             kg.layers.Divergence,
             {"layer": keras.layers.Dense(3)},

@@ -70,11 +70,11 @@ def partial_derivatives(
 
     @functools.wraps(fun, updated=())
     def transformed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Any:
-        args = list(args)
-        for i in argument_positions(NAME, argnums, len(args)):
-            args[i] = _points(args[i])
+        given: list[Any] = list(args)
+        for i in argument_positions(NAME, argnums, len(given)):
+            given[i] = _points(given[i])
         body = functools.partial(_partial_derivatives, keys, argnums)
-        found, _ = compiled.run(NAME, fun, body, (keys, argnums), args, kwargs)
+        found, _ = compiled.run(NAME, fun, body, (keys, argnums), given, kwargs)
         return found if names is None else dict(zip(names, found, strict=True))
 
     return transformed
@@ -90,9 +90,9 @@ def require_derivatives(name, derivatives, variables=None):
         raise validation.refused(
             name, "a list of derivatives, or a dict with a name for each,", "derivatives", derivatives, _EXAMPLE
         )
-    is_named = isinstance(derivatives, Mapping)
-    keys = tuple(_key(name, d, variables) for d in (derivatives.values() if is_named else derivatives))
-    return (list(derivatives) if is_named else None), keys
+    names = list(derivatives) if isinstance(derivatives, Mapping) else None
+    given = derivatives.values() if isinstance(derivatives, Mapping) else derivatives
+    return names, tuple(_key(name, d, variables) for d in given)
 
 
 _EXAMPLE = 'For example `{"u_t": (0,), "u_xx": (1, 1)}`, or with `variables="tx"`: `["t", "xx"]`.'

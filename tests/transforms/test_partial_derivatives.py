@@ -144,6 +144,45 @@ def test_under_jit_and_with_other_arguments():
         close(found[1][:, 1], 18 * X[:, 1])
 
 
+class TestLayer:
+    """`kg.layers.PartialDerivatives`."""
+
+    NAMES = {"u": "", "u_t": "t", "u_xx": "xx"}
+
+    def test_values(self):
+        model = FUNCTIONS["tanh"]
+        found = kg.layers.PartialDerivatives(model, self.NAMES, variables="tx")(X)
+        expected = kg.partial_derivatives(model, self.NAMES, variables="tx")(X)
+        assert list(found) == list(self.NAMES)
+        for name in self.NAMES:
+            close(found[name], expected[name])
+        for d, e in zip(
+            kg.layers.PartialDerivatives(model, [(0,), (1, 1)])(X), list(expected.values())[1:], strict=True
+        ):
+            close(d, e)
+
+    def test_it_trains_and_is_saved(self, tmp_path):
+        """The residual u_t - u_xx is trained to zero."""
+        x = keras.Input((2,))
+        found = kg.layers.PartialDerivatives(network("tanh"), self.NAMES, variables="tx")(x)
+        assert {name: y.shape for name, y in found.items()} == dict.fromkeys(self.NAMES, (None, 2))
+        trainer = keras.Model(x, keras.layers.Subtract()([found["u_t"], found["u_xx"]]))
+        trainer.compile(keras.optimizers.Adam(0.01), "mse")
+        losses = trainer.fit(X, np.zeros((4, 2)), epochs=30, verbose=0).history["loss"]
+        assert losses[-1] < 0.5 * losses[0]
+        trainer.save(tmp_path / "trainer.keras")
+        loaded = keras.saving.load_model(tmp_path / "trainer.keras")
+        np.testing.assert_allclose(loaded.predict(X, verbose=0), trainer.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
+
+    def test_statistics_are_those_of_one_call(self):
+        normalized = keras.Sequential([keras.Input((2,)), layers.BatchNormalization(), layers.Dense(1)])
+        other = keras.models.clone_model(normalized)
+        kg.layers.PartialDerivatives(normalized, [(0,)])(X, training=True)
+        other(X, training=True)
+        for v, w in zip(normalized.layers[0].variables, other.layers[0].variables, strict=True):
+            close(v, w)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -156,6 +195,12 @@ def test_under_jit_and_with_other_arguments():
         (lambda: kg.partial_derivatives(ops.sin, [(2,)])(X), "numbers of variables below 2"),
         (lambda: kg.partial_derivatives(ops.sin, [(0,)])(X[0]), r"points of shape \(batch, n\)"),
         (lambda: kg.partial_derivatives(ops.sin, [(0,)], argnums=1)(X), "argnums"),
+        (lambda: kg.layers.PartialDerivatives("net", [(0,)]), "PartialDerivatives expects a Keras layer or model"),
+        (
+            lambda: kg.layers.PartialDerivatives(layers.Identity(), [])(X),
+            "PartialDerivatives expects a list of derivatives",
+        ),
+        (lambda: kg.layers.PartialDerivatives(layers.Identity(), [(0,)])(keras.Input((2, 3))), r"shape \(batch, n\)"),
     ],
 )
 def test_bad_input(call, message):

@@ -4,6 +4,8 @@ A `TorchFunctionMode` notes each function with its arguments and results. Autogr
 that the targets depend on: a `torch.autograd.Function`, for example, does not pass through the mode.
 """
 
+from typing import Any
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
@@ -271,7 +273,7 @@ def _jvp(fun, primals, tangents, is_batched=False):
         values = fun(*aliases)
         cotangents = [torch.zeros_like(y, requires_grad=True) for y in values]
         connected = [i for i, y in enumerate(values) if y.requires_grad]
-        gradients = [None] * len(aliases)
+        gradients: Any = [None] * len(aliases)
         if connected:
             pulled = [values[i] for i in connected], aliases, [cotangents[i] for i in connected]
             gradients = torch.autograd.grad(*pulled, create_graph=True, allow_unused=True)

@@ -3,8 +3,8 @@
 import keras
 
 from keras_gradtools.annotations import Function, Nested
-from keras_gradtools.transforms.differential_operators import divergence
 from keras_gradtools.transforms.layers.differential_operator import DifferentialOperator
+from keras_gradtools.transforms.taylor.operators import divergence_of
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -49,7 +49,7 @@ class Divergence(DifferentialOperator):
     """
 
     def derivative(self, fun: Function, x: Nested) -> Nested:
-        return divergence(fun, self.axes)(x)
+        return divergence_of(fun, x, self._require_axes(x))[1]
 
     def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         axes = self._require_axes(inputs)

@@ -3,8 +3,8 @@
 import keras
 
 from keras_gradtools.annotations import Function, Nested
-from keras_gradtools.transforms.differential_operators import laplacian
 from keras_gradtools.transforms.layers.differential_operator import DifferentialOperator
+from keras_gradtools.transforms.taylor.operators import laplacian_of
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -48,7 +48,7 @@ class Laplacian(DifferentialOperator):
     """
 
     def derivative(self, fun: Function, x: Nested) -> Nested:
-        return laplacian(fun, self.axes)(x)
+        return laplacian_of(fun, x, self._require_axes(x))[1]
 
     def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         self._require_axes(inputs)
