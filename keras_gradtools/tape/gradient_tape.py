@@ -131,7 +131,9 @@ class GradientTape:
                 "GradientTape.watch was called outside the tape's block. Call it inside `with tape:`, before "
                 "the computation to differentiate."
             )
-        for x in vectors.watchable(tensor, "What a GradientTape watches"):
+        watched = vectors.watchable(tensor, "What a GradientTape watches")
+        validation.require_dense(watched, "What a GradientTape watches")
+        for x in watched:
             if validation.is_variable(x):
                 self._tape.watch_variable(x)
             else:
@@ -399,6 +401,7 @@ class GradientTape:
         validation.require_choice(f"GradientTape.{method}", "unconnected_gradients", unconnected, ("none", "zero"))
         targets = vectors.watchable(target, f"The target of GradientTape.{method}")
         flat_sources = vectors.watchable(sources, f"A source of GradientTape.{method}")
+        validation.require_dense(flat_sources, f"A source of GradientTape.{method}")
         return targets, flat_sources, unconnected == "zero"
 
     def _require_tensor(self, target, method):

@@ -141,6 +141,7 @@ def _differentiable_leaf(name, position, x):
         dtype = keras.config.floatx() if isinstance(x, float) else None
         x = validation.as_tensor(x, f"Argument {position} under `{name}` must be a tensor", dtype, True)
     validation.require_differentiable(x, f"Argument {position} under `{name}`")
+    validation.require_dense([x], f"Argument {position} under `{name}`")
     return with_keras_mask_of(backend.alias(x), x)
 
 

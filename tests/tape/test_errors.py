@@ -35,6 +35,41 @@ NOT_DIFFERENTIABLE = {
 }
 
 
+def compressed():
+    """Sparse and ragged tensors of the backend, by name."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return {"RaggedTensor": tf.ragged.constant([[1.0, 2.0], [3.0]]), "SparseTensor": tf.sparse.from_dense(X)}
+    if keras.backend.backend() == "jax":
+        from jax.experimental import sparse
+
+        return {"BCOO": sparse.BCOO.fromdense(X), "BCSR": sparse.BCSR.fromdense(X)}
+    import torch
+
+    rows = [torch.ones(2), torch.ones(3)]
+    return {
+        "of layout torch.sparse_coo": torch.tensor(X).to_sparse(),
+        "of layout torch.sparse_csr": torch.tensor(X).to_sparse_csr(),
+        "of layout torch.jagged": torch.nested.nested_tensor(rows, layout=torch.jagged),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("name", compressed())
+def test_sparse_and_ragged_tensors(name):
+    x = compressed()[name]
+    pattern = rf"What a GradientTape watches must be dense.*Received: .*{name}.*values"
+    with kg.GradientTape() as tape, pytest.raises(ValueError, match=pattern):
+        tape.watch(x)
+    tape, _, y = recorded()
+    with pytest.raises(ValueError, match=rf"A source of GradientTape.gradient must be dense.*Received: .*{name}"):
+        tape.gradient(y, x)
+    for transform in (kg.grad, kg.hessian, lambda fun: lambda x: kg.jvp(fun, (x,), (x,))):
+        with pytest.raises(ValueError, match=rf"Argument 0 under `\w+` must be dense.*Received: .*{name}"):
+            transform(lambda x: 1.0)(x)
+
+
 def recorded():
     tape = kg.GradientTape()
     x = tensor(X)
