@@ -1,8 +1,5 @@
 """Checks of tensors, arrays, and nested structures of them."""
 
-import functools
-from typing import Any
-
 import keras
 import numpy as np
 
@@ -38,16 +35,12 @@ def require_real_floating(x, role):
 _COMPRESSED = {"RaggedTensor", "SparseTensor", "IndexedSlices", "JAXSparse"}
 
 
-@functools.lru_cache(maxsize=256)
-def _is_compressed(cls: Any) -> bool:
-    return any(base.__name__ in _COMPRESSED for base in cls.__mro__)
-
-
 def require_dense(tensors, role):
     """Raises `ValueError` if one of the tensors is sparse or ragged: there is no common form of its gradient."""
     for x in tensors:
         layout = str(x.layout) if hasattr(x, "is_sparse") else "torch.strided"
-        if _is_compressed(type(x)) or layout != "torch.strided":
+        is_compressed = any(cls.__name__ in _COMPRESSED for cls in type(x).__mro__)
+        if is_compressed or layout != "torch.strided":
             which = f" of layout {layout}" if layout != "torch.strided" else ""
             raise ValueError(
                 f"{role} must be dense. Received: a {type(x).__name__}{which}. Differentiate with respect to a dense "
