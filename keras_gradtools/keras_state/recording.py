@@ -73,6 +73,9 @@ class Recording(Block):
     are more.
     """
 
+    # Whether `watch` takes a sparse or ragged tensor, and watches the dense tensors that it consists of.
+    watches_parts = False
+
     def __init__(self, watch_accessed_variables):
         self._watch_accessed_variables = watch_accessed_variables
         self._asked_for = {}

@@ -132,7 +132,8 @@ class GradientTape:
                 "the computation to differentiate."
             )
         watched = vectors.watchable(tensor, "What a GradientTape watches")
-        validation.require_dense(watched, "What a GradientTape watches")
+        if not self._tape.watches_parts:
+            validation.require_dense(watched, "What a GradientTape watches")
         for x in watched:
             if validation.is_variable(x):
                 self._tape.watch_variable(x)

@@ -59,9 +59,16 @@ def compressed():
 @pytest.mark.parametrize("name", compressed())
 def test_sparse_and_ragged_tensors(name):
     x = compressed()[name]
-    pattern = rf"What a GradientTape watches must be dense.*Received: .*{name}.*values"
-    with kg.GradientTape() as tape, pytest.raises(ValueError, match=pattern):
-        tape.watch(x)
+    if keras.backend.backend() == "tensorflow":
+        # TensorFlow's tape watches the parts of such a tensor.
+        with kg.GradientTape() as tape:
+            tape.watch(x)
+            z = ops.sum(ops.square(x.values))
+        close(tape.gradient(z, x.values), 2 * x.values.numpy())
+    else:
+        pattern = rf"What a GradientTape watches must be dense.*Received: .*{name}.*values"
+        with kg.GradientTape() as tape, pytest.raises(ValueError, match=pattern):
+            tape.watch(x)
     tape, _, y = recorded()
     with pytest.raises(ValueError, match=rf"A source of GradientTape.gradient must be dense.*Received: .*{name}"):
         tape.gradient(y, x)

@@ -18,6 +18,8 @@ class Tape(recording.Recording):
     calling Keras.
     """
 
+    watches_parts = True
+
     def __init__(self, watch_accessed_variables):
         super().__init__(watch_accessed_variables)
         self.native = self._new_native()
