@@ -22,10 +22,15 @@ class Operations(Block):
     def __init__(self):
         self.calls = []
         self.is_random = False
+        self.is_whole = True
         self._mode = None
         self._state = None
 
     def begin(self):
+        if levels.depth() or levels.is_in_vectorized_pass():
+            # A transform of torch around this call may hide what it does.
+            self.is_whole = False
+            return
         self._state = _random_state()
         mode = _Mode(self.calls)
         mode.__enter__()
@@ -85,7 +90,7 @@ class _Call:
 
 
 def steps_between(tape, recorded, targets, sources):
-    if levels.depth() or recorded.is_random:
+    if not recorded.is_whole or recorded.is_random:
         return None
     found = _Steps(sources, tape.edges([], sources)[1])
     try:
