@@ -110,7 +110,7 @@ _CLOSED_FORMS["logistic"] = "sigmoid"
 _PROGRAMS = {"pjit", "jit", "closed_call", "core_call"}
 
 
-def steps_between(tape, _, targets, sources):
+def steps_between(tape, operations, targets, sources):
     part = slices.Slice(tape, targets, sources)
     if not part.inputs:
         return [], [None] * len(targets), [None] * len(sources)

@@ -76,7 +76,7 @@ def plain_silu(silu):
     return call
 
 
-def steps_between(tape, _, targets, sources):
+def steps_between(tape, operations, targets, sources):
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     if graph is None or any(getattr(x, "graph", None) is not graph for x in (*targets, *sources)):
         return None

@@ -12,7 +12,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from keras_gradtools.backend import steps
-from keras_gradtools.backend.torch import levels, operations, pullbacks, unfused
+from keras_gradtools.backend.torch import levels, pullbacks, unfused
+from keras_gradtools.backend.torch.operations import CLOSED_FORMS, PIECEWISE_LINEAR, kind_of
 from keras_gradtools.blocks import Block
 
 
@@ -89,12 +90,12 @@ class _Call:
         return any(y is not None and (y.grad_fn is not node or y._backward_hooks) for y, node in pairs)
 
 
-def steps_between(tape, recorded, targets, sources):
-    if not recorded.is_whole or recorded.is_random:
+def steps_between(tape, operations, targets, sources):
+    if not operations.is_whole or operations.is_random:
         return None
     found = _Steps(sources, tape.edges([], sources)[1])
     try:
-        for call in recorded.calls:
+        for call in operations.calls:
             found.add(call)
         if not all(found.knows(t) for t in targets):
             return None
@@ -183,10 +184,10 @@ class _Step(steps.Step):
         self._name = getattr(call.func, "__name__", "")
         self.primals = tuple(call.leaves[i] for i in active)
         self.results = tuple(call.results[i] for i in outputs)
-        self.kind = operations.kind_of(self._name, places, self.primals, self.results)
-        self.is_piecewise_linear = self._name in operations.PIECEWISE_LINEAR
+        self.kind = kind_of(self._name, places, self.primals, self.results)
+        self.is_piecewise_linear = self._name in PIECEWISE_LINEAR
         if self.kind == steps.ELEMENTWISE:
-            self.function = operations.CLOSED_FORMS.get(self._name)
+            self.function = CLOSED_FORMS.get(self._name)
 
     def call(self, *active):
         leaves = list(self._call.leaves)

@@ -1,13 +1,16 @@
 """What a forward pass on torch cannot take apart is differentiated by nesting, never left out."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import keras_gradtools as kg
 
-torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.skipif("__import__('keras').config.backend() != 'torch'", reason="only torch has these")
+if keras.backend.backend() != "torch":
+    pytest.skip("these are about torch", allow_module_level=True)
+
+import torch  # noqa: E402
 
 X = np.array([[0.3, 0.7]], "float32")
 
