@@ -61,8 +61,8 @@ def _with_math_attention(fun):
 def _with_reads(call):
     @functools.wraps(call)
     def read_and_call(self, *args, **kwargs):
-        if recording.active_tapes():
-            # A torch module reads its parameters without calling Keras, so the tapes would not see these reads.
+        if recording.is_recording():
+            # A torch module reads its parameters without calling Keras, so tapes and logs would not see these reads.
             for variable in self.variables:
                 _ = variable.value
         return call(self, *args, **kwargs)

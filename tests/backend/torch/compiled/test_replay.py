@@ -379,3 +379,16 @@ def test_masks_of_arguments_and_results():
         close(tail(embedded(tokens)).detach(), expected)
         close(pooled(model(tokens)).detach(), expected)
     assert (tail(model(tokens) * 1.0).detach() - expected).abs().max() > 1e-3
+
+
+def test_a_torch_module():
+    def make():
+        module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        model = keras.Sequential([layers.Input((3,)), layers.TorchModuleWrapper(module)])
+
+        def fun(x):
+            return kg.grad(lambda x: ops.sum(model(x) ** 2))(x)
+
+        return fun
+
+    assert_equal_to_eager(make, several(2, 3))
