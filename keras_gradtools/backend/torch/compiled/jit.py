@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from keras_gradtools import nesting, validation
-from keras_gradtools.backend.torch import levels
+from keras_gradtools.backend.torch import graph, levels
 from keras_gradtools.backend.torch.compiled import recorder
 from keras_gradtools.backend.torch.compiled.differentiable import Differentiable
 from keras_gradtools.backend.torch.compiled.program import Diverged, Program
@@ -151,8 +151,9 @@ class Signature:
             # An argument may also be captured, or be the value of a variable. As an alias, it is neither.
             given[i] = leaves[i].view_as(leaves[i]) if leaves[i].requires_grad else leaves[i].detach()
         found = Recorder([given[i] for i in places])
-        with found:
+        with found, found:
             result = _called(self._fun, self._outline, given)
+        found.finish()
         call = RecordedCall(found, result)
         self._keep(call, places)
         aliases = {id(given[i]): leaves[i] for i in places}
@@ -223,17 +224,14 @@ class _Replayed:
         given += [v._value for v in program.variables]
         given += captured
         source = Differentiable(self._again, leaves, program, self._note_use) if self._attached else None
-        is_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
+        no_grad = graph.GradMode(False)
+        with no_grad, no_grad:
             if program.is_replayed:
                 # The operations were recorded below autograd, so they need none of it.
                 with torch._C._AutoDispatchBelowAutograd():
                     found = self._guarded(given) if self.guards else program.function(*given)
             else:
                 found = program.function(*given)
-        finally:
-            torch._C._set_grad_enabled(is_enabled)
         more = iter(found[len(call.outputs) :])
         masks = [(i, next(more)) for i, _ in call.masks]
         for variable, slot in call.gradients:

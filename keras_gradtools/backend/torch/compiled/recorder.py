@@ -13,11 +13,12 @@ import threading
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode
 from torch.utils._python_dispatch import _disable_current_modes as _no_modes
 
 from keras_gradtools.backend.torch.compiled.leaks import Leaks
 from keras_gradtools.backend.torch.compiled.operations import Operation, Slot, facts, has_variable_shape
+from keras_gradtools.blocks import Block
 from keras_gradtools.keras_internals.variables import initialize
 from keras_gradtools.keras_state import recording
 
@@ -73,7 +74,7 @@ class Guard:
 GUARD = Guard()
 
 
-class Recorder:
+class Recorder(Block):
     """Records the operations of a block.
 
     - `operations`: the list of `Operation`s.
@@ -113,25 +114,33 @@ class Recorder:
         self._mode: Any = _Mode(self._meet)
         self._leaks: Any = Leaks(self.refuse, self._has_constant_value, self._run)
         self._log: Any = _Reads(self)
-        self._was_multithreaded = True
+        self._was_multithreaded = torch._C._is_multithreading_enabled()
+        self._depths = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
 
-    def __enter__(self):
+    def begin(self):
         _thread.recorder = self
         self._random_state = _random_state()
-        self._was_multithreaded = torch._C._is_multithreading_enabled()
         # A backward pass on another thread would not be seen.
         torch._C._set_multithreading_enabled(False)
         self._log.__enter__()
         self._leaks.__enter__()
         self._mode.__enter__()
-        return self
 
-    def __exit__(self, *exception):
-        self._mode.__exit__(*exception)
-        self._leaks.__exit__(*exception)
-        self._log.__exit__(*exception)
+    def end(self):
+        if torch._C._len_torch_dispatch_stack() > self._depths[0]:
+            try:
+                self._mode.__exit__(None, None, None)
+            except IndexError:
+                # It was interrupted before, between its parts.
+                _pop_mode()
+        if torch._C._len_torch_function_stack() > self._depths[1]:
+            self._leaks.__exit__(None, None, None)
+        self._log.__exit__()
         torch._C._set_multithreading_enabled(self._was_multithreaded)
         _thread.recorder = None
+
+    def finish(self):
+        """To be called after the block, unless it has raised an error."""
         if self.draws:
             self._check_random_state()
         self._look_at_grad()
