@@ -16,4 +16,4 @@ initialize_all_variables = find(f"{_HOME}:initialize_all_variables")
 # Every value that is read from a variable passes through this method.
 autocast = patches.Hook(Variable, "_maybe_autocast", [keras.Variable.value])
 # Every value that a new variable starts with passes through this method of the backend's class.
-initialize = patches.Hook(keras.Variable, "_initialize", [Variable._initialize_with_initializer])
+initialize = patches.Hook(keras.Variable, "_initialize", [Variable.__init__])
