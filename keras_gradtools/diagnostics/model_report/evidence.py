@@ -77,7 +77,7 @@ def mixed_in_training(m):
 
 def no_influence(m):
     gain = m.get("relative_gain", math.nan)
-    return f"A relative change of the inputs by 1 changes the outputs by {gain:.2g}." if gain < NO_GAIN else None
+    return f"A relative change of the inputs is reduced to {gain:.2g} times its size." if gain < NO_GAIN else None
 
 
 def large_gain(m):
