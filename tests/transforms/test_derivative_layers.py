@@ -70,6 +70,37 @@ def test_batch_jacobian_as_a_layer():
     np.testing.assert_allclose(numbers(found), numbers(kg.batch_jacobian(model)(X)), rtol=1e-5, atol=1e-6)
 
 
+MATRIX = [[1.0, 2.0], [-0.5, 3.0]]
+
+
+@pytest.mark.parametrize("coefficients", [[2.0, -1.0], MATRIX, np.array(MATRIX, "float32"), np.array([[1, 2], [3, 4]])])
+def test_laplacian_with_coefficients(coefficients, tmp_path):
+    """Of x^T A x / 2 with a symmetric A, the second derivatives are A."""
+    a = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]], "float32")
+    inputs, turn, half = keras.Input((3,)), layers.Dense(3, use_bias=False), layers.Dense(1, use_bias=False)
+    turned = turn(inputs)
+    square = keras.Model(inputs, half(layers.Multiply()([turned, turned])))
+    values, vectors = np.linalg.eigh(a)
+    turn.set_weights([vectors])
+    half.set_weights([values[:, None] / 2])
+    d = np.diag(coefficients) if np.ndim(coefficients) == 1 else np.array(coefficients)
+    expected = np.full((5, 1), (d * a[np.ix_([2, 0], [2, 0])]).sum())
+    layer = kg.layers.Laplacian(square, axes=[2, 0], coefficients=coefficients)
+    np.testing.assert_allclose(numbers(layer(X)), expected, rtol=1e-5)
+    x = keras.Input((3,))
+    keras.Model(x, layer(x)).save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.layers[-1].coefficients == np.array(coefficients).tolist()
+    np.testing.assert_allclose(loaded.predict(X, verbose=0), expected, rtol=1e-5)
+
+
+def test_coefficients_of_all_axes():
+    model, matrix = network(2), np.random.default_rng(1).normal(size=(3, 3))
+    found = kg.layers.Laplacian(model, coefficients=matrix)(X)
+    expected = kg.laplacian(model, coefficients=matrix.astype("float32"))(X)
+    np.testing.assert_allclose(numbers(found), numbers(expected), rtol=1e-5, atol=1e-6)
+
+
 LAYERS = {
     "BatchJacobian": (lambda model, **options: kg.layers.BatchJacobian(model, **options), (3, 3)),
     "Laplacian": (lambda model, **options: kg.layers.Laplacian(model, axes=[0, 1], **options), (3,)),
@@ -143,6 +174,15 @@ def test_statistics_are_those_of_one_call():
         (lambda: kg.layers.Laplacian("net"), "Laplacian expects a Keras layer or model"),
         (lambda: kg.layers.BatchJacobian(layers.Dense(2), return_outputs=1), "True or False as `return_outputs`"),
         (lambda: kg.layers.Laplacian(network(), axes=[5])(keras.Input((3,))), "distinct axis indices"),
+        (lambda: kg.layers.Laplacian(network(), axes=[0], coefficients=[1.0, 2.0]), r"shape \(1,\) or \(1, 1\)"),
+        (lambda: kg.layers.Laplacian(network(), coefficients=[1.0])(X), r"shape \(3,\) or \(3, 3\), for 3 axes"),
+        (lambda: kg.layers.Laplacian(network(), coefficients=[1.0])(keras.Input((3,))), "for 3 axes. Received"),
+        (lambda: kg.layers.Laplacian(network(), coefficients=[[1.0, 2.0]]), r"shape \(m,\) or \(m, m\)"),
+        (lambda: kg.layers.Laplacian(network(), coefficients=[[1.0, 2.0], [3.0]]), "finite numbers"),
+        (lambda: kg.layers.Laplacian(network(), coefficients=[np.nan] * 3), "finite numbers"),
+        (lambda: kg.layers.Laplacian(network(), coefficients=2.0), "finite numbers"),
+        (lambda: kg.layers.Laplacian(network(), coefficients=["1"]), "finite numbers"),
+        (lambda: kg.layers.Laplacian(network(), coefficients=keras.Variable([1.0] * 3)), "call `kg.laplacian`"),
         (lambda: kg.layers.Divergence(network(2))(keras.Input((3,))), r"outputs of shape \(batch, 3\)"),
         (lambda: kg.layers.Laplacian(layers.Identity())(keras.Input((3, 2))), r"input of shape \(batch, n\)"),
     ],
