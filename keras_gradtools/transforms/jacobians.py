@@ -19,6 +19,7 @@ from keras_gradtools.transforms.taped_call import (
     require_argnums,
     require_function,
 )
+from keras_gradtools.transforms.taylor.kinks import Judgement
 
 
 def jacobian(
@@ -287,7 +288,9 @@ def _derivative(options, fun):
     """The derivative of `fun` as a function: the gradient if `fun` is scalar, otherwise the Jacobian."""
 
     def derivative(*args, **kwargs):
-        call = TapedCall(options.name, fun, args, kwargs, options.argnums, options.has_aux)
+        judgement = Judgement(options.name, fun, options.argnums)
+        call = TapedCall(options.name, fun, args, kwargs, options.argnums, options.has_aux, judgement.operations)
+        judgement.warn_if_piecewise_linear(call)
         if is_scalar(call.target):
             found = call.vjp(is_last=True)
         else:

@@ -24,7 +24,8 @@ def hessian(
 ) -> Callable[Arguments, Any]:
     r"""Turns a function into its Hessian, $H_{k i j} = \partial^2 f_k / \partial x_i \partial x_j$.
 
-    An eager call is compiled and cached, as for `jacobian`.
+    An eager call is compiled and cached, as for `jacobian`. A warning is given, once, if all second derivatives are
+    zero because the function is piecewise linear (ReLU).
 
     Args:
         fun: A function that returns one scalar tensor, or real floating-point tensors in any nested structure.
