@@ -4,6 +4,7 @@ from keras_gradtools.transforms.differential_operators import divergence, laplac
 from keras_gradtools.transforms.first_order import grad, jvp, linearize, value_and_grad, vjp
 from keras_gradtools.transforms.functional import functionalize, jit
 from keras_gradtools.transforms.jacobians import batch_jacobian, jacobian
+from keras_gradtools.transforms.jet import jet
 from keras_gradtools.transforms.kernel_hessian import kernel_hessian
 from keras_gradtools.transforms.partial_derivatives import partial_derivatives
 from keras_gradtools.transforms.per_example import per_example_grad
@@ -19,6 +20,7 @@ __all__ = [
     "hessian",
     "hvp",
     "jacobian",
+    "jet",
     "jit",
     "jvp",
     "kernel_hessian",

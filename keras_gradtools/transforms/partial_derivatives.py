@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_gradtools import backend, nesting, validation
 from keras_gradtools.annotations import Arguments
-from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.first_order import jvp_named
 from keras_gradtools.transforms.taped_call import TapedCall, argument_positions, require_argnums, require_function
@@ -138,15 +137,12 @@ def derivatives_of(name, fun, args, kwargs, keys, argnums=0):
     if parts is None:
         found = {key: _nested(name, fun, args, kwargs, argnums, key) for key in set(keys) if key}
         return [found[key] if key else call.value for key in keys]
-    steps, targets, sources = parts
     seeds = _seeds(call.flat_sources, widths, needed)
-    present = [(slot, seed) for slot, seed in zip(sources, seeds, strict=True) if slot is not None]
-    state = jets.push(steps, [slot for slot, _ in present], [seed for _, seed in present], needed)
-    by_target = [jets.full(state.get(slot), y) for slot, y in zip(targets, call.flat_targets, strict=True)]
+    by_target = jets.at_targets(call, parts, seeds, needed)
     higher = [key for key in keys if len(key) > 1]
     if higher and not any(len(key) > 1 for parts in by_target for key in parts):
-        warn_of_kinks(name, steps)
-    return [_packed(call, by_target, key) if key else call.value for key in keys]
+        warn_of_kinks(name, parts[0])
+    return [jets.packed(call, by_target, key) if key else call.value for key in keys]
 
 
 def _seeds(sources, widths, keys):
@@ -162,14 +158,6 @@ def _seeds(sources, widths, keys):
 
 def _unit(x, column):
     return ops.one_hot(ops.full((1,), column, dtype="int32"), x.shape[1], dtype=x.dtype)
-
-
-def _packed(call, by_target, key):
-    leaves = [
-        ops.broadcast_to(parts[key], ops.shape(y)) if key in parts else vectors.zeros(y)
-        for parts, y in zip(by_target, call.flat_targets, strict=True)
-    ]
-    return vectors.pack_as(call.target, leaves)
 
 
 def _require_variables(name, keys, count):

@@ -92,12 +92,22 @@ def custom(x):
     return ops.sin(straight(x) * x) + kg.stop_gradient(x) * x**2
 
 
+def custom_rules(x):
+    """Rules that read the argument, the value, and a value that nothing else reads."""
+    y, outside = ops.exp(x), ops.cos(x)
+    sine = kg.custom_gradient(lambda x: (ops.sin(x), lambda u: u * outside))
+    cube = kg.custom_gradient(lambda x: (x**3, lambda u: u * 3 * x**2))
+    same = kg.custom_gradient(lambda x: (y, lambda u: u * y))
+    return sine(x) * cube(x) + same(x)
+
+
 FUNCTIONS = {
     **{name: network(name) for name in ("tanh", "gelu", "silu", "softplus", "sigmoid")},
     "attention": attention,
     "quotient": lambda x: ops.sum(x, axis=1, keepdims=True) * x / (1 + ops.sum(x**2, axis=1, keepdims=True)),
     "concatenated": lambda x: ops.exp(ops.concatenate([x[:, :1] * x[:, 1:], ops.ones((4, 1)), x], axis=1)),
     "custom gradient": custom,
+    "custom rules": custom_rules,
     "norm": lambda x: ops.sqrt(ops.sum(x**2, axis=1)),
     "maximum": lambda x: ops.max(x**2, axis=1) ** 2,
     "constant": lambda x: ops.ones((4, 2)),

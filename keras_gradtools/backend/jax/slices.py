@@ -1,5 +1,6 @@
 """The part of a JAX tape between sources and targets, with a number for each value."""
 
+import operator
 import typing
 
 from keras_gradtools.backend.jax.aliases import is_followable
@@ -33,12 +34,15 @@ class Slice:
 
     Every value has a number, its slot. The distinct sources come first, then all other inputs and outputs of the
     operations. `arrays` maps the slots that are read to their recorded values.
+
+    Only higher derivatives depend on what the rule of a custom gradient reads. It is part of the slice if `is_higher`.
     """
 
-    def __init__(self, tape, targets, sources):
+    def __init__(self, tape, targets, sources, is_higher=False):
         source_ids = {id(s) for s in sources if id(s) in tape.followed}
-        operations = _between(tape.operations, source_ids, targets)
-        read = {id(x) for operation in operations for x in operation.differentiable} | {id(t) for t in targets}
+        passing = operator.attrgetter("inputs" if is_higher else "differentiable")
+        operations = _between(tape.operations, source_ids, targets, passing)
+        read = {id(x) for operation in operations for x in passing(operation)} | {id(t) for t in targets}
         self.inputs = list({id(s): s for s in sources if id(s) in source_ids and id(s) in read}.values())
         slots = {id(x): slot for slot, x in enumerate(self.inputs)}
         self.source_slots = [slots.get(id(s)) for s in sources]
@@ -50,7 +54,7 @@ class Slice:
             for x in operation.inputs:
                 slot = slots.setdefault(id(x), len(slots))
                 self.arrays[slot] = x
-            active_inputs = tuple(i for i, x in enumerate(operation.differentiable) if id(x) in active)
+            active_inputs = tuple(i for i, x in enumerate(passing(operation)) if id(x) in active)
             active_outputs = tuple(i for i, x in enumerate(operation.outputs) if is_followable(x))
             active.update(id(operation.outputs[i]) for i in active_outputs)
             for x in operation.outputs:
@@ -61,12 +65,12 @@ class Slice:
         self.target_slots = [slots[id(t)] if id(t) in active else None for t in targets]
 
 
-def _between(operations, source_ids, targets):
-    """The operations that lie on a path from a source to a target."""
+def _between(operations, source_ids, targets, passing):
+    """The operations on a path from a source to a target, through the inputs `passing(operation)`."""
     reached = set(source_ids)
     forward = []
     for operation in operations:
-        if any(id(x) in reached for x in operation.differentiable):
+        if any(id(x) in reached for x in passing(operation)):
             forward.append(operation)
             reached.update(id(x) for x in operation.outputs if is_followable(x))
     needed = {id(t) for t in targets if id(t) in reached}
@@ -74,5 +78,5 @@ def _between(operations, source_ids, targets):
     for operation in reversed(forward):
         if any(id(x) in needed for x in operation.outputs):
             backward.append(operation)
-            needed.update(id(x) for x in operation.differentiable if id(x) in reached)
+            needed.update(id(x) for x in passing(operation) if id(x) in reached)
     return backward[::-1]

@@ -111,7 +111,7 @@ _PROGRAMS = {"pjit", "jit", "closed_call", "core_call"}
 
 
 def steps_between(tape, operations, targets, sources):
-    part = slices.Slice(tape, targets, sources)
+    part = slices.Slice(tape, targets, sources, is_higher=True)
     if not part.inputs:
         return [], [None] * len(targets), [None] * len(sources)
     found = _Steps(len(part.arrays) + sum(len(step.outputs) for step in part.steps))

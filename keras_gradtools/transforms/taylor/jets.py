@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_gradtools.backend import steps as kinds
+from keras_gradtools.tape import vectors
 from keras_gradtools.transforms.taylor import elementwise, stacks
 
 
@@ -52,6 +53,26 @@ def push(steps, slots, jets, keys):
     return state
 
 
+def at_targets(call, parts, seeds, keys):
+    """The derivatives of each target of a call by key, from the `Jet` of each source.
+
+    `parts` are those of `backend.steps_between`.
+    """
+    steps, targets, sources = parts
+    present = [(slot, seed) for slot, seed in zip(sources, seeds, strict=True) if slot is not None]
+    state = push(steps, [slot for slot, _ in present], [seed for _, seed in present], keys)
+    return [full(state.get(slot), y) for slot, y in zip(targets, call.flat_targets, strict=True)]
+
+
+def packed(call, by_target, key):
+    """One derivative in the structure of the target of a call, with zeros where it is missing."""
+    leaves = [
+        ops.broadcast_to(parts[key], ops.shape(y)) if key in parts else vectors.zeros(y)
+        for parts, y in zip(by_target, call.flat_targets, strict=True)
+    ]
+    return vectors.pack_as(call.target, leaves)
+
+
 def full(jet, x):
     """The derivatives by key, for each example of `x`."""
     if jet is None:
@@ -63,7 +84,7 @@ def full(jet, x):
 
 def _through(step, given, keys):
     if all(jet is not None and jet.is_uniform for jet in given):
-        if (found := _linear(step, [jet.parts for jet in given], step.push_uniform)) is not None:
+        if (found := _linear(step, [jet.parts for jet in given], step.push_uniform, True)) is not None:
             return [Jet(parts, True) for parts in found]
         if step.kind == kinds.ELEMENTWISE:
             return [Jet(_elementwise(step, given[0].parts, keys))]
@@ -80,16 +101,10 @@ def _through(step, given, keys):
     return [Jet(found) for found in _general(step, parts, keys)]
 
 
-def _linear(step, parts, push):
+def _linear(step, parts, push, is_uniform=False):
     present = sorted({key for part in parts for key in part}, key=lambda key: (len(key), key))
-    like = next(iter(p for part in parts for p in part.values()))
-    is_uniform = len(like.shape) and like.shape[0] == 1
-
-    def zeros(x):
-        return ops.zeros_like(x[:1] if is_uniform and push != step.push_linear else x)
-
     rows = [
-        stacks.of_rows([part[key] if key in part else zeros(x) for key in present])
+        stacks.of_rows([part[key] if key in part else ops.zeros_like(x[:1] if is_uniform else x) for key in present])
         for part, x in zip(parts, step.primals, strict=True)
     ]
     found = push(rows)
@@ -128,18 +143,13 @@ def _highest(parts, keys):
 @functools.cache
 def _partitions(key):
     """How often each way to split `key` into blocks occurs."""
-    return collections.Counter(
-        tuple(sorted(tuple(key[i] for i in block) for block in blocks)) for blocks in _set_partitions(len(key))
-    )
-
-
-def _set_partitions(count):
-    if not count:
-        return [[]]
-    last, found = count - 1, []
-    for blocks in _set_partitions(last):
-        found.append([*blocks, (last,)])
-        found += [[*blocks[:i], (*block, last), *blocks[i + 1 :]] for i, block in enumerate(blocks)]
+    if not key:
+        return collections.Counter([()])
+    found = collections.Counter()
+    # The block of the last variable, and all ways to split the others.
+    for (block, rest), count in _splits(key[:-1]).items():
+        for blocks, times in _partitions(rest).items():
+            found[tuple(sorted((*blocks, (*block, key[-1]))))] += count * times
     return found
 
 
