@@ -169,6 +169,11 @@ def rows():
             {"fun": square, "primals": (VECTOR,), "tangents": (VECTOR,)},
             "fun: function, primals: structure, tangents: structure, has_aux: flag",
         ),
+        "jet": (
+            kg.jet,
+            {"fun": square, "primals": (VECTOR,), "series": ([VECTOR, VECTOR],)},
+            "fun: function, primals: structure, series: structure",
+        ),
         "linearize": (
             lambda fun, x, **k: kg.linearize(fun, x, **k),
             {"fun": square, "x": VECTOR},

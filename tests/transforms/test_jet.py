@@ -22,7 +22,9 @@ def numbers(x):
 def close(found, expected, tolerance=1e-4):
     found, expected = numbers(found), numbers(expected)
     assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max(initial=0)))
+    np.testing.assert_allclose(
+        found, expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max(initial=0))
+    )
 
 
 def nested(fun, primals, series):
