@@ -40,6 +40,16 @@ def test_a_piecewise_linear_network_is_named(activation):
     assert len(said) == 1 and str(said[0].message).startswith("partial_derivatives: all second derivatives are zero")
 
 
+def test_along_a_straight_line():
+    """Said of `None`, not of other second derivatives of the curve, which give the result one of its own."""
+    model = network("relu")
+    found, said = heard(lambda: kg.jet(model, (X,), ([X, None],))[1][1])
+    np.testing.assert_array_equal(found, 0.0)
+    assert len(said) == 1 and str(said[0].message).startswith("jet: all second derivatives are zero")
+    found, said = heard(lambda: kg.jet(model, (X,), ([X, X],))[1][1])
+    assert not said and np.abs(found).max() > 0
+
+
 def test_it_is_said_once():
     model = network("relu")
     _, said = heard(lambda: [kg.laplacian(model)(X), kg.laplacian(network("relu"))(X)][1])
