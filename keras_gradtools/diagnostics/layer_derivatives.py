@@ -18,7 +18,7 @@ from keras_gradtools.keras_state.scopes import StateScope
 _EXAMPLES = 2
 _UNKNOWN_LENGTH = 8
 # Verdicts in ascending priority, and those that depend on the values, so that they do not hold for similar layers.
-_ORDER = ("constant", "yes", "unclear", "wrong", "once", "no")
+_ORDER = ("constant", "zero", "yes", "unclear", "wrong", "once", "no")
 _BY_NUMBERS = ("constant", "unclear")
 
 
@@ -32,6 +32,7 @@ def layer_derivatives(
     compared with central differences of the gradient. This finds derivatives that raise an error, and those that are
     silently wrong by more than 1% (in single precision). If the differences do not converge as their step is halved,
     for example at a kink or in a layer that branches on its values, the verdict is `"unclear"`.
+    A layer whose operations are linear but for kinks, such as ReLU and max pooling, gets the verdict `"zero"`.
 
     A layer inside another layer that is not a model, such as the cell of a recurrent layer or the layer in a wrapper,
     is tested as a part of it. Layers that differ only in their values are tested once. A layer that computes in half
@@ -46,8 +47,8 @@ def layer_derivatives(
         verbose: 1 for a progress bar, 0 for none, `"auto"` for one if it takes long.
 
     Returns:
-        A `LayerDerivatives` with the attributes `twice_differentiable`, `problems` and `unclear`. Print it for a report
-        in words.
+        A `LayerDerivatives` with the attributes `twice_differentiable`, `problems`, `unclear` and `zero`. Print it for
+        a report in words.
 
     Raises:
         ValueError: If `model` is not a built Keras model or layer, or if its inputs are not known and `x` is not given.

@@ -1,6 +1,7 @@
 """Tries out one layer as it was called: does its second derivative exist, and does it match its gradient?"""
 
 import contextlib
+import dataclasses
 
 import keras
 import numpy as np
@@ -14,9 +15,12 @@ from keras_gradtools.finite_differences import Leaves
 from keras_gradtools.keras_state import layer_calls
 from keras_gradtools.keras_state.layer_state import get_keras_mask, set_keras_mask
 from keras_gradtools.keras_state.scopes import StateScope
+from keras_gradtools.tape import vectors
 from keras_gradtools.transforms.first_order import grad
 from keras_gradtools.transforms.functional import functionalize
 from keras_gradtools.transforms.second_order import hvp
+from keras_gradtools.transforms.taped_call import TapedCall
+from keras_gradtools.transforms.taylor.kinks import is_piecewise_linear
 
 # Number of random directions to try before the verdict is "unclear". Two wrong ones make it "wrong".
 _DIRECTIONS = 3
@@ -25,6 +29,10 @@ _ASIDE = 0.25
 _COARSE = ("float16", "bfloat16")
 # Elements from this size on, in a tensor that also has ordinary ones, stand for infinity.
 _LARGE = 1e4
+# How far from the point kinks are looked for, as fractions of the size of the arguments, and by which fraction the
+# gradient then changes.
+_FAR = (1.0, 10.0, 100.0)
+_BENT = 1e-3
 _UNCLEAR = (
     "The differences of its gradient do not converge. It may have kinks, branch on its values, draw random numbers, or "
     "round too coarsely"
@@ -57,7 +65,27 @@ def tried(call, training, random):
     if verdict == "wrong":
         how = f"off by {off:.2g} times its length" if np.isfinite(off) else "not finite"
         return verdict_on(layer, "wrong", f"It is {how}.")
-    return verdict_on(layer, verdict, f"{_UNCLEAR}." if verdict == "unclear" else "")
+    by_inputs, by_all = computation.are_zero()
+    # A `where` with a given condition, such as the mask of dropout, is linear, and not known from one that has kinks.
+    by_inputs = by_inputs and _bends(computation, leaves, gradient, random)
+    if by_all and by_inputs:
+        found = verdict_on(layer, "zero")
+    else:
+        found = verdict_on(layer, verdict, f"{_UNCLEAR}." if verdict == "unclear" else "")
+    return dataclasses.replace(found, zero_by_inputs=by_inputs)
+
+
+def _bends(computation, leaves, gradient, random):
+    """Whether the gradient by the inputs is another one elsewhere."""
+    start, count = leaves.vector(computation.primals), leaves.vector_of(computation.primals[0]).size
+    here = leaves.vector(gradient)[:count]
+    for scale in _FAR:
+        offset = scale * leaves.typical(start) * random.standard_normal(start.size)
+        offset[count:] = 0.0
+        there = leaves.vector(computation.gradient(*leaves.pack(start + offset)))[:count]
+        if np.linalg.norm(there - here) > _BENT * np.linalg.norm(here):
+            return True
+    return False
 
 
 def _compared(layer, computation, primals, random):
@@ -148,6 +176,30 @@ class _Computation:
                 return hvp(self._scalar, primals, tangents)
         except Exception as error:
             raise _HasNone from error
+
+    def are_zero(self):
+        """Whether kinks make all second derivatives zero: those by the inputs, and those by inputs and weights.
+
+        This is read from the operations, which not every framework shows outside a compiled function.
+        """
+        by_inputs = by_all = False
+
+        def judged(*primals):
+            nonlocal by_inputs, by_all
+            operations = backend.operations()
+            call = TapedCall("layer_derivatives", self._scalar, primals, argnums=(0, 1), operations=operations)
+            inputs = vectors.differentiable(call.sources[0])
+            by_inputs = bool(inputs) and is_piecewise_linear(call, operations, inputs)
+            by_all = is_piecewise_linear(call, operations, call.flat_sources)
+            return call.value
+
+        with self._held_still():
+            try:
+                backend.jit(judged)(*self.primals)
+            except Exception:
+                # What cannot be compiled is not said to be zero.
+                return False, False
+        return by_inputs, by_all
 
     def coarsest(self, primals):
         """The coarsest dtype among the inputs, weights and outputs."""

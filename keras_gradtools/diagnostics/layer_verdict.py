@@ -9,6 +9,7 @@ from keras_gradtools.keras_state import layer_calls
 
 VERDICTS = {
     "yes": "twice differentiable",
+    "zero": "all its second derivatives are zero",
     "once": "differentiable once, but not twice",
     "wrong": "its second derivative is not the derivative of its gradient",
     "no": "not differentiable",
@@ -37,6 +38,7 @@ _ADVICE_BY_VERDICT = {
     "unclear": "Try it on other examples `x`, or on smaller ones.",
 }
 _LONGEST_MESSAGE = 300
+_MOST_NAMES = 5
 # The text that Keras adds around the message of an error inside a layer.
 _AROUND = re.compile(r"Exception encountered when calling [^\n]*\n+(.*?)(?:\n+Arguments received by .*)?", re.DOTALL)
 _EMPHASIS = re.compile(r"\x1b\[[0-9;]*m")
@@ -50,13 +52,16 @@ class LayerVerdict:
     Attributes:
         path: The path of the layer in the model.
         layer_class: The name of its class, with the module.
-        verdict: `"yes"`: it can be differentiated twice. `"once"`: it has a gradient, but no second derivative.
+        verdict: `"yes"`: it can be differentiated twice. `"zero"`: all its second derivatives are zero, because it is
+            piecewise linear, as ReLU and max pooling are. `"once"`: it has a gradient, but no second derivative.
             `"wrong"`: its second derivative is not the derivative of its gradient. `"no"`: it has no gradient.
             `"unclear"`: the differences of its gradient do not converge, as at a kink or if it branches on its values.
             `"constant"`: it has no floating-point input or weight, or its outputs do not depend on them.
         message: The error of the backend, the size of the error in the derivative, or why the verdict is unclear. Empty
-            for `"yes"` and `"constant"`.
+            for `"yes"`, `"zero"` and `"constant"`.
         advice: What to do about it. Empty if there is nothing to do.
+        zero_by_inputs: Whether all second derivatives with respect to its inputs are zero, because it is piecewise
+            linear in them. So is a Dense layer with ReLU, whose mixed derivatives by inputs and weights are not zero.
     """
 
     path: str
@@ -64,6 +69,7 @@ class LayerVerdict:
     verdict: str
     message: str = ""
     advice: str = ""
+    zero_by_inputs: bool = False
 
     def __str__(self) -> str:
         text = f"{self.path} ({self.layer_class}): {VERDICTS[self.verdict]}"
@@ -76,7 +82,8 @@ class LayerVerdict:
 class LayerDerivatives:
     """The result of `layer_derivatives`.
 
-    Printed, it is a summary and one line for each layer that has a problem or is unclear.
+    Printed, it is a summary, one line for each layer that has a problem or is unclear, and one line that names the
+    layers that are piecewise linear.
 
     Attributes:
         model: The name of the model.
@@ -98,12 +105,28 @@ class LayerDerivatives:
     @property
     def problems(self) -> tuple[LayerVerdict, ...]:
         """The verdicts of the layers whose second derivative is missing or wrong."""
-        return tuple(layer for layer in self.layers if layer.verdict not in ("yes", "constant", "unclear"))
+        return tuple(layer for layer in self.layers if layer.verdict not in ("yes", "zero", "constant", "unclear"))
 
     @property
     def unclear(self) -> tuple[LayerVerdict, ...]:
         """The verdicts of the layers for which the test is undecided."""
         return tuple(layer for layer in self.layers if layer.verdict == "unclear")
+
+    @property
+    def zero(self) -> tuple[LayerVerdict, ...]:
+        """The verdicts of the layers whose second derivatives with respect to their inputs are all zero."""
+        return tuple(layer for layer in self.layers if layer.zero_by_inputs)
+
+    def _on_zeros(self):
+        if not self.zero:
+            return ""
+        names = ", ".join(layer.path for layer in self.zero[:_MOST_NAMES])
+        others = f" and {len(self.zero) - _MOST_NAMES} more" if len(self.zero) > _MOST_NAMES else ""
+        return (
+            "With respect to the inputs, all second derivatives are zero, because of kinks (ReLU, max pooling), of "
+            f"{names}{others}. If every other layer is linear in its inputs, the Laplacian of the model and its "
+            "Hessian by the inputs are zero, too. Then use a smooth activation, such as tanh, GELU, SiLU or softplus."
+        )
 
     def _parts(self):
         summary, *_ = str(self).splitlines()
@@ -111,16 +134,19 @@ class LayerDerivatives:
             (v.path, v.layer_class, VERDICTS[v.verdict], v.message, v.advice) for v in self.problems + self.unclear
         ]
         table = [Table(found, ("layer", "class", "verdict", "message", "advice"))] if found else []
-        return [summary.removesuffix(":"), *table, self.note]
+        return [summary.removesuffix(":"), *table, *filter(None, [self._on_zeros()]), self.note]
 
     def __str__(self) -> str:
         what = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'} of {self.model!r} on {self.backend}"
         if not self.problems and not self.unclear:
-            findings = ["all of them can be differentiated twice."]
+            findings = ["none has a wrong or missing second derivative."]
+            if not self.zero:
+                findings = ["all of them can be differentiated twice."]
         else:
             findings = [f"{len(self.problems)} cannot be differentiated twice."] if self.problems else []
             findings += [f"{len(self.unclear)} could not be decided."] if self.unclear else []
         lines = [f"{what}: {' '.join(findings)}", *map(str, self.problems), *map(str, self.unclear)]
+        lines += filter(None, [self._on_zeros()])
         return "\n- ".join(lines) + (f"\n{self.note}" if self.note else "")
 
 

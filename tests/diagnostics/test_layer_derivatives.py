@@ -146,7 +146,6 @@ RIGHT = {
     "LSTM": lambda: layers.LSTM(3),
     "Bidirectional": lambda: layers.Bidirectional(layers.GRU(2)),
     "TimeDistributed": lambda: layers.TimeDistributed(layers.Dense(2)),
-    "MaxPooling1D": lambda: layers.MaxPooling1D(2),
     "Softmax": lambda: layers.Softmax(),
 }
 
@@ -161,6 +160,67 @@ def test_a_layer_that_is_right(name):
     verdict = of_one(RIGHT[name](), shape)
     assert verdict.verdict == "yes", str(verdict)
     assert verdict.message == verdict.advice == ""
+
+
+ZERO = {
+    "ReLU": lambda: layers.ReLU(),
+    "Activation": lambda: layers.Activation("relu"),
+    "LeakyReLU": lambda: layers.LeakyReLU(negative_slope=0.1),
+    "hard_tanh": lambda: layers.Activation("hard_tanh"),
+    "MaxPooling1D": lambda: layers.MaxPooling1D(2),
+    "GlobalMaxPooling1D": lambda: layers.GlobalMaxPooling1D(),
+}
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_kinks_make_second_derivatives_zero(name):
+    verdict = of_one(ZERO[name](), (6, 4))
+    assert (verdict.verdict, verdict.zero_by_inputs) == ("zero", True), str(verdict)
+    assert verdict.message == verdict.advice == "" and "all its second derivatives are zero" in str(verdict)
+
+
+@pytest.mark.parametrize(
+    ("layer", "zero"),
+    [
+        (lambda: layers.Dense(3, "relu"), True),  # not by inputs and weights
+        (lambda: layers.PReLU(), True),
+        (lambda: layers.Dense(3), False),
+        (lambda: layers.Dense(3, "gelu"), False),
+        (lambda: layers.Activation(lambda x: ops.relu(x) ** 2), False),
+        (lambda: Squared(lambda x, upstream: 2 * x * upstream), False),
+        (lambda: layers.Flatten(), False),
+        (lambda: layers.Activation(lambda x: ops.where(ops.arange(4) > 1, x, 0.0)), False),
+        (lambda: layers.AveragePooling1D(2), False),
+        (lambda: layers.BatchNormalization(), False),
+    ],
+)
+def test_other_layers_are_not_zero(layer, zero):
+    layer = layer()
+    verdict = of_one(layer, (4,) if isinstance(layer, layers.Dense) else (6, 4))
+    assert (verdict.verdict, verdict.zero_by_inputs) == ("yes", zero), str(verdict)
+
+
+def test_what_is_zero_is_not_undecided():
+    """At zero, the differences of the gradient of `relu` do not converge, but its operation is known."""
+    assert of_one(layers.ReLU(), x=np.zeros((3, 4), "float32")).verdict in ("zero", "constant")
+    assert of_one(layers.Activation(lambda x: ops.relu(x - 1e-4)), x=1e-4 + 0 * X).verdict in ("zero", "constant")
+
+
+def test_the_report_names_zeros():
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(3, "relu", name="a"), layers.LeakyReLU(name="b"), layers.Dense(1, name="c")]
+    )
+    report = layer_derivatives(model, verbose=0)
+    assert report.twice_differentiable and not report.problems and not report.unclear
+    assert [layer.path.split("/")[-1] for layer in report.zero] == ["a", "b"]
+    text = str(report)
+    assert "can be differentiated twice" not in text and "none has a wrong or missing second derivative" in text
+    (line,) = [line for line in text.splitlines() if "all second derivatives are zero" in line]
+    assert all(f"{layer.path}" in line for layer in report.zero) and "smooth activation" in line
+    assert "all second derivatives are zero" in report._repr_html_()
+    smooth = keras.Sequential([keras.Input((4,)), layers.Dense(3, "gelu"), layers.Dense(1)])
+    text = str(layer_derivatives(smooth, verbose=0))
+    assert "all of them can be differentiated twice" in text and "zero" not in text
 
 
 @pytest.mark.parametrize("seed", [0, *[pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4)]])
@@ -253,10 +313,12 @@ def test_random_numbers_that_are_not_held():
     assert of_one(Drawn()).verdict == "unclear"
 
 
-def test_equal_numbers_are_tried_aside():
+def test_equal_numbers_are_tried_aside(monkeypatch):
     # Of a window of zeros another element is the largest at each step.
     inputs = keras.Input((8, 3))
     model = keras.Model(inputs, layers.MaxPooling1D(2)(layers.ReLU()(inputs)))
+    assert [layer.verdict for layer in layer_derivatives(model, verbose=0).layers] == ["zero", "zero"]
+    monkeypatch.setattr(layer_trial._Computation, "are_zero", lambda self: (False, False))
     assert [layer.verdict for layer in layer_derivatives(model, verbose=0).layers] == ["yes", "yes"]
 
 

@@ -18,8 +18,21 @@ def warn_of_kinks(name, steps):
         _warn(name)
 
 
+def is_piecewise_linear(call, operations, sources):
+    """Whether a `TapedCall` has kinks, and is linear in `sources` between them, as far as its operations tell.
+
+    `operations` is the block of the call.
+    """
+    parts = backend.steps_between(call.tape, operations, call.flat_targets, sources)
+    if parts is None or not all(step.is_piecewise_linear or step.kind == kinds.LINEAR for step in parts[0]):
+        return False
+    return any(step.is_piecewise_linear for step in parts[0])
+
+
 class Judgement:
-    """Judges a function once, as the recording of its operations takes longer than a call of a small function.
+    """Judges whether a function is piecewise linear, but only once.
+
+    Recording the operations takes longer than a call of a small function.
 
     Attributes:
         operations: The block for a `TapedCall` of the function. None if it was judged before.
@@ -31,13 +44,12 @@ class Judgement:
         self.operations = None if self._key in self._former else backend.operations()
 
     def warn_if_piecewise_linear(self, call):
-        """Warns as `warn_of_kinks` if the function of a `TapedCall`, in which `operations` was used, is."""
+        """Warns as `warn_of_kinks`. `call` is a `TapedCall` of the function, with the block `operations`."""
         if self.operations is None:
             return
         self._former.add(self._key)
-        parts = backend.steps_between(call.tape, self.operations, call.flat_targets, call.flat_sources)
-        if parts is not None and all(step.is_piecewise_linear or step.kind == kinds.LINEAR for step in parts[0]):
-            warn_of_kinks(self._name, parts[0])
+        if is_piecewise_linear(call, self.operations, call.flat_sources):
+            _warn(self._name)
 
 
 _judgements: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
