@@ -402,7 +402,7 @@ class TestWhatTorchHasNoDerivativeOf:
         ):
             with pytest.raises(RuntimeError, match=r"second derivative.* compiled by `torch.compile`"):
                 second()
-        # While a call is recorded, and from then on, torch runs the function itself.
+        # While a call is recorded, torch runs the function itself.
         close(kg.jacobian(lambda x: torch.stack([compiled(x), 2 * compiled(x)]))(x), [slope, 2 * slope])
         for second in (kg.hessian(compiled), kg.jacobian(kg.grad(compiled), mode="reverse")):
             for _ in range(3):

@@ -9,6 +9,7 @@ from Python numbers, or else captured: made before the call, and found by the fu
 """
 
 import functools
+import sys
 import threading
 from typing import Any
 
@@ -116,9 +117,13 @@ class Recorder(Block):
         self._log: Any = _Reads(self)
         self._was_multithreaded = torch._C._is_multithreading_enabled()
         self._depths = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+        self._stance: Any = None
 
     def begin(self):
         _thread.recorder = self
+        if "torch._dynamo" in sys.modules:
+            # Under a mode, torch.compile would run a function uncompiled, and leave it so for good.
+            self._stance = torch.compiler.set_stance("force_eager")
         self._random_state = _random_state()
         # A backward pass on another thread would not be seen.
         torch._C._set_multithreading_enabled(False)
@@ -137,6 +142,8 @@ class Recorder(Block):
             self._leaks.__exit__(None, None, None)
         self._log.__exit__()
         torch._C._set_multithreading_enabled(self._was_multithreaded)
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
         _thread.recorder = None
 
     def finish(self):

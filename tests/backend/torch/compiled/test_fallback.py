@@ -184,3 +184,20 @@ def test_a_captured_tensor_that_was_replaced_where_nothing_looks():
     holder.value = torch.tensor([3.0, 4.0])
     for _ in range(4):
         close(compiled(torch.ones(2)), [3.0, 4.0])
+
+
+def test_functions_of_torch_compile_are_compiled_after_a_recorded_call():
+    compilations = []
+
+    def compiler(graph, inputs):
+        compilations.append(inputs)
+        return graph.forward
+
+    function, x = torch.compile(lambda x: torch.sum(x.sin() * x), backend=compiler), ops.convert_to_tensor([1.0, 2.0])
+    doubled = kg.jit(lambda x: 2 * function(x))
+    values = [doubled(x) for _ in range(4)]
+    assert not compilations
+    expected = function(x)
+    assert len(compilations) == 1
+    for value in values:
+        close(value, 2 * expected)
