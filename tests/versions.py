@@ -62,11 +62,13 @@ def tests_of_internals():
         "test_layer_contract.py",
         "gradient_control/test_*.py",
         "transforms/test_derivative_layers.py",
+        "transforms/test_masks.py",
         "input_gradients/test_input_gradient_penalty_layer.py",
         # What `fit` wraps and what wraps `fit`.
         "input_gradients/test_input_gradient_[mr]*.py",
         "attacks/test_adversarial_training.py",
         "training/test_failed_steps.py",
+        "training/test_compiled_training.py",
         "second_order/test_second_order_model.py",
         "diagnostics/test_gradient_monitor.py",
         "**/test_distributed*.py",

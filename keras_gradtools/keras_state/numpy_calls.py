@@ -22,7 +22,6 @@ _REFLECTED = {
     "subtract": "__rsub__",
     "multiply": "__rmul__",
     "divide": "__rtruediv__",
-    "true_divide": "__rtruediv__",
     "floor_divide": "__rfloordiv__",
     "remainder": "__rmod__",
     "power": "__rpow__",
@@ -110,7 +109,7 @@ def _checked(result, function, is_recorded):
             f"`numpy.{name}` was called on a tensor that is being differentiated. Its result is a NumPy array, which "
             f"is a constant for every derivative. Use {instead} instead. If you want a constant, say so by "
             "`keras.ops.convert_to_numpy(x)`. This warning is shown once for each NumPy function.",
-            # The frames of this function, of the hook, and for some functions of NumPy's dispatcher.
+            # The caller of NumPy: two frames above, the hook's and this one.
             stacklevel=3,
         )
     return result
