@@ -17,3 +17,5 @@ initialize_all_variables = find(f"{_HOME}:initialize_all_variables")
 autocast = patches.Hook(Variable, "_maybe_autocast", [keras.Variable.value])
 # Every value that a new variable starts with passes through this method of the backend's class.
 initialize = patches.Hook(keras.Variable, "_initialize", [Variable.__init__])
+# Every value that is assigned to a variable, outside of a `StatelessScope`, passes through this method.
+direct_assign = patches.Hook(keras.Variable, "_direct_assign", [Variable.assign])

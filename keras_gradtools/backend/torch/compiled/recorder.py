@@ -14,13 +14,14 @@ import threading
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode
 from torch.utils._python_dispatch import _disable_current_modes as _no_modes
 
 from keras_gradtools.backend.torch.compiled.leaks import Leaks
 from keras_gradtools.backend.torch.compiled.operations import Operation, Slot, facts, has_variable_shape
 from keras_gradtools.blocks import Block
-from keras_gradtools.keras_internals.variables import initialize
+from keras_gradtools.keras_internals.variables import direct_assign, initialize
 from keras_gradtools.keras_state import recording
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -41,6 +42,7 @@ def current():
 
 def install():
     initialize.replace(_noted)
+    direct_assign.replace(_with_variable)
 
 
 def _noted(original):
@@ -51,6 +53,17 @@ def _noted(original):
             _thread.recorder.makes_variables = True
 
     return _initialize
+
+
+def _with_variable(original):
+    # From Keras 3.16 on, an assignment does not read the variable.
+    @functools.wraps(original)
+    def _direct_assign(self, value):
+        if _thread.recorder is not None and self._value is not None:
+            _thread.recorder.note_variable(self, self._value)
+        return original(self, value)
+
+    return _direct_assign
 
 
 def seen_random_state(read):
@@ -388,6 +401,7 @@ def _random_state():
 def _storage(x):
     try:
         with torch._C.DisableTorchFunction():
-            return x.untyped_storage()._cdata
+            # As long as this reference exists, no other memory has the same identity.
+            return StorageWeakRef(x.untyped_storage())
     except (RuntimeError, NotImplementedError):
         return None

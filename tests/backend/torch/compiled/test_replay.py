@@ -144,6 +144,18 @@ class TestWhatIsRead:
         close(compiled(X).detach(), ops.convert_to_numpy(layer(X).detach()))
 
 
+    def test_constants_in_memory_that_an_overwritten_tensor_had(self):
+        def fun(x):
+            for n in range(20):
+                y = x * 1.0
+                y.add_(x)
+                del y
+                x = x * float(torch.tensor(1.0 + n) / 8)
+            return x
+
+        assert_equal_to_eager(lambda: fun, several(2))
+
+
 class TestWhatIsChanged:
     def test_variables(self):
         def make():
@@ -158,6 +170,15 @@ class TestWhatIsChanged:
             return fun
 
         assert_equal_to_eager(make, several(2, 3))
+
+    def test_a_variable_that_is_only_assigned(self):
+        v = keras.Variable([1.0, 2.0, 3.0])
+        fun, runs = counted(lambda x: v.assign(2 * x[0]))
+        compiled = kg.jit(fun)
+        for n in range(4):
+            close(compiled(X + n), 2 * (X[0] + n))
+            close(v.value.detach(), 2 * (X[0] + n))
+        assert len(runs) == 2
 
     def test_the_argument(self):
         compiled = kg.jit(lambda x: x.mul_(2.0).sum())
