@@ -10,6 +10,7 @@ call needs none of it. It runs the same operations of torch in the same order, s
 | `operations`   | what a recorder must know about an operation of torch                                   |
 | `leaks`        | calls that give values of tensors to Python                                             |
 | `seeds`        | random generators that are seeded from tensors                                          |
+| `logs`         | the logs of a training step, which a recorded step returns as tensors                  |
 | `recorded_call` | what a recorder has seen of one call, and whether another call did the same          |
 | `program`      | recorded operations as one Python function                                              |
 | `bindings`     | the fastest way to call an operation                                                  |
