@@ -143,7 +143,6 @@ class TestWhatIsRead:
         layer.set_weights([2 * w for w in layer.get_weights()])
         close(compiled(X).detach(), ops.convert_to_numpy(layer(X).detach()))
 
-
     def test_constants_in_memory_that_an_overwritten_tensor_had(self):
         def fun(x):
             for n in range(20):
