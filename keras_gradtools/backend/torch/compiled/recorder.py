@@ -256,9 +256,9 @@ class Recorder(Block):
         )
         if draws:
             self._random_state = _random_state()
-        is_constant = not found.draws and all(self.is_constant[s] for s in inputs)
+        is_constant = not found.draws and all(map(self._is_constant, inputs))
         if mutated:
-            self._meet_writing(mutated, inputs, is_constant)
+            self._meet_writing(mutated, is_constant)
         if found.reshapes:
             self._meet_reshaping(function, mutated)
         is_single = not isinstance(result, (tuple, list))
@@ -282,7 +282,7 @@ class Recorder(Block):
             self._inputs = []
             encoded = self._encoded((changed, *args))
             mutated = tuple(_slots_in(encoded[0]))
-            self._meet_writing(mutated, self._inputs, False)
+            self._meet_writing(mutated, False)
             self.operations.append(Operation(function, encoded, {}, (), True, mutated, True))
         return None
 
@@ -333,10 +333,10 @@ class Recorder(Block):
         if not is_as_left:
             self.refuse("it sets the state of torch's random generator")
 
-    def _meet_writing(self, mutated, inputs, is_constant):
+    def _meet_writing(self, mutated, is_constant):
         for slot in mutated:
             self.written.add(self.storages[slot])
-            if not is_constant or not all(self.is_constant[s] for s in inputs):
+            if not is_constant:
                 self._inconstant.add(self.storages[slot])
             source = self.sources[slot]
             if source is not None and source[0] == CAPTURED:
@@ -349,7 +349,10 @@ class Recorder(Block):
 
     def _has_constant_value(self, x):
         slot = self._slots.get(x._cdata)
-        return slot is not None and self.is_constant[slot] and self.storages[slot] not in self._inconstant
+        return slot is not None and self._is_constant(slot)
+
+    def _is_constant(self, slot):
+        return self.is_constant[slot] and self.storages[slot] not in self._inconstant
 
     def _encoded(self, x):
         if isinstance(x, torch.Tensor):

@@ -42,10 +42,17 @@ def backward(x):
     return FACTOR.grad * 1.0
 
 
+def total(x):
+    found = torch.zeros(x.shape[-1])
+    found.add_(x.sum(0))
+    return 2 * found
+
+
 FACTOR = torch.ones(3, requires_grad=True)
 # Each function, and what the warning says.
 ROWS = {
     "float": (lambda x: x * float(ops.sum(x)), r"float\(x\)"),
+    "float of what was constant": (lambda x: x * float(total(x).sum()), r"float\(x\)"),
     "int": (lambda x: x * int(ops.sum(x)), r"int\(x\)"),
     "item": (lambda x: x * x.sum().item(), r"x.item\(\)"),
     "if of a number": (lambda x: x * 2 if ops.sum(ops.relu(x - 0.5)) else x, "if x:"),
