@@ -56,7 +56,7 @@ def left_behind():
         import torch
 
         from keras_gradtools.backend.torch import backward_pass, borrowing, levels, tape
-        from keras_gradtools.backend.torch.compiled import recorder
+        from keras_gradtools.backend.torch.compiled import notices
 
         found += ["grad mode"] if not torch.is_grad_enabled() else []
         found += ["threads of the engine"] if not torch._C._is_multithreading_enabled() else []
@@ -64,7 +64,7 @@ def left_behind():
         found += ["levels of functorch"] if torch._C._functorch.get_dynamic_layer_stack_depth() else []
         found += ["a vectorized pass"] if levels.is_in_vectorized_pass() else []
         found += ["passes"] if backward_pass._thread.passes else []
-        found += ["a recorder"] if recorder.current() is not None else []
+        found += ["a recorder"] if notices.current() is not None else []
         found += ["a dispatch mode"] if torch._C._len_torch_dispatch_stack() else []
         found += ["a function mode"] if torch._C._len_torch_function_stack() else []
         found += ["grad modes"] if tape._thread.grad_modes else []

@@ -9,7 +9,7 @@ import torch
 
 from keras_gradtools.backend.base import Backend
 from keras_gradtools.backend.torch import checkpoint, fused, graph, keras_ops, pullbacks, pushforwards, steps, tape
-from keras_gradtools.backend.torch.compiled import logs, recorder, seeds
+from keras_gradtools.backend.torch.compiled import logs, notices, seeds
 from keras_gradtools.backend.torch.compiled.jit import jit, may_replay
 from keras_gradtools.backend.torch.containers import containers
 from keras_gradtools.backend.torch.custom_gradient import custom_gradient
@@ -21,7 +21,7 @@ tape.install()
 checkpoint.install()
 fused.install()
 keras_ops.install()
-recorder.install()
+notices.install()
 seeds.install()
 logs.install()
 

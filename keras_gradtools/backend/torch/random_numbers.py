@@ -5,7 +5,7 @@ import threading
 
 import torch
 
-from keras_gradtools.backend.torch.compiled import recorder
+from keras_gradtools.backend.torch.compiled import notices
 from keras_gradtools.blocks import Block
 from keras_gradtools.keras_internals import backend_modules
 
@@ -14,7 +14,7 @@ get_device = backend_modules.function("core", "get_device")
 
 def random_state():
     """A tuple of the state of the host's generator, and of that of the device, if it has its own."""
-    return recorder.seen_random_state(_random_state)
+    return notices.seen_random_state(_random_state)
 
 
 def _random_state():
@@ -47,7 +47,7 @@ class with_random_state(Block):  # noqa: N801 - said of a block
 
 
 def set_random_state(state):
-    recorder.seen_setting(_set_random_state, state)
+    notices.seen_setting(_set_random_state, state)
 
 
 def _set_random_state(on_host, *on_device):

@@ -7,6 +7,8 @@ call needs none of it. It runs the same operations of torch in the same order, s
 | -------------- | -------------------------------------------------------------------------------------- |
 | `jit`          | compiled functions, their cached programs, and when a call runs eagerly                 |
 | `recorder`     | the operations of one call, and what it reads                                           |
+| `tensors`      | the tensors of one call: where each comes from, and which of them share memory          |
+| `notices`      | what a recorder is told, because torch's modes do not see it                            |
 | `operations`   | what a recorder must know about an operation of torch                                   |
 | `leaks`        | calls that give values of tensors to Python                                             |
 | `seeds`        | random generators that are seeded from tensors                                          |

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from keras_gradtools.backend import causes
-from keras_gradtools.backend.torch.compiled.operations import Slot
-from keras_gradtools.backend.torch.compiled.recorder import CONSTANT
+from keras_gradtools.backend.torch.compiled.operations import slots_in, with_slots
+from keras_gradtools.backend.torch.compiled.tensors import CONSTANT
 
 
 def cannot_compile(operations):
@@ -24,24 +24,24 @@ def cannot_compile(operations):
 class Compiled:
     """A function of the tensors in the slots `given`, which returns those of `outputs`. Compiled at its first call."""
 
-    def __init__(self, recorder, operations, given, outputs, exposed):
+    def __init__(self, tensors, operations, given, outputs, exposed):
         self._constants: list = []
         graph = torch.fx.Graph()
         values = {slot: graph.placeholder(f"t{slot}") for slot in given}
-        used = {slot for op in operations for slot in _slots(op)} | set(outputs)
+        used = {slot for op in operations for slot in slots_in((op.args, op.kwargs))} | set(outputs)
         copied = []
         for slot in sorted(used):
-            source = recorder.sources[slot]
+            source = tensors.sources[slot]
             if source is not None and source[0] == CONSTANT:
                 values[slot] = graph.placeholder(f"t{slot}")
                 self._constants.append(source[1])
-                if recorder.storages[slot] in exposed:
+                if tensors.storages[slot] in exposed:
                     copied.append(slot)
         for slot in copied:
             values[slot] = graph.call_function(torch.ops.aten.clone.default, (values[slot],))
         for op in operations:
-            args = _filled(op.args, values)
-            node = graph.call_function(op.function, args, {k: _filled(v, values) for k, v in op.kwargs.items()})
+            args, kwargs = with_slots((op.args, op.kwargs), values.__getitem__)
+            node = graph.call_function(op.function, args, kwargs)
             for i, slot in enumerate(op.outputs):
                 if slot is not None and slot not in op.mutated:
                     values[slot] = node if op.is_single else graph.call_function(operator.getitem, (node, i))
@@ -54,24 +54,6 @@ class Compiled:
         if self._run is None:
             self._run = _compile(self._module, tensors)
         return self._run(*tensors)
-
-
-def _slots(op):
-    stack = [op.args, list(op.kwargs.values())]
-    while stack:
-        x = stack.pop()
-        if isinstance(x, Slot):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            stack.extend(x)
-
-
-def _filled(x, values):
-    if isinstance(x, Slot):
-        return values[x]
-    if isinstance(x, tuple):
-        return tuple([_filled(y, values) for y in x])
-    return [_filled(y, values) for y in x] if isinstance(x, list) else x
 
 
 def _compile(module, given):

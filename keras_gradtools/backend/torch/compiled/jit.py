@@ -21,7 +21,7 @@ import torch
 
 from keras_gradtools import nesting, validation
 from keras_gradtools.backend.torch import graph, levels
-from keras_gradtools.backend.torch.compiled import recorder
+from keras_gradtools.backend.torch.compiled import notices
 from keras_gradtools.backend.torch.compiled.differentiable import Differentiable
 from keras_gradtools.backend.torch.compiled.program import Diverged, Program
 from keras_gradtools.backend.torch.compiled.recorded_call import RecordedCall
@@ -70,7 +70,7 @@ def jit(fun: Any, compiler: str | None = None) -> Any:
 def may_replay():
     """Whether a call can be recorded here, or run from its record."""
     return not (
-        recorder.current() is not None
+        notices.current() is not None
         or recording.is_recording()
         or scopes.in_scope()
         or torch._C._len_torch_dispatch_stack()

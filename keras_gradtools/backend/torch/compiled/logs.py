@@ -2,7 +2,7 @@
 
 import functools
 
-from keras_gradtools.backend.torch.compiled import recorder
+from keras_gradtools.backend.torch.compiled import notices
 from keras_gradtools.keras_internals.logs import pythonify_logs
 
 
@@ -13,6 +13,6 @@ def install():
 def _unless_recording(convert):
     @functools.wraps(convert)
     def call(logs):
-        return convert(logs) if recorder.current() is None else logs
+        return convert(logs) if notices.current() is None else logs
 
     return call

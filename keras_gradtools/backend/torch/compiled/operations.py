@@ -44,6 +44,35 @@ class Operation(NamedTuple):
     is_kept: bool
 
 
+class Guard:
+    """Takes the place of a function in an `Operation` that reads a bool: a program is only valid for one value."""
+
+
+GUARD = Guard()
+
+
+def slots_in(x):
+    """The slots in the arguments of an operation, or in a part of them."""
+    if isinstance(x, Slot):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for y in x:
+            yield from slots_in(y)
+    elif isinstance(x, dict):
+        yield from slots_in(list(x.values()))
+
+
+def with_slots(x, function):
+    """The arguments of an operation with `function(slot)` for each slot."""
+    if isinstance(x, Slot):
+        return function(x)
+    if isinstance(x, dict):
+        return {name: with_slots(y, function) for name, y in x.items()}
+    if isinstance(x, tuple):
+        return tuple([with_slots(y, function) for y in x])
+    return [with_slots(y, function) for y in x] if isinstance(x, list) else x
+
+
 class Facts(NamedTuple):
     """What holds for every call of an operation.
 

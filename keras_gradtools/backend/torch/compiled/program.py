@@ -7,8 +7,8 @@ import torch
 
 from keras_gradtools.backend.torch.compiled import inductor
 from keras_gradtools.backend.torch.compiled.bindings import fastest
-from keras_gradtools.backend.torch.compiled.operations import Slot
-from keras_gradtools.backend.torch.compiled.recorder import ARGUMENT, CONSTANT, GUARD, VARIABLE
+from keras_gradtools.backend.torch.compiled.operations import GUARD, Slot, slots_in, with_slots
+from keras_gradtools.backend.torch.compiled.tensors import ARGUMENT, CONSTANT, VARIABLE
 
 
 class Diverged(Exception):  # noqa: N818 - not an error
@@ -41,22 +41,23 @@ class Program:
         if not recorder.draws:
             operations = [op for op in operations if op.function not in recorder.of_random_state]
         operations = _needed(operations, outputs)
-        writer = _Writer(recorder, outputs)
+        tensors = recorder.tensors
+        writer = _Writer(tensors, outputs)
         self.function = writer.write(operations)
         # Why another compiler was not used, or None.
         self.refusal = inductor.cannot_compile(operations) if compiler == "inductor" else None
         self.is_replayed = compiler is None or self.refusal is not None
         if not self.is_replayed:
-            self.function = inductor.Compiled(recorder, operations, writer.given, outputs, writer.exposed)
+            self.function = inductor.Compiled(tensors, operations, writer.given, outputs, writer.exposed)
         self.arguments, self.variables = list(writer.arguments.values()), list(writer.variables.values())
         # If a tensor is captured and nobody else holds it any longer, the function now captures another one.
         self.captured = [weakref.ref(x) for x in writer.captured.values()]
         self.draws = recorder.draws
         before = _before_last_guard(operations)
         self.draws_before_guard = any(map(_draws, before))
-        overwritten = {recorder.storages[s] for op in before for s in op.mutated}
-        self.restored = [i for i, s in enumerate(writer.given) if recorder.storages[s] in overwritten]
-        self.written_variables = [x for s, x in writer.variables.items() if recorder.storages[s] in recorder.written]
+        overwritten = {tensors.storages[s] for op in before for s in op.mutated}
+        self.restored = [i for i, s in enumerate(writer.given) if tensors.storages[s] in overwritten]
+        self.written_variables = [x for s, x in writer.variables.items() if tensors.storages[s] in tensors.written]
 
 
 def _draws(operation):
@@ -72,11 +73,15 @@ def _before_last_guard(operations):
 def _without_aliases(recorder, outputs):
     """Replaces aliases by what they are aliases of."""
     same, kept, returned = {}, [], set(outputs)
+
+    def find(slot):
+        return same.get(slot, slot)
+
     for op in recorder.operations:
         op = op._replace(
-            args=_replaced(op.args, same),
-            kwargs={k: _replaced(v, same) for k, v in op.kwargs.items()},
-            mutated=_replaced(op.mutated, same),
+            args=with_slots(op.args, find),
+            kwargs=with_slots(op.kwargs, find),
+            mutated=with_slots(op.mutated, find),
         )
         if op.function in _ALIASES and op.outputs[0] not in returned and not recorder.reshapes:
             same[op.outputs[0]] = op.args[0]
@@ -85,39 +90,21 @@ def _without_aliases(recorder, outputs):
     return kept
 
 
-def _replaced(x, same):
-    if isinstance(x, Slot):
-        return same.get(x, x)
-    if isinstance(x, tuple):
-        return tuple([_replaced(y, same) for y in x])
-    return [_replaced(y, same) for y in x] if isinstance(x, list) else x
-
-
 def _needed(operations, outputs):
     wanted, kept = set(outputs), []
     for op in reversed(operations):
         if op.is_kept or any(s in wanted for s in op.outputs):
-            wanted.update(slots_in(op.args))
-            wanted.update(slots_in(list(op.kwargs.values())))
+            wanted.update(slots_in((op.args, op.kwargs)))
             kept.append(op)
     return kept[::-1]
-
-
-def slots_in(x):
-    """The slots in the arguments of an operation."""
-    if isinstance(x, Slot):
-        yield x
-    elif isinstance(x, (list, tuple)):
-        for y in x:
-            yield from slots_in(y)
 
 
 class _Writer:
     """Writes the source of a function. Values that have no literal become global names."""
 
-    def __init__(self, recorder, outputs):
-        self._recorder, self._outputs = recorder, outputs
-        self.exposed = recorder.written | {recorder.storages[s] for s in outputs}
+    def __init__(self, tensors, outputs):
+        self._tensors, self._outputs = tensors, outputs
+        self.exposed = tensors.written | {tensors.storages[s] for s in outputs}
         self._names: dict = {"diverge": diverge}
         self._known: dict = {}
         self.arguments: dict = {}
@@ -149,8 +136,7 @@ class _Writer:
         for i in reversed(range(len(operations))):
             op = operations[i]
             used = {s for s in op.outputs if s is not None}
-            used.update(slots_in(op.args))
-            used.update(slots_in(list(op.kwargs.values())))
+            used.update(slots_in((op.args, op.kwargs)))
             last[i] = sorted(used - seen)
             seen |= used
         return last
@@ -176,7 +162,7 @@ class _Writer:
         return f"t{slot}"
 
     def _slot(self, slot):
-        source = self._recorder.sources[slot]
+        source = self._tensors.sources[slot]
         if source is None:
             return f"t{slot}"
         kind, x = source
@@ -186,7 +172,7 @@ class _Writer:
             self.variables[slot] = x
         elif kind == CONSTANT:
             name = self._name("c", x)
-            if self._recorder.storages[slot] not in self.exposed:
+            if self._tensors.storages[slot] not in self.exposed:
                 return name
             # The function may change it or give it to its caller.
             if slot not in self._defined:

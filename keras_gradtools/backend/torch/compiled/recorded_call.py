@@ -3,7 +3,8 @@
 import torch
 
 from keras_gradtools import nesting
-from keras_gradtools.backend.torch.compiled.recorder import CAPTURED, CONSTANT, GUARD
+from keras_gradtools.backend.torch.compiled.operations import GUARD
+from keras_gradtools.backend.torch.compiled.tensors import CONSTANT
 from keras_gradtools.keras_internals.layers import get_keras_mask
 
 _VALUES = (int, float, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, slice)
@@ -20,7 +21,7 @@ class RecordedCall:
     """
 
     def __init__(self, recorder, result):
-        self.recorder = recorder
+        self.recorder, tensors = recorder, recorder.tensors
         self.outline, leaves = nesting.split(result)
         self.outputs, self.order, self.constants, self.requires_grad, self.masks = [], [], [], [], []
         for x in leaves:
@@ -28,15 +29,15 @@ class RecordedCall:
             self.order.append(len(self.outputs) if is_tensor else None)
             self.constants.append(None if is_tensor else x)
             if is_tensor:
-                slot = recorder.slot_of(x)
+                slot = tensors.slot_of(x)
                 self.outputs.append(slot)
-                self.requires_grad.append(x.requires_grad and recorder.sources[slot] is None)
+                self.requires_grad.append(x.requires_grad and tensors.sources[slot] is None)
                 mask = get_keras_mask(x)
                 if mask is not None:
-                    self.masks.append((len(self.outputs) - 1, recorder.slot_of(mask)))
+                    self.masks.append((len(self.outputs) - 1, tensors.slot_of(mask)))
         self.gradients = recorder.gradients
         self.guards = tuple(op.args[1] for op in recorder.operations if op.function is GUARD)
-        self.captured = [source[1] for source in recorder.sources if source is not None and source[0] == CAPTURED]
+        self.captured = tensors.captured()
 
     def is_as(self, other):
         """Whether the other call ran the same operations, with the same constants, on the same tensors."""
@@ -48,8 +49,8 @@ class RecordedCall:
             and _same(self.constants, other.constants)
             and _same(self.gradients, other.gradients)
             and len(mine.operations) == len(others.operations)
-            and len(mine.sources) == len(others.sources)
-            and all(map(_same_source, mine.sources, others.sources))
+            and len(mine.tensors.sources) == len(others.tensors.sources)
+            and all(map(_same_source, mine.tensors.sources, others.tensors.sources))
             and all(map(_same_operation, mine.operations, others.operations))
         )
 

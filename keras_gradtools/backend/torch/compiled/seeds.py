@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from keras_gradtools.backend.torch.compiled import recorder
+from keras_gradtools.backend.torch.compiled import notices
 from keras_gradtools.backend.torch.random_numbers import get_device
 from keras_gradtools.keras_internals import backend_modules
 from keras_gradtools.keras_internals.scopes import draw_seed
@@ -21,7 +21,7 @@ def install():
 def _recorded(make):
     @functools.wraps(make)
     def call(seed):
-        current = recorder.current()
+        current = notices.current()
         device = get_device()
         if current is None or device == "meta":
             return make(seed)
