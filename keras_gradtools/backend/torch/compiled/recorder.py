@@ -82,6 +82,7 @@ class Recorder(Block):
         if self._stance is not None:
             self._stance.__exit__(None, None, None)
         notices.become_current(None)
+        self.tensors.release()
 
     def finish(self):
         """To be called after the block, unless it has raised an error."""

@@ -5,7 +5,6 @@ from Python numbers, or else captured: made before the call, and found by the fu
 """
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from keras_gradtools.backend.torch.compiled.operations import Slot
 
@@ -30,6 +29,7 @@ class Tensors:
         self._inconstant: set = set()
         self._slots: dict = {}
         self._alive: list = []
+        self._held: set = set()
         self._generators: dict = {}
 
     def __contains__(self, x):
@@ -37,7 +37,7 @@ class Tensors:
 
     def add(self, x, source=None, is_constant=False):
         # As long as the first reference exists, no other tensor can have the same address, and no memory is held.
-        slot = self._new(source, _storage(x), is_constant)
+        slot = self._new(source, self._storage_of(x), is_constant)
         self._slots[x._cdata] = slot
         self._alive.append(torch._C._WeakTensorRef(x))
         return slot
@@ -100,11 +100,18 @@ class Tensors:
         if not is_constant:
             self._inconstant.add(self.storages[slot])
 
+    def _storage_of(self, x):
+        try:
+            with torch._C.DisableTorchFunction():
+                storage = x.untyped_storage()
+                if storage._cdata not in self._held:
+                    # As long as this weak reference exists, no other storage can have the same address.
+                    self._held.add(storage._weak_ref())
+                return storage._cdata
+        except (RuntimeError, NotImplementedError):
+            return None
 
-def _storage(x):
-    try:
-        with torch._C.DisableTorchFunction():
-            # As long as this reference exists, no other memory has the same identity.
-            return StorageWeakRef(x.untyped_storage())
-    except (RuntimeError, NotImplementedError):
-        return None
+    def release(self):
+        """To be called after the block. Not by `__del__`, in which an interrupt would be lost."""
+        while self._held:
+            torch.UntypedStorage._free_weak_ref(self._held.pop())
