@@ -22,6 +22,8 @@ _LEAKS = {
     T.tensor_split: "tensor_split",
     torch.utils.dlpack.to_dlpack: "to_dlpack",
 }
+# Their results share the memory of the tensor, and may change it.
+_SHARING = {T.numpy, T.__array__, T.data_ptr, T.untyped_storage, T.storage, T.__dlpack__, torch.utils.dlpack.to_dlpack}
 _SETTERS = {T.data.__set__: "an assignment to `.data`"}
 _WITH_LENGTHS = {torch.tensor_split, T.tensor_split}
 
@@ -43,12 +45,13 @@ _WITHOUT_VALUES = {torch.nn.functional.one_hot: _one_hot}
 class Leaks(TorchFunctionMode):
     """A block in which `refuse(reason)` is called before a value of a tensor that is not constant leaves torch.
 
+    `share(x)` is called before the memory of a constant tensor is shared with Python.
     `run(fun, changed, *args)` runs `fun(changed, *args)`, which changes tensors, as one operation.
     """
 
-    def __init__(self, refuse, is_constant, run):
+    def __init__(self, refuse, is_constant, share, run):
         super().__init__()
-        self._refuse, self._is_constant, self._run = refuse, is_constant, run
+        self._refuse, self._is_constant, self._share, self._run = refuse, is_constant, share, run
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -57,6 +60,8 @@ class Leaks(TorchFunctionMode):
             tensors = [x for x in (*given, *kwargs.values()) if isinstance(x, torch.Tensor)]
             if not all(map(self._is_constant, tensors)):
                 self._refuse(f"`{_LEAKS[func]}` gives the values of a tensor to Python")
+            elif func in _SHARING:
+                self._share(args[0])
         elif func is torch._foreach_add_ and isinstance(kwargs.get("alpha"), torch.Tensor):
             # Keras' SGD gives its learning rate where torch expects a number, which would become a constant.
             return self._run(_add_multiples, *args, kwargs["alpha"])

@@ -35,6 +35,7 @@ class RecordedCall:
                 mask = get_keras_mask(x)
                 if mask is not None:
                     self.masks.append((len(self.outputs) - 1, tensors.slot_of(mask)))
+        tensors.release()
         self.gradients = recorder.gradients
         self.guards = tuple(op.args[1] for op in recorder.operations if op.function is GUARD)
         self.captured = tensors.captured()

@@ -20,6 +20,7 @@ from keras_gradtools.blocks import Block
 from keras_gradtools.keras_state import recording
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+_SHARED = "it changes a tensor whose memory it shares with NumPy or Python"
 
 
 class Recorder(Block):
@@ -50,7 +51,7 @@ class Recorder(Block):
         for i, x in enumerate(arguments):
             self.tensors.add(x, (ARGUMENT, i))
         self._mode: Any = _Mode(self._meet)
-        self._leaks: Any = Leaks(self.refuse, self.tensors.has_constant_value, self._run)
+        self._leaks: Any = Leaks(self.refuse, self.tensors.has_constant_value, self.tensors.share, self._run)
         self._log: Any = _Reads(self)
         self._was_multithreaded = torch._C._is_multithreading_enabled()
         self._depths = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
@@ -89,6 +90,8 @@ class Recorder(Block):
         if self.draws:
             self._check_random_state()
         self._look_at_grad()
+        if self.tensors.has_unseen_changes():
+            self.refuse(_SHARED)
         # They refer to the recorder. Without this cycle, what it holds is freed with it.
         self._mode = self._leaks = self._log = None
 
@@ -236,6 +239,8 @@ class Recorder(Block):
     def _meet_writing(self, mutated, is_constant):
         for slot in mutated:
             self.tensors.overwrite(slot, is_constant)
+            if self.tensors.is_shared(slot):
+                self.refuse(_SHARED)
             if self.tensors.is_captured(slot):
                 self.refuse("it changes a tensor in place that is no argument and no Keras variable's value")
 

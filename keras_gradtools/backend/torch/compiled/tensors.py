@@ -5,6 +5,7 @@ from Python numbers, or else captured: made before the call, and found by the fu
 """
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes as _no_modes
 
 from keras_gradtools.backend.torch.compiled.operations import Slot
 
@@ -30,6 +31,7 @@ class Tensors:
         self._slots: dict = {}
         self._alive: list = []
         self._held: set = set()
+        self._shared: dict = {}
         self._generators: dict = {}
 
     def __contains__(self, x):
@@ -93,6 +95,19 @@ class Tensors:
     def has_constant_value(self, x):
         slot = self._slots.get(x._cdata)
         return slot is not None and self.is_constant(slot)
+
+    def share(self, x):
+        """Notes that NumPy now shares the memory of a constant tensor."""
+        with _no_modes():
+            self._shared[self.storages[self._slots[x._cdata]]] = x.detach(), x.detach().clone()
+
+    def is_shared(self, slot):
+        return self.storages[slot] in self._shared
+
+    def has_unseen_changes(self):
+        """Whether memory that NumPy shares was changed."""
+        with _no_modes():
+            return not all(torch.equal(x, before) for x, before in self._shared.values())
 
     def overwrite(self, slot, is_constant):
         """Notes that an operation has overwritten a tensor, with constant values or not."""

@@ -48,11 +48,26 @@ def total(x):
     return 2 * found
 
 
+def seen_by_numpy(x):
+    found = torch.zeros(3)
+    array = found.numpy()
+    found.add_(x[0])
+    return x * float(array.sum())
+
+
+def written_by_numpy(x):
+    found = torch.zeros(3)
+    found.numpy()[:] = 2.0
+    return x * found
+
+
 FACTOR = torch.ones(3, requires_grad=True)
 # Each function, and what the warning says.
 ROWS = {
     "float": (lambda x: x * float(ops.sum(x)), r"float\(x\)"),
     "float of what was constant": (lambda x: x * float(total(x).sum()), r"float\(x\)"),
+    "memory that NumPy sees": (seen_by_numpy, "shares with NumPy"),
+    "memory that NumPy changes": (written_by_numpy, "shares with NumPy"),
     "int": (lambda x: x * int(ops.sum(x)), r"int\(x\)"),
     "item": (lambda x: x * x.sum().item(), r"x.item\(\)"),
     "if of a number": (lambda x: x * 2 if ops.sum(ops.relu(x - 0.5)) else x, "if x:"),
