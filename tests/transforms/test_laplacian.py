@@ -76,6 +76,10 @@ def custom():
     return lambda x: ops.sin(straight(x) * x) + kg.stop_gradient(x) * x**2
 
 
+def complex_numbers(x):
+    return ops.cast(x[:, 0], "complex64") + 1j * ops.cast(x[:, 1], "complex64")
+
+
 FUNCTIONS = {
     **{name: network(name) for name in ("tanh", "gelu", "silu", "softplus", "sigmoid", "elu", "mish", "relu")},
     "layer normalization": network("tanh", last=[layers.LayerNormalization()]),
@@ -102,6 +106,8 @@ FUNCTIONS = {
     "a part that is constant": lambda x: ops.concatenate([ops.ones((4, 2)), x**2], axis=1),
     "higher rank": lambda x: ops.einsum("bi,bj->bij", x, ops.sin(x)),
     "program": kg.jit(lambda x: ops.exp(x) * ops.sin(x)),
+    "modulus": lambda x: ops.abs(complex_numbers(x)),
+    "complex logarithm": lambda x: ops.real(ops.log(complex_numbers(x))) * x[:, 1],
 }
 
 

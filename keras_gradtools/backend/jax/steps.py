@@ -247,7 +247,6 @@ class _Same(_JaxStep):
 class _Step(_JaxStep):
     def __init__(self, operation, bind, inputs, results, outputs, is_rectifier):
         self._primitive, self._params, self._bind = operation.primitive, operation.params, bind
-        self.is_piecewise_linear = is_rectifier or self._primitive.name in _PIECEWISE_LINEAR
         self._values = [x for x, _ in inputs]
         self._positions = [i for i, (_, slot) in enumerate(inputs) if slot is not None]
         self._active_outputs = [i for i, slot in enumerate(outputs) if slot is not None]
@@ -255,9 +254,12 @@ class _Step(_JaxStep):
         self.outputs = tuple(outputs[i] for i in self._active_outputs)
         self.primals = tuple(self._values[i] for i in self._positions)
         self.results = tuple(results[i] for i in self._active_outputs)
-        self.kind, self.function = self._classified()
+        # Moduli of complex numbers are curved, and have another slope in each direction.
+        is_complex = any(jax.numpy.iscomplexobj(x) for x in (*self.primals, *self.results))
+        self.is_piecewise_linear = (is_rectifier or self._primitive.name in _PIECEWISE_LINEAR) and not is_complex
+        self.kind, self.function = self._classified(is_complex)
 
-    def _classified(self):
+    def _classified(self, is_complex):
         name, count = self._primitive.name, len(self._positions)
         if name in _LINEAR:
             return steps.LINEAR, None
@@ -268,7 +270,7 @@ class _Step(_JaxStep):
         if name == "div" and self._positions == [0]:
             return steps.LINEAR, None
         is_elementwise = name in _ELEMENTWISE or name == "custom_jvp_call" and self.is_piecewise_linear
-        if is_elementwise and count == 1 and self.primals[0].shape == self.results[0].shape:
+        if is_elementwise and count == 1 and not is_complex and self.primals[0].shape == self.results[0].shape:
             return steps.ELEMENTWISE, _CLOSED_FORMS.get(name)
         return steps.GENERAL, None
 

@@ -49,21 +49,22 @@ PIECEWISE_LINEAR = _names(
 CLOSED_FORMS = {name: name for name in ("cos", "cosh", "exp", "sigmoid", "sin", "sinh", "square", "tanh")}
 
 
-def kind_of(name, places, primals, results):
-    """The kind of a call of the function `name`, whose active tensors are at `places` among its tensors.
+def kind_of(name, primals, results, is_first, is_complex):
+    """The kind of a call of the function `name` with the active tensors `primals`. None for one that is not known.
 
-    None for a function that is not known.
+    `is_first` says whether only the first tensor is active, and `is_complex` whether any active one is complex.
     """
-    count = len(places)
+    count = len(primals)
     if name in _LINEAR:
         return steps.LINEAR
     if name in _PRODUCTS or name in _BILINEAR:
         if count == 1:
             return steps.LINEAR
         return steps.GENERAL if count > 2 else steps.PRODUCT if name in _PRODUCTS else steps.BILINEAR
-    if name in _LINEAR_IN_FIRST and places == [0]:
+    if name in _LINEAR_IN_FIRST and is_first:
         return steps.LINEAR
-    if name in _ELEMENTWISE and count == 1 and len(results) == 1 and primals[0].shape == results[0].shape:
+    is_one = count == len(results) == 1 and not is_complex
+    if name in _ELEMENTWISE and is_one and primals[0].shape == results[0].shape:
         return steps.ELEMENTWISE
     is_known = name in _GENERAL or name in _ELEMENTWISE or name in _LINEAR_IN_FIRST
     return steps.GENERAL if is_known else None

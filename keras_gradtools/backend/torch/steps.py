@@ -63,26 +63,39 @@ class _Mode(TorchFunctionMode):
         leaves, structure = _pytree.tree_flatten((args, kwargs))
         # Noted now: what a tape has borrowed no longer requires gradients after its block.
         given = {i: x for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.requires_grad}
-        versions = [x._version for x in leaves if isinstance(x, torch.Tensor)]
+        versions = _versions(leaves)
         result = func(*args, **kwargs)
         if given:
             results, _ = _pytree.tree_flatten(result)
             found = [x if isinstance(x, torch.Tensor) and x.requires_grad else None for x in results]
-            is_in_place = versions != [x._version for x in leaves if isinstance(x, torch.Tensor)]
+            is_in_place = versions != _versions(leaves)
             if is_in_place or any(x is not None and all(x is not y for y in given.values()) for x in found):
-                self._calls.append(_Call(func, leaves, structure, list(given), found, is_in_place))
+                versions = None if is_in_place else versions
+                self._calls.append(_Call(func, leaves, structure, list(given), found, versions, bool(args)))
         return result
 
 
+def _versions(leaves):
+    return [x._version for x in leaves if isinstance(x, torch.Tensor)]
+
+
 class _Call:
-    """A call of a function of torch. `differentiable` are the places of the leaves that require gradients."""
+    """A call of a function of torch. `differentiable` are the places of the leaves that require gradients.
 
-    __slots__ = ("_nodes", "differentiable", "func", "is_in_place", "leaves", "results", "structure")
+    `versions` are those of the tensors among the leaves, None for a call that changed one in place. With `is_ordered`,
+    the first leaf is the first argument. Arguments that are all given by name come in any order.
+    """
 
-    def __init__(self, func, leaves, structure, differentiable, results, is_in_place):
+    __slots__ = ("_nodes", "_versions", "differentiable", "func", "is_ordered", "leaves", "results", "structure")
+
+    def __init__(self, func, leaves, structure, differentiable, results, versions, is_ordered):
         self.func, self.leaves, self.structure, self.differentiable = func, leaves, structure, differentiable
-        self.results, self.is_in_place = results, is_in_place
+        self.results, self._versions, self.is_ordered = results, versions, is_ordered
         self._nodes = [None if y is None else y.grad_fn for y in results]
+
+    def has_changed(self):
+        """Whether the values of the leaves are others now than those that the function took."""
+        return self._versions != _versions(self.leaves)
 
     def was_replaced(self):
         """Whether a `torch.autograd.Function` or a hook gives a result another derivative than this function has."""
@@ -136,21 +149,19 @@ class _Steps:
 
     def add(self, call):
         leaves = call.leaves
-        tensors = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         active = [i for i in call.differentiable if id(leaves[i]) in self.slots]
         if not all(self.knows(leaves[i]) for i in call.differentiable):
             raise _Unknown
         if not active:
             return
-        if call.is_in_place or call.was_replaced():
+        if call.has_changed() or call.was_replaced():
             raise _Unknown
         opened = unfused.OPENED.get(call.func)
         if opened is not None:
             self._open(call, opened)
             return
-        places = [tensors.index(i) for i in active]
         outputs = [i for i, y in enumerate(call.results) if y is not None and id(y) not in self.slots]
-        step = _Step(call, active, places, outputs)
+        step = _Step(call, active, outputs)
         if step.kind is None:
             raise _Unknown
         step.inputs = tuple(self.slots[id(leaves[i])] for i in active)
@@ -178,14 +189,17 @@ class _Steps:
 
 
 class _Step(steps.Step):
-    def __init__(self, call, active, places, outputs):
+    def __init__(self, call, active, outputs):
         self._call, self._active, self._outputs = call, active, outputs
-        self._places = places
         self._name = getattr(call.func, "__name__", "")
         self.primals = tuple(call.leaves[i] for i in active)
         self.results = tuple(call.results[i] for i in outputs)
-        self.kind = kind_of(self._name, places, self.primals, self.results)
-        self.is_piecewise_linear = self._name in PIECEWISE_LINEAR
+        first = next(i for i, x in enumerate(call.leaves) if isinstance(x, torch.Tensor))
+        is_first = call.is_ordered and active == [first]
+        is_complex = any(x.is_complex() for x in (*self.primals, *self.results))
+        self.kind = kind_of(self._name, self.primals, self.results, is_first, is_complex)
+        # Moduli and directions of complex numbers are curved.
+        self.is_piecewise_linear = self._name in PIECEWISE_LINEAR and not is_complex
         if self.kind == steps.ELEMENTWISE:
             self.function = CLOSED_FORMS.get(self._name)
 
@@ -307,7 +321,9 @@ def _linear_layer(step, stacks):
 
 
 def _sum(step, stacks, sign=1):
-    if len(step._call.leaves) != 2 or any(x.shape != step.results[0].shape for x in step.primals):
+    if len(step._call.leaves) != 2 or not step._call.is_ordered:
+        return None
+    if any(x.shape != step.results[0].shape for x in step.primals):
         return None
     if any(x.dtype != step.results[0].dtype for x in step.primals):
         return None

@@ -73,6 +73,48 @@ def test_second_derivatives(fun, factor):
         np.testing.assert_allclose(ops.convert_to_numpy(kg.laplacian(fun)(X)), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "fun, expected",
+    [
+        (lambda x, one: torch.sub(other=x**3, input=one), -6 * X),
+        (lambda x, one: torch.div(other=x, input=one), 2 / X**3),
+        (lambda x, one: torch.sub(other=x**3, input=x**2), 2 - 6 * X),
+        (lambda x, one: torch.div(input=x**3, other=one), 6 * X),
+    ],
+)
+def test_arguments_by_name_in_any_order(fun, expected):
+    found = kg.laplacian(lambda x: fun(x, torch.ones(1, 2)))(X)
+    np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [kg.laplacian, kg.divergence, lambda f: kg.partial_derivatives(f, [(0, 0)])],
+    ids=["laplacian", "divergence", "partial_derivatives"],
+)
+def test_a_constant_that_changes_after_its_use(transform):
+    """As torch's own derivatives, which refuse to read it again."""
+
+    def fun(x):
+        factor = torch.ones(1, 2)
+        y = x**2 * factor
+        factor.add_(1.0)
+        return y
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        transform(fun)(X)
+
+
+def test_a_sum_with_a_constant_that_changes_after_its_use():
+    def fun(x):
+        term = torch.ones(1, 2)
+        y = x**2 + term
+        term.add_(1.0)
+        return y
+
+    np.testing.assert_allclose(ops.convert_to_numpy(kg.laplacian(fun)(X)), 2 * np.ones((1, 2)))
+
+
 def test_dropout_without_a_seed_is_not_drawn_again_for_each_operation():
     fun = lambda x: torch.nn.functional.dropout(x**3, 0.5, True)  # noqa: E731
     found = ops.convert_to_numpy(kg.laplacian(fun)(np.full((1, 64), 0.5, "float32")))
