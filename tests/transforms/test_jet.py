@@ -9,6 +9,7 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from tests.cases import CASES, case_id, tensor
+from tests.transforms.point_functions import attention, custom, network
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(0.5, 1.5, size=(4, 2)).astype("float32")
@@ -44,16 +45,6 @@ def nested(fun, primals, series):
         found.append(derivative(found[-1]))
     value, *derivatives = kg.jit(lambda t: [f(t) for f in found])(tensor(0.0))
     return value, derivatives
-
-
-def network(activation, *extra):
-    model = keras.Sequential(
-        [keras.Input((2,)), layers.Dense(6, activation), *extra, layers.Dense(6, activation), layers.Dense(2)]
-    )
-    rng = np.random.default_rng(1)
-    for v in model.trainable_variables:
-        v.assign(0.5 * rng.normal(size=v.shape))
-    return model
 
 
 class TestClosedForms:
@@ -97,17 +88,6 @@ class TestClosedForms:
         """The derivatives of tanh at 0: the tangent numbers with signs."""
         _, derivatives = kg.jet(ops.tanh, (0.0,), ([1.0] + 9 * [None],))
         close(ops.stack(derivatives), [1, 0, -2, 0, 16, 0, -272, 0, 7936, 0])
-
-
-def attention(x):
-    tokens = ops.stack([ops.sin(x), ops.cos(2 * x), x], axis=2)
-    scores = ops.softmax(ops.matmul(tokens, ops.transpose(tokens, (0, 2, 1))), axis=-1)
-    return ops.sum(ops.tanh(ops.matmul(scores, tokens)), axis=1)
-
-
-def custom(x):
-    straight = kg.straight_through(lambda x: ops.round(4 * x) / 4)
-    return ops.sin(straight(x) * x) + kg.stop_gradient(x) * x**2
 
 
 def normalized(x):

@@ -1,11 +1,15 @@
 """The Laplacian and the divergence by one collapsed pass: closed forms, nested derivatives, and training."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
+from tests.transforms import point_functions
+from tests.transforms.point_functions import attention, custom
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 3)).astype("float32")
@@ -43,37 +47,11 @@ def nested(fun, x, matrix=None):
     return kg.jit(total)(x)
 
 
-def network(activation, outputs=2, width=5, last=()):
-    model = keras.Sequential(
-        [
-            keras.Input((3,)),
-            layers.Dense(width, activation),
-            layers.Dense(width, activation),
-            *last,
-            layers.Dense(outputs),
-        ]
-    )
-    rng = np.random.default_rng(1)
-    for v in model.trainable_variables:
-        v.assign(0.5 * rng.normal(size=v.shape))
-    return model
-
-
-def attention(x):
-    """A small transformer of the coordinates: one token for each."""
-    tokens = ops.stack([ops.sin(x), ops.cos(2 * x), x], axis=2)
-    scores = ops.softmax(ops.matmul(tokens, ops.transpose(tokens, (0, 2, 1))), axis=-1)
-    return ops.sum(ops.tanh(ops.matmul(scores, tokens)), axis=1)
+network = functools.partial(point_functions.network, columns=3, width=5)
 
 
 def recurrent():
     return keras.Sequential([keras.Input((3,)), layers.Reshape((3, 1)), layers.LSTM(4), layers.Dense(2)])
-
-
-def custom():
-    """The gradient of a clipped product is not that of its value."""
-    straight = kg.straight_through(lambda x: ops.round(4 * x) / 4)
-    return lambda x: ops.sin(straight(x) * x) + kg.stop_gradient(x) * x**2
 
 
 def complex_numbers(x):
@@ -82,8 +60,8 @@ def complex_numbers(x):
 
 FUNCTIONS = {
     **{name: network(name) for name in ("tanh", "gelu", "silu", "softplus", "sigmoid", "elu", "mish", "relu")},
-    "layer normalization": network("tanh", last=[layers.LayerNormalization()]),
-    "batch normalization": network("tanh", last=[layers.BatchNormalization()]),
+    "layer normalization": network("tanh", layers.LayerNormalization()),
+    "batch normalization": network("tanh", layers.BatchNormalization()),
     "attention": attention,
     "recurrent": recurrent(),
     "convolution": keras.Sequential(
@@ -101,7 +79,7 @@ FUNCTIONS = {
     "concatenated": lambda x: ops.tanh(ops.concatenate([x[:, :2] * x[:, 1:], ops.ones((4, 2)), x], axis=1)),
     "transposed": lambda x: ops.transpose(ops.exp(ops.transpose(x)) * ops.reshape(x, (3, 4))),
     "maximum": lambda x: ops.maximum(x**2, ops.roll(x, 1, axis=1)) ** 2,
-    "custom gradient": custom(),
+    "custom gradient": custom,
     "constant": lambda x: ops.ones((4, 2)),
     "a part that is constant": lambda x: ops.concatenate([ops.ones((4, 2)), x**2], axis=1),
     "higher rank": lambda x: ops.einsum("bi,bj->bij", x, ops.sin(x)),

@@ -6,6 +6,7 @@ import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
+from tests.transforms.point_functions import attention, custom, network
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(0.5, 1.5, size=(4, 2)).astype("float32")
@@ -30,16 +31,6 @@ def nested(fun, key):
     for variable in key:
         fun = along(fun, variable)
     return fun
-
-
-def network(activation):
-    model = keras.Sequential(
-        [keras.Input((2,)), layers.Dense(6, activation), layers.Dense(6, activation), layers.Dense(2)]
-    )
-    rng = np.random.default_rng(1)
-    for v in model.trainable_variables:
-        v.assign(0.5 * rng.normal(size=v.shape))
-    return model
 
 
 def test_a_polynomial():
@@ -81,17 +72,6 @@ def test_arguments_of_their_own():
         close(found, factor * value)
 
 
-def attention(x):
-    tokens = ops.stack([ops.sin(x), ops.cos(2 * x), x], axis=2)
-    scores = ops.softmax(ops.matmul(tokens, ops.transpose(tokens, (0, 2, 1))), axis=-1)
-    return ops.sum(ops.tanh(ops.matmul(scores, tokens)), axis=1)
-
-
-def custom(x):
-    straight = kg.straight_through(lambda x: ops.round(4 * x) / 4)
-    return ops.sin(straight(x) * x) + kg.stop_gradient(x) * x**2
-
-
 def custom_rules(x):
     """Rules that read the argument, the value, and a value that nothing else reads."""
     y, outside = ops.exp(x), ops.cos(x)
@@ -121,6 +101,11 @@ def test_derivatives_are_nested_ones(name):
     for key, derivative in zip(KEYS, found, strict=True):
         expected = kg.jit(nested(fun, key))(ops.convert_to_tensor(X))
         close(derivative, expected)
+
+
+def test_no_example():
+    derivatives = kg.partial_derivatives(lambda t, x: (t + x) ** 2, ["t", "xx"], variables="tx", argnums=(0, 1))
+    assert [numbers(d).shape for d in derivatives(X[:0, :1], X[:0, 1:])] == [(0, 1), (0, 1)]
 
 
 def test_several_outputs():
@@ -203,7 +188,7 @@ class TestLayer:
         (lambda: kg.partial_derivatives(ops.sin, [(2,)], variables="tx"), "numbers of variables"),
         (lambda: kg.partial_derivatives(ops.sin, ["t"], variables="tt"), "different letters"),
         (lambda: kg.partial_derivatives(ops.sin, [(2,)])(X), "numbers of variables below 2"),
-        (lambda: kg.partial_derivatives(ops.sin, [(0,)])(X[0]), r"points of shape \(batch, n\)"),
+        (lambda: kg.partial_derivatives(ops.sin, [(0,)])(X[0]), r"input of shape \(batch, n\)"),
         (lambda: kg.partial_derivatives(ops.sin, [(0,)], argnums=1)(X), "argnums"),
         (lambda: kg.layers.PartialDerivatives("net", [(0,)]), "PartialDerivatives expects a Keras layer or model"),
         (

@@ -103,8 +103,13 @@ def _through(step, given, keys):
 
 def _linear(step, parts, push, is_uniform=False):
     present = sorted({key for part in parts for key in part}, key=lambda key: (len(key), key))
+
+    def zeros(x):
+        # With size 1 along the batch axis, also if there are no examples.
+        return ops.zeros((1, *ops.shape(x)[1:]), dtype=x.dtype) if is_uniform else ops.zeros_like(x)
+
     rows = [
-        stacks.of_rows([part[key] if key in part else ops.zeros_like(x[:1] if is_uniform else x) for key in present])
+        stacks.of_rows([part[key] if key in part else zeros(x) for key in present])
         for part, x in zip(parts, step.primals, strict=True)
     ]
     found = push(rows)
