@@ -63,11 +63,20 @@ class Step:
     def push_uniform(self, stacks):
         """The derivatives along tangents that are equal for all examples, and have a batch axis of size 1.
 
-        Returns None unless the derivatives, too, are equal for all examples, and the step is linear. A stack that is
-        None is zero.
+        Returns None unless the derivatives, too, are equal for all examples, and the step is linear.
         """
         return None
 
     def sum_of_products(self, first, second):
         """For a bilinear step, `sum_d call(first_d, second_d)` of two stacks of inputs. None if it has no short cut."""
         return None
+
+
+def of_sum(stacks, is_second, sign=1):
+    """The derivatives of a sum, or of a difference with `sign` -1, from the stacks of its active terms.
+
+    `is_second` says that the only stack belongs to the second term.
+    """
+    if len(stacks) == 2:
+        return [stacks[0] + stacks[1] if sign > 0 else stacks[0] - stacks[1]]
+    return [-stacks[0] if is_second and sign < 0 else stacks[0]]

@@ -11,7 +11,7 @@ from keras_gradtools import validation
 from keras_gradtools.annotations import Arguments, Tensor
 from keras_gradtools.tape import jacobian_plans
 from keras_gradtools.transforms import compiled
-from keras_gradtools.transforms.taped_call import require_function
+from keras_gradtools.transforms.taped_call import require_function, require_points
 from keras_gradtools.transforms.taylor.operators import divergence_of, laplacian_of
 
 
@@ -47,8 +47,9 @@ def laplacian(
             or `coefficients` has another shape.
 
     Cost:
-        For m axes about m + 2 evaluations of `fun`, for any number of outputs. Of 2 m + 2 with a matrix of
-        coefficients. In memory, m first derivatives of each intermediate value.
+        Counted in linear operations, which are most of the work in a network: for m axes m + 2 evaluations of `fun`,
+        for any number of outputs, and 2 m + 2 with a matrix of coefficients. In memory, m first derivatives of each
+        intermediate value.
 
     Example:
 
@@ -69,7 +70,7 @@ def laplacian(
 
     @functools.wraps(fun, updated=())
     def transformed(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        x = _points("laplacian", x)
+        x = require_points("laplacian", x)
         chosen = tuple(require_axes("laplacian", axes, x.shape[1]))
         factors = None if coefficients is None else require_coefficients("laplacian", coefficients, x, len(chosen))
         body = functools.partial(_laplacian, chosen, chunk_size)
@@ -126,7 +127,7 @@ def divergence(
 
     @functools.wraps(fun, updated=())
     def transformed(x: Tensor, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        x = _points("divergence", x)
+        x = require_points("divergence", x)
         chosen = tuple(require_axes("divergence", axes, x.shape[1]))
         body = functools.partial(_divergence, chosen, chunk_size)
         found, _ = compiled.run("divergence", fun, body, (chosen, chunk_size), (x, *args), kwargs)
@@ -158,15 +159,6 @@ def require_axes(name, axes, size=None, advice=""):
             return found
     below = "" if size is None else f" below {size}"
     raise validation.refused(name, f"a list of distinct axis indices{below}, or None for all,", "axes", axes, advice)
-
-
-def _points(name, x):
-    x = validation.as_tensor(x, f"{name} expects an input of shape (batch, n)")
-    if len(x.shape) != 2 or not x.shape[1]:
-        raise ValueError(
-            f"{name} expects an input of shape (batch, n), with n known and not 0. Received: {validation.describe(x)}."
-        )
-    return x
 
 
 def require_coefficients(name, coefficients, x, count):

@@ -45,9 +45,10 @@ def jet(fun: Function, primals: Sequence[Nested], series: Sequence[Sequence[Nest
             does not have the structure and shape of its primal.
 
     Cost:
-        At most about $K^2$ evaluations of `fun`. More for operations without a formula for their derivatives, such as
-        softmax: $2^K$ of this operation. What cannot be taken apart into operations is differentiated by nested `jvp`,
-        at $c^K$ evaluations, with a `c` between 3 and 5.
+        Counted in operations: a linear one runs K + 1 times. A product of two becomes about $K^2 / 2$ products. An
+        elementwise function becomes at most one term for each partition of 1, ..., K: 18 for K = 5, 138 for K = 10. All
+        other operations, and a function that cannot be taken apart into operations, are differentiated by nested `jvp`,
+        at a cost that is exponential in K.
 
     Example:
 

@@ -7,11 +7,17 @@ from typing import Any
 
 from keras import ops
 
-from keras_gradtools import backend, nesting, validation
+from keras_gradtools import backend, validation
 from keras_gradtools.annotations import Arguments
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.first_order import jvp_named
-from keras_gradtools.transforms.taped_call import TapedCall, argument_positions, require_argnums, require_function
+from keras_gradtools.transforms.taped_call import (
+    TapedCall,
+    argument_positions,
+    require_argnums,
+    require_function,
+    require_points,
+)
 from keras_gradtools.transforms.taylor import jets
 from keras_gradtools.transforms.taylor.kinks import warn_of_kinks
 
@@ -47,8 +53,8 @@ def partial_derivatives(
             `(batch, n)`, or a variable does not exist.
 
     Cost:
-        About one evaluation of `fun` for each derivative, and for each lower one that these need: five for `"xxxx"` and
-        the value.
+        Counted in linear operations, which are most of the work in a network: one evaluation of `fun` for the value,
+        for each derivative, and for each lower one that these need. Five for `"xxxx"`.
 
     Example:
 
@@ -71,7 +77,7 @@ def partial_derivatives(
     def transformed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Any:
         given: list[Any] = list(args)
         for i in argument_positions(NAME, argnums, len(given)):
-            given[i] = _points(given[i])
+            given[i] = require_points(NAME, given[i])
         body = functools.partial(_partial_derivatives, keys, argnums)
         found, _ = compiled.run(NAME, fun, body, (keys, argnums), given, kwargs)
         return found if names is None else dict(zip(names, found, strict=True))
@@ -111,15 +117,6 @@ def _key(name, derivative, variables):
     if variables is not None:
         expected += f", or a string of the letters {''.join(variables)!r},"
     raise validation.refused(name, expected, "each derivative", derivative, _EXAMPLE)
-
-
-def _points(x):
-    x = validation.as_tensor(x, f"{NAME} expects points of shape (batch, n)")
-    if len(x.shape) != 2 or not x.shape[1]:
-        raise ValueError(
-            f"{NAME} expects points of shape (batch, n), with n known and not 0. Received: {validation.describe(x)}."
-        )
-    return x
 
 
 def _partial_derivatives(keys, argnums, fun, *args, **kwargs):
@@ -194,4 +191,4 @@ def _nested(name, fun, args, kwargs, argnums, key):
 
     for variable in key:
         value = along(value, variable)
-    return nesting.map_structure(lambda x: x, value(*points))
+    return value(*points)

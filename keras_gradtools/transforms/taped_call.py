@@ -154,6 +154,16 @@ def as_result(x):
     return ops.convert_to_tensor(x) if is_array else x
 
 
+def require_points(name, x):
+    """Returns `x` as a tensor of shape `(batch, n)`. Raises `ValueError` for another shape, or an unknown n."""
+    x = validation.as_tensor(x, f"{name} expects an input of shape (batch, n)")
+    if len(x.shape) != 2 or not x.shape[1]:
+        raise ValueError(
+            f"{name} expects an input of shape (batch, n), with n known and not 0. Received: {validation.describe(x)}."
+        )
+    return x
+
+
 _POSITIONS = "the position of an argument, or a tuple of different positions,"
 
 

@@ -142,9 +142,9 @@ class _Steps:
         """Adds the steps of a program. Its operations are evaluated again, and their values have slots of their own."""
         jaxpr = jaxprs.opened(program)
         values, slots = {}, {}
-        for var, (x, slot) in zip([*jaxpr.constvars, *jaxpr.invars], self._constants(program, inputs), strict=True):
+        given = [*((x, None) for x in getattr(program, "consts", ())), *inputs]
+        for var, (x, slot) in zip([*jaxpr.constvars, *jaxpr.invars], given, strict=True):
             values[var], slots[var] = x, slot
-        renamed = {}
         for equation in jaxpr.eqns:
             given = [(v.val, None) if isinstance(v, Literal) else (values[v], slots[v]) for v in equation.invars]
             is_active = any(slot is not None for _, slot in given)
@@ -162,16 +162,8 @@ class _Steps:
                 is_rectifier = _is_rectifier(jaxprs.opened(equation.params.get("call_jaxpr")))
                 self.add(equation, _bound(equation), given, results, out, is_rectifier)
         for var, slot in zip(jaxpr.outvars, outputs, strict=True):
-            if slot is None or isinstance(var, Literal):
-                continue
-            inner = slots[var]
-            if inner is not None:
-                renamed[slot] = inner, values[var]
-        for slot, (inner, x) in renamed.items():
-            self.steps.append(_Same(inner, slot, x))
-
-    def _constants(self, program, inputs):
-        return [*((x, None) for x in getattr(program, "consts", ())), *inputs]
+            if slot is not None and not isinstance(var, Literal) and slots[var] is not None:
+                self.steps.append(_Same(slots[var], slot, values[var]))
 
     def _next(self):
         self._free += 1
@@ -320,9 +312,7 @@ def _uniform_product(step, stacks):
 def _uniform_sum(step, stacks):
     if any(x.shape != step.results[0].shape for x in step.primals):
         return None
-    if len(stacks) == 1:
-        return [-stacks[0] if step._primitive.name == "sub" and step._positions == [1] else stacks[0]]
-    return [stacks[0] - stacks[1] if step._primitive.name == "sub" else stacks[0] + stacks[1]]
+    return steps.of_sum(stacks, step._positions == [1], -1 if step._primitive.name == "sub" else 1)
 
 
 def _uniform_same(step, stacks):

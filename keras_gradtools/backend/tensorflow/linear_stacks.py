@@ -5,6 +5,8 @@ All others are vectorized by TensorFlow, whose vectorizer takes longer to trace 
 
 import tensorflow as tf
 
+from keras_gradtools.backend import steps
+
 
 def _same(step, stacks):
     return [stacks[0]]
@@ -33,9 +35,7 @@ def _sum(step, stacks, sign=1):
     result = step.results[0]
     if any(x.shape.rank is None or x.shape.as_list() != result.shape.as_list() for x in step.primals):
         return None
-    if len(stacks) == 2:
-        return [stacks[0] + stacks[1] if sign > 0 else stacks[0] - stacks[1]]
-    return [stacks[0] if sign > 0 or step.active == [0] else -stacks[0]]
+    return steps.of_sum(stacks, step.active == [1], sign)
 
 
 def _difference(step, stacks):

@@ -220,8 +220,6 @@ class _Step(steps.Step):
         return [tf.reduce_sum(x, 0) for x in _map_stacks(second, [*left, *right])]
 
     def push_linear(self, stacks):
-        if self.kind != steps.LINEAR:
-            return None
         rule = linear_stacks.RULES.get(self.op.type)
         return rule and rule(self, stacks)
 

@@ -250,9 +250,8 @@ class _Step(steps.Step):
         return rule and rule(self, stacks)
 
     def push_uniform(self, stacks):
-        if self.kind == steps.LINEAR and self._name in _UNIFORM:
-            return self.push_linear(stacks)
-        return None
+        # All of the rules keep what is equal for all examples equal.
+        return self.push_linear(stacks)
 
     def _other(self):
         """The second argument of a call whose first one is active. None otherwise."""
@@ -321,15 +320,12 @@ def _linear_layer(step, stacks):
 
 
 def _sum(step, stacks, sign=1):
+    (y,) = step.results
     if len(step._call.leaves) != 2 or not step._call.is_ordered:
         return None
-    if any(x.shape != step.results[0].shape for x in step.primals):
+    if any(x.shape != y.shape or x.dtype != y.dtype for x in step.primals):
         return None
-    if any(x.dtype != step.results[0].dtype for x in step.primals):
-        return None
-    if len(stacks) == 2:
-        return [stacks[0] + stacks[1] if sign > 0 else stacks[0] - stacks[1]]
-    return [stacks[0] if sign > 0 or step._active == [0] else -stacks[0]]
+    return steps.of_sum(stacks, step._active == [1], sign)
 
 
 def _difference(step, stacks):
@@ -345,4 +341,3 @@ _LINEAR = {
     "sub": _difference,
     "__sub__": _difference,
 }
-_UNIFORM = set(_LINEAR)

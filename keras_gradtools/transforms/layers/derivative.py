@@ -51,6 +51,12 @@ class Derivative(keras.layers.Wrapper):
             )
         return chosen
 
+    def _require_points(self, x):
+        if len(x.shape) != 2 or x.shape[1] is None:
+            raise ValueError(
+                f"{type(self).__name__} expects an input of shape (batch, n). Received: shape {tuple(x.shape)}."
+            )
+
     def derivative(self, fun: Function, x: Nested) -> Nested:
         """Returns the derivative of `fun`, a function of the input, at `x`."""
         raise NotImplementedError

@@ -25,10 +25,7 @@ class DifferentialOperator(Derivative):
         self.axes: list[int] | None = None if axes is None else require_axes(type(self).__name__, axes)
 
     def _require_axes(self, inputs):
-        if len(inputs.shape) != 2 or inputs.shape[1] is None:
-            raise ValueError(
-                f"{type(self).__name__} expects an input of shape (batch, n). Received: shape {tuple(inputs.shape)}."
-            )
+        self._require_points(inputs)
         return require_axes(type(self).__name__, self.axes, inputs.shape[1])
 
     def get_config(self) -> dict[str, Any]:

@@ -75,12 +75,6 @@ class PartialDerivatives(Derivative):
         self._require_points(inputs)
         return outputs.shape
 
-    def _require_points(self, x):
-        if len(x.shape) != 2 or x.shape[1] is None:
-            raise ValueError(
-                f"{type(self).__name__} expects an input of shape (batch, n). Received: shape {tuple(x.shape)}."
-            )
-
     def compute_output_spec(self, inputs: Nested, training: bool | None = None) -> Nested:
         spec = super().compute_output_spec(inputs, training)
         return self._named([keras.KerasTensor(spec.shape, spec.dtype) for _ in self._keys])
