@@ -68,7 +68,7 @@ class Step:
         return None
 
     def sum_of_products(self, first, second):
-        """For a bilinear step, `sum_d call(first_d, second_d)` of two stacks of inputs. None if it has no short cut."""
+        """For a bilinear step, `sum_d call(first_d, second_d)` of two stacks. None if there is no faster way."""
         return None
 
 

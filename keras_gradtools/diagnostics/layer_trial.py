@@ -66,7 +66,7 @@ def tried(call, training, random):
         how = f"off by {off:.2g} times its length" if np.isfinite(off) else "not finite"
         return verdict_on(layer, "wrong", f"It is {how}.")
     by_inputs, by_all = computation.are_zero()
-    # A `where` with a given condition, such as the mask of dropout, is linear, and not known from one that has kinks.
+    # A `where` with a given condition, such as the mask of dropout, is linear. Only other points tell it from a kink.
     by_inputs = by_inputs and _bends(computation, leaves, gradient, random)
     if by_all and by_inputs:
         found = verdict_on(layer, "zero")
@@ -76,7 +76,7 @@ def tried(call, training, random):
 
 
 def _bends(computation, leaves, gradient, random):
-    """Whether the gradient by the inputs is another one elsewhere."""
+    """Whether the gradient by the inputs differs at other points."""
     start, count = leaves.vector(computation.primals), leaves.vector_of(computation.primals[0]).size
     here = leaves.vector(gradient)[:count]
     for scale in _FAR:

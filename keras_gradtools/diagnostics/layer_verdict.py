@@ -123,8 +123,8 @@ class LayerDerivatives:
         names = ", ".join(layer.path for layer in self.zero[:_MOST_NAMES])
         others = f" and {len(self.zero) - _MOST_NAMES} more" if len(self.zero) > _MOST_NAMES else ""
         return (
-            "With respect to the inputs, all second derivatives are zero, because of kinks (ReLU, max pooling), of "
-            f"{names}{others}. If every other layer is linear in its inputs, the Laplacian of the model and its "
+            "These layers have kinks (ReLU, max pooling), and with respect to their inputs all second derivatives are "
+            f"zero: {names}{others}. If every other layer is linear in its inputs, the Laplacian of the model and its "
             "Hessian by the inputs are zero, too. Then use a smooth activation, such as tanh, GELU, SiLU or softplus."
         )
 

@@ -1,7 +1,7 @@
 r"""A forward pass that carries a set of mixed partial derivatives of each value.
 
 A key names a derivative: a sorted tuple of variables, `(0, 1, 1)` for $\partial_0 \partial_1^2$. With a key, the set
-holds all that are left if variables are struck from it, because the chain rule needs these:
+also holds all keys that remain when variables are removed from it, because the chain rule needs these:
 
 - elementwise: $f(u)_\alpha = \sum_\pi f^{(|\pi|)}(u) \prod_{\beta \in \pi} u_\beta$, over the partitions of $\alpha$
   (Faa di Bruno's formula),
@@ -35,7 +35,7 @@ class Jet(NamedTuple):
 
 
 def closure(keys):
-    """`keys` and all that are left if variables are struck from them, the shortest first. Without the empty one."""
+    """`keys` and all that remain when variables are removed from them, the shortest first, without the empty one."""
     found = {
         tuple(sorted(part)) for key in keys for n in range(1, len(key) + 1) for part in itertools.combinations(key, n)
     }

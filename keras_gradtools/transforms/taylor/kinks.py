@@ -12,7 +12,7 @@ from keras_gradtools.backend import steps as kinds
 def warn_of_kinks(name, steps):
     """Warns, once for each `name`, if there are kinks in `steps`, through which all second derivatives are zero.
 
-    Nothing is said of a function that is linear, as far as its operations tell.
+    It does not warn of a function that is linear, as far as its operations tell.
     """
     if any(step.is_piecewise_linear for step in steps):
         _warn(name)
@@ -30,9 +30,9 @@ def is_piecewise_linear(call, operations, sources):
 
 
 class Judgement:
-    """Judges whether a function is piecewise linear, but only once.
+    """Judges whether a function is piecewise linear, but only once, because it must record the operations.
 
-    Recording the operations takes longer than a call of a small function.
+    This takes longer than a call of a small function.
 
     Attributes:
         operations: The block for a `TapedCall` of the function. None if it was judged before.
