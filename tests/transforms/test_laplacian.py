@@ -80,6 +80,7 @@ FUNCTIONS = {
     "transposed": lambda x: ops.transpose(ops.exp(ops.transpose(x)) * ops.reshape(x, (3, 4))),
     "maximum": lambda x: ops.maximum(x**2, ops.roll(x, 1, axis=1)) ** 2,
     "custom gradient": custom,
+    "differences": lambda x: ops.sin(ops.ones((4, 3)) - x) * (ops.ones((4, 3)) - x**3),
     "constant": lambda x: ops.ones((4, 2)),
     "a part that is constant": lambda x: ops.concatenate([ops.ones((4, 2)), x**2], axis=1),
     "higher rank": lambda x: ops.einsum("bi,bj->bij", x, ops.sin(x)),
