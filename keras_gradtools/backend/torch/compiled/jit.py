@@ -26,6 +26,7 @@ from keras_gradtools.backend.torch.compiled.differentiable import Differentiable
 from keras_gradtools.backend.torch.compiled.program import Diverged, Program
 from keras_gradtools.backend.torch.compiled.recorded_call import RecordedCall
 from keras_gradtools.backend.torch.compiled.recorder import Recorder
+from keras_gradtools.backend.torch.compiled.uncompiled import runs_compiled
 from keras_gradtools.backend.torch.random_numbers import get_device, random_state, set_random_state
 from keras_gradtools.keras_internals.layers import get_keras_mask, set_keras_mask
 from keras_gradtools.keras_state import recording, scopes
@@ -79,7 +80,7 @@ def may_replay():
         or levels.is_in_vectorized_pass()
         or torch.is_inference_mode_enabled()
         or torch._C._is_any_autocast_enabled()
-        or torch.compiler.is_compiling()
+        or runs_compiled()
     )
 
 

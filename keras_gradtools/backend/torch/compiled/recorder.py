@@ -5,7 +5,6 @@ The call is an ordinary one: it runs eagerly, with its values, and has all its e
 pass.
 """
 
-import sys
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from keras_gradtools.backend.torch.compiled import notices
 from keras_gradtools.backend.torch.compiled.leaks import Leaks
 from keras_gradtools.backend.torch.compiled.operations import GUARD, Operation, facts, has_variable_shape, slots_in
 from keras_gradtools.backend.torch.compiled.tensors import ARGUMENT, CONSTANT, Tensors
+from keras_gradtools.backend.torch.compiled.uncompiled import Uncompiled
 from keras_gradtools.blocks import Block
 from keras_gradtools.keras_state import recording
 
@@ -55,13 +55,11 @@ class Recorder(Block):
         self._log: Any = _Reads(self)
         self._was_multithreaded = torch._C._is_multithreading_enabled()
         self._depths = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
-        self._stance: Any = None
+        self._uncompiled = Uncompiled()
 
     def begin(self):
         notices.become_current(self)
-        if "torch._dynamo" in sys.modules:
-            # Under a mode, torch.compile would run a function uncompiled, and leave it so for good.
-            self._stance = torch.compiler.set_stance("force_eager")
+        self._uncompiled.__enter__()
         self._random_state = _random_state()
         # A backward pass on another thread would not be seen.
         torch._C._set_multithreading_enabled(False)
@@ -80,8 +78,7 @@ class Recorder(Block):
             self._leaks.__exit__(None, None, None)
         self._log.__exit__()
         torch._C._set_multithreading_enabled(self._was_multithreaded)
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
+        self._uncompiled.__exit__()
         notices.become_current(None)
         self.tensors.release()
 

@@ -1,5 +1,6 @@
 """Compiled functions on torch: what a program cannot repeat runs eagerly, with the right result and one warning."""
 
+import threading
 import warnings
 
 import keras
@@ -223,3 +224,45 @@ def test_functions_of_torch_compile_are_compiled_after_a_recorded_call():
     assert len(compilations) == 1
     for value in values:
         close(value, 2 * expected)
+
+
+def test_functions_of_torch_compile_are_compiled_after_calls_recorded_on_several_threads():
+    _ = torch._dynamo  # Only once it is imported can a function of `torch.compile` exist.
+    both_record, first_is_done = threading.Barrier(2), threading.Event()
+
+    def first(x):
+        both_record.wait(60)
+        return x + 1
+
+    def second(x):
+        both_record.wait(60)
+        assert first_is_done.wait(60)
+        return x + 1
+
+    def run_first():
+        kg.jit(first)(torch.ones(2))
+        first_is_done.set()
+
+    threads = [threading.Thread(target=run_first), threading.Thread(target=kg.jit(second), args=(torch.ones(2),))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    compilations = []
+    torch.compile(lambda x: x.sin(), backend=lambda graph, inputs: compilations.append(inputs) or graph.forward)(
+        torch.ones(2)
+    )
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("transform", [kg.jit, kg.jacobian, kg.batch_jacobian], ids=["jit", "jacobian", "batch"])
+def test_transforms_inside_a_function_of_torch_compile(transform):
+    x = ops.convert_to_tensor([[1.0, 2.0]])
+
+    def fun(x):
+        return 2 * transform(lambda x: x**3)(x)
+
+    expected = fun(x)
+    compiled = torch.compile(fun, backend="eager")
+    for _ in range(4):
+        close(compiled(x), expected)
