@@ -33,6 +33,7 @@ EXAMPLES, STEPS = 240, 5
 OPTIMIZERS = {
     "Newton": lambda: kg.optimizers.Newton(damping=0.1),
     "LBFGS": lambda: kg.optimizers.LBFGS(),
+    "BFGS": lambda: kg.optimizers.BFGS("ssbroyden"),
     "NewtonCG": lambda: kg.optimizers.NewtonCG(damping=1.0, max_iterations=20),
     # With a preconditioner, devices may stop one product earlier or later. A small `rtol` keeps the effect small.
     "NewtonCG, Gauss-Newton": lambda: kg.optimizers.NewtonCG(damping=0.5, curvature="gauss_newton", rtol=1e-5),

@@ -393,6 +393,7 @@ def rows():
             "damping: number, max_attempts: count, allow_underdetermined: flag, learning_rate: number",
         ),
         "LBFGS": (o.LBFGS, {}, "memory: count, max_evaluations: count"),
+        "BFGS": (o.BFGS, {}, "update: choice, scales_first: flag, max_evaluations: count, max_weights: count"),
         "NewtonCG": (
             o.NewtonCG,
             {},

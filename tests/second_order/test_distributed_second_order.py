@@ -11,7 +11,9 @@ def results(tmp_path_factory):
     return one_and_several("distributed_second_order.py", tmp_path_factory.mktemp("distributed_second_order"))
 
 
-@pytest.mark.parametrize("optimizer", ["Newton", "LBFGS", "NewtonCG", "NewtonCG, Gauss-Newton", "LevenbergMarquardt"])
+@pytest.mark.parametrize(
+    "optimizer", ["Newton", "LBFGS", "BFGS", "NewtonCG", "NewtonCG, Gauss-Newton", "LevenbergMarquardt"]
+)
 def test_several_devices_equal_one(results, optimizer):
     one, several = results
     keys = [key for key in one if key.startswith(f"{optimizer}/")]

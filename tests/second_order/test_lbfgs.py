@@ -8,7 +8,7 @@ from keras import layers
 import keras_gradtools as kg
 from keras_gradtools.models import SecondOrder
 from keras_gradtools.optimizers import LBFGS, StepReason
-from keras_gradtools.second_order.lbfgs import _inverse_times
+from keras_gradtools.second_order.lbfgs import Pairs
 
 RNG = np.random.default_rng(2)
 X = RNG.normal(size=(40, 3)).astype("float32")
@@ -41,8 +41,8 @@ def test_the_two_loops_multiply_by_the_bfgs_matrix():
         left = np.eye(n) - rho * np.outer(s, y)
         matrix = left @ matrix @ left.T + rho * np.outer(s, s)
     v = RNG.normal(size=n)
-    np.testing.assert_allclose(_inverse_times(v, steps, changes), matrix @ v, rtol=1e-8)
-    np.testing.assert_allclose(_inverse_times(v, steps[:0], changes[:0]), v)
+    np.testing.assert_allclose(Pairs(steps, changes, 10).times(v), matrix @ v, rtol=1e-8)
+    np.testing.assert_allclose(Pairs(steps, changes, 10).initial().times(v), v)
 
 
 class TestFit:

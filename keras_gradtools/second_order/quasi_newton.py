@@ -1,0 +1,132 @@
+"""The base class of the quasi-Newton methods, which learn the curvature from gradients."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradtools import validation
+from keras_gradtools.annotations import Schedule
+from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
+from keras_gradtools.curvature.operators.hessian import Hessian
+from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+from keras_gradtools.second_order.line_search import ROUNDING, Point, line_search
+from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason
+from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+
+# A pair is used if its curvature is above this share of what its lengths allow. Otherwise it is rounding noise.
+_LEAST_CURVATURE = 1e-10
+
+
+class QuasiNewton(SecondOrderOptimizer):
+    """Base class: steps along `-H g`, with a strong Wolfe line search, where H approximates the inverse Hessian.
+
+    A subclass has `approximation(size)`, the current H for that many weights, and `store(approximation)`. An
+    approximation is immutable. It has `is_initial`, whether it is a multiple of the identity that knows no pair,
+    `times(vector)`, `updated(pair)`, and `initial()`.
+    """
+
+    def __init__(self, max_evaluations: int, learning_rate: Schedule, name: str) -> None:
+        super().__init__(0.0, 1, learning_rate, name)
+        owner = type(self).__name__
+        self.max_evaluations: int = validation.require_count(owner, "max_evaluations", max_evaluations)
+        self._pending: Any = None
+
+    def operator_class(self) -> type:
+        return Hessian
+
+    def approximation(self, size: int) -> Any:
+        """The approximation of the inverse Hessian, for `size` weights."""
+        raise NotImplementedError
+
+    def store(self, approximation: Any) -> None:
+        """Stores the approximation for the next step, in variables."""
+        raise NotImplementedError
+
+    def take_step(self, operator: Any, equations: Any) -> NewtonStepResult:
+        operator.check("gradient")
+        loss, gradient = operator.loss_and_gradient()
+        length = norm(gradient)
+
+        def ended(reason, message, evaluations=0):
+            return NewtonStepResult(reason, message, None, loss, 0.0, math.nan, length, 0.0, 0.0, 0, evaluations)
+
+        if not math.isfinite(loss) or not math.isfinite(length):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            return ended(StepReason.NOT_FINITE, f"the {what} is not finite")
+        if not length:
+            return ended(StepReason.VANISHED, "the gradient is zero")
+        inverse = self.approximation(operator.shape[0])
+        direction = -inverse.times(gradient)
+        slope = dot(gradient, direction)
+        if not slope < 0.0:
+            # Rounding has made the approximation indefinite.
+            inverse, direction, slope = inverse.initial(), -gradient.astype("float64"), -(length**2)
+        first = float(ops.convert_to_numpy(self.learning_rate))
+        if inverse.is_initial:
+            first *= min(1.0, 1.0 / float(np.abs(gradient).sum(dtype="float64")))
+
+        def evaluate(t):
+            there, gradient_there = operator.loss_and_gradient((t * direction).astype(operator.dtype))
+            return Point(t, there, dot(gradient_there, direction), gradient_there)
+
+        epsilon = float(np.finfo(np.dtype(operator.dtype) if operator.dtype != "bfloat16" else "float32").eps)
+        found = line_search(evaluate, Point(0.0, loss, slope), first, self.max_evaluations, epsilon)
+        if found.point is None:
+            self._pending = inverse.initial()
+            if abs(first * slope) <= epsilon * abs(loss):
+                return ended(StepReason.VANISHED, "the possible decrease is below rounding", found.evaluations)
+            message = f"none of {found.evaluations} step lengths lowered the loss sufficiently"
+            return ended(StepReason.REJECTED, message, found.evaluations)
+        step = (found.point.step * direction).astype(operator.dtype)
+        pair = Pair(step, found.point.gradient - gradient, -found.point.step * dot(step, gradient))
+        self._pending = inverse.updated(pair) if pair.is_usable else inverse
+        # The quadratic model has the curvature -slope along the direction.
+        predicted = -slope * (found.point.step - 0.5 * found.point.step**2)
+        decrease = loss - found.point.loss
+        if abs(decrease) <= ROUNDING * epsilon * abs(loss):
+            # The difference of the losses is rounding, which the slopes at both ends are not.
+            decrease = -0.5 * found.point.step * (slope + found.point.slope)
+        ratio = decrease / predicted if predicted > 0.0 else 1.0
+        return NewtonStepResult(
+            StepReason.ACCEPTED, "the loss went down", step, loss, decrease, ratio, length, 0.0, norm(step), 0,
+            found.evaluations,
+        )  # fmt: skip
+
+    def end_step(self, operator: Any, damping: float) -> None:
+        super().end_step(operator, damping)
+        if self._pending is not None:
+            self.store(self._pending)
+        self._pending = None
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        del config["damping"], config["max_attempts"]
+        return {**config, "max_evaluations": self.max_evaluations}
+
+
+class Pair:
+    """A step s and the change y of the gradient along it.
+
+    Attributes:
+        step, change: s and y, NumPy arrays.
+        curvature: s'y, in double precision.
+        former_curvature: s'Bs, where B is the inverse of the approximation that the step was computed with.
+    """
+
+    def __init__(self, step, change, former_curvature):
+        self.step, self.change, self.former_curvature = step, change, former_curvature
+        self.curvature = dot(step, change)
+
+    @property
+    def is_usable(self):
+        """Whether the curvature along the step is positive and more than rounding noise."""
+        return self.curvature > _LEAST_CURVATURE * norm(self.step) * norm(self.change)
+
+
+def state_dtype(variables):
+    """The dtype of what a method stores about these weights, a name."""
+    is_double = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in variables)
+    return solver_dtype("float64" if is_double else "float32").name

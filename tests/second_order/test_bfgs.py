@@ -1,0 +1,300 @@
+"""BFGS and its self-scaled variants: the secant equation, SciPy's matrices, quadratics, and resuming bit for bit."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_gradtools.models import SecondOrder
+from keras_gradtools.optimizers import BFGS, LBFGS, StepReason
+from keras_gradtools.second_order.bfgs import InverseHessian
+from keras_gradtools.second_order.broyden_family import UPDATES, scaling_and_share, update_terms
+from keras_gradtools.second_order.line_search import LineSearchResult
+from keras_gradtools.second_order.quasi_newton import Pair
+
+RNG = np.random.default_rng(2)
+X = RNG.normal(size=(40, 3)).astype("float32")
+T = np.sin(2.0 * X[:, :1]) + X[:, 1:2] * X[:, 2:]
+
+
+def network(units=6, dtype="float32"):
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(units, "tanh", dtype=dtype), layers.Dense(1, dtype=dtype)]
+    )
+    draw = np.random.default_rng(1)
+    model.set_weights([0.5 * draw.normal(size=w.shape) for w in model.get_weights()])
+    return model
+
+
+def trainer_of(model, optimizer=None, loss="mse", **kwargs):
+    trainer = SecondOrder(model, **kwargs)
+    trainer.compile(optimizer or BFGS(), loss)
+    return trainer
+
+
+def fit(trainer, epochs, x=X, y=T):
+    return trainer.fit(x, y, batch_size=len(x), epochs=epochs, shuffle=False, verbose=0).history
+
+
+def dense(approximation):
+    identity = np.eye(approximation.size)
+    return np.stack([approximation.times(row) for row in identity], axis=1)
+
+
+def identity(size, update="bfgs", scales_first=False, dtype="float64"):
+    return InverseHessian(None, size, dtype, update, scales_first)
+
+
+def rosenbrock(x):
+    a, b = x[1:] - x[:-1] ** 2, 1.0 - x[:-1]
+    gradient = np.zeros_like(x)
+    gradient[:-1] = -400.0 * x[:-1] * a - 2.0 * b
+    gradient[1:] += 200.0 * a
+    return float(np.sum(100.0 * a**2 + b**2)), gradient
+
+
+class OnFunction:
+    """The operator of a function of a vector, as `take_step` uses it."""
+
+    dtype = "float64"
+
+    def __init__(self, fun, x):
+        self.fun, self.x, self.shape = fun, np.array(x, "float64"), (len(x), len(x))
+
+    def check(self, of):
+        pass
+
+    def loss_and_gradient(self, offset=None):
+        return self.fun(self.x if offset is None else self.x + offset)
+
+
+class Driven(BFGS):
+    """Steps on a function, with the approximation in an attribute."""
+
+    def begin(self, size):
+        self.now = identity(size, self.update, self.scales_first)
+        return self
+
+    def approximation(self, size):
+        return self.now
+
+    def run(self, operator, steps, gradient_norm=0.0):
+        for _ in range(steps):
+            found = self.take_step(operator, None)
+            if found.gradient_norm <= gradient_norm or found.step is None:
+                break
+            operator.x, self.now = operator.x + found.step, self._pending
+        return found
+
+
+@pytest.mark.float64
+class TestTheMatrix:
+    @pytest.mark.parametrize("update", UPDATES)
+    @pytest.mark.parametrize("scales_first", [False, True])
+    def test_the_secant_equation_symmetry_and_positive_definiteness(self, update, scales_first):
+        n, draw = 6, np.random.default_rng(3)
+        root = draw.normal(size=(n, n))
+        hessian = root @ root.T + 0.1 * np.eye(n)
+        found = identity(n, update, scales_first)
+        for _ in range(20):
+            gradient = draw.normal(size=n)
+            t = draw.uniform(0.1, 2.0)
+            step = -t * found.times(gradient)
+            pair = Pair(step, hessian @ step, -t * (step @ gradient))
+            # s'Bs with the inverse of H.
+            np.testing.assert_allclose(pair.former_curvature, step @ np.linalg.solve(dense(found), step), rtol=1e-6)
+            found = found.updated(pair)
+            matrix = np.asarray(keras.ops.convert_to_numpy(found.matrix))
+            np.testing.assert_allclose(matrix @ pair.change, step, rtol=0, atol=1e-9 * np.abs(step).max())
+            np.testing.assert_array_equal(matrix, matrix.T)
+            assert np.linalg.eigvalsh(matrix).min() > 0.0
+
+    def test_the_matrices_and_directions_of_scipy(self):
+        minimize = pytest.importorskip("scipy.optimize").minimize
+        start = np.array([-1.2, 1.0, 0.5, 2.0])
+        found, old = identity(4), start
+        for k in range(1, 13):
+            theirs = minimize(rosenbrock, start, jac=True, method="BFGS", options={"maxiter": k, "gtol": 0.0})
+            step = theirs.x - old
+            before, after = rosenbrock(old)[1], rosenbrock(theirs.x)[1]
+            direction = -found.times(before)
+            cosine = direction @ step / np.linalg.norm(direction) / np.linalg.norm(step)
+            assert cosine > 1.0 - 1e-10
+            t = np.linalg.norm(step) / np.linalg.norm(direction)
+            found = found.updated(Pair(step, after - before, -t * (step @ before)))
+            np.testing.assert_allclose(dense(found), theirs.hess_inv, rtol=1e-5, atol=1e-7)
+            old = theirs.x
+
+    def test_dfp_and_bfgs_are_members_of_the_family(self):
+        n, draw = 4, np.random.default_rng(5)
+        root = draw.normal(size=(n, n))
+        h, s = root @ root.T, draw.normal(size=n)
+        y = np.linalg.solve(h, s) + 0.3 * s
+        rho = 1.0 / (s @ y)
+        left = np.eye(n) - rho * np.outer(s, y)
+        bfgs = left @ h @ left.T + rho * np.outer(s, s)
+        image = h @ y
+        dfp = h - np.outer(image, image) / (y @ image) + rho * np.outer(s, s)
+        pair_columns = np.stack([s, image], axis=1)
+        for phi, expected in ((1.0, bfgs), (0.0, dfp), (0.3, 0.3 * bfgs + 0.7 * dfp)):
+            terms = np.array(update_terms(1.0, phi, s @ y, (y @ image) * rho))
+            np.testing.assert_allclose(h + pair_columns @ terms @ pair_columns.T, expected, rtol=1e-9, atol=1e-9)
+
+    def test_the_first_scaling_is_that_of_nocedal_and_wright(self):
+        s, y = np.array([1.0, 2.0, 0.5]), np.array([3.0, 5.0, 4.0])
+        scaled = identity(3, scales_first=True).updated(Pair(s, y, s @ s))
+        start = np.eye(3) * (s @ y) / (y @ y)
+        left = np.eye(3) - np.outer(s, y) / (s @ y)
+        np.testing.assert_allclose(dense(scaled), left @ start @ left.T + np.outer(s, s) / (s @ y), rtol=1e-12)
+
+
+class TestTheFormulas:
+    @pytest.mark.parametrize("b", [0.1, 0.7, 1.0, 1.5, 30.0])
+    @pytest.mark.parametrize("excess", [0.0, 1e-12, 0.2, 50.0])
+    def test_ssbroyden_is_that_of_al_baali(self, b, excess):
+        n, h = 10, (1.0 + excess) / b
+        tau, phi = scaling_and_share("ssbroyden", n, b, h, False)
+        a = b * h - 1.0
+        if a > 1e-9:
+            c = np.sqrt(a / (1 + a))
+            rho = min(1.0, h * (1 - c))
+            theta = max((rho - 1) / a, min(1 / rho, (1 - b) / b))
+            sigma = 1 + a * theta
+            root = sigma ** (1 / (1 - n))
+            limit = min(1.0, 1.0 / b)
+            expected = min(limit * root, sigma) if theta <= 0 else limit * min(root, 1 / theta)
+            np.testing.assert_allclose((tau, phi), (expected, (1 - theta) / sigma), rtol=1e-8)
+        assert np.isfinite([tau, phi]).all() and tau > 0.0
+
+    def test_ssbfgs_only_shrinks_the_curvature(self):
+        assert scaling_and_share("ssbfgs", 5, 4.0, 2.0, False) == (0.25, 1.0)
+        assert scaling_and_share("ssbfgs", 5, 0.5, 3.0, False) == (1.0, 1.0)
+        assert scaling_and_share("bfgs", 5, 4.0, 2.0, False) == (1.0, 1.0)
+
+    def test_one_weight(self):
+        tau, phi = scaling_and_share("ssbroyden", 1, 2.0, 0.5, False)
+        assert np.isfinite([tau, phi]).all()
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("update", UPDATES)
+class TestFunctions:
+    def test_rosenbrock(self, update):
+        operator = OnFunction(rosenbrock, np.tile([-1.2, 1.0], 5))
+        found = Driven(update).begin(10).run(operator, 200, 1e-8)
+        assert found.gradient_norm <= 1e-8
+        np.testing.assert_allclose(operator.x, 1.0, rtol=1e-7)
+
+    def test_a_quadratic_ends_in_n_steps_with_exact_searches(self, update, monkeypatch):
+        n = 6
+        d = np.geomspace(1.0, 100.0, n)
+        operator = OnFunction(lambda x: (0.5 * float(np.sum(d * x**2)), d * x), RNG.normal(size=n))
+
+        def exact(evaluate, start, step, most, epsilon):
+            trial = evaluate(1.0)
+            t = start.slope / (start.slope - trial.slope)
+            return LineSearchResult(evaluate(t), 2, True)
+
+        monkeypatch.setattr("keras_gradtools.second_order.quasi_newton.line_search", exact)
+        size = np.linalg.norm(d * operator.x)
+        optimizer = Driven(update).begin(n)
+        optimizer.run(operator, n)
+        assert np.linalg.norm(d * operator.x) < 1e-9 * size
+        if update == "bfgs":
+            # After n exact steps, the matrix is the inverse Hessian.
+            np.testing.assert_allclose(dense(optimizer.now), np.diag(1.0 / d), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+class TestFit:
+    def test_never_raises_the_loss_and_goes_further_than_lbfgs(self, update):
+        history = fit(trainer_of(network(), BFGS(update)), 60)["loss"]
+        assert np.all(np.diff(history) <= 16 * 2.0**-23 * np.array(history[:-1]))
+        assert history[-1] < 1.2 * fit(trainer_of(network(), LBFGS()), 60)["loss"][-1] < 0.1 * history[0]
+
+    def test_save_and_resume(self, update, tmp_path):
+        trainer, other = trainer_of(network(), BFGS(update)), trainer_of(network(), BFGS(update))
+        fit(trainer, 6)
+        fit(other, 3)
+        other.save(tmp_path / "other.keras")
+        other = keras.models.load_model(tmp_path / "other.keras")
+        assert other.optimizer.update == update
+        fit(other, 3)
+        for a, b in zip(trainer.model.get_weights(), other.model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_logs(self, update):
+        history = fit(trainer_of(network(), BFGS(update)), 3)
+        assert history["step_reason"] == [0, 0, 0] and min(history["step_length"]) > 0
+        assert np.isfinite(history["ratio"]).all()
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_matrix_has_the_precision_of_the_weights(dtype):
+    trainer = trainer_of(network(dtype=dtype))
+    fit(trainer, 2, X.astype(dtype), T.astype(dtype))
+    assert trainer.last_step.step.dtype == dtype
+    assert keras.backend.standardize_dtype(trainer.optimizer._matrix.dtype) == dtype
+
+
+class TestNoStep:
+    def test_no_step_that_lowers_the_loss(self):
+        # The loss is 50 w^2, and the only step that is tried leads from 0.005 to -0.495.
+        model = keras.Sequential([keras.Input((1,)), layers.Dense(1, use_bias=False)])
+        model.set_weights([np.array([[0.005]], "float32")])
+        trainer = trainer_of(model, BFGS(max_evaluations=1), loss=lambda y, z: 50.0 * z**2)
+        fit(trainer, 1, np.ones((1, 1), "float32"), np.zeros((1, 1), "float32"))
+        assert trainer.last_step.reason == StepReason.REJECTED
+        np.testing.assert_array_equal(model.get_weights()[0], np.array([[0.005]], "float32"))
+
+    def test_a_rejected_step_makes_the_matrix_the_identity(self):
+        optimizer = Driven().begin(2)
+        operator = OnFunction(rosenbrock, [-1.2, 1.0])
+        optimizer.run(operator, 5)
+        assert not optimizer.now.is_initial
+        operator.fun = lambda x: (np.inf if np.any(x != operator.x) else 1.0, np.ones(2))
+        assert optimizer.take_step(operator, None).reason == StepReason.REJECTED
+        assert optimizer._pending.is_initial
+
+    def test_infinity(self):
+        model = network()
+        before = model.get_weights()
+        trainer = trainer_of(model, loss=lambda y, z: keras.ops.log(-1.0 - z**2))
+        with pytest.warns(UserWarning, match="SecondOrder took no step"):
+            fit(trainer, 1)
+        for a, b in zip(before, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_too_many_weights():
+    trainer = trainer_of(network(), BFGS(max_weights=30))
+    with pytest.raises(
+        ValueError, match=r"BFGS expects a model of at most max_weights=30 weights.*Received: 31 .*LBFGS"
+    ):
+        fit(trainer, 1)
+
+
+def test_a_layer_frozen_after_building():
+    model = network()
+    trainer = trainer_of(model)
+    fit(trainer, 2)
+    model.layers[0].trainable = False
+    trainer.compile(trainer.optimizer, "mse")
+    with pytest.raises(ValueError, match="BFGS was built for 31 weights. Received: a model with 7 trainable"):
+        fit(trainer, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"update": "dfp"}, {"scales_first": 2}, {"max_evaluations": 0}, {"max_weights": 0}, {"learning_rate": 2.0}],
+)
+def test_options(options):
+    with pytest.raises(ValueError, match=f"BFGS expects .*`{next(iter(options))}`"):
+        BFGS(**options)
+
+
+def test_config():
+    config = BFGS("ssbroyden", False, 7, 50, 0.5, "mine").get_config()
+    assert BFGS.from_config(config).get_config() == config
+    assert (config["update"], config["max_weights"], config["name"]) == ("ssbroyden", 50, "mine")
