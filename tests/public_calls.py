@@ -219,13 +219,15 @@ def rows():
         ),
         "laplacian": (
             used(kg.laplacian, "x"),
-            {"fun": lambda x: ops.sum(x**2, axis=1), "x": X},
-            "fun: function, x: examples, axes: axes?, chunk_size: count?",
+            {"fun": lambda x: ops.sum(x**2, axis=1), "x": X, "samples": 2},
+            "fun: function, x: examples, axes: axes?, chunk_size: count?, samples: count?, directions: choice, "
+            "seed: seed?, return_standard_error: flag",
         ),
         "divergence": (
             used(kg.divergence, "x"),
-            {"fun": lambda x: x**2, "x": X},
-            "fun: function, x: examples, axes: axes?, chunk_size: count?",
+            {"fun": lambda x: x**2, "x": X, "samples": 2},
+            "fun: function, x: examples, axes: axes?, chunk_size: count?, samples: count?, directions: choice, "
+            "seed: seed?, return_standard_error: flag",
         ),
         "partial_derivatives": (
             used(kg.partial_derivatives, "x"),

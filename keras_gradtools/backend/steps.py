@@ -52,8 +52,8 @@ class Step:
         """The derivatives along stacks of tangents, one stack for each active input."""
         raise NotImplementedError
 
-    def curvature(self, left, right):
-        """The sum over the directions of the second derivatives along `left` and `right`, two lists of stacks."""
+    def second_derivatives(self, left, right):
+        """The second derivatives along each direction of `left` and of `right`, two lists of stacks, as stacks."""
         raise NotImplementedError
 
     def push_linear(self, stacks):

@@ -207,14 +207,14 @@ class _JaxStep(steps.Step):
     def push_stacks(self, stacks):
         return _map_stacks(lambda *tangents: self.jvp(self.call, self.primals, tangents), stacks)
 
-    def curvature(self, left, right):
+    def second_derivatives(self, left, right):
         count = len(self.primals)
 
         def second(*tangents):
             first = lambda *x: self.jvp(self.call, x, tangents[:count])  # noqa: E731
             return self.jvp(first, self.primals, tangents[count:])
 
-        return [x.sum(min(1, x.ndim - 1)) for x in _map_stacks(second, [*left, *right])]
+        return _map_stacks(second, [*left, *right])
 
 
 class _Same(_JaxStep):

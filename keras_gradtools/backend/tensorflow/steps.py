@@ -211,13 +211,13 @@ class _Step(steps.Step):
     def push_stacks(self, stacks):
         return _map_stacks(lambda *tangents: self.jvp(self.call, self.primals, tangents), stacks)
 
-    def curvature(self, left, right):
+    def second_derivatives(self, left, right):
         count = len(self.primals)
 
         def second(*tangents):
             return self.jvp(lambda *x: self.jvp(self.call, x, tangents[:count]), self.primals, tangents[count:])
 
-        return [tf.reduce_sum(x, 0) for x in _map_stacks(second, [*left, *right])]
+        return _map_stacks(second, [*left, *right])
 
     def push_linear(self, stacks):
         rule = linear_stacks.RULES.get(self.op.type)

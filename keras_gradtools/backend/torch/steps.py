@@ -229,10 +229,9 @@ class _Step(steps.Step):
             return _jvp(self._call_rows, self._repeated(stacks), stacks)
         return _jvp(self.call, self.primals, stacks, is_batched=True)
 
-    def curvature(self, left, right):
+    def second_derivatives(self, left, right):
         primals = self._repeated(left)
-        found = _jvp(lambda *x: _jvp(self._call_rows, x, left), primals, right)
-        return [q.sum(0) for q in found]
+        return _jvp(lambda *x: _jvp(self._call_rows, x, left), primals, right)
 
     def _repeated(self, stacks):
         return [x.expand(len(s), *x.shape) for x, s in zip(self.primals, stacks, strict=True)]

@@ -36,7 +36,9 @@ class Derivative(keras.layers.Wrapper):
         chosen = self._chosen(inputs)
         (x,) = chosen.parts(inputs)
         derivative = self.derivative(lambda x: self._value_at(chosen.filled(inputs, [x]), training), x)
-        return (outputs, derivative) if self.return_outputs else derivative
+        if not self.return_outputs:
+            return derivative
+        return (outputs, *derivative) if isinstance(derivative, tuple) else (outputs, derivative)
 
     def _value_at(self, inputs, training):
         return self.layer(inputs, training=training) if self.layer._call_has_training_arg else self.layer(inputs)

@@ -5,9 +5,11 @@ from typing import Any
 
 import keras
 
-from keras_gradtools.annotations import InputNames
+from keras_gradtools import validation
+from keras_gradtools.annotations import InputNames, Nested
 from keras_gradtools.transforms.differential_operators import require_axes
 from keras_gradtools.transforms.layers.derivative import Derivative
+from keras_gradtools.transforms.taylor.sampling import Distribution, require_sampling
 
 
 class DifferentialOperator(Derivative):
@@ -19,14 +21,35 @@ class DifferentialOperator(Derivative):
         axes: Sequence[int] | None = None,
         return_outputs: bool = False,
         inputs: InputNames = None,
+        samples: int | None = None,
+        directions: Distribution = "rademacher",
+        seed: int | None = None,
+        return_standard_error: bool = False,
         **kwargs: Any,
     ) -> None:
+        name = type(self).__name__
+        seed = validation.require_seed(name, seed, may_be_none=True)
+        sampling = require_sampling(name, samples, directions, seed, return_standard_error)
         super().__init__(layer, return_outputs, inputs, **kwargs)
-        self.axes: list[int] | None = None if axes is None else require_axes(type(self).__name__, axes)
+        self._sampling, self._seed = sampling, seed
+        self._seeds = None if sampling is None else keras.random.SeedGenerator(seed)
+        self.axes: list[int] | None = None if axes is None else require_axes(name, axes)
 
     def _require_axes(self, inputs):
         self._require_points(inputs)
         return require_axes(type(self).__name__, self.axes, inputs.shape[1])
 
+    def _drawn(self, sampling, axes, x):
+        """The random directions of one call. Each call draws new ones."""
+        return sampling.draw(type(self).__name__, len(axes), self._seeds, x.dtype)
+
+    def compute_output_spec(self, inputs: Nested, training: bool | None = None) -> Nested:
+        spec = super().compute_output_spec(inputs, training)
+        if self._sampling is None or not self._sampling.return_standard_error:
+            return spec
+        *outputs, estimate = spec if self.return_outputs else (spec,)
+        return (*outputs, estimate, keras.KerasTensor(estimate.shape, estimate.dtype))
+
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "axes": self.axes}
+        sampling = {} if self._sampling is None else {**self._sampling._asdict(), "seed": self._seed}
+        return {**super().get_config(), "axes": self.axes, **sampling}

@@ -4,7 +4,7 @@ import keras
 
 from keras_gradtools.annotations import Function, Nested
 from keras_gradtools.transforms.layers.differential_operator import DifferentialOperator
-from keras_gradtools.transforms.taylor.operators import divergence_of
+from keras_gradtools.transforms.taylor.operators import divergence_estimate_of, divergence_of
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -21,6 +21,10 @@ class Divergence(DifferentialOperator):
         return_outputs: Whether to return the pair `(outputs, divergence)` instead of the divergence alone.
         inputs: The name (or dict key) or position of the input to differentiate with respect to, if `layer` takes
             several. By default its only floating-point input. The others are passed on unchanged.
+        samples: The number of random directions for an estimate. By default None, for the exact divergence.
+        directions: `"rademacher"`, `"gaussian"` or `"coordinates"`, as for `kg.divergence`.
+        seed: An integer that seeds the directions, or None. Each call draws new ones, also outside of training.
+        return_standard_error: Whether to return, after the estimate, its standard error.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -28,7 +32,8 @@ class Divergence(DifferentialOperator):
         training: Passed on to `layer`.
 
     Returns:
-        A tensor of shape `(batch, 1)`.
+        A tensor of shape `(batch, 1)`, or a tuple: the outputs if asked for, the divergence, and its standard error if
+        asked for.
 
     Raises:
         ValueError: For invalid options, and shapes that do not match.
@@ -49,7 +54,10 @@ class Divergence(DifferentialOperator):
     """
 
     def derivative(self, fun: Function, x: Nested) -> Nested:
-        return divergence_of(fun, x, self._require_axes(x))[1]
+        axes = self._require_axes(x)
+        if self._sampling is None:
+            return divergence_of(fun, x, axes)[1]
+        return divergence_estimate_of(fun, x, axes, self._sampling, self._drawn(self._sampling, axes, x))[1]
 
     def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         axes = self._require_axes(inputs)

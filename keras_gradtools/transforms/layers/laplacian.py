@@ -10,7 +10,8 @@ from keras import ops
 from keras_gradtools import validation
 from keras_gradtools.annotations import Function, InputNames, Nested
 from keras_gradtools.transforms.layers.differential_operator import DifferentialOperator
-from keras_gradtools.transforms.taylor.operators import laplacian_of
+from keras_gradtools.transforms.taylor.operators import laplacian_estimate_of, laplacian_of
+from keras_gradtools.transforms.taylor.sampling import Distribution
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -29,6 +30,10 @@ class Laplacian(DifferentialOperator):
             several. By default its only floating-point input. The others are passed on unchanged.
         coefficients: The constants $D_{i j}$ for the m axes, nested lists or an array of shape `(m,)` (the diagonal) or
             `(m, m)`. By default the identity. `kg.laplacian` also takes trainable ones, and others for each example.
+        samples: The number of random directions for an estimate. By default None, for the exact Laplacian.
+        directions: `"rademacher"`, `"gaussian"` or `"coordinates"`, as for `kg.laplacian`.
+        seed: An integer that seeds the directions, or None. Each call draws new ones, also outside of training.
+        return_standard_error: Whether to return, after the estimate, its standard error.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -36,7 +41,8 @@ class Laplacian(DifferentialOperator):
         training: Passed on to `layer`.
 
     Returns:
-        A tensor with the shape of the output of `layer`.
+        A tensor with the shape of the output of `layer`, or a tuple of such tensors: the outputs if asked for, the
+        Laplacian, and its standard error if asked for.
 
     Raises:
         ValueError: For invalid options, inputs of another rank, axes that do not exist, and coefficients of another
@@ -66,9 +72,15 @@ class Laplacian(DifferentialOperator):
         return_outputs: bool = False,
         inputs: InputNames = None,
         coefficients: Any = None,
+        samples: int | None = None,
+        directions: Distribution = "rademacher",
+        seed: int | None = None,
+        return_standard_error: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(layer, axes, return_outputs, inputs, **kwargs)
+        super().__init__(
+            layer, axes, return_outputs, inputs, samples, directions, seed, return_standard_error, **kwargs
+        )
         # As lists, which a configuration can hold.
         self.coefficients: list[Any] | None = None if coefficients is None else _constants(coefficients)
         if self.axes is not None:
@@ -79,7 +91,9 @@ class Laplacian(DifferentialOperator):
         self._require_count(len(axes))
         given = self.coefficients
         factors = None if given is None else ops.convert_to_tensor(np.asarray(given), dtype=x.dtype)
-        return laplacian_of(fun, x, axes, factors)[1]
+        if self._sampling is None:
+            return laplacian_of(fun, x, axes, factors)[1]
+        return laplacian_estimate_of(fun, x, axes, self._sampling, self._drawn(self._sampling, axes, x), factors)[1]
 
     def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         self._require_count(len(self._require_axes(inputs)))

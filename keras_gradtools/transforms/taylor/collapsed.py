@@ -6,7 +6,8 @@ $S = \sum_d \partial_{v_d} \partial_{w_d} y$. An operation $z = f(y)$ maps them 
 $$J_d \mapsto f' J_d, \qquad S \mapsto f' S + \sum_d f''[J_d, K_d],$$
 
 where $K_d = \partial_{w_d} y$, which is $J_d$ for the Laplacian. The second derivatives are summed at each operation,
-so none of them is carried on alone.
+so none of them is carried on alone. On request they are not summed but carried as a stack, for the variance of a random
+estimate.
 
 Source: Li et al., "A computational framework for neural network-based variational Monte Carlo with forward Laplacian"
 (arXiv:2307.08214, 2023); Dangel et al., "Collapsing Taylor mode automatic differentiation" (arXiv:2505.13644, 2025).
@@ -24,7 +25,7 @@ class Carried(NamedTuple):
     """The derivatives of one value. With `is_uniform`, those in `first` are equal for all examples: batch axis 1.
 
     `first` is a stack. With pairs of directions, it holds the derivatives along all $v_d$, then along all $w_d$.
-    `summed` is None while it is zero.
+    `summed` is None while it is zero. If the second derivatives are kept apart, it is a stack too.
     """
 
     first: Any
@@ -36,12 +37,23 @@ class Sum(NamedTuple):
     """Which second derivatives are summed.
 
     `order` is 1 if there are none. `weights` is None, or a vector with a factor for each direction. With `pairs`, the
-    second half of the directions are the $w_d$. Otherwise $w_d = v_d$.
+    second half of the directions are the $w_d$. Otherwise $w_d = v_d$. With `apart`, nothing is summed: the second
+    derivatives are carried as a stack.
     """
 
     order: int = 2
     weights: Any = None
     pairs: bool = False
+    apart: bool = False
+
+    def summed(self, stack):
+        return stack if self.apart else stacks.summed(stack)
+
+    def times(self, summed, factor, rank=0):
+        """The product of a sum, or of a stack of second derivatives, and a value. `rank` is that of the product."""
+        if self.apart:
+            return stacks.stretched(summed, rank) * stacks.against(factor, rank)
+        return summed * factor
 
     def halves(self, stack):
         """The two stacks whose products are summed: the derivatives along $v_d$, and along $w_d$ with the weights."""
@@ -86,10 +98,10 @@ def _elementwise(step, carried, total):
     is_curved = total.order == 2 and not step.is_piecewise_linear
     slopes = elementwise.derivatives(step, 2 if is_curved else 1)
     first = stacks.against(slopes[0]) * carried.first
-    summed = [] if carried.summed is None else [slopes[0] * carried.summed]
+    summed = [] if carried.summed is None else [total.times(carried.summed, slopes[0])]
     if is_curved:
         left, right = total.halves(carried.first)
-        summed.append(slopes[1] * stacks.summed(left * right))
+        summed.append(total.times(total.summed(left * right), slopes[1]))
     return Carried(first, _added(summed))
 
 
@@ -100,13 +112,15 @@ def _product(step, given, total):
     first = [
         stacks.stretched(c.first, rank) * stacks.against(other, rank) for c, other in ((a, y), (b, x)) if c is not None
     ]
-    summed = [c.summed * other for c, other in ((a, y), (b, x)) if c is not None and c.summed is not None]
+    summed = [
+        total.times(c.summed, other, rank) for c, other in ((a, y), (b, x)) if c is not None and c.summed is not None
+    ]
     if total.order == 2 and a is not None and b is not None:
         (a_left, a_right), (b_left, b_right) = total.halves(a.first), total.halves(b.first)
-        cross = stacks.summed(stacks.stretched(a_left, rank) * stacks.stretched(b_right, rank))
+        cross = total.summed(stacks.stretched(a_left, rank) * stacks.stretched(b_right, rank))
         other = cross
         if total.pairs:
-            other = stacks.summed(stacks.stretched(a_right, rank) * stacks.stretched(b_left, rank))
+            other = total.summed(stacks.stretched(a_right, rank) * stacks.stretched(b_left, rank))
         summed.append(cross + other)
     return Carried(_added(first), _added(summed))
 
@@ -123,40 +137,52 @@ def _general(step, given, total):
     present = next(c.first for c in given if c is not None)
     given = [Carried(stacks.zeros(present, x)) if c is None else c for c, x in zip(given, step.primals, strict=True)]
     firsts = [c.first for c in given]
-    if step.kind == kinds.LINEAR and (found := _linear(step, given)) is not None:
+    if step.kind == kinds.LINEAR and (found := _linear(step, given, total)) is not None:
         return found
     first = step.push_stacks(firsts)
     summed = [None] * len(first)
     if total.order == 2:
         if any(c.summed is not None for c in given):
-            summed = step.jvp(step.call, step.primals, tuple(map(_summed_or_zeros, given, step.primals)))
+            summed = _summed_through(
+                step, [_summed_or_zeros(c, x, total) for c, x in zip(given, step.primals, strict=True)], total
+            )
         if step.kind != kinds.LINEAR and not step.is_piecewise_linear:
             curved = _curvature(step, [total.halves(s) for s in firsts], total)
             summed = [_added([s for s in pair if s is not None]) for pair in zip(summed, curved, strict=True)]
     return [Carried(f, s) for f, s in zip(first, summed, strict=True)]
 
 
-def _summed_or_zeros(carried, x):
-    return ops.zeros_like(x) if carried.summed is None else carried.summed
+def _summed_or_zeros(carried, x, total):
+    if carried.summed is not None:
+        return carried.summed
+    return stacks.zeros(total.halves(carried.first)[0], x) if total.apart else ops.zeros_like(x)
 
 
-def _linear(step, given):
+def _summed_through(step, summed, total):
+    return step.push_stacks(summed) if total.apart else step.jvp(step.call, step.primals, tuple(summed))
+
+
+def _linear(step, given, total):
     """The results of a linear step that has a faster way than derivatives. None if it has not."""
     first = step.push_linear([c.first for c in given])
     if first is None:
         return None
     if all(c.summed is None for c in given):
         return [Carried(f) for f in first]
-    rows = [stacks.of_rows([_summed_or_zeros(c, x)]) for c, x in zip(given, step.primals, strict=True)]
+    summed = [_summed_or_zeros(c, x, total) for c, x in zip(given, step.primals, strict=True)]
+    if total.apart:
+        return [Carried(f, s) for f, s in zip(first, step.push_linear(summed), strict=True)]
+    rows = [stacks.of_rows([s]) for s in summed]
     return [Carried(f, stacks.row(s, 0)) for f, s in zip(first, step.push_linear(rows), strict=True)]
 
 
 def _curvature(step, halves, total):
     """The sum over d of f''[J_d, K_d], for each output."""
-    if step.kind == kinds.BILINEAR:
+    if step.kind == kinds.BILINEAR and not total.apart:
         (a_left, a_right), (b_left, b_right) = halves
         cross = step.sum_of_products(a_left, b_right)
         if cross is not None:
             other = step.sum_of_products(a_right, b_left) if total.pairs else cross
             return [x + y for x, y in zip(cross, other, strict=True)]
-    return step.curvature([left for left, _ in halves], [right for _, right in halves])
+    found = step.second_derivatives([left for left, _ in halves], [right for _, right in halves])
+    return [total.summed(stack) for stack in found]

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, validation
@@ -10,48 +9,90 @@ from keras_gradtools.transforms.first_order import jvp_named
 from keras_gradtools.transforms.taped_call import TapedCall
 from keras_gradtools.transforms.taylor import collapsed, stacks
 from keras_gradtools.transforms.taylor.collapsed import Carried, Sum
+from keras_gradtools.transforms.taylor.directions import along_axes, along_vectors, spread, unit_vectors
 from keras_gradtools.transforms.taylor.kinks import warn_of_kinks
 
 
 def laplacian_of(value, x, axes, coefficients=None, chunk_size=None):
     """Returns `value(x)` and its Laplacian along `axes`, non-negative indices, with the given coefficients."""
-    call, operations = _recorded("laplacian", value, x)
-    _require_output(call.target)
-    parts = _taken_apart(call, operations)
-    if parts is None:
-        is_known = None not in tuple(call.target.shape)[1:]
-        nested = _nested_laplacian if is_known else _laplacian_by_axes
-        return call.value, nested(value, x, axes, coefficients)
-    total = None
-    for chunk in _chunks(len(axes), chunk_size):
-        carried, kind = _second_order_start(x, axes, coefficients, chunk)
-        found = _at_target(parts, carried, kind)
-        if found is not None and found.summed is not None:
-            total = found.summed if total is None else total + found.summed
-    if total is None:
-        warn_of_kinks("laplacian", parts[0])
-        total = ops.zeros_like(call.target)
-    return call.value, ops.broadcast_to(total, ops.shape(call.target))
+    return _summed_over(value, x, along_axes(x, axes, coefficients), chunk_size)
+
+
+def laplacian_estimate_of(value, x, axes, sampling, vectors, coefficients=None, chunk_size=None):
+    """Returns `value(x)` and an estimate of its Laplacian, from the random directions `vectors`, one in each row.
+
+    The estimate is a mean, or the pair of a mean and its standard error.
+    """
+    directions = along_vectors(x, axes, vectors, coefficients, sampling.is_on_axes)
+    if not sampling.return_standard_error:
+        out, total = _summed_over(value, x, directions, chunk_size)
+        return out, total / sampling.samples
+    out, samples = _summed_over(value, x, directions, chunk_size, apart=True)
+    return out, sampling.estimate(samples, len(axes))
 
 
 def divergence_of(value, x, axes, chunk_size=None):
     """Returns `value(x)` and its divergence: the sum of the derivatives of output k along axis number k."""
+    out, chunks = _first_derivatives(value, x, axes, unit_vectors(x, axes), chunk_size)
+    columns = [stacks.row(stack, row)[:, k] for numbers, stack in chunks for row, k in enumerate(numbers)]
+    total = sum(columns) if columns else ops.zeros_like(x[:, 0])
+    return out, total[:, None]
+
+
+def divergence_estimate_of(value, x, axes, sampling, vectors, chunk_size=None):
+    """Returns `value(x)` and an estimate of its divergence: a mean, or a mean and its standard error."""
+    out, chunks = _first_derivatives(value, x, axes, spread(x, axes, vectors), chunk_size)
+    samples = []
+    for numbers, stack in chunks:
+        along = stacks.of_directions(vectors[numbers.start : numbers.stop])
+        samples.append(ops.moveaxis(ops.sum(stack * along, axis=-1, keepdims=True), stacks.axis(2), 0))
+    if not samples:
+        samples = [ops.zeros((sampling.samples, ops.shape(x)[0], 1), dtype=x.dtype)]
+    return out, sampling.estimate(ops.concatenate(samples, axis=0), len(axes))
+
+
+def _summed_over(value, x, directions, chunk_size, apart=False):
+    """Returns `value(x)` and the sum of second derivatives. With `apart`, all of them, along axis 0."""
+    call, operations = _recorded("laplacian", value, x)
+    y = call.target
+    _require_output(y)
+    parts = _taken_apart(call, operations)
+    if parts is None:
+        is_known = None not in tuple(y.shape)[1:]
+        samples = (_nested_laplacian if is_known else _laplacian_by_directions)(value, x, directions)
+        return call.value, samples if apart else ops.sum(samples, axis=0)
+    shape = (directions.count, *ops.shape(y)) if apart else ops.shape(y)
+    found = []
+    for numbers in _chunks(directions.count, chunk_size):
+        carried = _at_target(parts, *directions.chunk(numbers.start, numbers.stop).start(apart))
+        if carried is not None and carried.summed is not None:
+            found.append(carried.summed)
+    if not found:
+        warn_of_kinks("laplacian", parts[0])
+        return call.value, ops.zeros(shape, dtype=y.dtype)
+    if not apart:
+        return call.value, ops.broadcast_to(sum(found[1:], found[0]), shape)
+    samples = ops.concatenate([ops.moveaxis(s, stacks.axis(stacks.rank(s)), 0) for s in found], axis=0)
+    return call.value, ops.broadcast_to(samples, shape)
+
+
+def _first_derivatives(value, x, axes, vectors, chunk_size):
+    """Returns `value(x)` and, for each chunk of `vectors`, their numbers and the stack of derivatives along them."""
     call, operations = _recorded("divergence", value, x)
     _require_field(call.target, axes)
     parts = _taken_apart(call, operations)
-    columns = []
-    for chunk in _chunks(len(axes), chunk_size):
-        units = _units(x, [axes[k] for k in chunk])
+    chunks = []
+    for numbers in _chunks(vectors.shape[0], chunk_size):
+        rows = vectors[numbers.start : numbers.stop]
         if parts is None:
-            stack = ops.broadcast_to(units[:, None], (len(chunk), *ops.shape(x)))
+            stack = ops.broadcast_to(rows[:, None], (len(numbers), *ops.shape(x)))
             (first,) = backend.pushforward_batch(call.tape, call.flat_targets, call.flat_sources, [stack])
-            columns += [] if first is None else [first[row, :, k] for row, k in enumerate(chunk)]
+            first = None if first is None else ops.moveaxis(first, 0, stacks.axis(2))
         else:
-            found = _at_target(parts, Carried(stacks.of_directions(units), None, True), Sum(order=1))
+            found = _at_target(parts, Carried(stacks.of_directions(rows), None, True), Sum(order=1))
             first = None if found is None else collapsed.full(found, call.target).first
-            columns += [] if first is None else [stacks.row(first, row)[:, k] for row, k in enumerate(chunk)]
-    total = sum(columns) if columns else ops.zeros_like(x[:, 0])
-    return call.value, total[:, None]
+        chunks += [] if first is None else [(numbers, first)]
+    return call.value, chunks
 
 
 def _recorded(name, value, x):
@@ -66,24 +107,6 @@ def _taken_apart(call, operations):
 def _chunks(count, chunk_size):
     size = chunk_size or count
     return [range(i, min(i + size, count)) for i in range(0, count, size)]
-
-
-def _units(x, axes):
-    """The unit vectors of `axes`, one in each row."""
-    return ops.convert_to_tensor(np.eye(x.shape[1], dtype="float32")[list(axes)], dtype=x.dtype)
-
-
-def _second_order_start(x, axes, coefficients, chunk):
-    units = _units(x, [axes[i] for i in chunk])
-    if coefficients is None or len(coefficients.shape) == 1:
-        weights = None if coefficients is None else coefficients[chunk.start : chunk.stop]
-        return Carried(stacks.of_directions(units), None, True), Sum(weights=weights)
-    # The derivatives along rows of the matrix, sum_j D_ij e_j, are carried with those along the axes.
-    rows = ops.matmul(coefficients[..., chunk.start : chunk.stop, :], _units(x, axes))
-    if len(coefficients.shape) == 2:
-        return Carried(stacks.of_directions(ops.concatenate([units, rows], axis=0)), None, True), Sum(pairs=True)
-    both = ops.concatenate([ops.broadcast_to(units, ops.shape(rows)), rows], axis=1)
-    return Carried(ops.moveaxis(both, 1, stacks.axis(2))), Sum(pairs=True)
 
 
 def _at_target(parts, carried, kind):
@@ -113,8 +136,8 @@ def _unit(like, element):
     return ops.broadcast_to(one, ops.shape(like))
 
 
-def _nested_laplacian(value, x, axes, coefficients):
-    """The gradient of each output element, then all second derivatives of it along the axes at once."""
+def _nested_laplacian(value, x, directions):
+    """The gradient of each output element, then its derivatives along all directions at once."""
 
     def gradients(x):
         call = TapedCall("laplacian", value, (x,))
@@ -123,38 +146,24 @@ def _nested_laplacian(value, x, axes, coefficients):
 
     shapes: list = []
     outer = TapedCall("laplacian", gradients, (x,))
-    stack = [ops.broadcast_to(_units(x, axes)[:, None], (len(axes), *ops.shape(x)))]
+    left, right = directions.pairs(x)
     columns = []
     for gradient in outer.target:
-        (along,) = backend.pullback_batch(outer.tape, [gradient], outer.flat_sources, stack)
-        columns.append(ops.zeros_like(x[:, 0]) if along is None else _contracted(along, axes, coefficients))
+        (along,) = backend.pullback_batch(outer.tape, [gradient], outer.flat_sources, [left])
+        columns.append(ops.zeros_like(left[:, :, 0]) if along is None else ops.sum(along * right, axis=-1))
     if not columns:
-        return ops.zeros((ops.shape(x)[0], *shapes[-1][1:]), dtype=x.dtype)
-    return ops.reshape(ops.stack(columns, axis=1), (-1, *shapes[-1][1:]))
+        return ops.zeros((directions.count, ops.shape(x)[0], *shapes[-1][1:]), dtype=x.dtype)
+    return ops.reshape(ops.stack(columns, axis=2), (directions.count, -1, *shapes[-1][1:]))
 
 
-def _laplacian_by_axes(value, x, axes, coefficients):
-    """Second derivatives along one axis at a time, for an output whose size is not known."""
-    rows = units = _units(x, axes)[:, None]
-    if coefficients is not None:
-        is_vector = len(coefficients.shape) == 1
-        rows = units * coefficients[:, None, None] if is_vector else ops.matmul(coefficients, _units(x, axes))
-        rows = ops.transpose(rows, (1, 0, 2)) if len(coefficients.shape) == 3 else ops.reshape(rows, units.shape)
-    total = 0.0
-    for i in range(len(axes)):
-        unit, row = (ops.broadcast_to(v, ops.shape(x)) for v in (units[i], rows[i]))
+def _laplacian_by_directions(value, x, directions):
+    """Second derivatives along one direction at a time, for an output whose size is not known."""
+    left, right = directions.pairs(x)
+    found = []
+    for i in range(directions.count):
 
-        def first(x, unit=unit):
-            return jvp_named("laplacian", value, (x,), (unit,))[1]
+        def first(x, direction=left[i]):
+            return jvp_named("laplacian", value, (x,), (direction,))[1]
 
-        total = total + jvp_named("laplacian", first, (x,), (row,))[1]
-    return total
-
-
-def _contracted(along, axes, coefficients):
-    """The sum of D_ij H_ij for each example, from the rows of its Hessian for the axes."""
-    rows = ops.take(along, ops.convert_to_tensor(list(axes), dtype="int32"), axis=2)
-    if coefficients is None or len(coefficients.shape) == 1:
-        diagonal = ops.stack([rows[k, :, k] for k in range(len(axes))], axis=0)
-        return ops.sum(diagonal if coefficients is None else diagonal * coefficients[:, None], axis=0)
-    return ops.sum(ops.transpose(rows, (1, 0, 2)) * coefficients, axis=(1, 2))
+        found.append(jvp_named("laplacian", first, (x,), (right[i],))[1])
+    return ops.stack(found, axis=0)
