@@ -38,8 +38,9 @@ class LBFGS(QuasiNewton):
         ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
 
     Cost:
-        For each step, the gradient before it, and one or two evaluations of the loss and its gradient in the line
-        search. `4 * memory * n` multiplications for n weights, and memory for `2 * memory` vectors.
+        For each step, one or two evaluations of the loss and its gradient in the line search, and one before it unless
+        the last step had the same batch in the same order (`shuffle=False`) without random numbers. `4 * memory * n`
+        multiplications for n weights, and memory for `2 * memory` vectors.
 
     Example:
 

@@ -33,6 +33,10 @@ class QuasiNewton(SecondOrderOptimizer):
         owner = type(self).__name__
         self.max_evaluations: int = validation.require_count(owner, "max_evaluations", max_evaluations)
         self._pending: Any = None
+        # The loss and the gradient at the end of a step, and what they depend on, in `_known` after the step.
+        self._reached: Any = None
+        self._state: Any = None
+        self._known: tuple[Any, Any] = (None, None)
 
     def operator_class(self) -> type:
         return Hessian
@@ -47,7 +51,7 @@ class QuasiNewton(SecondOrderOptimizer):
 
     def take_step(self, operator: Any, equations: Any) -> NewtonStepResult:
         operator.check("gradient")
-        loss, gradient = operator.loss_and_gradient()
+        loss, gradient = self._start(operator)
         length = norm(gradient)
 
         def ended(reason, message, evaluations=0):
@@ -80,6 +84,7 @@ class QuasiNewton(SecondOrderOptimizer):
                 return ended(StepReason.VANISHED, "the possible decrease is below rounding", found.evaluations)
             message = f"none of {found.evaluations} step lengths lowered the loss sufficiently"
             return ended(StepReason.REJECTED, message, found.evaluations)
+        self._reached = found.point.loss, found.point.gradient
         step = (found.point.step * direction).astype(operator.dtype)
         pair = Pair(step, found.point.gradient - gradient, -found.point.step * dot(step, gradient))
         self._pending = inverse.updated(pair) if pair.is_usable else inverse
@@ -95,11 +100,23 @@ class QuasiNewton(SecondOrderOptimizer):
             found.evaluations,
         )  # fmt: skip
 
+    def _start(self, operator):
+        """The loss and the gradient at the weights. Those of the former step if nothing else has changed since."""
+        former, known = self._known
+        self._state = operator.loss_state()
+        self._pending, self._reached, self._known = None, None, (None, None)
+        if self._state is not None and self._state.is_same(former):
+            return known
+        # The program of the line search, so that a resumed run computes the same bits.
+        return operator.loss_and_gradient(np.zeros(operator.shape[0]))
+
     def end_step(self, operator: Any, damping: float) -> None:
         super().end_step(operator, damping)
         if self._pending is not None:
             self.store(self._pending)
-        self._pending = None
+        if self._reached is not None and self._state is not None:
+            self._known = self._state.with_weights(operator.variables), self._reached
+        self._pending = self._reached = self._state = None
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -165,6 +165,11 @@ def may_run():
     return backend.may_compile() and not scopes.is_overridden()
 
 
+def captured_by(fun):
+    """A key of the captured values of `fun`, or of a string itself. Raises `TypeError` if there are too many."""
+    return fun if isinstance(fun, str) else _programs_of(fun).captured_values(fun).key
+
+
 def run(name, fun, body, options, args, kwargs):
     """Returns `body(fun, *args, **kwargs)`, a pair of a result and a note, from a cached program. See `prepare`."""
     return prepare(name, fun, body, options, args, kwargs)(args, kwargs)

@@ -64,6 +64,9 @@ class OnFunction:
     def check(self, of):
         pass
 
+    def loss_state(self):
+        return None
+
     def loss_and_gradient(self, offset=None):
         return self.fun(self.x if offset is None else self.x + offset)
 

@@ -108,6 +108,15 @@ class BatchLoss:
         loss = self.of_outputs(outputs, y, sample_weight)
         return loss + sum(ops.cast(ops.sum(a), loss.dtype) for a in added) if added else loss
 
+    def variables_read(self, model, weights, x, y, sample_weight):
+        """The variables that the loss of a batch reads. None if it also draws from generators that are no variables."""
+        lent = self._lent(weights)
+        with lent, lent:
+            outputs = self._outputs_of(model(x, training=self.training))
+            example_losses.total_loss(self._compile_loss, y, outputs, sample_weight)
+            _ = model.losses
+            return None if self._draws.have_drawn(lent.scope) else lent.scope.variables_read
+
     def regularization(self, model, weights):
         """What the weight regularizers add to the loss. None if there are none."""
         scope = StateScope(list(zip(self._variables, weights, strict=True)))

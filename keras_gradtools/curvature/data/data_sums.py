@@ -11,6 +11,7 @@ from keras_gradtools import backend, nesting
 from keras_gradtools.curvature.data import batch_sums
 from keras_gradtools.curvature.data.batches import OneBatch, batch_size_of
 from keras_gradtools.curvature.data.draws import Draws
+from keras_gradtools.curvature.data.loss_state import loss_state
 from keras_gradtools.curvature.data.repeatability import Repeatability
 from keras_gradtools.keras_state.layer_state import layers_of
 from keras_gradtools.training.current_weights import sync_weights
@@ -31,6 +32,7 @@ class DataSums:
         spec: The `OfBatch` that makes the linear map of a batch.
         parameters: The `Parameters`.
         batches: The batches, which can be iterated repeatedly.
+        reads: What `loss_state` remembers between batches.
         draws: The `Draws` with which every call starts.
     """
 
@@ -42,6 +44,8 @@ class DataSums:
         self.draws = Draws(model)
         self._trainer = trainer
         self._repeatability = Repeatability()
+        # What an eager call of the loss has read, shared by all batches.
+        self.reads: dict = {}
 
     def of_batch(self, batch):
         """The `DataSums` of a single batch. It shares the set of passed checks with this object."""
@@ -134,6 +138,11 @@ class DataSums:
         self.prepare()
         (batch,) = self.batches
         return self.run(what, body, vectors, on_devices(batch), self.seed(0))
+
+    def loss_state(self):
+        """What the loss of a single batch depends on now, a `LossState`. None if it cannot be told."""
+        self.sync()
+        return loss_state(self)
 
     def run(self, what, body, *args):
         """Runs `body` compiled. `what` identifies the program in the cache."""

@@ -57,6 +57,13 @@ class Draws:
         given.values = values
         return given
 
+    def have_drawn(self, scope):
+        """Inside a `lent` block with this scope: whether any generator that is no variable of the model has drawn."""
+        states = self.values[len(self._variables) :]
+        current = backend.random_state() or ()
+        is_global = any(v is self._global.state for v in scope.variables_read)
+        return is_global or not all(bool(ops.all(ops.equal(a, b))) for a, b in zip(states, current, strict=True))
+
     def lent(self, mapping=()):
         """A block in which random numbers start from these states, and variables have the values in `mapping`.
 

@@ -252,6 +252,10 @@ class CurvatureOperator(AlgebraicOperator):
         """Runs the checks of the first product now. With `of="gradient"`, those of the first loss or gradient."""
         self._sums.prepare(of)
 
+    def loss_state(self) -> Any:
+        """What the loss of a single batch depends on now, a `LossState`. None if the loss may change by itself."""
+        return self._sums.loss_state()
+
     @property
     def is_of_logits(self) -> bool:
         """Whether the model returns probabilities, and the matrix is that of the loss of their logits."""
