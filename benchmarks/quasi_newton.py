@@ -164,6 +164,7 @@ def of_scipy(fun, start):
 def of_ours(fun, start):
     """The steps of `kg.optimizers.LBFGS`. The gradient at the end of a step is that at the start of the next one."""
     from keras_gradtools.optimizers import LBFGS
+    from keras_gradtools.second_order.lbfgs import Pairs
 
     class Operator:
         dtype = "float64"
@@ -186,9 +187,9 @@ def of_ours(fun, start):
             return self.known[key]
 
     class Kept(LBFGS):
-        pairs = (np.zeros((0, len(start))), np.zeros((0, len(start))))
+        pairs = Pairs(np.zeros((0, len(start))), np.zeros((0, len(start))), MEMORY)
 
-        def _pairs(self, size):
+        def approximation(self, size):
             return self.pairs
 
     counted, optimizer = Counted(fun, start), Kept(memory=MEMORY)
@@ -199,7 +200,7 @@ def of_ours(fun, start):
             optimizer.pairs = optimizer._pending
             if found.step is not None:
                 operator.x = operator.x + found.step
-            elif not len(optimizer.pairs[0]) and found.attempts == optimizer.max_evaluations:
+            elif optimizer.pairs.is_initial and found.attempts == optimizer.max_evaluations:
                 return math.nan
     except Reached:
         return counted.count
