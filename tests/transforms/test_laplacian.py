@@ -81,6 +81,8 @@ FUNCTIONS = {
     "maximum": lambda x: ops.maximum(x**2, ops.roll(x, 1, axis=1)) ** 2,
     "custom gradient": custom,
     "differences": lambda x: ops.sin(ops.ones((4, 3)) - x) * (ops.ones((4, 3)) - x**3),
+    "a number over a tensor": lambda x: ops.divide(2.0, ops.add(2.0, ops.square(x))) - 1 / ops.cosh(x),
+    "powers of a number": lambda x: ops.power(2.0, x) + ops.power(ops.exp(x), -2),
     "constant": lambda x: ops.ones((4, 2)),
     "a part that is constant": lambda x: ops.concatenate([ops.ones((4, 2)), x**2], axis=1),
     "higher rank": lambda x: ops.einsum("bi,bj->bij", x, ops.sin(x)),

@@ -52,7 +52,7 @@ CLOSED_FORMS = {name: name for name in ("cos", "cosh", "exp", "sigmoid", "sin", 
 def kind_of(name, primals, results, is_first, is_complex):
     """The kind of a call of the function `name` with the active tensors `primals`. None for one that is not known.
 
-    `is_first` says whether only the first tensor is active, and `is_complex` whether any active one is complex.
+    `is_first` says whether only the first argument is active, and `is_complex` whether any active one is complex.
     """
     count = len(primals)
     if name in _LINEAR:

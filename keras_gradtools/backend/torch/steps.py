@@ -194,8 +194,8 @@ class _Step(steps.Step):
         self._name = getattr(call.func, "__name__", "")
         self.primals = tuple(call.leaves[i] for i in active)
         self.results = tuple(call.results[i] for i in outputs)
-        first = next(i for i, x in enumerate(call.leaves) if isinstance(x, torch.Tensor))
-        is_first = call.is_ordered and active == [first]
+        # `torch.divide(2.0, x)` is not linear in x, its first tensor.
+        is_first = call.is_ordered and active == [0]
         is_complex = any(x.is_complex() for x in (*self.primals, *self.results))
         self.kind = kind_of(self._name, self.primals, self.results, is_first, is_complex)
         # Moduli and directions of complex numbers are curved.
