@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from keras_gradtools.backend.tensorflow import closed_over
-from keras_gradtools.backend.tensorflow.vectorize import map_connected
+from keras_gradtools.backend.tensorflow.vectorize import loop_connected, map_connected, pays
 
 
 def pullback(tape, targets, sources, cotangents):
@@ -15,7 +15,8 @@ def constant_pullback(tape, targets, sources, cotangents):
 
 
 def pullback_batch(tape, targets, sources, cotangents):
-    return map_connected(lambda rows: pullback(tape, targets, sources, rows), cotangents)
+    map_rows = map_connected if pays(cotangents, (*targets, *sources)) else loop_connected
+    return map_rows(lambda rows: pullback(tape, targets, sources, rows), cotangents)
 
 
 def gradients_of(tape, targets, values, cotangents):

@@ -5,11 +5,13 @@ import time
 import tensorflow as tf
 
 from keras_gradtools.backend.tensorflow.pullbacks import dense, gradients_of
-from keras_gradtools.backend.tensorflow.vectorize import map_connected
+from keras_gradtools.backend.tensorflow.vectorize import loop_connected, map_connected, pays
 from keras_gradtools.keras_state import recording
 
 
 def pushforward_batch(tape, targets, sources, tangents):
+    if not pays(tangents, (*targets, *sources)):
+        return loop_connected(linearize(tape, targets, sources), tangents)
     return map_connected(lambda rows: linearize(tape, targets, sources)(rows), tangents)
 
 

@@ -3,12 +3,31 @@
 import contextlib
 import functools
 import logging
+import math
 import threading
 import warnings
 
 import tensorflow as tf
 
 _MOST_UNROLLED = 8
+# An eager call is vectorized by a graph that is traced for it, which takes as long as about 25 eager rows.
+_MOST_EAGER_ROWS = 24
+# The same of larger tensors is bound by arithmetic, which is faster for all rows at once.
+_MOST_EAGER_ELEMENTS = 2**18
+
+
+def pays(stacks, tensors):
+    """Whether vectorizing pays for derivatives of `tensors`. A few small rows are faster one by one in an eager call."""
+    count = stacks[0].shape[0]
+    if not tf.executing_eagerly() or count > _MOST_EAGER_ROWS:
+        return True
+    return count * sum(math.prod(x.shape) for x in tensors) > _MOST_EAGER_ELEMENTS
+
+
+def loop_connected(fun, stacks):
+    """Maps `fun` over axis 0 of `stacks`, one row at a time. A result that is None stays None."""
+    rows = [fun([stack[i] for stack in stacks]) for i in range(stacks[0].shape[0])]
+    return [None if column[0] is None else tf.stack(column) for column in zip(*rows, strict=True)]
 
 
 def map_connected(fun, stacks):

@@ -97,20 +97,22 @@ def test_what_cannot_be_vectorized_is_computed_row_by_row():
         return x * x, lambda u: tf.ensure_shape(tf.py_function(lambda u, x: 2 * x * u, [u, x], tf.float32), x.shape)
 
     vectorize.warn_unvectorized.cache_clear()
-    x = tensor([1.0, 2.0, 3.0])
+    x = np.arange(vectorize._MOST_EAGER_ROWS + 1.0)
     with kg.GradientTape() as tape:
-        tape.watch(x)
-        y = square(x)
-    close(tape.jacobian(y, x), np.diag([2.0, 4.0, 6.0]))
+        argument = tensor(x)
+        tape.watch(argument)
+        y = square(argument)
+    close(tape.jacobian(y, argument), np.diag(2 * x))
 
 
 def test_jacobians_do_not_warn_of_retracing(caplog):
-    x = tensor([1.0, 2.0])
+    x = np.arange(vectorize._MOST_EAGER_ROWS + 1.0)
     for _ in range(8):
         with kg.GradientTape() as tape:
-            tape.watch(x)
-            y = x * x
-        close(tape.jacobian(y, x), np.diag([2.0, 4.0]))
+            argument = tensor(x)
+            tape.watch(argument)
+            y = argument * argument
+        close(tape.jacobian(y, argument), np.diag(2 * x))
     assert "retracing" not in caplog.text
 
 
