@@ -17,7 +17,7 @@ _MOST_EAGER_ELEMENTS = 2**18
 
 
 def pays(stacks, tensors):
-    """Whether vectorizing pays for derivatives of `tensors`. A few small rows are faster one by one in an eager call."""
+    """Whether vectorizing pays for derivatives of `tensors`. In an eager call, few small rows are faster one by one."""
     count = stacks[0].shape[0]
     if not tf.executing_eagerly() or count > _MOST_EAGER_ROWS:
         return True
