@@ -30,6 +30,7 @@ InputNames: TypeAlias = str | int | Sequence[str | int] | None
 # A number, or its values over the training steps.
 Schedule: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 Verbose: TypeAlias = Literal["auto", 0, 1]
+ChunkSize: TypeAlias = int | Literal["auto"] | None
 # The arguments and the result of a function that a transform takes.
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -123,6 +123,19 @@ class Backend(abc.ABC):
         """`fun(indices) -> list of tensors or None` for `0 ... count - 1`, in chunks; the results are concatenated."""
         return chunks.loop(fun, count, chunk_size)
 
+    # Memory.
+
+    @abc.abstractmethod
+    def computed_bytes(self, fun):
+        """The bytes of all tensors that `fun() -> list of tensors` computes, views excepted. It may run, or be traced.
+
+        The number of turns of some loops is not known. Then one turn counts.
+        """
+
+    def free_bytes(self):
+        """The free memory of the accelerator. None if there is none, or if the framework does not know it."""
+        return None
+
     # Tensors.
 
     @abc.abstractmethod

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 from keras import ops
 
@@ -41,6 +42,17 @@ class Plan:
         inputs = [_count(shape[self.batch_axes :]) for shape, _ in self._sources]
         known = all(isinstance(n, int) for n in (*outputs, *inputs))
         return "forward" if known and sum(inputs) < sum(outputs) else "reverse"
+
+    def rows_within(self, budget, computed):
+        """How many rows (or columns) can be computed at once with `budget` bytes. None for all of them.
+
+        `computed` is the number of bytes of all tensors that the recorded call has computed. A row needs as much again
+        at most, besides the result: a derivative by each of these tensors.
+        """
+        across = self._targets if self.forward else self._sources
+        row = sum(math.prod(shape) * _item_size(dtype) for shape, dtype in across)
+        rows = max((budget - computed) // max(computed + row, 1), 1)
+        return None if rows >= max(self.counts) else rows
 
     def stack(self, tape, targets, sources, part, index=None):
         """The rows (or columns) `index` of one part, by default all, stacked on axis 0. None where unconnected."""
@@ -113,6 +125,10 @@ def jacobians(tape, targets, sources, mode, chunk_size, zero, batch_axes=0):
     return plan.blocks(plan.stacks(tape, targets, sources, chunk_size), zero)
 
 
+def _item_size(dtype):
+    return int(re.findall(r"\d+", dtype)[0]) // 8
+
+
 def _is_empty(shape):
     # A dimension that is unknown while tracing is a tensor, which must not be compared in Python.
     return any(isinstance(n, int) and n == 0 for n in shape)
@@ -135,8 +151,12 @@ def require_mode(owner, mode, advice=""):
     return validation.require_choice(owner, "mode", mode, MODES, advice)
 
 
-def require_chunk_size(owner, chunk_size):
-    """Returns `chunk_size` as an int or None. Raises `ValueError` for anything else."""
+def require_chunk_size(owner, chunk_size, may_be_auto=False):
+    """Returns `chunk_size` as an int or None, or an allowed "auto". Raises `ValueError` for anything else."""
+    if may_be_auto and validation.is_one_of(chunk_size, ("auto",)):
+        return chunk_size
+    if may_be_auto and isinstance(chunk_size, str):
+        raise validation.refused(owner, 'a positive integer, "auto", or None,', "chunk_size", chunk_size)
     return validation.require_count(owner, "chunk_size", chunk_size, may_be_none=True)
 
 

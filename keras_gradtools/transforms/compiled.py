@@ -194,9 +194,7 @@ def prepare(name, fun, body, options, args, kwargs):
     if not may_run() or any(map(layer_state.has_keras_mask, nesting.flatten((args, kwargs)))):
         return eager
     try:
-        programs = _programs_of(fun)
-        captured = programs.captured_values(fun)
-        key = _Key((name, options), layer_state.ambient(), _signature(fun, args, kwargs), captured.key)
+        programs, captured, key = _place(name, fun, options, args, kwargs)
     except TypeError:
         return eager
     program = programs.get(key, lambda: Program(fun, body))
@@ -228,6 +226,27 @@ def prepare(name, fun, body, options, args, kwargs):
         return result
 
     return compiled
+
+
+def remembered(name, fun, options, args, kwargs, find):
+    """`find()`, or what it returned before for the same function, captured values, structure, shapes and dtypes."""
+    try:
+        programs, _, key = _place(name, fun, options, args, kwargs)
+    except TypeError:
+        return find()
+    found = programs.by_key.get(key)
+    if found is None:
+        # Not under the lock of the programs: `find` may call `fun`, which may come here again.
+        found = (find(),)
+        programs.get(key, lambda: found)
+    return found[0]
+
+
+def _place(name, fun, options, args, kwargs):
+    """The programs of `fun`, its captured values, and the key of a call. `TypeError` if there cannot be one."""
+    programs = _programs_of(fun)
+    captured = programs.captured_values(fun)
+    return programs, captured, _Key((name, options), layer_state.ambient(), _signature(fun, args, kwargs), captured.key)
 
 
 def jitted(fun, compiler=None):

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_gradtools import chosen_inputs, nesting, validation
-from keras_gradtools.annotations import Arguments, InputNames
+from keras_gradtools import backend, chosen_inputs, memory, nesting, validation
+from keras_gradtools.annotations import Arguments, ChunkSize, InputNames
 from keras_gradtools.independence.example_mixing import examine
 from keras_gradtools.tape import jacobian_plans, vectors
 from keras_gradtools.transforms import auxiliary, compiled
@@ -26,8 +26,9 @@ def jacobian(
     fun: Callable[Arguments, Any],
     argnums: int | Sequence[int] = 0,
     mode: Literal["auto", "forward", "reverse"] = "auto",
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     has_aux: bool = False,
+    memory_budget: int | None = None,
 ) -> Callable[Arguments, Any]:
     r"""Turns a function into its Jacobian, $J_{k i} = \partial f_k / \partial x_i$.
 
@@ -35,7 +36,7 @@ def jacobian(
     of `fun` does not run again. The Keras variables that `fun` reads always have their current values. If another
     captured value changes, `fun` is traced again. `kg.jit` describes which changes are seen. (None of this concerns
     `kg.GradientTape`.) If the Python code of `fun` depends on the values of tensors, it runs eagerly, with a warning.
-    On torch everything runs eagerly. Assignments to variables inside `fun` are discarded.
+    On torch the first two calls are recorded, as by `kg.jit`. Assignments to variables inside `fun` are discarded.
 
     Args:
         fun: A function that returns real floating-point tensors in any nested structure.
@@ -44,9 +45,13 @@ def jacobian(
         mode: `"reverse"` (one cotangent per output element), `"forward"` (one tangent per input element), or `"auto"`
             (whichever needs fewer directions).
         chunk_size: Number of rows (or columns) to compute at once. By default all. Smaller chunks need less memory. The
-            result is the same. In a compiled Jacobian every chunk evaluates `fun` again.
+            result is the same. In a compiled Jacobian every chunk evaluates `fun` again. With `"auto"`, as many as fit
+            into `memory_budget`.
         has_aux: Whether `fun` returns a pair `(out, aux)`. `aux` is any nested structure of tensors and other values.
             Values that are not tensors are those of the last time the Python code of `fun` ran.
+        memory_budget: The number of bytes that a chunk may take, besides the result, with `chunk_size="auto"`. By
+            default a quarter of the memory that is free at the first call. At least one row is computed at once. The
+            memory of a row is estimated from above, by the size of all tensors that `fun` computes.
 
     Returns:
         A function with the arguments of `fun` that returns the Jacobian, or `(jacobian, aux)` with `has_aux`. The
@@ -73,17 +78,18 @@ def jacobian(
     Source: Griewank & Walther, "Evaluating Derivatives" (2008), sections 3.1 and 3.2.
     """
     require_function("jacobian", fun)
-    return Jacobian(fun, _options("jacobian", argnums, mode, chunk_size, has_aux)).as_function()
+    return Jacobian(fun, _options("jacobian", argnums, mode, chunk_size, has_aux, memory_budget)).as_function()
 
 
 def batch_jacobian(
     fun: Callable[Arguments, Any],
     mode: Literal["auto", "forward", "reverse"] = "auto",
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     check_independence: bool = False,
     inputs: InputNames = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    memory_budget: int | None = None,
 ) -> Callable[Arguments, Any]:
     r"""Turns a function of a batch into each example's Jacobian, $J_{b k i} = \partial f_{b k} / \partial x_{b i}$.
 
@@ -95,7 +101,8 @@ def batch_jacobian(
         fun: A function or a Keras model that returns tensors of shape `(batch, ...)` in any nested structure.
         mode: As for `jacobian`, counting the elements of one example.
         chunk_size: Number of directions to compute at once, each for the whole batch. By default all. Smaller chunks
-            need less memory. The result is the same. In a compiled Jacobian every chunk evaluates `fun` again.
+            need less memory. The result is the same. In a compiled Jacobian every chunk evaluates `fun` again. With
+            `"auto"`, as many as fit into `memory_budget`.
         check_independence: Whether each call first runs `kg.diagnostics.batch_independence` eagerly, and raises an
             error with its report if the examples depend on one another.
         inputs: The name (dict key or name of a model input) or position of the inputs to differentiate with respect to
@@ -104,6 +111,7 @@ def batch_jacobian(
         argnums: The position of the argument to differentiate with respect to, or a tuple of positions. These
             arguments are tensors of shape `(batch, ...)` in any nested structure.
         has_aux: As for `jacobian`.
+        memory_budget: As for `jacobian`.
 
     Returns:
         A function with the arguments of `fun` that returns the Jacobian, or `(jacobian, aux)` with `has_aux`. The
@@ -134,7 +142,7 @@ def batch_jacobian(
     name = "batch_jacobian"
     require_function(name, fun)
     jacobian_plans.require_mode(name, mode, f"`{name}` returns a function of the arguments: `{name}(fun)(x)`.")
-    options = _options(name, argnums, mode, chunk_size, has_aux, batch_axes=1)
+    options = _options(name, argnums, mode, chunk_size, has_aux, memory_budget, batch_axes=1)
     validation.require_flag(name, "check_independence", check_independence)
     names = chosen_inputs.require_names(name, inputs)
 
@@ -178,12 +186,25 @@ def _placed(name, args, argnums, x):
     return args
 
 
-def _options(name, argnums, mode, chunk_size, has_aux, **others):
+def _options(name, argnums, mode, chunk_size, has_aux, memory_budget, **others):
     require_argnums(name, argnums)
     argnums = tuple(argnums) if isinstance(argnums, list) else argnums
     mode = jacobian_plans.require_mode(name, mode)
-    chunk_size = jacobian_plans.require_chunk_size(name, chunk_size)
-    return Options(name, argnums, mode, chunk_size, validation.require_flag(name, "has_aux", has_aux), **others)
+    chunk_size, memory_budget = require_rows(name, chunk_size, memory_budget)
+    has_aux = validation.require_flag(name, "has_aux", has_aux)
+    return Options(name, argnums, mode, chunk_size, has_aux, memory_budget, **others)
+
+
+def require_rows(name, chunk_size, memory_budget):
+    """Returns `chunk_size` and `memory_budget`. Raises `ValueError` if one is wrong, or if both are numbers."""
+    chunk_size = jacobian_plans.require_chunk_size(name, chunk_size, may_be_auto=True)
+    memory_budget = validation.require_count(name, "memory_budget", memory_budget, may_be_none=True)
+    if memory_budget is None:
+        return chunk_size, None
+    if isinstance(chunk_size, int):
+        advice = "A memory budget chooses the number of rows: give one of them."
+        raise validation.refused(name, '"auto" or None beside a `memory_budget`', "chunk_size", chunk_size, advice)
+    return "auto", memory_budget
 
 
 class Options(NamedTuple):
@@ -192,8 +213,9 @@ class Options(NamedTuple):
     name: str
     argnums: Any
     mode: str
-    chunk_size: int | None
+    chunk_size: ChunkSize
     has_aux: bool = False
+    memory_budget: int | None = None
     batch_axes: int = 0
     of_derivative: bool = False
     chosen: chosen_inputs.ChosenInputs | None = None
@@ -223,9 +245,29 @@ class Jacobian:
         return transformed
 
     def __call__(self, *args, **kwargs):
+        if self.options.chunk_size == "auto":
+            options = self.options._replace(chunk_size=self._rows_that_fit(args, kwargs), memory_budget=None)
+            return Jacobian(self.fun, options)(*args, **kwargs)
         if self.options.chunk_size is not None and compiled.may_run():
             return self._by_chunks(args, kwargs)
         return self._whole(args, kwargs)
+
+    def _rows_that_fit(self, args, kwargs):
+        options = self.options
+
+        def find():
+            plans = []
+
+            def evaluated():
+                _, targets, _, _, note = _evaluated(options, self.fun, args, kwargs)
+                plans.append(note.plan)
+                return targets
+
+            computed = backend.computed_bytes(evaluated)
+            plan = plans[-1]
+            return plan.rows_within(options.memory_budget or memory.budget(), computed) if plan.is_static else None
+
+        return compiled.remembered(options.name, self.fun, ("rows", options), args, kwargs, find)
 
     def _whole(self, args, kwargs):
         options = self.options

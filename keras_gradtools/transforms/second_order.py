@@ -9,18 +9,19 @@ from typing import Any
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.annotations import Arguments, Function, Nested, Tensor
-from keras_gradtools.tape import jacobian_plans, vectors
+from keras_gradtools.annotations import Arguments, ChunkSize, Function, Nested, Tensor
+from keras_gradtools.tape import vectors
 from keras_gradtools.transforms.first_order import gradient_named, require_tuple
-from keras_gradtools.transforms.jacobians import Jacobian, Options
+from keras_gradtools.transforms.jacobians import Jacobian, Options, require_rows
 from keras_gradtools.transforms.taped_call import TapedCall, require_argnums, require_function, require_scalar
 
 
 def hessian(
     fun: Callable[Arguments, Any],
     argnums: int | Sequence[int] = 0,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     has_aux: bool = False,
+    memory_budget: int | None = None,
 ) -> Callable[Arguments, Any]:
     r"""Turns a function into its Hessian, $H_{k i j} = \partial^2 f_k / \partial x_i \partial x_j$.
 
@@ -32,8 +33,10 @@ def hessian(
         argnums: The position of the argument to differentiate with respect to, or a tuple of positions. These
             arguments are real floating-point tensors, variables, arrays or Python floats, in any nested structure.
         chunk_size: Number of columns (or rows) of the Hessian to compute at once. By default all. Smaller chunks need
-            less memory. The result is the same. In a compiled Hessian every chunk evaluates `fun` again.
+            less memory. The result is the same. In a compiled Hessian every chunk evaluates `fun` again. With `"auto"`,
+            as many as fit into `memory_budget`.
         has_aux: As for `jacobian`.
+        memory_budget: As for `jacobian`.
 
     Returns:
         A function with the arguments of `fun` that returns the Hessian, or `(hessian, aux)` with `has_aux`.
@@ -70,8 +73,9 @@ def hessian(
     has_aux = validation.require_flag("hessian", "has_aux", has_aux)
     # The derivative has at least as many elements as the argument, so forward mode never needs more directions.
     mode = "auto" if backend.HESSIAN_MODE == "reverse" else "forward"
-    chunk_size = jacobian_plans.require_chunk_size("hessian", chunk_size)
-    return Jacobian(fun, Options("hessian", argnums, mode, chunk_size, has_aux, of_derivative=True)).as_function()
+    chunk_size, memory_budget = require_rows("hessian", chunk_size, memory_budget)
+    options = Options("hessian", argnums, mode, chunk_size, has_aux, memory_budget, of_derivative=True)
+    return Jacobian(fun, options).as_function()
 
 
 def flatten_hessian(blocks: Nested) -> tuple[Tensor, Callable[[Tensor], Nested]]:

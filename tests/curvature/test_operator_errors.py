@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from keras_gradtools import memory
 from keras_gradtools.curvature import Fisher, GaussNewton, Hessian
 from keras_gradtools.curvature.data import repeatability
 from keras_gradtools.curvature.operators import dense_memory
@@ -451,9 +452,9 @@ class TestMemory:
 
     def test_half_of_the_memory(self, monkeypatch):
         # In single precision 4 n^2 bytes.
-        monkeypatch.setattr(dense_memory, "_physical_memory", lambda: 2 * 4 * SIZE**2)
+        monkeypatch.setattr(memory, "machine_bytes", lambda: 2 * 4 * SIZE**2)
         assert made().dense().shape == (SIZE, SIZE)
-        monkeypatch.setattr(dense_memory, "_physical_memory", lambda: 2 * 4 * SIZE**2 - 1)
+        monkeypatch.setattr(memory, "machine_bytes", lambda: 2 * 4 * SIZE**2 - 1)
         with pytest.raises(MemoryError, match="GiB"):
             made().dense()
 
@@ -461,7 +462,7 @@ class TestMemory:
         def unknown(name):
             raise ValueError("unrecognized configuration name")
 
-        monkeypatch.setattr(dense_memory.os, "sysconf", unknown)
+        monkeypatch.setattr(memory.os, "sysconf", unknown)
         with pytest.raises(MemoryError, match="this machine has 16 GiB"):
             dense_memory.require_room("Hessian", 10**6, np.dtype("float32"))
         dense_memory.require_room("Hessian", 10**4, np.dtype("float32"))

@@ -13,6 +13,7 @@ from keras_gradtools.backend.jax import (
     closure_convert,
     current_trace,
     keras_ops,
+    memory,
     pullbacks,
     pushforwards,
     scan,
@@ -53,6 +54,8 @@ class JaxBackend(Backend):
     jit = staticmethod(jit)
     depends_on_values = staticmethod(depends_on_values)
     alias = staticmethod(aliases.recorded_alias)
+    computed_bytes = staticmethod(memory.computed_bytes)
+    free_bytes = staticmethod(memory.free_bytes)
     containers = staticmethod(containers)
     train_function = staticmethod(train_function)
 

@@ -13,6 +13,7 @@ from keras_gradtools.backend.tensorflow import (
     elementwise,
     gradients,
     keras_ops,
+    memory,
     pullbacks,
     pushforwards,
     replicas,
@@ -54,6 +55,7 @@ class TensorFlowBackend(Backend):
     jit = staticmethod(jit)
     depends_on_values = staticmethod(depends_on_values)
     map_chunks = staticmethod(map_chunks)
+    computed_bytes = staticmethod(memory.computed_bytes)
     containers = staticmethod(containers)
     train_function = staticmethod(replicas.train_function)
     is_shared_by_replicas = staticmethod(replicas.is_shared_by_replicas)

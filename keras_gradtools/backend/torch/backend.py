@@ -8,7 +8,17 @@ differentiate twice.
 import torch
 
 from keras_gradtools.backend.base import Backend
-from keras_gradtools.backend.torch import checkpoint, fused, graph, keras_ops, pullbacks, pushforwards, steps, tape
+from keras_gradtools.backend.torch import (
+    checkpoint,
+    fused,
+    graph,
+    keras_ops,
+    memory,
+    pullbacks,
+    pushforwards,
+    steps,
+    tape,
+)
 from keras_gradtools.backend.torch.compiled import logs, notices, seeds
 from keras_gradtools.backend.torch.compiled.jit import jit, may_replay
 from keras_gradtools.backend.torch.containers import containers
@@ -46,6 +56,8 @@ class TorchBackend(Backend):
     jit = staticmethod(jit)
     may_compile = staticmethod(may_replay)
     compiled_step = staticmethod(jit)
+    computed_bytes = staticmethod(memory.computed_bytes)
+    free_bytes = staticmethod(memory.free_bytes)
     containers = staticmethod(containers)
     random_state = staticmethod(random_state)
     with_random_state = with_random_state

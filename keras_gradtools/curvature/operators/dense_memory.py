@@ -1,8 +1,8 @@
 """Memory of dense matrices: a check before they are computed, and a symmetrization in place."""
 
-import os
-
 import numpy as np
+
+from keras_gradtools import memory
 
 # Largest share of the memory that a matrix may take. Its computation and its use need the rest.
 _SHARE = 0.5
@@ -12,7 +12,7 @@ _TILE = 256
 
 def require_room(owner, n, dtype):
     """Raises `MemoryError` if a matrix of shape `(n, n)` would take more than half of the machine's memory."""
-    needed, there = n * n * np.dtype(dtype).itemsize, _physical_memory()
+    needed, there = n * n * np.dtype(dtype).itemsize, memory.machine_bytes()
     if needed > _SHARE * there:
         raise MemoryError(
             f"The dense form of this {owner} would be a matrix of shape ({n}, {n}), {_gigabytes(needed)}, and this "
@@ -37,13 +37,6 @@ def symmetrize(matrix, slices):
             for j in range(place.stop, len(matrix), _TILE):
                 columns = slice(j, j + _TILE)
                 matrix[columns, rows] = matrix[rows, columns].T
-
-
-def _physical_memory():
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 16 * 2**30
 
 
 def _gigabytes(size):
