@@ -21,7 +21,7 @@ LEVELS = [
     {"finite_differences", "training"},
     {"testing", "curvature", "input_gradients", "attacks"},
     {"second_order", "diagnostics"},
-    {"layers", "models", "callbacks", "optimizers", "plots", "regularization"},
+    {"layers", "losses", "models", "callbacks", "optimizers", "plots", "regularization"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

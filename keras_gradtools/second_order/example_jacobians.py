@@ -9,7 +9,9 @@ from keras import ops
 from keras_gradtools import backend, nesting
 from keras_gradtools.curvature.data.batch_loss import with_masks_of
 from keras_gradtools.curvature.data.batches import batch_size_of
+from keras_gradtools.curvature.data.residual_loss import ResidualLoss
 from keras_gradtools.curvature.operators.linear_maps import SecondDerivative
+from keras_gradtools.second_order.residual_rows import residual_rows
 from keras_gradtools.transforms.first_order import value_and_grad
 
 # Each output of an example costs a vjp of the whole batch.
@@ -65,33 +67,35 @@ def _doubles(x):
 
 
 def _of_batch(spec, loss, parameters, model, batch):
-    def of_part(part):
-        x, y, sample_weight = part
-        size = batch_size_of(part)
-        weights = parameters.variables_as_tensors()
-        outputs = loss.outputs(model, weights, x)
-        if nesting.is_nested(outputs) or outputs.shape[0] != size or loss.regularization(model, weights) is not None:
-            raise NotImplementedError("The model has several outputs, outputs without a batch axis, or regularizers.")
-        shape = tuple(outputs.shape)
-        count = math.prod(shape[1:])
-        if count > MOST_OUTPUTS:
-            raise NotImplementedError("The model has many outputs.")
-
-        def loss_of(outputs_):
-            return loss.of_outputs(with_masks_of(outputs_, outputs), y, sample_weight)
-
-        given = ops.stop_gradient(outputs)
-        value, gradient = value_and_grad(loss_of)(given)
-        units = ops.eye(count, dtype=given.dtype)
-        stack = ops.broadcast_to(ops.reshape(units, (count, 1, *shape[1:])), (count, *shape))
-        # Examples do not depend on one another, so one direction for all of them gives a column of every Hessian.
-        hessian = SecondDerivative("NormalEquations", loss_of, given).apply_stack([stack])[0]
-        hessian = ops.moveaxis(ops.reshape(hessian, (count, size, count)), 0, 1)
-        rows = [_rows_of_output(loss, parameters, model, weights, x, place) for place in range(count)]
-        return [ops.stack(rows, axis=1), size * hessian, size * ops.reshape(gradient, (size, count)), size * value]
-
-    parts = backend.replica_results(of_part, batch, parameters.variables[0])
+    of_part = _of_residuals if isinstance(loss, ResidualLoss) else _of_outputs
+    parts = backend.replica_results(lambda part: of_part(loss, parameters, model, part), batch, parameters.variables[0])
     return [[ops.stop_gradient(x) for x in part] for part in parts], None
+
+
+def _of_outputs(loss, parameters, model, part):
+    x, y, sample_weight = part
+    size = batch_size_of(part)
+    weights = parameters.variables_as_tensors()
+    outputs = loss.outputs(model, weights, x)
+    if nesting.is_nested(outputs) or outputs.shape[0] != size or loss.regularization(model, weights) is not None:
+        raise NotImplementedError("The model has several outputs, outputs without a batch axis, or regularizers.")
+    shape = tuple(outputs.shape)
+    count = math.prod(shape[1:])
+    if count > MOST_OUTPUTS:
+        raise NotImplementedError("The model has many outputs.")
+
+    def loss_of(outputs_):
+        return loss.of_outputs(with_masks_of(outputs_, outputs), y, sample_weight)
+
+    given = ops.stop_gradient(outputs)
+    value, gradient = value_and_grad(loss_of)(given)
+    units = ops.eye(count, dtype=given.dtype)
+    stack = ops.broadcast_to(ops.reshape(units, (count, 1, *shape[1:])), (count, *shape))
+    # Examples do not depend on one another, so one direction for all of them gives a column of every Hessian.
+    hessian = SecondDerivative("NormalEquations", loss_of, given).apply_stack([stack])[0]
+    hessian = ops.moveaxis(ops.reshape(hessian, (count, size, count)), 0, 1)
+    rows = [_rows_of_output(loss, parameters, model, weights, x, place) for place in range(count)]
+    return [ops.stack(rows, axis=1), size * hessian, size * ops.reshape(gradient, (size, count)), size * value]
 
 
 def _rows_of_output(loss, parameters, model, weights, x, place):
@@ -103,3 +107,17 @@ def _rows_of_output(loss, parameters, model, weights, x, place):
 
     found, _ = backend.per_example_gradients(output, weights, nesting.flatten(x), must_vectorize=True)
     return ops.concatenate([ops.reshape(g, (g.shape[0], -1)) for g in found], axis=1)
+
+
+def _of_residuals(loss, parameters, model, part):
+    """As `_of_outputs`, where each scaled residual counts as an example, and H is 2."""
+    points, _, _ = part
+    size, weights = batch_size_of(part), parameters.variables_as_tensors()
+    if loss.regularization(model, weights) is not None:
+        raise NotImplementedError("The model has regularizers.")
+    residuals = loss.outputs(model, weights, points)
+    rows = residual_rows(loss, parameters, model, weights, points)
+    count = residuals.shape[0]
+    hessian = ops.full((count, 1, 1), 2.0 * size, dtype=residuals.dtype)
+    gradient = ops.reshape(2.0 * size * residuals, (count, 1))
+    return [ops.expand_dims(rows, 1), hessian, gradient, size * ops.sum(ops.square(residuals))]

@@ -1,27 +1,30 @@
 """Second-order training with `fit`."""
 
 import warnings
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
-from keras_gradtools.annotations import Function, Nested
+from keras_gradtools.annotations import Function, Loss, Nested
 from keras_gradtools.curvature.data.batches import batch_size_of, refuse_non_finite
+from keras_gradtools.curvature.data.residual_loss import require_points
 from keras_gradtools.keras_state.layer_state import state_variables
 from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason
 from keras_gradtools.second_order.normal_equations import NormalEquations
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.training.residual_training import ResidualTraining
+from keras_gradtools.training.squared_residuals import SquaredResiduals, points_of
 from keras_gradtools.training.undone_by_errors import undone_by_errors
-from keras_gradtools.training.wrapped_model import WrappedModel, documented_as, no_labels
+from keras_gradtools.training.wrapped_model import no_labels
 
 NAME = "SecondOrder"
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
-class SecondOrder(WrappedModel):
+class SecondOrder(ResidualTraining):
     r"""Trains a model with a second-order method, $\theta \leftarrow \theta - (B + \lambda I)^{-1} g$, in plain `fit`.
 
     Compile it with one of `kg.optimizers`. Fit, evaluate, save and export it like any other model. It trains the
@@ -41,6 +44,9 @@ class SecondOrder(WrappedModel):
     next step), `step_length`, `ratio` ($\rho$, NaN if no step was taken), `gradient_norm`, `cg_iterations` and
     `step_reason` (0 accepted, 1 rejected, 2 the gradient is zero to rounding, 3 not finite). `trainer.last_step` has
     all of these, and a message.
+
+    With a `kg.losses.SquaredResiduals` as the loss, `fit` takes the points of a differential equation, or other data
+    from which a function computes residuals, and the function chooses the mode in which it calls the model.
 
     Save it to a `.keras` file. `keras.models.load_model` finds the class in every process that has imported
     `keras_gradtools`. Without the import, Keras raises "Could not locate class".
@@ -97,8 +103,36 @@ class SecondOrder(WrappedModel):
         """The result of the last step, a `kg.optimizers.NewtonStepResult`. None before the first step."""
         return self._last.result
 
-    @documented_as(keras.Model.compile)
-    def compile(self, optimizer: Any = None, *args: Any, **kwargs: Any) -> None:
+    def compile(
+        self,
+        optimizer: SecondOrderOptimizer | None = None,
+        loss: Loss = None,
+        loss_weights: Nested = None,
+        metrics: Nested = None,
+        weighted_metrics: Nested = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | Literal["auto"] = "auto",
+        auto_scale_loss: bool = True,
+    ) -> None:
+        """Sets the optimizer, the loss and the metrics.
+
+        Args:
+            optimizer: One of `kg.optimizers`. It is required.
+            loss: A loss as `keras.Model.compile` takes it, or a `kg.losses.SquaredResiduals`, whose function computes
+                residuals from the model and the data.
+            loss_weights: As for `keras.Model.compile`. Not with residuals, which have weights of their own.
+            metrics: As for `keras.Model.compile`. They are of the model before the step. Not with residuals.
+            weighted_metrics: As `metrics`, with sample weights.
+            run_eagerly: Applies to `evaluate` and `predict`. A step itself is controlled from Python.
+            steps_per_execution: Number of batches between two calls of the callbacks. Each batch is one step.
+            jit_compile: Applies to `evaluate` and `predict`.
+            auto_scale_loss: Has no effect, because the model may not compute in float16.
+
+        Raises:
+            ValueError: If `optimizer` is not one of `kg.optimizers`, or if there are metrics or `loss_weights` with
+                residuals.
+        """
         if not isinstance(optimizer, SecondOrderOptimizer):
             raise ValueError(
                 f"{NAME} expects a second-order optimizer, such as keras_gradtools.optimizers.LevenbergMarquardt(). "
@@ -106,7 +140,10 @@ class SecondOrder(WrappedModel):
                 "`trainer.model` itself."
             )
         optimizer.has_trainer = True
-        super().compile(optimizer, *args, **kwargs)
+        super().compile(
+            optimizer, loss, loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution, jit_compile,
+            auto_scale_loss,
+        )  # fmt: skip
         self._problem, self._has_warned = None, False
 
     def make_train_function(self, force: bool = False) -> Function:
@@ -117,15 +154,15 @@ class SecondOrder(WrappedModel):
             self.train_function = backend.train_function(self, self._step_on)
         return self.train_function
 
-    def call(self, inputs: Nested, training: bool | None = None) -> Nested:
-        return self._forward(inputs, training)
-
     def _step_on(self, batch):
         """Takes one step and returns the logs."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        if y is None:
+        if self._residuals is not None:
+            batch = require_points(NAME, points_of(NAME, x, y, sample_weight)), None, None
+        elif y is None:
             raise no_labels(NAME)
-        batch = nesting.map_structure(_tensor, (x, y, sample_weight))
+        else:
+            batch = nesting.map_structure(_tensor, (x, y, sample_weight))
         if self._problem is None:
             self._problem = _Problem(self, batch, self._training)
         problem, optimizer = self._problem, self.optimizer
@@ -178,6 +215,7 @@ class _Problem:
         cls = trainer.optimizer.operator_class()
         self.operator = cls(trainer, None, [batch], training=training, verbose=0)
         self.equations = NormalEquations(self.operator)
+        self._residuals = trainer.loss if isinstance(trainer.loss, SquaredResiduals) else None
         # Without these, only the loss is logged, and no forward pass is needed for the metrics.
         self._needs_outputs = len(trainer.metrics) > 1 or (training and bool(state_variables(trainer.model)))
         self._measure = backend.jit(self._update)
@@ -194,7 +232,9 @@ class _Problem:
 
     def _update(self, loss, x, y, sample_weight):
         trainer = self._trainer
-        if self._needs_outputs:
+        if self._needs_outputs and self._residuals is not None:
+            self._residuals.terms(trainer.model, x)
+        elif self._needs_outputs:
             y_pred = trainer.model(x, training=self._training)
             if len(trainer.metrics) > 1:
                 trainer.compute_loss(x, y, y_pred, sample_weight, training=self._training)

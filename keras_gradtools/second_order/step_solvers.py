@@ -24,8 +24,8 @@ def require_enough_outputs(owner, operator, examples):
     if outputs is not None and examples * outputs < weights:
         raise ValueError(
             f"{owner} forms the matrix of {weights} weights, and needs at least as many outputs for it. Received: "
-            f"{examples} examples with {outputs} outputs each. Take at least {-(-weights // outputs)} examples at a "
-            "time, use fewer variables, or use a method with conjugate gradients. Or pass "
+            f"{examples} examples with {examples * outputs} outputs in all. Take at least {-(-weights // outputs)} "
+            "examples at a time, use fewer variables, or use a method with conjugate gradients. Or pass "
             "`allow_underdetermined=True`, so that damping determines the remaining directions."
         )
 

@@ -4,14 +4,13 @@ from typing import Any
 
 import keras
 
-from keras_gradtools.annotations import Nested
-from keras_gradtools.training.wrapped_model import WrappedModel
+from keras_gradtools.training.residual_training import ResidualTraining
 
 NAME = "CompiledTraining"
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
-class CompiledTraining(WrappedModel):
+class CompiledTraining(ResidualTraining):
     """Trains a model with plain `fit`, whose steps are compiled on every backend.
 
     Compile, fit, evaluate, predict, save and export it like any other model. It trains the wrapped model itself,
@@ -20,7 +19,8 @@ class CompiledTraining(WrappedModel):
     and run again, as by `kg.jit`: the forward pass, derivatives of any order, the optimizer and the metrics. The bits
     are those of the eager step. Small models, and derivatives inside a model or its loss, gain most.
 
-    `run_eagerly=True` in `compile` turns this off.
+    `run_eagerly=True` in `compile` turns this off. `loss` may also be a `kg.losses.SquaredResiduals`, so that Adam can
+    train on the residuals that `kg.models.SecondOrder` then goes on with.
 
     Args:
         model: A built `keras.Model`. It is shared, not copied.
@@ -55,6 +55,3 @@ class CompiledTraining(WrappedModel):
 
     def _require_labels(self, y):
         """Keras itself says what is missing: a model may have only losses that its layers add."""
-
-    def call(self, inputs: Nested, training: bool | None = None) -> Nested:
-        return self._forward(inputs, training)

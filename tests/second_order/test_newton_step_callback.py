@@ -160,7 +160,7 @@ class TestErrors:
         self.unchanged(NewtonStep((x, T)), "NewtonStep expects finite data. Received: NaN or infinity in `x`")
 
     def test_too_few_examples(self):
-        self.unchanged(NewtonStep((X, T), solver="dense"), "Received: 24 examples with 1 outputs each")
+        self.unchanged(NewtonStep((X, T), solver="dense"), "Received: 24 examples with 24 outputs in all")
 
     def test_a_frozen_layer(self):
         model = compiled(hidden=6)

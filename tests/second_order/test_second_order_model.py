@@ -468,7 +468,7 @@ class TestErrors:
     def test_a_batch_that_is_too_small(self):
         model = small(units=6)
         trainer = trainer_of(model, Newton())
-        match = r"forms the matrix of 31 weights, .*Received: 24 examples with 1 outputs each. Take at least 31"
+        match = r"forms the matrix of 31 weights, .*Received: 24 examples with 24 outputs in all. Take at least 31"
         self.unchanged(model, lambda: fit(trainer), ValueError, match)
         trainer = trainer_of(model, Newton(allow_underdetermined=True))
         assert fit(trainer, epochs=2)["loss"][1] < fit(trainer)["loss"][0] + 1e9

@@ -1,6 +1,7 @@
 """The loss of a batch as a function of some of a model's weights."""
 
 import copy
+import math
 from typing import Any
 
 import keras
@@ -27,9 +28,7 @@ class BatchLoss:
     """
 
     def __init__(self, owner, model, loss, variables, training):
-        self._owner, self._variables = owner, variables
-        self.training = validation.require_flag(owner, "training", training)
-        self._draws: Any = None
+        self._bind(owner, variables, training)
         self._outputs_of = _as_they_are
         self._loss_weights = None
         if loss is None:
@@ -48,6 +47,18 @@ class BatchLoss:
             self.loss = loss
             what = loss if isinstance(loss, str) else Identity(loss)
         self.key: tuple = (what, self.training, tuple(map(Identity, variables)))
+
+    def _bind(self, owner, variables, training):
+        self._owner, self._variables = owner, variables
+        self.training = validation.require_flag(owner, "training", training)
+        self._draws: Any = None
+
+    def captured_values(self):
+        """What decides which loss this is, besides `key`, at this moment."""
+        return None
+
+    def require_dependent(self, model, x):
+        """Raises `ValueError` if the loss cannot be trained, because it does not depend on the model's weights."""
 
     def of_logits(self, likelihood):
         """The equivalent loss of the logits, for a `likelihood` whose loss takes probabilities.
@@ -82,6 +93,11 @@ class BatchLoss:
     def outputs(self, model, weights, x):
         """The arguments of the loss: the outputs of the model with these weights, or their logits."""
         return self._called(model, weights, x)[0]
+
+    def outputs_of_example(self, model, weights, x):
+        """The number of outputs for one of the examples `x`."""
+        outputs = self.outputs(model, weights, nesting.map_structure(lambda a: a[:1], x))
+        return sum(math.prod(o.shape) for o in nesting.flatten(outputs))
 
     def _called(self, model, weights, x):
         lent = self._lent(weights)

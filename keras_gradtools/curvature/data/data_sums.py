@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 
 import numpy as np
 from keras import ops
@@ -114,14 +113,12 @@ class DataSums:
         return [ops.zeros((), dtype=self.parameters.dtype), *self.parameters.zeros()]
 
     def outputs_of_example(self):
-        """The number of outputs of the model for one example. None if there are regularizers, which add to the rank."""
+        """See `CurvatureOperator.outputs_of_example`."""
         weights = self.parameters.variables_as_tensors()
         if self.loss.regularization(self.model, weights) is not None:
             return None
         x, _, _ = next(iter(self.batches))
-        example = nesting.map_structure(lambda a: a[:1], x)
-        outputs = self.loss.drawing(self.draws).outputs(self.model, weights, example)
-        return sum(math.prod(o.shape) for o in nesting.flatten(outputs))
+        return self.loss.drawing(self.draws).outputs_of_example(self.model, weights, x)
 
     def summed(self, what, add, zeros, vectors):
         """Runs `add` on every batch, starting from `zeros()`. Returns the sums and the number of examples."""
@@ -160,7 +157,7 @@ class DataSums:
     def _program(self, what, body):
         # The program must hold nothing else, such as the data, since it is cached as long as the model lives.
         drawing = functools.partial(batch_sums.drawing, body, self.spec, self.loss, self.parameters, self.draws)
-        return (self._operator, what, self.spec.key, self.draws.key), drawing
+        return (self._operator, what, self.spec.key, self.loss.captured_values(), self.draws.key), drawing
 
     def seed(self, number):
         """The seed of the random numbers that the linear map of a batch draws itself, as a tensor."""

@@ -24,6 +24,9 @@ class Pass:
     def add(self, batch):
         """Adds a batch `(x, y, sample_weight)`."""
         arrays = [_rows(leaf) for part in batch for leaf in nesting.flatten(part) if leaf is not None]
+        if len({len(rows) for rows in arrays}) > 1:
+            # Sets of points of different sizes are compared as a whole.
+            arrays = [rows.reshape(1, -1) for rows in arrays]
         found = [_checksum(rows) for rows in zip(*arrays, strict=True)]
         self.examples.update(found)
         self.batches.append(zlib.crc32(np.array(found, "uint32").tobytes()))

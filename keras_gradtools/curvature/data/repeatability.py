@@ -27,6 +27,7 @@ class Repeatability:
         """Raises `ValueError` if the loss has no value for each example, or if results of the first batch differ."""
         batch = next(iter(sums.batches))
         loss, weights = sums.loss.drawing(sums.draws), sums.parameters.variables_as_tensors()
+        loss.require_dependent(sums.model, batch[0])
         outputs, assigned = loss.outputs_and_assigned(sums.model, weights, batch[0])
         losses = ops.convert_to_numpy(loss.of_each_output(outputs, batch[1]))
         # Seeds that belong to no layer are known only now.

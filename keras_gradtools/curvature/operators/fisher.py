@@ -9,6 +9,7 @@ from keras_gradtools import nesting, validation
 from keras_gradtools.annotations import Data, Loss, Variables, Verbose
 from keras_gradtools.curvature.data.batch_loss import with_masks_of
 from keras_gradtools.curvature.data.batches import batch_size_of
+from keras_gradtools.curvature.data.residual_loss import ResidualLoss
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewtonOfBatch
 from keras_gradtools.curvature.operators.likelihoods import NAMES, likelihood_of
 from keras_gradtools.curvature.operators.linear_maps import OfBatch, OuterProducts, Sandwich, taped
@@ -99,6 +100,11 @@ class Fisher(CurvatureOperator):
         super().__init__(model, loss, data, variables, training, batch_size=batch_size, verbose=verbose)
 
     def _make_spec(self):
+        if isinstance(self._loss, ResidualLoss):
+            raise ValueError(
+                f"Fisher needs a loss of labels and outputs. Received: loss={self._loss.loss!r}. Use "
+                "kg.curvature.GaussNewton, which is the Fisher matrix of residuals with a Gaussian distribution."
+            )
         if self._kind == "empirical":
             return _EmpiricalOfBatch(self._loss)
         likelihood = likelihood_of(self._loss.loss)

@@ -1,6 +1,7 @@
 """The base class of the curvature operators."""
 
 import copy
+import fractions
 import math
 from collections.abc import Iterator
 from typing import Any, Self
@@ -14,6 +15,7 @@ from keras_gradtools.annotations import ArrayLike, Data, Loss, Nested, Variables
 from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.data_sums import DataSums, on_devices
+from keras_gradtools.curvature.data.residual_loss import PointBatches, ResidualLoss, residual_loss_of
 from keras_gradtools.curvature.estimators.loss_surface import LossSurface, loss_surface
 from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.linearized_products import fast_matvec
@@ -70,8 +72,14 @@ class CurvatureOperator(AlgebraicOperator):
         self.model: keras.Layer = require_model(owner, model)
         self._parameters = Parameters(owner, self.model, variables)
         # A wrapper is compiled itself, so the compiled loss is that of `model`, not of the wrapped model.
-        self._loss = BatchLoss(owner, model if loss is None else self.model, loss, self._parameters.variables, training)
-        batches = Batches(owner, data, batch_size, must_repeat=True)
+        residuals = residual_loss_of(model, loss)
+        if residuals is None:
+            of = model if loss is None else self.model
+            self._loss = BatchLoss(owner, of, loss, self._parameters.variables, training)
+            batches = Batches(owner, data, batch_size, must_repeat=True)
+        else:
+            self._loss = ResidualLoss(owner, residuals, self._parameters.variables, training)
+            batches = PointBatches(owner, data, must_repeat=True)
         self._sums = DataSums(
             owner, type(self).__name__, self.model, self._loss, self._make_spec(), self._parameters, batches, model
         )
@@ -261,8 +269,11 @@ class CurvatureOperator(AlgebraicOperator):
         """Whether the model returns probabilities, and the matrix is that of the loss of their logits."""
         return self._sums.spec.loss is not self._sums.loss
 
-    def outputs_of_example(self) -> int | None:
-        """The number of outputs of the model for one example. None if there are regularizers, which add to the rank."""
+    def outputs_of_example(self) -> int | fractions.Fraction | None:
+        """The number of outputs of the model for one example. None if there are regularizers, which add to the rank.
+
+        For a `SquaredResiduals`, the number of residuals over that of the examples, which may be a fraction.
+        """
         if self._outputs is None:
             self._outputs = self._sums.outputs_of_example()
         return self._outputs
