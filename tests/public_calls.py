@@ -356,6 +356,11 @@ def rows():
             {"model": model(), **penalty},
             {"model": "model", **penalty_sorts, "inputs": "inputs?"},
         ),
+        "SquaredResiduals": (
+            kg.losses.SquaredResiduals,
+            {"residuals": lambda model, x: model(x)},
+            "residuals: function",
+        ),
         "CompiledTraining": (kg.models.CompiledTraining, {"model": model()}, "model: model"),
         "SecondOrder": (kg.models.SecondOrder, {"model": model()}, "model: model, training: flag"),
         "InputGradientPenalty": (

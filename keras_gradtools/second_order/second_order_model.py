@@ -1,7 +1,7 @@
 """Second-order training with `fit`."""
 
 import warnings
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -194,11 +194,6 @@ class SecondOrder(ResidualTraining):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "training": self._training}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
-        model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
-        return cls(**config | {"model": model})
 
 
 class _LastStep:

@@ -1,7 +1,7 @@
 """The base class of the wrappers that also train on a `SquaredResiduals`, which calls the model itself."""
 
 import inspect
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -125,6 +125,11 @@ class ResidualTraining(WrappedModel):
             loss = self._residuals(self.model, points)
         added = [ops.cast(term, loss.dtype) for term in regularization_losses(self.model)]
         return example_losses.on_replica(sum(added, loss))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
+        model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
+        return cls(**config | {"model": model})
 
 
 _step = StateOfStep(is_of_residuals=False)

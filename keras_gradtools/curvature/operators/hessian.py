@@ -35,7 +35,8 @@ class Hessian(CurvatureOperator):
 
     Args:
         model: A built Keras model or layer. For a wrapper of `kg.models`, the wrapped model is used.
-        loss: A loss as `compile` takes it. None for the loss that the model was compiled with.
+        loss: A loss as `compile` takes it, or a `kg.losses.SquaredResiduals`. None for the loss that the model was
+            compiled with.
         data: `(x, y)` or `(x, y, sample_weight)`, arrays or tensors, or an iterable of such batches: a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader` or a list. Every product reads all of it,
             and it must contain the same examples each time. Their order may change if the loss is a mean over them.
