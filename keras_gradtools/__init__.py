@@ -14,6 +14,7 @@ from keras_gradtools import (
     regularization,
     testing,
 )
+from keras_gradtools.double_precision import double_precision
 from keras_gradtools.gradient_control.clip_gradient_norm import clip_gradient_norm
 from keras_gradtools.gradient_control.clip_gradient_value import clip_gradient_value
 from keras_gradtools.gradient_control.custom_gradient import custom_gradient
@@ -57,6 +58,7 @@ __all__ = [
     "custom_gradient",
     "diagnostics",
     "divergence",
+    "double_precision",
     "flatten_hessian",
     "functionalize",
     "ggnvp",

@@ -13,7 +13,7 @@ LEVELS = [
     {"validation", "keras_internals"},
     {"keras_state"},
     {"backend"},
-    {"chosen_inputs", "drawing", "example_norms", "memory"},
+    {"chosen_inputs", "double_precision", "drawing", "example_norms", "memory"},
     {"independence"},
     {"tape"},
     {"gradient_control"},

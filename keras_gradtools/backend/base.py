@@ -186,6 +186,9 @@ class Backend(abc.ABC):
         """`x`, distributed over the devices of a data layout."""
         return x
 
+    def require_double_precision(self):
+        """Raises `RuntimeError` if the framework computes in single precision only."""
+
     def is_shared_by_replicas(self, batch, variable):
         """Whether several replicas share the batch. `variable` is any variable of the model."""
         return False

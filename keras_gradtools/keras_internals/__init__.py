@@ -14,6 +14,7 @@ were tested and what to do.
 | `layers`          | layers, operations, masks                                                |
 | `losses`          | compiled losses and their reduction to a number                          |
 | `jax_trainer`     | the trainer for JAX                                                      |
+| `dtypes`          | the dtypes of results                                                    |
 | `backend_modules` | the modules that `keras.ops` calls on the current backend, with hooks     |
 | `batches`         | the batches that Keras' training loop on JAX passes to a train function  |
 | `attributes`      | the private attributes of Keras objects that the package reads or sets   |

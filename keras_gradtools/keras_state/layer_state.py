@@ -6,6 +6,7 @@ import keras
 
 from keras_gradtools.blocks import Block
 from keras_gradtools.keras_internals.attributes import DTYPE_POLICY, TRAINABLE
+from keras_gradtools.keras_internals.dtypes import results_of_doubles
 from keras_gradtools.keras_internals.layers import Layer, get_keras_mask, set_keras_mask
 from keras_gradtools.keras_internals.scopes import global_state, training_mode
 from keras_gradtools.keras_internals.variables import get_autocast_scope
@@ -30,6 +31,7 @@ def ambient():
     autocast = get_autocast_scope()
     return (
         keras.config.floatx(),
+        tuple(results_of_doubles().values()),
         autocast and autocast.dtype,
         training_mode(),
         global_state.get_global_attribute("global_random_seed"),
