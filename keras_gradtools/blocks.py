@@ -5,6 +5,8 @@ context manager would then leave a tape recording, or a global mode changed. Cod
 `Block`.
 """
 
+from typing import Any, Self
+
 
 class Block:
     """A context manager that changes some state in `begin` and restores it in `end`.
@@ -21,13 +23,13 @@ class Block:
 
     _is_open = False
 
-    def begin(self):
+    def begin(self) -> None:
         """Changes the state. The base class does nothing."""
 
-    def end(self):
+    def end(self) -> None:
         """Restores the state."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self._is_open:
             return self
         try:
@@ -38,7 +40,7 @@ class Block:
             self.__exit__()
             raise
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         if not self._is_open:
             return
         try:

@@ -41,7 +41,9 @@ class double_precision(Block):  # noqa: N801 - used as a function
     _before: precision.Precision | None = None
 
     def __init__(self) -> None:
-        backend.require_double_precision()
+        reason = backend.why_single_precision()
+        if reason is not None:
+            raise RuntimeError(f"double_precision needs a framework that can compute in it. Received: {reason}.")
 
     def begin(self) -> None:
         self._before = precision.current()

@@ -186,8 +186,9 @@ class Backend(abc.ABC):
         """`x`, distributed over the devices of a data layout."""
         return x
 
-    def require_double_precision(self):
-        """Raises `RuntimeError` if the framework computes in single precision only."""
+    def why_single_precision(self):
+        """Why the framework computes in single precision only, and what to do. None if it does not."""
+        return None
 
     def is_shared_by_replicas(self, batch, variable):
         """Whether several replicas share the batch. `variable` is any variable of the model."""

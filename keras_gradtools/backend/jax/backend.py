@@ -88,13 +88,13 @@ class JaxBackend(Backend):
         # Keras' training step on JAX receives the state as arguments and returns it.
         return False
 
-    def require_double_precision(self):
-        if jax.dtypes.canonicalize_dtype("float64") != "float64":
-            raise RuntimeError(
-                "Double precision on JAX has to be enabled when the process starts. Received: JAX in single "
-                "precision, as it is by default. Set the environment variable JAX_ENABLE_X64=1, or call "
-                '`jax.config.update("jax_enable_x64", True)` before anything is computed.'
-            )
+    def why_single_precision(self):
+        if jax.dtypes.canonicalize_dtype("float64") == "float64":
+            return None
+        return (
+            "JAX, where double precision is off by default. Set the environment variable JAX_ENABLE_X64=1, or call "
+            '`jax.config.update("jax_enable_x64", True)` before anything is computed'
+        )
 
     def spread(self, x):
         distribution = keras.distribution.distribution()
