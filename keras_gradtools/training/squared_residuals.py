@@ -77,8 +77,7 @@ class SquaredResiduals:
     ) -> None:
         if not callable(residuals) or isinstance(residuals, (keras.Layer, keras.KerasTensor)):
             raise validation.refused(NAME, "a function (model, batch)", "residuals", residuals)
-        self.residuals = residuals
-        self.weights = weights
+        self._residuals, self._given_weights = residuals, weights
         if isinstance(weights, Mapping):
             self._weights: Any = dict(weights)
         elif isinstance(weights, (list, tuple)):
@@ -88,6 +87,16 @@ class SquaredResiduals:
         each: Any = [1.0 if weights is None else weights] if self._weights is None else self._weights.values()
         if not all(validation.is_number(w) and 0 <= w < math.inf for w in each):
             raise validation.refused(NAME, _WEIGHTS, "weights", weights)
+
+    @property
+    def residuals(self) -> Function:
+        """The function of the model and the data."""
+        return self._residuals
+
+    @property
+    def weights(self) -> Any:
+        """The weights of the terms, as given."""
+        return self._given_weights
 
     @property
     def name(self) -> str:

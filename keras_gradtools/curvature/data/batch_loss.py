@@ -53,8 +53,12 @@ class BatchLoss:
         self.training = validation.require_flag(owner, "training", training)
         self._draws: Any = None
 
+    def functions(self):
+        """The functions or objects that compute the loss, whose captured values decide what it is."""
+        return nesting.flatten(self.loss)
+
     def captured_values(self):
-        """What decides which loss this is, besides `key`, at this moment."""
+        """What decides, besides `key`, which program computes the loss at this moment."""
         return None
 
     def require_dependent(self, model, x):

@@ -57,7 +57,7 @@ def _key(sums):
     (batch,) = sums.batches
     outline, leaves = nesting.split(batch)
     try:
-        captured = tuple(compiled.captured_by(x) for x in (sums.model, *nesting.flatten(sums.loss.loss)))
+        captured = tuple(compiled.captured_by(x) for x in (sums.model, *sums.loss.functions()))
     except TypeError:
         return None
     return captured, outline, [None if x is None else tuple(x.shape) for x in leaves]

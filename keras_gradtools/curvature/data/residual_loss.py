@@ -26,6 +26,9 @@ class ResidualLoss(BatchLoss):
         self.loss = loss
         self.key = (Identity(loss), self.training, tuple(map(Identity, variables)))
 
+    def functions(self):
+        return [self.loss.residuals]
+
     def captured_values(self):
         try:
             return closures.captured_values(self.loss.residuals).key
@@ -99,6 +102,12 @@ class ResidualLoss(BatchLoss):
         loss = self.of_outputs(self.outputs(model, weights, x), y, sample_weight)
         added = self.regularization(model, weights)
         return loss if added is None else loss + ops.cast(added, loss.dtype)
+
+    def variables_read(self, model, weights, x, y, sample_weight):
+        lent = self._lent(weights)
+        with lent, lent:
+            self.loss.vector(model, x)
+            return None if self._draws.have_drawn(lent.scope) else lent.scope.variables_read
 
     def of_each_output(self, outputs, y):
         return ops.square(outputs)
