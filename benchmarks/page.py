@@ -1,6 +1,6 @@
 """The text of docs/benchmarks.md: ten figures, with pictures."""
 
-from benchmarks import figures, summary, tables
+from benchmarks import differential_operators, figures, summary, tables
 from benchmarks.run import BACKENDS
 
 PAGE = """# Benchmarks
@@ -33,6 +33,13 @@ training step.
 
 {costs}
 
+## Laplacians of many axes, and derivatives of high order
+
+A tanh network with three layers of 64 units, 128 examples. Times are in evaluations of the network, which are timed in
+turns with the derivative. An exponent is the slope of the logarithms: 1 is linear growth.
+
+{operators}
+
 ## Second-order training
 
 Each point is one seed. Both methods start from the same weights and train in `fit` for the same wall-clock time. Adam
@@ -57,6 +64,7 @@ set: with 50,000 examples it is a forty times smaller fraction.
 | `make bench`, `make bench BACKEND=jax` | times, compared with hand-written code |
 | `python -m benchmarks.run --memory` | memory |
 | `python -m benchmarks.growth` | growth of time and memory of Jacobians |
+| `python -m benchmarks.differential_operators` | growth of Laplacians and of derivatives of high order |
 | `python -m benchmarks.curvature_modes`, `curvature_memory`, `traces` | curvature |
 | `python -m benchmarks.second_order` | second-order training |
 | `python -m benchmarks.monitor_cost` | monitors, as a fraction of an epoch |
@@ -94,5 +102,6 @@ def text():
             ("", *map(summary.label, BACKENDS)),
             [(f"{n}. {what}", *row) for n, (what, row) in enumerate(summary.ten_figures(), 1)],
         ),
+        operators=tables.markdown(*differential_operators.table()),
         **{name: picture(name) for name in figures.FIGURES},
     )
