@@ -1,7 +1,9 @@
 """How much memory this machine, or its accelerator, has."""
 
+import math
 import os
 import pathlib
+import re
 
 from keras_gradtools import backend
 
@@ -18,6 +20,13 @@ def free_bytes():
 def budget():
     """The number of bytes that a computation may take unless it is told otherwise: a quarter of the free memory."""
     return int(_SHARE * free_bytes())
+
+
+def bytes_of(shape, dtype):
+    """The size of a tensor with a known shape and a dtype, given by its name in Keras."""
+    # The name holds the number of bits, unless the dtype is bool.
+    bits = re.findall(r"\d+", dtype) or [8]
+    return math.prod(shape) * int(bits[0]) // 8
 
 
 def machine_bytes():

@@ -2,11 +2,10 @@
 
 import functools
 import math
-import re
 
 from keras import ops
 
-from keras_gradtools import backend, validation
+from keras_gradtools import backend, memory, validation
 
 MODES = ("auto", "forward", "reverse")
 
@@ -50,7 +49,7 @@ class Plan:
         at most, besides the result: a derivative by each of these tensors.
         """
         across = self._targets if self.forward else self._sources
-        row = sum(math.prod(shape) * _item_size(dtype) for shape, dtype in across)
+        row = sum(memory.bytes_of(shape, dtype) for shape, dtype in across)
         rows = max((budget - computed) // max(computed + row, 1), 1)
         return None if rows >= max(self.counts) else rows
 
@@ -123,10 +122,6 @@ def jacobians(tape, targets, sources, mode, chunk_size, zero, batch_axes=0):
     """
     plan = Plan(targets, sources, mode, batch_axes)
     return plan.blocks(plan.stacks(tape, targets, sources, chunk_size), zero)
-
-
-def _item_size(dtype):
-    return int(re.findall(r"\d+", dtype)[0]) // 8
 
 
 def _is_empty(shape):

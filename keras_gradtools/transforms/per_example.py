@@ -7,11 +7,12 @@ from typing import Any
 
 from keras import ops
 
-from keras_gradtools import backend, nesting, validation
-from keras_gradtools.annotations import Arguments
+from keras_gradtools import backend, memory, nesting, validation
+from keras_gradtools.annotations import Arguments, ChunkSize
 from keras_gradtools.keras_state.scopes import StateScope
 from keras_gradtools.tape import vectors
 from keras_gradtools.transforms import auxiliary
+from keras_gradtools.transforms.jacobians import require_rows
 from keras_gradtools.transforms.taped_call import (
     as_result,
     differentiable_argument,
@@ -21,7 +22,11 @@ from keras_gradtools.transforms.taped_call import (
 
 
 def per_example_grad(
-    fun: Callable[Arguments, Any], argnums: int = 0, has_aux: bool = False
+    fun: Callable[Arguments, Any],
+    argnums: int = 0,
+    has_aux: bool = False,
+    chunk_size: ChunkSize = None,
+    memory_budget: int | None = None,
 ) -> Callable[Arguments, Any]:
     r"""Turns the loss of a batch into the gradient for each example, $g_b = \nabla_\theta \ell(\theta, x_b)$.
 
@@ -35,6 +40,11 @@ def per_example_grad(
         argnums: The position of the weights, by default 0. Every other argument is part of the batch. The weights are
             real floating-point tensors, variables, arrays or Python floats, in any nested structure.
         has_aux: Whether `fun` returns a pair `(value, aux)`.
+        chunk_size: Number of examples to differentiate at once. By default all. Smaller chunks need less memory. With
+            `"auto"`, as many as fit into `memory_budget`.
+        memory_budget: The number of bytes that a chunk may take, with `chunk_size="auto"`. By default a quarter of the
+            free memory. The memory of an example is estimated from above, by the size of all tensors that `fun`
+            computes. The result of all examples is needed besides.
 
     Returns:
         A function with the arguments of `fun` that returns the gradients in the structure of the weights, each of
@@ -66,6 +76,7 @@ def per_example_grad(
         raise validation.refused("per_example_grad", "one position", "argnums", argnums, advice)
 
     validation.require_flag("per_example_grad", "has_aux", has_aux)
+    chunk_size, memory_budget = require_rows("per_example_grad", chunk_size, memory_budget)
 
     @functools.wraps(fun, updated=())
     def gradients(*args, **kwargs):
@@ -102,13 +113,47 @@ def per_example_grad(
         if is_empty:
             # One dummy example shows the structure of `aux`.
             flat_batch = [ops.zeros((1, *x.shape[1:]), dtype=x.dtype) for x in flat_batch]
-        found, tensors = backend.per_example_gradients(value, flat_weights, flat_batch)
+        examples_at_once = chunk_size
+        if chunk_size == "auto":
+            examples_at_once = _examples_that_fit(value, flat_weights, flat_batch, memory_budget)
+        found, tensors = _gradients(value, flat_weights, flat_batch, examples_at_once)
         if is_empty:
             found, tensors = [x[:0] for x in found], [x[:0] for x in tensors]
         found = vectors.pack_as(weights, found)
         return (found, auxiliary.put_together(tensors, rest_of_aux)) if has_aux else found
 
     return gradients
+
+
+def _gradients(value, weights, batch, chunk_size):
+    count = ops.shape(batch[0])[0]
+    if chunk_size is None or (isinstance(count, int) and chunk_size >= count):
+        return backend.per_example_gradients(value, weights, batch)
+
+    def of_chunk(index):
+        # The last chunk may have indices past the end. What they give is cut off.
+        rows = ops.minimum(index, count - 1)
+        gradients, tensors = backend.per_example_gradients(value, weights, [ops.take(x, rows, axis=0) for x in batch])
+        return [*gradients, *tensors]
+
+    found = backend.map_chunks(of_chunk, count, chunk_size)
+    return found[: len(weights)], found[len(weights) :]
+
+
+def _examples_that_fit(value, weights, batch, budget):
+    """The number of examples to differentiate at once. A derivative takes as much memory as the value, at most."""
+    if not all(isinstance(n, int) for x in batch for n in ops.shape(x)):
+        return None
+
+    example = [x[0] for x in batch]
+
+    def evaluated():
+        result, tensors = value(weights, example)
+        return [result, *tensors]
+
+    gradients = sum(memory.bytes_of(w.shape, validation.dtype_of(w)) for w in weights)
+    needed = 2 * backend.computed_bytes(evaluated) + gradients
+    return max((budget or memory.budget()) // max(needed, 1), 1)
 
 
 def _example_tensor(x):

@@ -118,7 +118,60 @@ def test_nothing_to_compute(shape, rows):
     assert tuple(found.shape) == (shape[0], 0, 3)
 
 
-@pytest.mark.parametrize("transform", [kg.jacobian, kg.batch_jacobian, kg.hessian])
+class TestExamples:
+    @pytest.mark.parametrize("compiler", [lambda fun: fun, kg.jit], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("options", [{"chunk_size": 3}, {"memory_budget": 1}, {"chunk_size": "auto"}], ids=str)
+    def test_gradients(self, options, compiler):
+        x, y = np.random.default_rng(0).normal(size=(2, 7, 4))
+        w = np.array([1.0, -2.0, 0.5, 3.0])
+
+        def loss(weights, x, y):
+            residual = ops.sum(weights["w"] * x, -1) - ops.sum(y, -1)
+            return ops.mean(residual**2), {"residual": residual[0]}
+
+        transformed = compiler(kg.per_example_grad(loss, has_aux=True, **options))
+        weights = {"w": tensor(w), "none": tensor([1.0])}
+        residual = x @ w - y.sum(-1)
+        for _ in range(4):
+            found, aux = transformed(weights, tensor(x), tensor(y))
+            close(found["w"], 2 * residual[:, None] * x, rtol=1e-4)
+            close(found["none"], np.zeros((7, 1)))
+            close(aux["residual"], residual, rtol=1e-4)
+
+    def test_a_model(self):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((5, 3)), layers.LSTM(4), layers.Dense(2)])
+        fun, weights = kg.functionalize(model)
+        x = keras.random.normal((5, 5, 3), seed=1)
+
+        def loss(weights, x):
+            return ops.sum(fun(weights, x) ** 2)
+
+        expected = [ops.convert_to_numpy(g) for g in kg.per_example_grad(loss)(weights, x)]
+        close(kg.per_example_grad(loss, chunk_size=2)(weights, x), expected)
+        close(kg.per_example_grad(loss, memory_budget=10)(weights, x), expected)
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_few_examples(self, count):
+        transformed = kg.per_example_grad(lambda w, x: ops.sum(w * x**2), chunk_size="auto")
+        x = np.full((count, 2), 3.0)
+        close(transformed(tensor([1.0, 2.0]), tensor(x)), x**2)
+
+    def test_how_many_fit(self, monkeypatch):
+        sizes = []
+        map_chunks = backend.map_chunks
+        monkeypatch.setattr(
+            backend, "map_chunks", lambda fun, count, size: sizes.append(size) or map_chunks(fun, count, size)
+        )
+        x = tensor(np.ones((50, 1000)))
+        # The product and its sum take 4004 bytes, their derivatives as much, and a gradient 4000.
+        for budget, expected in ((50_000, 4), (13_000, 1), (200_000, 16)):
+            kg.per_example_grad(lambda w, x: ops.sum(w * x), memory_budget=budget)(tensor(np.ones(1000)), x)
+            # What only reshapes counts on JAX.
+            assert expected / 4 <= sizes[-1] <= expected
+
+
+@pytest.mark.parametrize("transform", [kg.jacobian, kg.batch_jacobian, kg.hessian, kg.per_example_grad])
 def test_bad_input(transform):
     name = transform.__name__
     with pytest.raises(ValueError, match=f'{name} expects a positive integer, "auto", or None, as `chunk_size`'):
