@@ -103,10 +103,12 @@ class QuasiNewton(SecondOrderOptimizer):
     def _start(self, operator):
         """The loss and the gradient at the weights. Those of the former step if nothing else has changed since."""
         former, known = self._known
-        self._state = operator.loss_state()
-        self._pending, self._reached, self._known = None, None, (None, None)
-        if self._state is not None and self._state.is_same(former):
-            return known
+        self._pending, self._reached, self._state, self._known = None, None, None, (None, None)
+        state = operator.loss_state()
+        if state is not None:
+            self._state = state.kept(former)
+            if state.is_same(former):
+                return known
         # The program of the line search, so that a resumed run computes the same bits.
         return operator.loss_and_gradient(np.zeros(operator.shape[0]))
 

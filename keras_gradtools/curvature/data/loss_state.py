@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting
@@ -9,28 +10,33 @@ from keras_gradtools.transforms import compiled
 
 
 class LossState:
-    """The weights, the batch, other variables that the loss reads, and the captured values of its functions.
-
-    It holds copies, because tensors of torch can be overwritten.
-    """
+    """The weights, the batch, other variables that the loss reads, and the captured values of its functions."""
 
     def __init__(self, sums, key, variables):
         (batch,) = sums.batches
         # Another operator may have another loss.
         self._reads, self._key = sums.reads, key
-        self._others = _copies([*(x for x in nesting.flatten(batch) if x is not None), *variables])
-        self._weights = _copies(sums.parameters.variables)
+        self._weights = _arrays(sums.parameters.variables)
+        self._others = _arrays([*(x for x in nesting.flatten(batch) if x is not None), *variables])
+
+    def kept(self, former):
+        """A copy, because tensors of torch can be overwritten. It shares what is the same in `former`."""
+        other = copy.copy(self)
+        is_shared = former is not None and _are_equal(self._others, former._others)
+        other._others = former._others if is_shared else [x.copy() for x in self._others]
+        other._weights = [x.copy() for x in self._weights]
+        return other
 
     def with_weights(self, variables):
         """The same state with the current weights."""
         other = copy.copy(self)
-        other._weights = _copies(variables)
+        other._weights = [x.copy() for x in _arrays(variables)]
         return other
 
-    def is_same(self, other):
+    def is_same(self, former):
         """Whether the loss has the same value and gradient. All processes that train together get the same answer."""
-        same = other is not None and self._reads is other._reads and self._key == other._key
-        same = same and _are_equal(self._weights, other._weights) and _are_equal(self._others, other._others)
+        same = former is not None and self._reads is former._reads and self._key == former._key
+        same = same and _are_equal(self._weights, former._weights) and _are_equal(self._others, former._others)
         (agreeing,), count = backend.summed_over_processes([ops.convert_to_tensor(float(same))], 1)
         return float(agreeing) == count
 
@@ -63,12 +69,10 @@ def _key(sums):
     return captured, outline, [None if x is None else tuple(x.shape) for x in leaves]
 
 
-def _copies(values):
-    return [ops.copy(ops.convert_to_tensor(x)) for x in values]
+def _arrays(values):
+    return [ops.convert_to_numpy(ops.convert_to_tensor(x)) for x in values]
 
 
-def _are_equal(values, others):
-    def are_equal(a, b):
-        return tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype and bool(ops.all(ops.equal(a, b)))
-
-    return len(values) == len(others) and all(map(are_equal, values, others))
+def _are_equal(arrays, others):
+    same = (a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(arrays, others, strict=False))
+    return len(arrays) == len(others) and all(same)
