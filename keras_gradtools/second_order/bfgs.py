@@ -36,7 +36,9 @@ class BFGS(QuasiNewton):
     Args:
         update: `"bfgs"`, `"ssbfgs"` or `"ssbroyden"`.
         scales_first: Whether the first update also multiplies the identity by the size of the inverse Hessian along
-            the first step, $s^\top y / y^\top y$ for `"bfgs"`.
+            the first step, $s^\top y / y^\top y$ for `"bfgs"`. It saves evaluations if the weights are badly scaled.
+            If the first step sees only the largest curvature, the matrix starts too small, which `"bfgs"` corrects
+            slowly.
         max_evaluations: Maximum number of evaluations of the loss and its gradient in the line search of one step. If
             no step with a sufficient decrease is found, the weights do not change and the matrix becomes the identity.
         max_weights: Largest number of weights that is accepted. The matrix has its square of elements.
@@ -74,7 +76,7 @@ class BFGS(QuasiNewton):
     def __init__(
         self,
         update: Literal["bfgs", "ssbfgs", "ssbroyden"] = "bfgs",
-        scales_first: bool = True,
+        scales_first: bool = False,
         max_evaluations: int = 20,
         max_weights: int = 10_000,
         learning_rate: Schedule = 1.0,

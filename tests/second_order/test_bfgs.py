@@ -241,6 +241,24 @@ def test_the_matrix_has_the_precision_of_the_weights(dtype):
     assert keras.backend.standardize_dtype(trainer.optimizer._matrix.dtype) == dtype
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("classes", [None, 3])
+def test_random_regressions_and_classifiers_never_go_up(update, classes):
+    options = {"kernel_regularizer": "l2", "bias_regularizer": "l2"}
+    outputs = layers.Dense(classes or 1, **options)
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(5, "tanh", **options), outputs])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True) if classes else "mse"
+    for seed in range(5):
+        draw = np.random.default_rng(seed)
+        model.set_weights([draw.normal(size=w.shape).astype("float32") for w in model.get_weights()])
+        y = draw.integers(0, classes, len(X)).astype("int32") if classes else draw.normal(size=(len(X), 1))
+        history = fit(trainer_of(model, BFGS(update), loss), 200, y=y)
+        losses = np.array(history["loss"])
+        # Up to rounding, which hides the decrease of the last steps.
+        assert np.all(np.diff(losses) <= 16 * 2.0**-23 * losses[:-1]) and min(history["gradient_norm"]) < 1e-4
+
+
 class TestNoStep:
     def test_no_step_that_lowers_the_loss(self):
         # The loss is 50 w^2, and the only step that is tried leads from 0.005 to -0.495.
