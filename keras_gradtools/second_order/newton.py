@@ -3,8 +3,10 @@
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_gradtools.annotations import Schedule
+from keras_gradtools.curvature.operators import dense_memory
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.second_order.second_order_optimizer import MatrixOptimizer
 from keras_gradtools.second_order.step_solvers import DenseSolver
@@ -30,6 +32,7 @@ class Newton(MatrixOptimizer):
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
+        MemoryError: In `fit`, if the matrix would take more than half of the machine's memory.
 
     Cost:
         For n weights: n products with the Hessian, about 2.5 gradients each, $n^3 / 3$ multiplications for each damping
@@ -65,4 +68,6 @@ class Newton(MatrixOptimizer):
         return Hessian
 
     def solver(self, operator: Any, equations: Any) -> Any:
+        advice = "Use keras_gradtools.optimizers.NewtonCG, which forms no matrix."
+        dense_memory.require_room(type(self).__name__, operator.shape[0], np.dtype("float64"), advice)
         return DenseSolver(lambda: equations.of(operator), operator.dtype)

@@ -147,7 +147,8 @@ class NewtonStep(Monitor):
         if self._solver == "dense" and not is_determined:
             require_enough_outputs(NAME, self._operator, self._operator.count_examples())
         if self._solver == "dense" and not self._equations.fits(self._operator.count_examples()):
-            dense_memory.require_room(NAME, self._operator.shape[0], np.dtype("float64"))
+            advice = 'Use solver="cg", which forms no matrix, or fewer variables, such as those of one layer.'
+            dense_memory.require_room(NAME, self._operator.shape[0], np.dtype("float64"), advice)
         self._operator.check("product")
 
     def end(self) -> None:

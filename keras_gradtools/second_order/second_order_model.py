@@ -208,7 +208,8 @@ class _Problem:
     def __init__(self, trainer, batch, training):
         self._trainer, self._training = trainer, training
         cls = trainer.optimizer.operator_class()
-        self.operator = cls(trainer, None, [batch], training=training, verbose=0)
+        owner = type(trainer.optimizer).__name__
+        self.operator = cls.of_callback(owner, trainer, None, [batch], training=training, verbose=0)
         self.equations = NormalEquations(self.operator)
         self._residuals = trainer.loss if isinstance(trainer.loss, SquaredResiduals) else None
         # Without these, only the loss is logged, and no forward pass is needed for the metrics.

@@ -311,5 +311,5 @@ class TestErrors:
 
     def test_a_dense_matrix_needs_memory(self):
         huge = MatrixOperator(sparse.linalg.aslinearoperator(sparse.eye_array(10**7)))
-        with pytest.raises(MemoryError, match="The dense form of this MatrixOperator"):
+        with pytest.raises(MemoryError, match="The matrix of this MatrixOperator"):
             huge.dense()

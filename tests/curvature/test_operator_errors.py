@@ -443,7 +443,7 @@ class TestMemory:
             with pytest.raises(MemoryError) as caught:
                 compute()
             message = str(caught.value)
-            assert f"{cls.__name__} would be a matrix of shape ({n}, {n})" in message
+            assert f"{cls.__name__} would have the shape ({n}, {n})" in message
             assert f"{n * n * 4 / 2**30:.3g} GiB" in message and "and this machine has" in message
             for way_out in ("operator @ vector", "eigsh", "trace", "fewer variables"):
                 assert way_out in message

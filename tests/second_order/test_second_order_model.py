@@ -1,6 +1,7 @@
 """`SecondOrder` in Keras' own loop."""
 
 import functools
+import inspect
 import warnings
 
 import keras
@@ -9,6 +10,7 @@ import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
+from keras_gradtools import memory
 from keras_gradtools.curvature import GaussNewton, Hessian
 from keras_gradtools.models import SecondOrder
 from keras_gradtools.optimizers import LevenbergMarquardt, Newton, NewtonCG, StepReason
@@ -472,6 +474,30 @@ class TestErrors:
         self.unchanged(model, lambda: fit(trainer), ValueError, match)
         trainer = trainer_of(model, Newton(allow_underdetermined=True))
         assert fit(trainer, epochs=2)["loss"][1] < fit(trainer)["loss"][0] + 1e9
+
+    @pytest.mark.parametrize("optimizer", [Newton, NewtonCG, LevenbergMarquardt])
+    def test_messages_name_the_optimizer(self, optimizer):
+        model = small()
+
+        def one_number(y, y_pred):
+            return ops.mean((y - y_pred) ** 2)
+
+        match = f"{optimizer.__name__} needs a loss with one value for each example"
+        trainer = trainer_of(model, optimizer(), one_number)
+        self.unchanged(model, lambda: fit(trainer), ValueError, match)
+
+    def test_a_matrix_without_room(self, monkeypatch):
+        monkeypatch.setattr(memory, "machine_bytes", lambda: 100)
+        model = small()
+        match = r"The matrix of this Newton would have the shape .* Use keras_gradtools.optimizers.NewtonCG"
+        self.unchanged(model, lambda: fit(trainer_of(model, Newton())), MemoryError, match)
+
+    def test_help_says_what_compile_takes(self):
+        text = inspect.getdoc(SecondOrder.compile)
+        assert "One of `kg.optimizers`" in text and "SquaredResiduals" in text and "rmsprop" not in text
+        assert list(inspect.signature(SecondOrder.compile).parameters) == list(
+            inspect.signature(keras.Model.compile).parameters
+        )
 
     def test_no_labels(self):
         trainer = trainer_of(linear(), Newton(), loss=None)

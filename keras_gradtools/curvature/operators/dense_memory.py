@@ -10,14 +10,19 @@ _SHARE = 0.5
 _TILE = 256
 
 
-def require_room(owner, n, dtype):
+_WITHOUT_FORMING = (
+    "Use it without forming it: `operator @ vector`, `eigsh`, `trace`, `diagonal` or "
+    "`kg.curvature.conjugate_gradients`. Or take fewer variables, such as those of one layer."
+)
+
+
+def require_room(owner, n, dtype, advice=_WITHOUT_FORMING):
     """Raises `MemoryError` if a matrix of shape `(n, n)` would take more than half of the machine's memory."""
     needed, there = n * n * np.dtype(dtype).itemsize, memory.machine_bytes()
     if needed > _SHARE * there:
         raise MemoryError(
-            f"The dense form of this {owner} would be a matrix of shape ({n}, {n}), {_gigabytes(needed)}, and this "
-            f"machine has {_gigabytes(there)}. Use it without forming it: `operator @ vector`, `eigsh`, `trace`, "
-            "`diagonal` or `kg.curvature.conjugate_gradients`. Or take fewer variables, such as those of one layer."
+            f"The matrix of this {owner} would have the shape ({n}, {n}) and take {_gigabytes(needed)}, and this "
+            f"machine has {_gigabytes(there)}. {advice}"
         )
 
 

@@ -52,7 +52,7 @@ class CurvatureOperator(AlgebraicOperator):
         verbose: 1 for a progress bar, 0 for none, `"auto"` for a progress bar if the work takes more than 3 seconds.
     """
 
-    # What errors about the arguments name, if it is not the class.
+    # What errors name, if it is not the class: the callback or the optimizer that the user called.
     _owner: str | None = None
 
     def __init__(
@@ -90,7 +90,7 @@ class CurvatureOperator(AlgebraicOperator):
 
     @classmethod
     def of_callback(cls, owner: str, *args: Any, **options: Any) -> Self:
-        """The operator of a callback, whose errors about its arguments name `owner`."""
+        """The operator of a callback or an optimizer, which errors name as the `owner`."""
         operator = cls.__new__(cls)
         operator._owner = owner
         cls.__init__(operator, *args, **options)
