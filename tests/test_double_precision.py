@@ -1,5 +1,8 @@
 """Double precision in the operations of Keras, which otherwise round to single precision on JAX and torch."""
 
+import pathlib
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -139,6 +142,13 @@ class TestFit:
             assert trainer.fit(points, values, epochs=25, verbose=0).history["loss"][-1] < 1e-14
             found = model.predict(X, verbose=0)
         np.testing.assert_allclose(found, u, rtol=0, atol=1e-7)
+
+    @pytest.mark.slow
+    def test_the_equation_of_the_page(self):
+        """The lines of docs/second_order.md, which end with an assertion about the error."""
+        page = (pathlib.Path(__file__).resolve().parent.parent / "docs" / "second_order.md").read_text(encoding="utf-8")
+        (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        exec(block, {})
 
     def test_adam_and_the_logs(self):
         with kg.double_precision():
