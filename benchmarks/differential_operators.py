@@ -1,14 +1,14 @@
 """How Laplacians and higher derivatives grow with axes and order: `python -m benchmarks.differential_operators`.
 
 For a tanh network with three layers of 64 units: time, in evaluations of the network that are timed in turns with it,
-and peak memory. There is one process for the times and one for the memory of each backend. Writes
+and peak memory, for the two largest sizes. Times are those of the processor, which other load disturbs less. There is
+one process for the times of each backend, and one for each memory figure. Writes
 benchmarks/results/BACKEND_differential_operators.json.
 """
 
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +19,8 @@ from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
 EXAMPLES, SAMPLES, CHUNK = 128, 16, 16
 AXES, MANY_AXES, ORDERS = (10, 100, 1000), (1000, 10_000, 100_000), (1, 2, 4, 8)
 PAIRS = 7
+# TensorFlow keeps the memory of a program between calls, so that the figures are too small.
+KEEPS_MEMORY = ("tensorflow",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +95,14 @@ def prepared(series, size, dimensions):
 
 
 def _times(value, derivative, block):
-    """The median milliseconds of both, and the median of the ratios, which other load disturbs less."""
+    """The median milliseconds of both, and the median of the ratios."""
     from benchmarks import timing
 
     for run in (value, derivative) * 3:
         block(run())
     # An evaluation is far shorter, so that several are timed for each derivative.
     pairs = [
-        (statistics.median(timing.seconds(value, block)[0] for _ in range(5)), timing.seconds(derivative, block)[0])
+        (statistics.median(timing.seconds(value, block)[1] for _ in range(5)), timing.seconds(derivative, block)[1])
         for _ in range(PAIRS)
     ]
     return (
@@ -111,28 +113,25 @@ def _times(value, derivative, block):
 
 
 def _measure(backend, quick):
-    from benchmarks import hand_written, measure_backend
+    from benchmarks import hand_written, measure_backend, memory
 
     by_hand = hand_written.module()
     by_hand.use_one_thread()
-    command = [sys.executable, "-m", "benchmarks.differential_operators", "--memory", *["--quick"] * quick]
-    # As in benchmarks.memory: what is freed goes back to the system.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    memory = json.loads(done.stdout.splitlines()[-1])
     result = {"backend": backend, "machine": measure_backend.machine(), "series": []}
-    for series, mib in zip(SERIES, memory, strict=True):
-        entry = {"what": series.what, "grows": series.grows, "sizes": list(_sizes(series, quick)), "mib": mib}
+    for number, series in enumerate(SERIES):
+        sizes = _sizes(series, quick)
+        mib = [memory.last_number("benchmarks.differential_operators", f"--memory-of={number}:{n}") for n in sizes[-2:]]
+        entry = {"what": series.what, "grows": series.grows, "sizes": list(sizes), "mib": mib}
         found = [
             _times(*prepared(series, size, dimensions), by_hand.block)
-            for size, dimensions in zip(_sizes(series, quick), series.dimensions, strict=False)
+            for size, dimensions in zip(sizes, series.dimensions, strict=False)
         ]
         entry["evaluation_ms"], entry["ms"], entry["evaluations"] = (
             list(column) for column in zip(*found, strict=True)
         )
-        entry["time_exponent"] = exponent(entry["sizes"], entry["evaluations"])
+        entry["time_exponent"] = exponent(sizes, entry["evaluations"])
         # Avoids log(0) where the memory is below the resolution.
-        entry["memory_exponent"] = exponent(entry["sizes"], [max(m, 0.1) for m in mib])
+        entry["memory_exponent"] = exponent(sizes[-2:], [max(m, 0.1) for m in mib])
         result["series"].append(entry)
         print(json.dumps(entry), flush=True)
     if not quick:
@@ -145,33 +144,36 @@ def _sizes(series, quick):
     return series.sizes[:2] if quick else series.sizes
 
 
-def _print_memory(quick):
+def _print_memory(which):
     from benchmarks import hand_written, memory
 
+    number, size = map(int, which.split(":"))
     by_hand = hand_written.module()
     by_hand.use_one_thread()
-    found = [
-        [
-            memory.peak_mib(prepared(series, size, dimensions)[1], by_hand.block, warm_ups=1, runs=2)
-            for size, dimensions in zip(_sizes(series, quick), series.dimensions, strict=False)
-        ]
-        for series in SERIES
-    ]
-    print(json.dumps(found))
+    series = SERIES[number]
+    dimensions = dict(zip(series.sizes, series.dimensions, strict=True))[size]
+    print(memory.peak_mib(prepared(series, size, dimensions)[1], by_hand.block, warm_ups=2, runs=2))
 
 
 def table():
     """The head and the rows of the table of all saved results."""
-    head = ("", "grows with", "time, in evaluations of the network", "exponent of time", "MiB", "exponent of memory")
+    head = (
+        "",
+        "grows with",
+        "time, in evaluations of the network",
+        "exponent of time",
+        "MiB at the largest",
+        "exponent of memory",
+    )
     body = []
     for backend in BACKENDS:
         path = RESULTS / f"{backend}_differential_operators.json"
         for e in json.loads(path.read_text())["series"] if path.exists() else ():
             sizes = f"{e['grows']}, {e['sizes'][0]:,} to {e['sizes'][-1]:,}"
             times = f"{e['evaluations'][0]:.1f} to {e['evaluations'][-1]:.1f}"
-            mib = f"{e['mib'][0]:.1f} to {e['mib'][-1]:.1f}"
-            exponents = f"{e['time_exponent']:.2f}", f"{e['memory_exponent']:.2f}"
-            body.append((f"{backend}: {e['what']}", sizes, times, exponents[0], mib, exponents[1]))
+            mib = f"{e['mib'][-1]:.1f}"
+            memory = ("", "") if backend in KEEPS_MEMORY else (mib, f"{e['memory_exponent']:.2f}")
+            body.append((f"{backend}: {e['what']}", sizes, times, f"{e['time_exponent']:.2f}", *memory))
     return head, body
 
 
@@ -181,10 +183,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="only two points of each series, as a test")
     # Used by the processes that this command starts.
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory:
-        return _print_memory(options.quick)
+    if options.memory_of:
+        return _print_memory(options.memory_of)
     if options.measure:
         return _measure(options.measure, options.quick)
     failed = []

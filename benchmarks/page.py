@@ -36,7 +36,9 @@ training step.
 ## Laplacians of many axes, and derivatives of high order
 
 A tanh network with three layers of 64 units, 128 examples. Times are in evaluations of the network, which are timed in
-turns with the derivative. An exponent is the slope of the logarithms: 1 is linear growth.
+turns with the derivative. An exponent is the slope of the logarithms: 1 is linear growth. Small chunks of axes are also
+faster here. On JAX, whose compiler merges repeated work, nested `jvp` is still faster at order 4. TensorFlow keeps the
+memory of a program between calls, so that its peak was not measured.
 
 {operators}
 

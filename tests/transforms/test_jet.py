@@ -308,3 +308,30 @@ def test_as_jax(activation):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+FUNCTIONS = {
+    "cos": np.cos,
+    "cosh": np.cosh,
+    "exp": np.exp,
+    "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+    "sin": np.sin,
+    "sinh": np.sinh,
+    "square": np.square,
+    "tanh": np.tanh,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementwise_functions_to_order_8(name):
+    """Against Cauchy's integral over a circle in the complex plane."""
+    x, radius, order = np.array([-0.7, 0.2, 1.1], "float32"), 0.6, 8
+    circle = radius * np.exp(2j * np.pi * np.arange(64) / 64)
+    around = FUNCTIONS[name](x[:, None] + circle)
+    fun = getattr(ops, name)
+    _, found = kg.jet(lambda x: fun(x), (ops.convert_to_tensor(x),), ([ops.ones((3,)), *[None] * (order - 1)],))
+    for k, derivative in enumerate(found, 1):
+        expected = math.factorial(k) * np.mean(around / circle**k, axis=1).real
+        # The polynomials by which high derivatives of tanh and of the sigmoid are computed have large coefficients.
+        rounding = 1e-6 * math.factorial(k)
+        np.testing.assert_allclose(ops.convert_to_numpy(derivative), expected, rtol=1e-3, atol=rounding)
