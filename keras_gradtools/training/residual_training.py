@@ -151,7 +151,7 @@ class _OneBatch(keras.utils.PyDataset):
 
     def __init__(self, batch):
         super().__init__()
-        self._batch = nesting.map_structure(_array, batch)
+        self._batch = _without_lists(nesting.map_structure(_array, batch))
 
     def __len__(self):
         return 1
@@ -163,3 +163,10 @@ class _OneBatch(keras.utils.PyDataset):
 def _array(x):
     array = ops.convert_to_numpy(x) if ops.is_tensor(x) else np.asarray(x)
     return array.astype(keras.config.floatx()) if array.dtype.kind == "f" else array
+
+
+def _without_lists(x):
+    # On TensorFlow, a batch of a `PyDataset` may not contain lists.
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_without_lists, x))
+    return {name: _without_lists(part) for name, part in x.items()} if isinstance(x, dict) else x

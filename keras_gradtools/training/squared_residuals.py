@@ -32,9 +32,10 @@ class SquaredResiduals:
     $-(J^\top J + \frac{\lambda}{2} I)^{-1} J^\top r$. Weight regularizers are added to the loss as usual.
 
     The function calls the model itself, and so chooses `training`. The data of `fit` are `x`, a tensor or a nested
-    structure of tensors, such as a dict with a set of points for each term. These sets may have different sizes.
-    Without a `batch_size`, all points form one batch. With a `batch_size`, the sets need the same size, and each batch
-    has so many points of each set. If `fit` also receives `y`, the function gets `(x, y)`.
+    structure of tensors, such as a dict with a set of points for each term. These sets may have different sizes. Lists
+    of sets arrive as tuples. Without a `batch_size`, all points form one batch. With a `batch_size`, the sets need the
+    same size, and each batch has so many points of each set. If `fit` also receives `y`, the function gets `(x, y)`.
+    Batches that come from a data set should have equal shares of all sets, since each counts by the size of its first.
 
     `loss(model, batch)` returns the loss, a scalar.
 

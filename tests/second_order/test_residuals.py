@@ -275,6 +275,38 @@ class TestFit:
         expected = np.mean((A**2 * x**2 + B**3 * x**3 + C - y) ** 2)
         assert trainer.evaluate(x, y, verbose=0) == pytest.approx(expected, rel=1e-3)
 
+    @pytest.mark.parametrize("form", ["tuple", "list", "tensors", "dataset", "array"])
+    def test_forms_of_points(self, form):
+        batch = points(9, 2)
+        x, s = batch["inside"], batch["ends"]
+        given: dict = {
+            "tuple": (x, s),
+            "list": [x, s],
+            "tensors": tuple(map(ops.convert_to_tensor, (x, s))),
+            "array": x,
+        }
+
+        class Data(keras.utils.PyDataset):
+            def __len__(self):
+                return 2
+
+            def __getitem__(self, place):
+                return ((x, s),)
+
+        def residuals(model, sets):
+            if form == "array":
+                return {"equation": by_tapes(model, {"inside": sets, "ends": sets})["equation"]}
+            return by_tapes(model, {"inside": sets[0], "ends": sets[1]})
+
+        weights = {"equation": 2.0} if form == "array" else WEIGHTS
+        trainer = SecondOrder(curve())
+        trainer.compile(LevenbergMarquardt(1e9), SquaredResiduals(residuals, weights))
+        logs = trainer.fit(Data() if form == "dataset" else given[form], verbose=0).history
+        r, _ = scaled(batch)
+        expected = r[:9] @ r[:9] if form == "array" else r @ r
+        assert logs["loss"][0] == pytest.approx(expected, rel=1e-4)
+        assert int(ops.convert_to_numpy(trainer.optimizer.iterations)) == (2 if form == "dataset" else 1)
+
     def test_predict_and_metrics_of_the_model_are_as_before(self):
         batch = points(9, 2)
         trainer, _ = trained(curve(), LevenbergMarquardt(), SquaredResiduals(by_laplacian, WEIGHTS), batch)
