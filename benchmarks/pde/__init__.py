@@ -1,0 +1,1 @@
+"""Training of physics-informed networks by several optimizers: see `benchmarks/pde/__main__.py`."""
