@@ -6,6 +6,7 @@ import pytest
 from keras import layers, ops
 
 import keras_gradtools as kg
+from keras_gradtools import backend as package_backend
 from keras_gradtools.losses import SquaredResiduals
 from keras_gradtools.models import SecondOrder
 from keras_gradtools.optimizers import LBFGS, LevenbergMarquardt, Newton, NewtonCG
@@ -475,6 +476,13 @@ class TestErrors:
     def test_data(self, data):
         with pytest.raises(ValueError, match="GaussNewton (expects|needs)"):
             kg.curvature.GaussNewton(curve(), SquaredResiduals(by_tapes), data).loss()
+
+    def test_several_replicas(self, monkeypatch):
+        monkeypatch.setattr(package_backend, "is_shared_by_replicas", lambda batch, variable: True)
+        trainer = SecondOrder(curve())
+        trainer.compile(LevenbergMarquardt(), SquaredResiduals(by_tapes))
+        with pytest.raises(ValueError, match="LevenbergMarquardt does not divide the points of SquaredResiduals among"):
+            trainer.fit(points(4, 4), verbose=0)
 
     def test_fisher(self):
         with pytest.raises(ValueError, match="Fisher needs a loss of labels and outputs"):
