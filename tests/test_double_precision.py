@@ -10,6 +10,7 @@ from keras import layers, ops
 
 import keras_gradtools as kg
 from keras_gradtools.keras_state import precision
+from keras_gradtools.second_order.normal_equations import NormalEquations
 
 X = np.linspace(-1.0, 1.0, 40)[:, None]
 
@@ -142,6 +143,18 @@ class TestFit:
             assert trainer.fit(points, values, epochs=25, verbose=0).history["loss"][-1] < 1e-14
             found = model.predict(X, verbose=0)
         np.testing.assert_allclose(found, u, rtol=0, atol=1e-7)
+
+    def test_residuals_that_mix_points_a_little(self):
+        def residuals(model, x):
+            u = model(x)
+            return u + 1e-4 * ops.mean(u) - 1.0
+
+        with kg.double_precision():
+            operator = kg.curvature.GaussNewton(network(2), kg.losses.SquaredResiduals(residuals), X)
+            equations = NormalEquations(operator)
+            _, gradient, _ = equations.of(operator)
+            assert not equations._is_possible
+            np.testing.assert_allclose(gradient, operator.gradient(), rtol=1e-10)
 
     @pytest.mark.slow
     def test_the_equation_of_the_page(self):
