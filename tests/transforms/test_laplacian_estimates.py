@@ -52,6 +52,7 @@ FUNCTIONS = {
     "attention": point_functions.attention,
     "custom gradient": point_functions.custom,
     "broadcasting": lambda x: ops.sum(x, axis=1, keepdims=True) * x / (1 + ops.sum(x**2, axis=1, keepdims=True)),
+    "a factor of lower rank": lambda x: ops.transpose(ops.sum(x**2, axis=1) * ops.sin(ops.transpose(x))),
     "scalars": lambda x: ops.sqrt(1 + ops.sum(x**2, axis=1)),
     "higher rank": lambda x: ops.einsum("bi,bj->bij", x, ops.sin(x)),
     "linear": linear,

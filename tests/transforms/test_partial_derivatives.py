@@ -201,3 +201,17 @@ class TestLayer:
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["taken apart", "nested"])
+def test_several_arguments_of_several_columns(apart, monkeypatch):
+    """Variables 0 and 1 are the columns of p, 2 and 3 those of q: of p0 p1^2 q0^3 sin(q1)."""
+    if not apart:
+        monkeypatch.setattr("keras_gradtools.backend.steps_between", lambda *args: None)
+    fun = lambda p, q: p[:, 0] * p[:, 1] ** 2 * q[:, 0] ** 3 * ops.sin(q[:, 1])  # noqa: E731
+    p, q = np.random.default_rng(3).uniform(0.5, 1.5, size=(2, 5, 2)).astype("float32")
+    found = kg.partial_derivatives(fun, [(2,), (1, 3), (0, 2, 2)], argnums=(0, 1))(p, q)
+    (a, b), (c, d) = p.T, q.T
+    expected = a * b**2 * 3 * c**2 * np.sin(d), a * 2 * b * c**3 * np.cos(d), b**2 * 6 * c * np.sin(d)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(ops.stop_gradient(x)), y, rtol=1e-4)
