@@ -310,7 +310,7 @@ def test_bad_input(call, message):
         call()
 
 
-FUNCTIONS = {
+ELEMENTWISE = {
     "cos": np.cos,
     "cosh": np.cosh,
     "exp": np.exp,
@@ -322,12 +322,12 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_functions_to_order_8(name):
     """Against Cauchy's integral over a circle in the complex plane."""
     x, radius, order = np.array([-0.7, 0.2, 1.1], "float32"), 0.6, 8
     circle = radius * np.exp(2j * np.pi * np.arange(64) / 64)
-    around = FUNCTIONS[name](x[:, None] + circle)
+    around = ELEMENTWISE[name](x[:, None] + circle)
     fun = getattr(ops, name)
     _, found = kg.jet(lambda x: fun(x), (ops.convert_to_tensor(x),), ([ops.ones((3,)), *[None] * (order - 1)],))
     for k, derivative in enumerate(found, 1):
