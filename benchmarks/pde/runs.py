@@ -15,8 +15,10 @@ def path_of(backend):
 
 
 def results_of(backend):
+    """The runs of this length."""
     path = path_of(backend)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    return [result for result in found if result["limit"] == SECONDS]
 
 
 def save(backend, result):
@@ -36,7 +38,15 @@ def best_rate(problem):
 
 def complete(backend, name, seed):
     """Runs what is missing for one problem and seed."""
-    use_double_precision()
+    import keras_gradtools as kg
+    from benchmarks import hand_written
+
+    hand_written.module().use_one_thread()
+    with kg.double_precision():
+        _complete(backend, name, seed)
+
+
+def _complete(backend, name, seed):
     from benchmarks.pde import methods, networks
     from benchmarks.pde.clock import Clock
     from benchmarks.pde.problems import PROBLEMS
@@ -90,17 +100,3 @@ def complete(backend, name, seed):
         result, _ = trained(method, rate, weights, **records)
         result["adam_steps"] = steps
         finish(result)
-
-
-def use_double_precision():
-    """Double precision in every operation: Keras rounds some of them to single precision on JAX and torch."""
-    import keras
-
-    from keras_gradtools.keras_internals.lookup import find
-
-    keras.config.set_floatx("float64")
-    find("keras.src.backend.common.dtypes").BIT64_TO_BIT32_DTYPE.update(float64="float64")
-    if keras.backend.backend() == "torch":
-        import torch
-
-        torch.set_num_threads(1)
