@@ -45,12 +45,12 @@ class Plan:
     def rows_within(self, budget, computed):
         """How many rows (or columns) can be computed at once with `budget` bytes. None for all of them.
 
-        `computed` is the number of bytes of all tensors that the recorded call has computed. A row needs as much again
-        at most, besides the result: a derivative by each of these tensors.
+        `computed` is the number of bytes of all tensors that the recorded call has computed. A row needs at most twice
+        as much, besides the result: a derivative by each of these tensors, and a product on the way to it.
         """
         across = self._targets if self.forward else self._sources
         row = sum(memory.bytes_of(shape, dtype) for shape, dtype in across)
-        rows = max((budget - computed) // max(computed + row, 1), 1)
+        rows = max((budget - computed) // max(2 * computed + row, 1), 1)
         return None if rows >= max(self.counts) else rows
 
     def stack(self, tape, targets, sources, part, index=None):
