@@ -6,15 +6,12 @@ one process for the times of each backend, and one for each memory figure. Write
 benchmarks/results/BACKEND_differential_operators.json.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 
-from benchmarks.growth import exponent
-from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
+from benchmarks.growth import command_line, exponent
+from benchmarks.run import BACKENDS, RESULTS, ROOT
 
 EXAMPLES, SAMPLES, CHUNK = 128, 16, 16
 AXES, MANY_AXES, ORDERS = (10, 100, 1000), (1000, 10_000, 100_000), (1, 2, 4, 8)
@@ -177,27 +174,5 @@ def table():
     return head, body
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
-    parser.add_argument("--quick", action="store_true", help="only two points of each series, as a test")
-    # Used by the processes that this command starts.
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory_of:
-        return _print_memory(options.memory_of)
-    if options.measure:
-        return _measure(options.measure, options.quick)
-    failed = []
-    for backend in options.backend or BACKENDS:
-        command = [sys.executable, "-m", "benchmarks.differential_operators", f"--measure={backend}"]
-        command += ["--quick"] if options.quick else []
-        if subprocess.run(command, cwd=ROOT, env=environment_of(backend), check=False).returncode:
-            failed.append(backend)
-    if failed:
-        sys.exit(f"Failed on {', '.join(failed)}")
-
-
 if __name__ == "__main__":
-    main()
+    command_line("benchmarks.differential_operators", __doc__, _measure, _print_memory)

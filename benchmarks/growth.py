@@ -128,8 +128,12 @@ def _print_memory(which):
     print(memory.peak_mib(prepare(SERIES[name][1][int(i)]), by_hand.block, runs=2))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def command_line(module, text, measure, print_memory):
+    """The command of a module that measures series: on each backend in a process, and each peak of memory in another.
+
+    `measure(backend, quick)` and `print_memory(which)` run in these processes.
+    """
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
     parser.add_argument("--quick", action="store_true", help="only two points of each series, as a test")
     # Used by the processes that this command starts.
@@ -137,14 +141,13 @@ def main():
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        return _print_memory(options.memory_of)
+        return print_memory(options.memory_of)
     if options.measure:
-        return _measure(options.measure, options.quick)
+        return measure(options.measure, options.quick)
     named = os.environ.get("KERAS_BACKEND")
     failed = []
     for backend in options.backend or ([named] if named else BACKENDS):
-        command = [sys.executable, "-m", "benchmarks.growth", f"--measure={backend}"]
-        command += ["--quick"] if options.quick else []
+        command = [sys.executable, "-m", module, f"--measure={backend}", *(["--quick"] if options.quick else [])]
         if subprocess.run(command, cwd=ROOT, env=environment_of(backend), check=False).returncode:
             failed.append(backend)
     if failed:
@@ -152,4 +155,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line("benchmarks.growth", __doc__, _measure, _print_memory)

@@ -70,6 +70,8 @@ def tests_of_internals():
         "training/test_failed_steps.py",
         "training/test_compiled_training.py",
         "second_order/test_second_order_model.py",
+        "second_order/test_residuals.py",
+        "test_double_precision.py",
         "diagnostics/test_gradient_monitor.py",
         "**/test_distributed*.py",
     )

@@ -51,7 +51,7 @@ def jacobian(
             Values that are not tensors are those of the last time the Python code of `fun` ran.
         memory_budget: The number of bytes that a chunk may take, besides the result, with `chunk_size="auto"`. By
             default a quarter of the memory that is free at the first call. At least one row is computed at once. The
-            memory of a row is estimated from above, by the size of all tensors that `fun` computes.
+            memory of a row is estimated from above, as twice the size of all tensors that `fun` computes.
 
     Returns:
         A function with the arguments of `fun` that returns the Jacobian, or `(jacobian, aux)` with `has_aux`. The

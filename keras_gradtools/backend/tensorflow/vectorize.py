@@ -10,9 +10,9 @@ import warnings
 import tensorflow as tf
 
 _MOST_UNROLLED = 8
-# An eager call is vectorized by a graph that is traced for it, which takes as long as about 25 eager rows.
+# An eager call is vectorized by a graph that is traced for it, which takes longer than a few dozen eager rows.
 _MOST_EAGER_ROWS = 24
-# The same of larger tensors is bound by arithmetic, which is faster for all rows at once.
+# With larger tensors, arithmetic takes most of the time, and is faster for all rows at once.
 _MOST_EAGER_ELEMENTS = 2**18
 
 
