@@ -168,6 +168,7 @@ def of_ours(fun, start):
 
     class Operator:
         dtype = "float64"
+        variables = ()
         shape = (len(start), len(start))
 
         def __init__(self):
@@ -189,7 +190,7 @@ def of_ours(fun, start):
     class Kept(LBFGS):
         pairs = Pairs(np.zeros((0, len(start))), np.zeros((0, len(start))), MEMORY)
 
-        def approximation(self, size):
+        def approximation(self):
             return self.pairs
 
     counted, optimizer = Counted(fun, start), Kept(memory=MEMORY)

@@ -48,7 +48,7 @@ class BFGS(QuasiNewton):
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`, if it has more than
-            `max_weights` weights, or if weights were frozen after the optimizer was built.
+            `max_weights` weights, or if layers were frozen or unfrozen after the first step.
 
     Cost:
         For each step, evaluations of the loss and its gradient as for `LBFGS`, and about `8 n**2` multiplications for n
@@ -104,16 +104,10 @@ class BFGS(QuasiNewton):
         self._matrix = self.add_variable((size, size), name="inverse_hessian", dtype=dtype, **only_first)
         self._updates = self.add_variable((), name="updates", dtype="int32", **only_first)
 
-    def approximation(self, size: int) -> "InverseHessian":
-        built_for = self._matrix.shape[0]
-        if built_for != size:
-            raise ValueError(
-                f"{type(self).__name__} was built for {built_for} weights. Received: a model with {size} trainable "
-                "weights. After weights were frozen or unfrozen, compile the trainer with a new optimizer."
-            )
+    def approximation(self) -> "InverseHessian":
         is_initial = int(ops.convert_to_numpy(self._updates)) == 0
         matrix = None if is_initial else ops.convert_to_tensor(self._matrix)
-        return InverseHessian(matrix, size, self._matrix.dtype, self.update, self.scales_first)
+        return InverseHessian(matrix, self._matrix.shape[0], self._matrix.dtype, self.update, self.scales_first)
 
     def store(self, approximation: "InverseHessian") -> None:
         if approximation.is_initial:

@@ -35,7 +35,8 @@ class LBFGS(QuasiNewton):
         name: Name of the optimizer.
 
     Raises:
-        ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
+        ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`, or if layers were frozen or
+            unfrozen after the first step.
 
     Cost:
         For each step, one or two evaluations of the loss and its gradient in the line search, and one before it unless
@@ -74,19 +75,14 @@ class LBFGS(QuasiNewton):
         self._steps = self.add_variable((self.memory, size), name="steps", **options)
         self._changes = self.add_variable((self.memory, size), name="gradient_changes", **options)
 
-    def approximation(self, size: int) -> "Pairs":
-        """The pairs, the newest first. None of them if the variables have changed since `build`."""
+    def approximation(self) -> "Pairs":
+        """The pairs, the newest first."""
         steps, changes = (ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._steps, self._changes))
-        if steps.shape[1] != size:
-            return Pairs(np.zeros((0, size), steps.dtype), np.zeros((0, size), steps.dtype), self.memory)
         # Rows that are not in use yet are zero.
         count = int(np.any(steps != 0.0, axis=1).sum())
         return Pairs(steps[:count], changes[:count], self.memory)
 
     def store(self, approximation: "Pairs") -> None:
-        # If variables were frozen after `build`, pairs have another length than what is stored.
-        if self._steps.shape[1] != approximation.steps.shape[1]:
-            return
         for variable, rows in ((self._steps, approximation.steps), (self._changes, approximation.changes)):
             padded = np.zeros(tuple(variable.shape), rows.dtype)
             padded[: len(rows)] = rows

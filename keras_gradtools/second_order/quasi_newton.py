@@ -1,6 +1,7 @@
 """The base class of the quasi-Newton methods, which learn the curvature from gradients."""
 
 import math
+import warnings
 from typing import Any
 
 import keras
@@ -23,9 +24,9 @@ _LEAST_CURVATURE = 1e-10
 class QuasiNewton(SecondOrderOptimizer):
     """Base class: steps along `-H g`, with a strong Wolfe line search, where H approximates the inverse Hessian.
 
-    A subclass has `approximation(size)`, the current H for that many weights, and `store(approximation)`. An
-    approximation is immutable. It has `is_initial`, whether it is a multiple of the identity that knows no pair,
-    `times(vector)`, `updated(pair)`, and `initial()`.
+    A subclass has `approximation()`, the current H, and `store(approximation)`. In its `build`, it adds the variables
+    of H, which make H the identity if they are zero. An approximation is immutable. It has `is_initial`, whether it is
+    a multiple of the identity that knows no pair, `times(vector)`, `updated(pair)`, and `initial()`.
     """
 
     def __init__(self, max_evaluations: int, learning_rate: Schedule, name: str) -> None:
@@ -37,12 +38,18 @@ class QuasiNewton(SecondOrderOptimizer):
         self._reached: Any = None
         self._state: Any = None
         self._known: tuple[Any, Any] = (None, None)
+        # How many of the variables do not belong to the approximation, and the weights that it belongs to.
+        self._others, self._built_for = 0, ()
+
+    def build(self, variables: Any) -> None:
+        super().build(variables)
+        self._others, self._built_for = len(self.variables), _identities(variables)
 
     def operator_class(self) -> type:
         return Hessian
 
-    def approximation(self, size: int) -> Any:
-        """The approximation of the inverse Hessian, for `size` weights."""
+    def approximation(self) -> Any:
+        """The approximation of the inverse Hessian."""
         raise NotImplementedError
 
     def store(self, approximation: Any) -> None:
@@ -50,6 +57,7 @@ class QuasiNewton(SecondOrderOptimizer):
         raise NotImplementedError
 
     def take_step(self, operator: Any, equations: Any) -> NewtonStepResult:
+        self._require_same_weights(operator)
         operator.check("gradient")
         loss, gradient = self._start(operator)
         length = norm(gradient)
@@ -62,7 +70,7 @@ class QuasiNewton(SecondOrderOptimizer):
             return ended(StepReason.NOT_FINITE, f"the {what} is not finite")
         if not length:
             return ended(StepReason.VANISHED, "the gradient is zero")
-        inverse = self.approximation(operator.shape[0])
+        inverse = self.approximation()
         direction = -inverse.times(gradient)
         slope = dot(gradient, direction)
         if not slope < 0.0:
@@ -100,6 +108,17 @@ class QuasiNewton(SecondOrderOptimizer):
             found.evaluations,
         )  # fmt: skip
 
+    def _require_same_weights(self, operator):
+        weights = _identities(operator.variables)
+        if weights == self._built_for:
+            return
+        built_for, received = (sum(size for _, size in known) for known in (self._built_for, weights))
+        raise ValueError(
+            f"{type(self).__name__} was built for {built_for} weights, whose curvature it knows. Received: {received} "
+            f"trainable weights{', not the same ones' if received == built_for else ''}. After layers were frozen or "
+            "unfrozen, compile the trainer with a new optimizer."
+        )
+
     def _start(self, operator):
         """The loss and the gradient at the weights. Those of the former step if nothing else has changed since."""
         former, known = self._known
@@ -119,6 +138,20 @@ class QuasiNewton(SecondOrderOptimizer):
         if self._reached is not None and self._state is not None:
             self._known = self._state.with_weights(operator.variables), self._reached
         self._pending = self._reached = self._state = None
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads as Keras does. Of an approximation for other weights, it loads nothing and warns."""
+        own, saved = self.variables, [store[str(i)] for i in range(len(store.keys()))]
+        if len(saved) != len(own) or all(tuple(a.shape) == tuple(b.shape) for a, b in zip(own, saved, strict=True)):
+            super().load_own_variables(store)
+            return
+        warnings.warn(
+            f"{type(self).__name__} starts without the curvature of earlier steps, which was saved for other weights "
+            "or options. Layers that were frozen before saving have no trainable weights after loading.",
+            stacklevel=2,
+        )
+        for i, variable in enumerate(own):
+            variable.assign(saved[i] if i < self._others else ops.zeros(variable.shape, dtype=variable.dtype))
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -149,3 +182,8 @@ def state_dtype(variables):
     """The dtype of what a method stores about these weights, a name."""
     is_double = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in variables)
     return solver_dtype("float64" if is_double else "float32").name
+
+
+def _identities(variables):
+    """A pair for each variable: its identity and its number of elements."""
+    return tuple((id(v), math.prod(v.shape)) for v in variables)
