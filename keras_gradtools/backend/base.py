@@ -5,7 +5,10 @@ A method without a body differs between all frameworks. The others have the body
 
 import abc
 import contextlib
+import functools
 from typing import Any
+
+from keras import ops
 
 from keras_gradtools.backend import chunks
 from keras_gradtools.blocks import Block
@@ -145,6 +148,19 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def containers(self):
         """The `nesting.Registry` of the containers that are registered with the framework."""
+
+    def add_product(self, variable, factor, left, right):
+        """`variable <- factor * variable + left @ right`, in the memory of the variable if the framework can.
+
+        `factor` is a float. The others have the dtype of the variable.
+        """
+        factor, left, right = (ops.convert_to_tensor(x, dtype=variable.dtype) for x in (factor, left, right))
+        variable.assign(self._scaled_sum(ops.convert_to_tensor(variable), factor, left, right))
+
+    @functools.cached_property
+    def _scaled_sum(self):
+        # With the operators of the tensors themselves: Keras' may round to single precision.
+        return self.jit(lambda x, factor, left, right: factor * x + left @ right)
 
     def settled(self, tensors):
         """The tensors, detached if only tapes need their graph."""

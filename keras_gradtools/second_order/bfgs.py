@@ -112,8 +112,10 @@ class BFGS(QuasiNewton):
     def store(self, approximation: "InverseHessian") -> None:
         if approximation.is_initial:
             self._updates.assign(0)
-        elif approximation.has_changed:
-            self._matrix.assign(approximation.matrix)
+        elif approximation.change is not None:
+            if approximation.matrix is None:
+                self._matrix.assign(np.eye(approximation.size, dtype=approximation.dtype))
+            backend.add_product(self._matrix, *approximation.change)
             self._updates.assign_add(1)
 
     def get_config(self) -> dict[str, Any]:
@@ -122,24 +124,32 @@ class BFGS(QuasiNewton):
 
 
 class InverseHessian(NamedTuple):
-    """The approximation of the inverse Hessian, a tensor on the device of the model. None for the identity."""
+    """The approximation of the inverse Hessian: a symmetric matrix, or its sum with a `change` of rank two.
+
+    Attributes:
+        matrix: A tensor on the device of the model. None for the identity.
+        size, dtype: The number of rows, and the name of the dtype.
+        update, scales_first: The options of `BFGS`.
+        change: None, or a tuple of a number a and two NumPy arrays L and R. The approximation is then
+            `a * matrix + L @ R`.
+    """
 
     matrix: Any
     size: int
     dtype: str
     update: str
     scales_first: bool
-    has_changed: bool = False
+    change: Any = None
 
     @property
     def is_initial(self):
-        return self.matrix is None
+        return self.matrix is None and self.change is None
 
     def initial(self):
-        return self._replace(matrix=None)
+        return self._replace(matrix=None, change=None)
 
     def times(self, vector):
-        """The product with a vector, a NumPy array in double precision."""
+        """The product of an approximation without `change` with a vector, a NumPy array in double precision."""
         vector = np.asarray(vector)
         if self.is_initial:
             return vector.astype("float64")
@@ -158,18 +168,10 @@ class InverseHessian(NamedTuple):
         values, vectors = np.linalg.eigh(update_terms(tau, phi, pair.curvature, relative))
         # In this form, the product is symmetric to the last bit.
         factors = np.stack([pair.step.astype("float64"), image], axis=1) @ (vectors * np.sqrt(np.abs(values)))
-        matrix = np.eye(self.size, dtype=self.dtype) if self.is_initial else self.matrix
-        terms = (np.array(1.0 / tau), factors * np.sign(values), factors.T)
-        terms_there = [ops.convert_to_tensor(x.astype(self.dtype)) for x in terms]
-        return self._replace(matrix=_updated(ops.convert_to_tensor(matrix), *terms_there), has_changed=True)
+        return self._replace(change=(1.0 / tau, factors * np.sign(values), factors.T))
 
 
-# With the operators of the tensors themselves: Keras' `matmul` rounds to single precision on torch.
+# With the operator of the tensors themselves: Keras' `matmul` rounds to single precision on torch.
 @backend.jit
 def _product(matrix, vector):
     return (matrix @ vector[:, None])[:, 0]
-
-
-@backend.jit
-def _updated(matrix, factor, left, right):
-    return factor * matrix + left @ right

@@ -5,6 +5,7 @@ torch has no tape: `tape.py` makes one from autograd's graph, and `graph.py` fin
 differentiate twice.
 """
 
+import keras
 import torch
 
 from keras_gradtools.backend.base import Backend
@@ -70,6 +71,13 @@ class TorchBackend(Backend):
         block = graph.GradMode(True)
         with block, block:
             return x.view_as(x)
+
+    def add_product(self, variable, factor, left, right):
+        left, right = (keras.ops.convert_to_tensor(x, dtype=variable.dtype) for x in (left, right))
+        block = graph.GradMode(False)
+        with block, block:
+            # In place. A new matrix for each operation took several times as long.
+            variable.value.addmm_(left, right, beta=factor)
 
     def settled(self, tensors):
         attached = [t for t in tensors if t.requires_grad]
