@@ -5,7 +5,7 @@ BACKEND ?=
 TESTS ?=
 # A file of constraints for pip, for `make release-check`.
 CONSTRAINTS ?=
-JOBS ?= 2
+JOBS ?= 3
 # Where `make docs` builds the site, and the port of `make docs-serve`.
 SITE ?= site
 PORT ?= 8000

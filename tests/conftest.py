@@ -16,7 +16,12 @@ def pytest_report_header():
     return f"keras {keras.__version__}, backend {keras.config.backend()}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:
+        marker = item.get_closest_marker("fast_on")
+        if marker and keras.config.backend() not in marker.args:
+            item.add_marker(pytest.mark.slow)
     if keras.config.backend() != "jax":
         return
     import jax
@@ -28,10 +33,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="double precision on JAX needs JAX_ENABLE_X64=1"))
 
 
-def pytest_collection_finish():
-    """Lets the garbage collector pass over what was imported: it took a fifth of the time of all tests."""
+def collect_and_freeze():
+    """Lets the garbage collector pass over what is there now, through which it would go again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    collect_and_freeze()
     gc.set_threshold(50_000)
 
 
@@ -65,14 +74,16 @@ def no_tape_left_recording():
 
 # Linux gives a process some 65,000 maps of memory, of which each compiled program of JAX holds a few.
 MAPS = pathlib.Path("/proc/self/maps")
-MANY_MAPS = 20_000
+MANY_MAPS = 40_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def not_too_many_programs_kept():
+def not_too_much_kept():
     """On JAX, drops what was compiled where it comes to many; before that, other modules can use it again."""
     yield
     if keras.config.backend() == "jax" and (not MAPS.exists() or MAPS.read_bytes().count(b"\n") > MANY_MAPS):
         import jax
 
         jax.clear_caches()
+        gc.unfreeze()
+    collect_and_freeze()

@@ -29,8 +29,12 @@ FEW_THREADS = {
     "TF_NUM_INTRAOP_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
 }
+# TensorFlow 2.18 aborts where it meets these.
+FOR_JAX = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 # Many tests come to the same programs: compiled once, for this run alone.
 JAX_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+# Programs are written down for the compiler without the stack trace of each operation.
+JAX_LOCATIONS = {"JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
 
 _printing = threading.Lock()
 
@@ -71,13 +75,13 @@ def jobs_for(backends, slow):
 
 def run(job, paths):
     """Runs one process: its progress is printed as it comes, everything else in one piece at its end."""
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **FEW_THREADS, **os.environ}
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **FEW_THREADS, **JAX_CACHE, **JAX_LOCATIONS, **os.environ}
     if job.backend == "jax" and "XLA_FLAGS" not in os.environ:
-        environment["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # TensorFlow 2.18 aborts where it meets it
+        environment["XLA_FLAGS"] += FOR_JAX
     environment |= {"KERAS_BACKEND": job.backend, "PYTHONUNBUFFERED": "1", **job.environment}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(folder, "jax")), **JAX_CACHE, **environment}
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(folder, "jax")), **environment}
         report = pathlib.Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-m", job.marker, f"--junit-xml={report}"]
         # One cache each: processes that end together would overwrite one another's list of failures.
@@ -143,7 +147,7 @@ def main(arguments=None):
     parser.add_argument("paths", nargs="*", help="test files or folders; all tests when left out")
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated; all three when left out")
     parser.add_argument("--slow", action="store_true", help="run the tests marked slow, and no others")
-    parser.add_argument("--jobs", type=int, default=2, help="how many processes run at a time (default: 2)")
+    parser.add_argument("--jobs", type=int, default=3, help="how many processes run at a time (default: 3)")
     options = parser.parse_args(arguments)
 
     jobs = jobs_for(options.backend or BACKENDS, options.slow)

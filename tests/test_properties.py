@@ -30,7 +30,7 @@ OPERATIONS = [
 
 programs = st.lists(st.tuples(st.integers(0, len(OPERATIONS) - 1), st.integers(0, 5)), min_size=1, max_size=6)
 vectors = st.lists(st.integers(-20, 20), min_size=SIZE, max_size=SIZE).map(lambda v: np.array(v) / 10)
-checked = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
+checked = hypothesis.settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
 def run(program, x, numpy):

@@ -17,7 +17,9 @@ def needs(*names):
     return pytest.mark.skipif(bool(MISSING & set(names)), reason=f"this Keras has no {' or no '.join(MISSING)}")
 
 
-@pytest.mark.parametrize("compiler", [lambda f: f, kg.jit], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiler", [pytest.param(lambda f: f, marks=pytest.mark.fast_on("torch")), kg.jit], ids=["eager", "compiled"]
+)
 @pytest.mark.parametrize(
     ("fun", "expected"),
     [

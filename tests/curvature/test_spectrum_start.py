@@ -85,12 +85,21 @@ def assert_is_start(begun, matrix, gradient, first, bits, share):
     assert length == pytest.approx(np.linalg.norm(gradient), rel=1e-4)
 
 
+MARKS = {
+    # Compiling its loop takes TensorFlow a minute.
+    "gated": pytest.mark.slow,
+    "recurrent": pytest.mark.fast_on("torch"),
+    "regularized": pytest.mark.fast_on("torch"),
+    # In training it is another model, and the more difficult one.
+    "convolutional": pytest.mark.fast_on("torch"),
+}
+
+
 # Of these only the convolutional one is another model in training.
 @pytest.mark.parametrize(
     ("name", "training"),
     [
-        # Compiling its loop takes TensorFlow a minute.
-        *[pytest.param(name, False, marks=pytest.mark.slow if name == "gated" else ()) for name in MODELS],
+        *[pytest.param(name, False, marks=MARKS.get(name, ())) for name in MODELS],
         ("dense", True),
         ("convolutional", True),
     ],

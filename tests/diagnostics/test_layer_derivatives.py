@@ -151,10 +151,12 @@ RIGHT = {
 
 
 # The two that take long are compositions of others.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("Bidirectional", "TimeDistributed") else n for n in RIGHT],
-)
+MARKS = dict.fromkeys(("Bidirectional", "TimeDistributed"), pytest.mark.slow)
+# The trial is the same code on every backend. Each has a dense layer, two normalizations and one without weights.
+MARKS |= dict.fromkeys(("Dense, relu", "Conv1D", "LayerNormalization, no scale", "LSTM"), pytest.mark.fast_on("torch"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in RIGHT])
 def test_a_layer_that_is_right(name):
     shape = (4,) if name.startswith("Dense") else (6, 4)
     verdict = of_one(RIGHT[name](), shape)
@@ -179,6 +181,7 @@ def test_kinks_make_second_derivatives_zero(name):
     assert verdict.message == verdict.advice == "" and "all its second derivatives are zero" in str(verdict)
 
 
+@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize(
     ("layer", "zero"),
     [
@@ -206,6 +209,7 @@ def test_what_is_zero_is_not_undecided():
     assert of_one(layers.Activation(lambda x: ops.relu(x - 1e-4)), x=1e-4 + 0 * X).verdict in ("zero", "constant")
 
 
+@pytest.mark.fast_on("torch")
 def test_the_report_names_zeros():
     model = keras.Sequential(
         [keras.Input((4,)), layers.Dense(3, "relu", name="a"), layers.LeakyReLU(name="b"), layers.Dense(1, name="c")]
@@ -223,6 +227,7 @@ def test_the_report_names_zeros():
     assert "all of them can be differentiated twice" in text and "zero" not in text
 
 
+@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize("seed", [0, *[pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4)]])
 def test_small_numbers_are_no_mistake(seed):
     keras.utils.set_random_seed(seed)
@@ -233,6 +238,7 @@ def test_small_numbers_are_no_mistake(seed):
     assert [layer.verdict for layer in report.layers] == ["yes", "yes", "yes"], str(report)
 
 
+@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize(
     "policy",
     ["float32", *[pytest.param(policy, marks=pytest.mark.slow) for policy in ("mixed_bfloat16", "mixed_float16")]],
@@ -250,13 +256,14 @@ def test_a_fresh_transformer(policy):
     assert len([layer for layer in report.layers if layer.verdict == "yes"]) >= 9
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("size", [1e-3, *[pytest.param(s, marks=pytest.mark.fast_on("torch")) for s in (1.0, 1e3)]])
 def test_a_size_of_inputs(size):
     x = (size * X).astype("float32")
     assert of_one(layers.LayerNormalization(epsilon=1e-12), x=x).verdict == "yes"
     assert of_one(layers.Activation("tanh"), x=x).verdict in ("yes", "constant")
 
 
+@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize(
     ("layer", "name", "factor"),
     [
@@ -285,7 +292,7 @@ def test_a_normalization_of_small_numbers_that_is_off(factor):
     assert verdict.verdict == ("yes" if factor == 1.0 else "wrong")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.fast_on("torch"))])
 def test_half_precision(dtype):
     for factor, expected in ((1.0, "yes"), (1.1, "wrong")):
         layer = layers.Dense(3, with_slope(*FUNCTIONS["square"], factor), dtype=f"mixed_{dtype}")
@@ -293,6 +300,7 @@ def test_half_precision(dtype):
         assert layer.compute_dtype == dtype and layer.dtype_policy.name == f"mixed_{dtype}"
 
 
+@pytest.mark.fast_on("torch")
 def test_what_cannot_be_told():
     verdict = of_one(Signs(name="signs"))
     assert verdict.verdict == "unclear"
@@ -313,6 +321,7 @@ def test_random_numbers_that_are_not_held():
     assert of_one(Drawn()).verdict == "unclear"
 
 
+@pytest.mark.fast_on("torch")
 def test_equal_numbers_are_tried_aside(monkeypatch):
     # Of a window of zeros another element is the largest at each step.
     inputs = keras.Input((8, 3))
@@ -322,12 +331,14 @@ def test_equal_numbers_are_tried_aside(monkeypatch):
     assert [layer.verdict for layer in layer_derivatives(model, verbose=0).layers] == ["yes", "yes"]
 
 
+@pytest.mark.fast_on("torch")
 def test_dropout_without_a_seed_in_training():
     inputs = keras.Input((16, 4))
     model = keras.Model(inputs, layers.Dense(3, "tanh")(layers.Dropout(0.3)(inputs)))
     assert [layer.verdict for layer in layer_derivatives(model, training=True, verbose=0).layers] == ["yes", "yes"]
 
 
+@pytest.mark.fast_on("torch")
 def test_like_layers_are_tried_once(monkeypatch):
     tried, original = [], layer_trial.tried
 
@@ -363,6 +374,7 @@ def test_the_cause_is_shown():
     assert (verdict.verdict, verdict.message) == ("no", "RuntimeError: the cause.")
 
 
+@pytest.mark.fast_on("torch")
 def test_lengths_that_are_not_known():
     inputs = keras.Input((None, 3), name="steps")
     model = keras.Model(inputs, layers.Conv1D(2, 2)(inputs))
@@ -371,6 +383,7 @@ def test_lengths_that_are_not_known():
     assert report.note == "" and "Unknown" not in str(report)
 
 
+@pytest.mark.fast_on("torch")
 def test_the_bar(capsys):
     model = keras.Sequential([keras.Input((2,)), layers.Dense(2), layers.Dense(2)], name="net")
     layer_derivatives(model, verbose=0)
@@ -440,6 +453,7 @@ def test_the_report_names_the_layers_of_nested_models():
     assert "4 layers of 'outer'" in text and "1 cannot" in text and "never" in text and "fine" not in text
 
 
+@pytest.mark.fast_on("torch")
 def test_integers_dicts_and_given_examples():
     inputs = {"words": keras.Input((6,), dtype="int32", name="words"), "numbers": keras.Input((4,), name="numbers")}
     embedded = layers.LSTM(3)(layers.Embedding(7, 5, mask_zero=True)(inputs["words"]))
@@ -513,6 +527,7 @@ class Biased(layers.Layer):
         return shape
 
 
+@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize(("masked", "ordinary"), [(-1e4, 0.3), (-1e9, 0.0), (-3e38, 0.3)])
 def test_what_masks_is_not_moved_by_its_own_size(masked, ordinary):
     keras.utils.set_random_seed(0)
@@ -547,6 +562,7 @@ def test_the_zeros_of_a_mask_in_numbers_are_not_moved():
     assert seen and all(np.all(mask[given == 0] == 0) for mask in seen)
 
 
+@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
     [

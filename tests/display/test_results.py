@@ -142,6 +142,7 @@ def results(model):
     }
 
 
+@pytest.mark.fast_on("torch")
 def test_every_result_shows_itself(model):
     for name, result in results(model).items():
         assert type(result).__name__ == name

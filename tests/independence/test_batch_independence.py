@@ -297,12 +297,40 @@ def judge_separate(case, seeds):
 LONG = ("BatchNormalization of sequences", "LSTM", "Bidirectional")
 
 
-@pytest.mark.parametrize("case", [case for case in MIXING if case not in LONG])
+# The check is the same code on every backend, of a few gradients. Each backend has these; torch, all of them.
+FEW = (
+    "two of them",
+    "nested",
+    "behind an embedding",
+    "attention across the batch",
+    "reshape across the batch",
+    "a thousandth of another example",
+    "between the layers of a model",
+    "a contrastive loss",
+    "Dense",
+    "BatchNormalization in inference mode",
+    "dropout",
+    "noise",
+    "convolutions and pooling",
+    "two inputs",
+    "subtracts the mean and adds it",
+)
+
+
+def fast(table):
+    return [
+        pytest.param(case, marks=() if case in FEW else pytest.mark.fast_on("torch"))
+        for case in table
+        if case not in LONG
+    ]
+
+
+@pytest.mark.parametrize("case", fast(MIXING))
 def test_what_mixes_is_found_and_named(case):
     judge_mixing(case, range(1))
 
 
-@pytest.mark.parametrize("case", [case for case in SEPARATE if case not in LONG])
+@pytest.mark.parametrize("case", fast(SEPARATE))
 def test_what_does_not_mix_is_not_accused(case):
     judge_separate(case, range(1))
 

@@ -77,7 +77,7 @@ def built():
     return model
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.fast_on("torch")), True])
 def test_a_model_shows_every_trainable_variable(training):
     model = built()
     assert len(model.trainable_variables) == 19

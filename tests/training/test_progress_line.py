@@ -62,7 +62,7 @@ class Seen(keras.callbacks.Callback):
         self.logs = dict(logs)
 
 
-@pytest.mark.parametrize("verbose", [1, 2])
+@pytest.mark.parametrize("verbose", [1, pytest.param(2, marks=pytest.mark.fast_on("torch"))])
 def test_four_monitors(capsys, verbose, tmp_path):
     seen = Seen()
     stop = keras.callbacks.EarlyStopping("jacobian_effective_rank_mean", mode="min", patience=9)
@@ -75,6 +75,7 @@ def test_four_monitors(capsys, verbose, tmp_path):
     assert stop.best is not None and np.isfinite(stop.best) and (tmp_path / "m.keras").exists()
 
 
+@pytest.mark.fast_on("torch")
 def test_all_and_none(capsys):
     shown, history = lines(capsys, monitors(progress_bar=True))
     assert set(shown) == set(history)

@@ -69,7 +69,12 @@ def first():
 
 
 @pytest.mark.parametrize(
-    "make", [first, last, nested, shared, in_time, pytest.param(before_lstm, marks=pytest.mark.slow)]
+    "make",
+    [
+        *[first, last, shared],
+        *[pytest.param(make, marks=pytest.mark.fast_on("torch")) for make in (nested, in_time)],
+        pytest.param(before_lstm, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_hessian(make):
     model, layer = make()

@@ -98,7 +98,14 @@ def test_laplacian_is_that_by_nested_derivatives(name):
     close(kg.laplacian(fun)(X), nested(fun, X))
 
 
-@pytest.mark.parametrize("name", ["gelu", "attention", "columns", "broadcasting", "custom gradient", "higher rank"])
+# The derivatives of gelu and of attention are those of the test above; coefficients do not depend on the function.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *[pytest.param(name, marks=pytest.mark.fast_on("torch")) for name in ("gelu", "attention")],
+        *["columns", "broadcasting", "custom gradient", "higher rank"],
+    ],
+)
 def test_coefficients(name):
     fun = FUNCTIONS[name]
     expected = nested(fun, X, MATRIX)
@@ -157,7 +164,9 @@ def test_under_jit_and_in_a_gradient():
     close(gradient, -np.cos(X))
 
 
-@pytest.mark.parametrize("name", ["tanh", "silu", "layer normalization"])
+@pytest.mark.parametrize(
+    "name", ["tanh", *[pytest.param(n, marks=pytest.mark.fast_on("torch")) for n in ("silu", "layer normalization")]]
+)
 def test_the_gradient_by_the_weights_is_that_of_nested_derivatives(name):
     model = FUNCTIONS[name]
 

@@ -94,7 +94,13 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+# Their derivatives to third order are compared in test_jet.py as well, which computes them by the same rules.
+LIKE_TAYLOR_MODE = ("gelu", "silu", "softplus", "attention", "maximum")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.fast_on("torch") if n in LIKE_TAYLOR_MODE else ()) for n in FUNCTIONS]
+)
 def test_derivatives_are_nested_ones(name):
     fun = FUNCTIONS[name]
     found = kg.partial_derivatives(fun, KEYS)(X)
@@ -116,6 +122,7 @@ def test_several_outputs():
     close(found[1]["v"][0], np.ones(4))
 
 
+@pytest.mark.fast_on("torch")
 def test_the_gradient_by_the_weights():
     model = FUNCTIONS["tanh"]
 

@@ -63,7 +63,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+LIKE_OTHERS = ("dense", "normalization")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.fast_on("torch") if name in LIKE_OTHERS else ()) for name in MODELS]
+)
 def test_models_as_one_example_after_the_other(name):
     model = keras.Sequential([*MODELS[name](), layers.Dense(2)])
     fun, weights = kg.functionalize(model)

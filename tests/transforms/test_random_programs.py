@@ -91,7 +91,7 @@ def test_500_compiled_programs(program, x, u, v, backend):
     check_compiled(program, x, u, v)
 
 
-@checked(20)
+@checked(10)
 @hypothesis.given(programs, vectors, vectors, vectors)
 def test_products(program, x, u, v):
     check(program, x, u, v)
