@@ -159,7 +159,7 @@ def test_independence_by_the_chosen_input_alone():
     assert kg.diagnostics.batch_independence(mixing, EXAMPLES, inputs="x").independent is False
 
 
-@pytest.mark.parametrize("inputs", [None, "x"])
+@pytest.mark.parametrize("inputs", [pytest.param(None, marks=pytest.mark.fast_on("torch")), "x"])
 def test_layers(inputs):
     model = conditional()
     x, category = keras.Input((D,), name="x"), keras.Input((), dtype="int32", name="category")
@@ -232,6 +232,7 @@ def test_pgd_finds_what_is_worse_than_fgsm(norm):
     assert np.all(moved <= 0.2001)
 
 
+@pytest.mark.fast_on("torch")
 def test_metrics_and_report():
     model = conditional()
     metrics = kg.attacks.robustness_metrics(model, EXAMPLES, LABELS, (0.05,), steps=3, verbose=0, batch_size=4)
@@ -252,7 +253,7 @@ def compiled_model():
     return model
 
 
-@pytest.mark.parametrize("inputs", [None, "x"])
+@pytest.mark.parametrize("inputs", [pytest.param(None, marks=pytest.mark.fast_on("torch")), "x"])
 def test_monitors(inputs):
     jacobians = kg.callbacks.BatchJacobianMonitor(EXAMPLES, radius=0.01, inputs=inputs)
     attacks = kg.callbacks.RobustnessMonitor((EXAMPLES, LABELS), epsilons=(0.05,), steps=2, inputs=inputs)

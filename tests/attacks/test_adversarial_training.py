@@ -124,7 +124,7 @@ class TestState:
         model.layers[-1].set_weights([W, np.zeros(K)])
         return model
 
-    @pytest.mark.parametrize("steps", [1, 4])
+    @pytest.mark.parametrize("steps", [1, pytest.param(4, marks=pytest.mark.fast_on("torch"))])
     @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "_".join(mode) + str(*mode.values()))
     def test_statistics_are_updated_once_with_those_of_the_attacked_batch(self, mode, steps):
         model = self.model()

@@ -93,6 +93,7 @@ class TestClosedForm:
         )
         assert all(type(value) is float for value in found.values())
 
+    @pytest.mark.fast_on("torch")
     def test_the_size_of_the_batches_does_not_matter(self):
         expected = robustness_metrics(linear(), X, Y, EPSILONS, **FEW)
         found = robustness_metrics(linear(), X, Y, EPSILONS, batch_size=N // 2 - 1, **FEW)
@@ -100,6 +101,7 @@ class TestClosedForm:
         for name in expected.keys() - {f"noise_{e:g}_accuracy" for e in EPSILONS}:
             assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
+    @pytest.mark.fast_on("torch")
     def test_probabilities(self):
         found = robustness_metrics(linear("softmax"), X, Y, EPSILONS[0], **FEW)
         assert [found["clean_accuracy"], found["pgd_0.03_accuracy"]] == pytest.approx(accuracies("inf")[:2])
@@ -109,6 +111,7 @@ class TestClosedForm:
         squares = 2 * (p * (1 - p)) ** 2 * (DIRECTION**2).sum()
         assert found["jacobian_norm"] == pytest.approx(math.sqrt(squares.mean()), rel=1e-5)
 
+    @pytest.mark.fast_on("torch")
     def test_one_output(self):
         found = robustness_metrics(one_output(), X, Y, EPSILONS[1:], jacobian=False, **FEW)
         clean, _, attacked = accuracies("inf")

@@ -74,7 +74,7 @@ def monitored(wrap):
 
 WRAPPERS = [
     lambda model: model,
-    lambda model: InputGradientRegularized(model, 0.1),
+    pytest.param(lambda model: InputGradientRegularized(model, 0.1), marks=pytest.mark.fast_on("torch")),
     lambda model: AdversarialTraining(model, FGSM(0.1)),
 ]
 

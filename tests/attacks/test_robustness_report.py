@@ -61,6 +61,7 @@ class TestLinearClassifier:
         # Five steps of l2 do not quite find the nearest point.
         np.testing.assert_allclose(found.attack, expected, atol=2.0 / 2**12 + 1e-6, rtol=0.0 if norm == "inf" else 0.03)
 
+    @pytest.mark.fast_on("torch")
     @NORMS
     def test_bounds_follow_their_formulas(self, norm):
         found = report(norm=norm)
@@ -80,6 +81,7 @@ class TestLinearClassifier:
         by_curvature = (-g + np.sqrt(g**2 + 2 * curvature * left)) / curvature
         np.testing.assert_allclose(found.curvature_bound, by_curvature, rtol=2e-2, atol=1e-6)
 
+    @pytest.mark.fast_on("torch")
     @NORMS
     def test_here_both_bounds_are_below_the_distance(self, norm):
         found = report(norm=norm)
@@ -87,14 +89,17 @@ class TestLinearClassifier:
             assert np.all(bound <= np.maximum(MARGIN, 0) / DUAL[norm] + 1e-6)
             assert np.all(bound[RIGHT] > 0)
 
+    @pytest.mark.fast_on("torch")
     def test_probabilities_do_as_well_as_logits(self):
         by_logits, by_probabilities = report(), report(classifier("softmax"))
         for name in ("margin", "first_order", "lipschitz_bound", "curvature_bound", "attack"):
             np.testing.assert_allclose(getattr(by_probabilities, name), getattr(by_logits, name), rtol=2e-2, atol=1e-3)
 
+    @pytest.mark.fast_on("torch")
     def test_one_hot_labels(self):
         np.testing.assert_array_equal(report(y=np.eye(2)[Y]).first_order, report().first_order)
 
+    @pytest.mark.fast_on("torch")
     def test_batches_do_not_matter(self):
         whole, parts = report(), report(batch_size=3)
         np.testing.assert_allclose(parts.attack, whole.attack, atol=1e-3)
@@ -103,6 +108,7 @@ class TestLinearClassifier:
     def test_two_calls_agree(self):
         np.testing.assert_array_equal(report(restarts=2).attack, report(restarts=2).attack)
 
+    @pytest.mark.fast_on("torch")
     def test_the_range_of_the_data_is_kept(self):
         x = np.array([[1.0, 0.0, 1.0]], "float32")
         found = report(x=x, y=[1], clip=(0.0, 1.0), max_epsilon=None)

@@ -64,7 +64,7 @@ def test_values_are_those_of_the_dense_hessian(tmp_path):
         assert history["sharpness_times_learning_rate"][epoch] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [256, 7])
+@pytest.mark.parametrize("batch_size", [pytest.param(256, marks=pytest.mark.fast_on("torch")), 7])
 def test_values_by_few_products(batch_size):
     model, weights = compiled(hidden=12), Weights()
     monitor = CurvatureMonitor((X, T), trace_matvecs=8, batch_size=batch_size)

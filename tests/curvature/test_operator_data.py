@@ -198,8 +198,13 @@ class TestSeveral:
         matrix[6:, 6:] = v * of_linear(curvature_of_cross_entropies(z))
         return matrix
 
-    @pytest.mark.parametrize("kind", ["dict", "list"])
-    @pytest.mark.parametrize("cls", [Hessian, GaussNewton])
+    @pytest.mark.parametrize(
+        ("cls", "kind"),
+        [
+            *[(Hessian, "dict"), (GaussNewton, "list")],
+            *[pytest.param(*c, marks=pytest.mark.fast_on("torch")) for c in ((Hessian, "list"), (GaussNewton, "dict"))],
+        ],
+    )
     def test_several_inputs_and_outputs(self, cls, kind):
         found = cls(self.model(kind), self.losses(kind), self.data(kind), batch_size=SIZE, verbose=0)
         assert_close(found @ np.eye(15), self.expected())

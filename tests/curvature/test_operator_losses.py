@@ -288,13 +288,18 @@ class TestMonteCarlo:
 
     @pytest.mark.parametrize(
         "case",
-        ["sparse", "mse", *[pytest.param(c, marks=pytest.mark.slow) for c in ("sparse logits", "one-hot", "binary")]],
+        [
+            "sparse",
+            pytest.param("mse", marks=pytest.mark.fast_on("torch")),
+            *[pytest.param(c, marks=pytest.mark.slow) for c in ("sparse logits", "one-hot", "binary")],
+        ],
     )
     def test_converges_to_the_exact_one(self, case):
         # 16800 draws: an error of sqrt(2 / 16800) = 1% is to be expected of a single element.
         found, exact = matrix_of(self.fisher(case, samples=8)), self.exact(case)
         assert 1e-5 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.04
 
+    @pytest.mark.fast_on("torch")
     def test_sample_weights(self):
         weight = np.repeat([0.0, 3.0, 1.0], 700).astype("float32")
         units, activation, loss, y = self.CASES["sparse"]
@@ -320,6 +325,7 @@ class TestMonteCarlo:
         found = self.fisher(count=30, batch_size=20, samples=3)
         assert_close(found.dense(), matrix_of(found))
 
+    @pytest.mark.fast_on("torch")
     def test_batches_and_samples_draw_anew(self):
         # The same three inputs in each batch: were the labels the same as well, so would be the matrices.
         def of(count, **options):
@@ -337,7 +343,10 @@ class TestMonteCarlo:
         ("loss", "units", "activation"),
         [
             (keras.losses.CategoricalCrossentropy(label_smoothing=0.5), K, "softmax"),
-            (keras.losses.BinaryCrossentropy(label_smoothing=0.5), 2, "sigmoid"),
+            pytest.param(
+                *(keras.losses.BinaryCrossentropy(label_smoothing=0.5), 2, "sigmoid"),
+                marks=pytest.mark.fast_on("torch"),
+            ),
         ],
         ids=["categorical", "binary"],
     )

@@ -72,9 +72,18 @@ class TestEquations:
 
 
 class TestFewerOutputsThanWeights:
-    @pytest.mark.parametrize("scaling", ["identity", "diagonal"])
     @pytest.mark.parametrize(
-        ("loss", "y", "outputs"), [("mse", T, 2), (CROSS_ENTROPY, CLASSES, 3)], ids=["mse", "cross-entropy"]
+        ("loss", "y", "outputs", "scaling"),
+        [
+            pytest.param("mse", T, 2, "diagonal", id="mse-diagonal"),
+            pytest.param(CROSS_ENTROPY, CLASSES, 3, "identity", id="cross-entropy-identity"),
+            pytest.param("mse", T, 2, "identity", id="mse-identity", marks=pytest.mark.fast_on("torch")),
+            pytest.param(
+                *(CROSS_ENTROPY, CLASSES, 3, "diagonal"),
+                id="cross-entropy-diagonal",
+                marks=pytest.mark.fast_on("torch"),
+            ),
+        ],
     )
     def test_solves_the_damped_equation(self, scaling, loss, y, outputs):
         # The Hessian of the cross-entropy is singular: the same number may be added to all logits.

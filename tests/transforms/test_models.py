@@ -162,7 +162,9 @@ def test_batch_jacobian_of_independent_examples(name):
         near(kg.batch_jacobian(s.model)(s.x), expected)
 
 
-@pytest.mark.parametrize("mode", [Mode("losses", False), Mode("dropout", True)], ids=repr)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(Mode("losses", False), marks=pytest.mark.fast_on("torch")), Mode("dropout", True)], ids=repr
+)
 def test_the_gradient_of_each_example(mode):
     """Each is the gradient of a batch of one, its activity regularizer and its mask those of one example."""
     s = Setting(*mode)

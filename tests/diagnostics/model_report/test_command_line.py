@@ -52,6 +52,7 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
+@pytest.mark.fast_on("torch")
 def test_a_page(folder, capsys):
     code, output = run(folder, "--checks", "values", "gradients", "jacobian")
     out = capsys.readouterr()

@@ -49,6 +49,7 @@ def test_what_it_says(full):
     assert "Gradient flow" in full._repr_html_() and "reason" not in full._repr_html_()
 
 
+@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize(
     ("make", "check", "expected"),
     [
