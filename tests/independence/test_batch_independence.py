@@ -249,7 +249,7 @@ SEPARATE = {
         False,
     ),
     "two inputs": (lambda: two_inputs(layers.Dense(3, "tanh")), (VECTOR, VECTOR), True),
-    "embedding": (lambda: tokens(layers.GRU(3)), TOKENS, True),
+    "embedding": (lambda: tokens(layers.SimpleRNN(3)), TOKENS, True),
     "PReLU": (lambda: vectors(layers.PReLU()), VECTOR, True),
     "subtracts the mean and adds it": (lambda: vectors(BackAndForth()), VECTOR, False),
     "a loss of each example": (triplets_of_examples, VECTOR, False),
@@ -430,11 +430,11 @@ class TestWhatIsDrawn:
     def test_dropout_of_tokens(self):
         # Two calls are compared: they have one mask, also that of torch's own generator.
         for dropout in (layers.Dropout(0.5), layers.Dropout(0.5, seed=1), layers.GaussianNoise(0.5)):
-            report = kg.diagnostics.batch_independence(tokens(dropout, layers.GRU(3)), examples(TOKENS, 0), True)
+            report = kg.diagnostics.batch_independence(tokens(dropout, layers.SimpleRNN(3)), examples(TOKENS, 0), True)
             assert report.independent is True and report.leak < 1e-6, report
 
     def test_the_generator_goes_on(self):
-        model = tokens(layers.Dropout(0.5), layers.GRU(3))
+        model = tokens(layers.Dropout(0.5), layers.SimpleRNN(3))
         x = ops.ones((50,))
         drawn = []
         for ask in (False, True):

@@ -51,7 +51,7 @@ network = functools.partial(point_functions.network, columns=3, width=5)
 
 
 def recurrent():
-    return keras.Sequential([keras.Input((3,)), layers.Reshape((3, 1)), layers.LSTM(4), layers.Dense(2)])
+    return keras.Sequential([keras.Input((3,)), layers.Reshape((3, 1)), layers.SimpleRNN(4), layers.Dense(2)])
 
 
 def complex_numbers(x):

@@ -57,7 +57,7 @@ def _convolutions():
 MODELS = {
     "dense": lambda: [layers.Input((3,)), layers.Dense(4, activation="tanh")],
     "convolution": _convolutions,
-    "lstm": lambda: [layers.Input((4, 2)), layers.LSTM(3)],
+    "recurrent": lambda: [layers.Input((4, 2)), layers.SimpleRNN(3)],
     "normalization": lambda: [layers.Input((3,)), layers.BatchNormalization(), layers.LayerNormalization()],
     "dropout": lambda: [layers.Input((3,)), layers.Dense(8), layers.Dropout(0.5, seed=0)],
 }
