@@ -25,6 +25,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx-mathjax-offline",
+    "japanese_search",
     "notebooks",
     "reference",
 ]
@@ -58,6 +59,7 @@ nb_merge_streams = True
 
 html_theme = "pydata_sphinx_theme"
 html_title = "keras-gradtools"
+html_search_language = "en_ja"
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
