@@ -43,5 +43,6 @@ function splitQuery(query) {
 
 
 def setup(app):
+    """Registers the language."""
     app.add_search_language(SearchEnglishJapanese)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

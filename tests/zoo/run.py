@@ -25,18 +25,18 @@ class Worker:
     """One process for one backend, started when it is needed, and again after a cell that took too long."""
 
     def __init__(self, backend):
-        self._backend, self._process, self._cells, self._large = backend, None, 0, None
+        self._backend, self._process, self._cells, self._shared_by = backend, None, 0, None
 
-    def ask(self, cell, timeout, is_large=False):
+    def ask(self, cell, timeout, shared_by=None, runs_long=False):
         """The answer of the process; a `timeout` or a `crash` in its place.
 
-        A large model has a process of its own: what is compiled for three of them comes to 10 GB.
+        Consecutive cells with equal `shared_by` share a process. If the cell `runs_long`, its programs take longer to
+        run than to compile.
         """
-        large = cell[0] if is_large else None
-        if self._process is None or self._cells >= MOST_CELLS or self._large != large:
+        if self._process is None or self._cells >= MOST_CELLS or self._shared_by != shared_by:
             self.stop()
-            self._large = large
-            self._start()
+            self._shared_by = shared_by
+            self._start(runs_long)
         self._cells += 1
         start = time.monotonic()
         self._process.stdin.write(json.dumps(cell) + "\n")
@@ -50,16 +50,14 @@ class Worker:
         self.stop()
         return {"model": cell[0], "check": cell[1], "status": status, "seconds": seconds, "text": text}
 
-    def _start(self):
+    def _start(self, runs_long):
         environment = os.environ | {"KERAS_BACKEND": self._backend, "OMP_NUM_THREADS": "1"}
         # Some models mix integers of 32 and 64 bits then: try them with JAX_ENABLE_X64=0.
         environment.setdefault("JAX_ENABLE_X64", "1")
         environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
         if self._backend == "jax":
             flags = ["--xla_cpu_use_fusion_emitters=false"]
-            if self._large is None:
-                # Most of the time goes into compiling what runs a few times. In a large model it goes into
-                # convolutions in double precision, which take seven times longer without optimization.
+            if not runs_long:
                 flags.append("--xla_backend_optimization_level=0")
             environment.setdefault("XLA_FLAGS", " ".join(flags))
         self._process = subprocess.Popen(
@@ -107,7 +105,7 @@ def main():
     # Only the names are needed here, and the process that tries them has a backend of its own.
     os.environ.setdefault("KERAS_BACKEND", (options.backend or BACKENDS)[0])
     from tests.zoo.catalogue import GROUPS
-    from tests.zoo.checks import CHECKS
+    from tests.zoo.checks import CHECKS, IN_DOUBLE
 
     groups = {name: models for name, models in GROUPS.items() if not options.group or name in options.group}
     models = [name for group in groups.values() for name in group if not options.model or name in options.model]
@@ -116,7 +114,11 @@ def main():
     for backend in options.backend or BACKENDS:
         before, worker = {} if options.again else known(backend), Worker(backend)
         for cell in [(m, c) for m in models for c in checks if (m, c) not in before]:
-            found = worker.ask(cell, options.timeout, is_large=cell[0] in GROUPS["keras.applications"])
+            # What is compiled for three large models comes to 10 GB. Their convolutions in double precision take seven
+            # times longer without optimization, and two training steps in single precision take longer to optimize.
+            runs_long = cell[0] in GROUPS["keras.applications"] and cell[1] in IN_DOUBLE
+            shared_by = (cell[0], runs_long) if cell[0] in GROUPS["keras.applications"] else None
+            found = worker.ask(cell, options.timeout, shared_by, runs_long)
             with open(RESULTS / f"{backend}.jsonl", "a") as file:
                 file.write(json.dumps(found) + "\n")
             print(f"{backend:11}{cell[0]:28}{cell[1]:20}{found['status']:9}{found['seconds']:7.1f} s", flush=True)
