@@ -16,7 +16,8 @@ from tests.random_models import STEPS, Program, mapped
 
 # How many programs the slow test tries, from which one on.
 COUNT, START = int(os.environ.get("PROGRAMS", "500")), int(os.environ.get("FIRST_PROGRAM", "1000"))
-H = 2e-3
+# The step of the differences. Programs of two attentions and two normalizations need one this short.
+H = 2e-4
 
 
 def first(program, which):
