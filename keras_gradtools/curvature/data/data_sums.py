@@ -87,6 +87,18 @@ class DataSums:
         self.prepare()
         return self.summed(("rows", place, size, chunk_size), add, zeros, start)
 
+    def bytes_of_a_row(self):
+        """The number of bytes of all tensors that are computed for one row, on the first batch."""
+        self.prepare()
+        batch = on_devices(next(iter(self.batches)))
+        _, drawing = self._program("rows", functools.partial(batch_sums.add_rows, 0, 1, 1))
+        start = ops.convert_to_tensor(np.int32(0))
+
+        def computed():
+            return drawing(self.model, self.draws.values, None, start, batch, self.seed(0))[0]
+
+        return backend.computed_bytes(computed)
+
     def loss_at(self, offset):
         """The loss at the weights plus `offset`, a tensor for each variable or None."""
 

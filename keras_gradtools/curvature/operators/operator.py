@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import nesting, validation
-from keras_gradtools.annotations import ArrayLike, Data, Loss, Nested, Variables, Verbose
+from keras_gradtools import memory, nesting, validation
+from keras_gradtools.annotations import ArrayLike, ChunkSize, Data, Loss, Nested, Variables, Verbose
 from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.data_sums import DataSums, on_devices
@@ -23,7 +23,7 @@ from keras_gradtools.curvature.operators.operator_algebra import AlgebraicOperat
 from keras_gradtools.curvature.operators.parameters import Parameters
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.display.progress import Progress
-from keras_gradtools.tape import jacobian_plans
+from keras_gradtools.transforms.jacobians import require_rows
 
 # Number of columns of a matrix that are multiplied in one pass over the data. More columns were slower on every
 # backend, because the activations for all of them no longer fit into the cache.
@@ -31,6 +31,8 @@ COLUMNS = 64
 # Limit on the numbers in the rows that one call of a program computes. A call covers several chunks, which share one
 # evaluation of the model.
 _NUMBERS_OF_A_CALL = 2**24
+# The share of a memory budget for the rows that a call returns, which are there twice when batches are added up.
+_SHARE_OF_ROWS = 0.25
 
 
 class CurvatureOperator(AlgebraicOperator):
@@ -114,7 +116,7 @@ class CurvatureOperator(AlgebraicOperator):
     def _fast_matvec(self):
         return fast_matvec(self._sums) or super()._fast_matvec()
 
-    def dense(self, chunk_size: int | None = None) -> np.ndarray:
+    def dense(self, chunk_size: ChunkSize = None, memory_budget: int | None = None) -> np.ndarray:
         """The matrix as a NumPy array of shape `(n, n)`.
 
         The matrix is exactly symmetric: a block of two variables is computed once and copied to its mirror image, and
@@ -122,20 +124,25 @@ class CurvatureOperator(AlgebraicOperator):
 
         Args:
             chunk_size: Number of rows to compute at once, 64 by default. It bounds the memory and changes no value.
+                `"auto"` computes as many rows as fit into `memory_budget`, at most 64.
+            memory_budget: The number of bytes that the computation may take besides the matrix, with
+                `chunk_size="auto"`. By default a quarter of the free memory. A row is taken to need as much as all
+                tensors that it computes, which is more than it needs at any one time.
 
         Raises:
-            ValueError: If `chunk_size` is not a positive integer.
+            ValueError: If `chunk_size` or `memory_budget` is not a positive integer, or if both are.
             MemoryError: If the matrix would take more than half of the machine's memory.
 
         Cost:
-            About n products.
+            About n products. With `"auto"`, one more is counted, on JAX without computing it.
         """
-        chunk_size = jacobian_plans.require_chunk_size(f"{type(self).__name__}.dense", chunk_size) or COLUMNS
+        chunk_size, memory_budget = require_rows(f"{type(self).__name__}.dense", chunk_size, memory_budget)
         n, dtype = self._parameters.size, solver_dtype(self.dtype)
         owner = type(self).__name__
         dense_memory.require_room(owner, n, dtype)
         matrix = np.empty((n, n), dtype)
-        per_call = max(_NUMBERS_OF_A_CALL // max(n, 1) // chunk_size, 1) * chunk_size
+        chunk_size, numbers = self._rows_that_fit(chunk_size, memory_budget)
+        per_call = max(numbers // max(n, 1) // chunk_size, 1) * chunk_size
         tasks = [
             (place, start, min(per_call, s.stop - s.start))
             for place, s in enumerate(self.slices)
@@ -152,12 +159,23 @@ class CurvatureOperator(AlgebraicOperator):
         dense_memory.symmetrize(matrix, self.slices)
         return matrix
 
-    def blocks(self, chunk_size: int | None = None) -> Nested:
+    def _rows_that_fit(self, chunk_size, budget):
+        """How many rows to compute at once, and how many numbers a call may return."""
+        if chunk_size != "auto":
+            return chunk_size or COLUMNS, _NUMBERS_OF_A_CALL
+        budget = budget or memory.budget()
+        returned = int(_SHARE_OF_ROWS * budget)
+        row = max(self._sums.bytes_of_a_row(), 1)
+        # The evaluation of the model, which the rows share, computes less than a row does.
+        rows = (budget - returned - row) // row
+        return min(max(rows, 1), COLUMNS), min(returned // self.dtype.itemsize, _NUMBERS_OF_A_CALL)
+
+    def blocks(self, chunk_size: ChunkSize = None, memory_budget: int | None = None) -> Nested:
         """The matrix as nested blocks like those of `kg.hessian`, NumPy arrays of shape `(*in_i, *in_j)`.
 
-        `blocks[i][j]` is the block of the i-th and the j-th variable.
+        `blocks[i][j]` is the block of the i-th and the j-th variable. The arguments are those of `dense`.
         """
-        matrix = self.dense(chunk_size)
+        matrix = self.dense(chunk_size, memory_budget)
         shapes = self._parameters.shapes
         rows = [
             [matrix[a, b].reshape(*s, *t) for b, t in zip(self.slices, shapes, strict=True)]
