@@ -45,7 +45,6 @@ def guide(tmp_path_factory):
     return out, [paragraph.splitlines() for paragraph in printed.getvalue().split("\n\n")]
 
 
-@pytest.mark.fast_on("torch")
 def test_guide_keeps_its_order(guide):
     _, (first, *sections, last) = guide
     assert first == [f"Advanced automatic differentiation, {keras.config.backend()}"]
@@ -53,7 +52,6 @@ def test_guide_keeps_its_order(guide):
     assert "Pictures: guide_*.png" in " ".join(last)
 
 
-@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize("heading", SECTIONS)
 def test_guide_prints_its_numbers(guide, heading):
     _, paragraphs = guide
@@ -61,7 +59,6 @@ def test_guide_prints_its_numbers(guide, heading):
     assert [line for line in printed if line in SECTIONS[heading]] == SECTIONS[heading]
 
 
-@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize("heading", ["Example: Hessian", "The full Hessian across multiple variables"])
 def test_guide_newton_step_lowers_the_loss(guide, heading):
     _, paragraphs = guide
@@ -71,13 +68,11 @@ def test_guide_newton_step_lowers_the_loss(guide, heading):
     assert after < 0.5 * before
 
 
-@pytest.mark.fast_on("torch")
 def test_guide_leaves_its_pictures_and_no_others(guide):
     out, _ = guide
     assert sorted(path.name for path in out.iterdir()) == sorted(f"guide_{name}.png" for name in PICTURES)
 
 
-@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize("name", PICTURES)
 def test_guide_pictures_show_something(guide, name):
     out, _ = guide
@@ -89,7 +84,6 @@ def test_guide_pictures_show_something(guide, name):
     assert np.mean(np.ptp(drawn, axis=-1) > 0.2) > 0.005
 
 
-@pytest.mark.fast_on("torch")
 def test_guide_leaves_no_figure_open(guide):
     assert pyplot.get_fignums() == []
 

@@ -67,7 +67,7 @@ def test_pages_are_found():
 
 @pytest.mark.parametrize(
     ("page", "block"),
-    [pytest.param(*block, marks=[] if block[0] == README else pytest.mark.fast_on("torch")) for block in BLOCKS],
+    BLOCKS,
     ids=[f"{page.stem}-line-{len(block) - len(block.lstrip(chr(10))) + 1}" for page, block in BLOCKS],
 )
 def test_block_runs(page, block, backend, tmp_path, monkeypatch):

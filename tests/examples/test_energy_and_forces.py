@@ -57,7 +57,6 @@ def test_model_keeps_momentum(trained):
     assert np.abs(forces.sum(axis=1)).max() < 1e-4 * np.abs(forces).max()
 
 
-@pytest.mark.fast_on("torch")
 def test_training_on_forces_improves_energies_and_forces(quick):
     _, results = quick
     alone, both = results["energies"], results["energies and forces"]
@@ -67,7 +66,6 @@ def test_training_on_forces_improves_energies_and_forces(quick):
     assert both["loss"][-1] < 0.2 * both["loss"][0]
 
 
-@pytest.mark.fast_on("torch")
 def test_model_conserves_its_own_energy(quick):
     _, results = quick
     for result in results.values():
@@ -85,7 +83,6 @@ def test_energy_error_is_of_second_order_in_the_time_step(example, trained):
     assert 3.0 < errors[0] / errors[1] < 5.0
 
 
-@pytest.mark.fast_on("torch")
 def test_leaves_its_picture(quick):
     out, _ = quick
     (path,) = out.iterdir()

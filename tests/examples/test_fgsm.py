@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "fgsm.py"
-pytestmark = pytest.mark.fast_on("torch")
 
 
 @pytest.fixture(scope="module")

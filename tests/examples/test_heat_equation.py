@@ -46,7 +46,6 @@ def test_what_is_left_is_that_of_differences(example):
     np.testing.assert_allclose(left, u_t - example["DIFFUSIVITY"] * u_xx, atol=2e-2)
 
 
-@pytest.mark.fast_on("torch")
 def test_it_runs_and_draws(example, tmp_path):
     errors = example["main"](["--out", str(tmp_path), "--adam-epochs", "40", "--epochs", "2"])
     assert all(0 < error < 1 for error in errors.values())

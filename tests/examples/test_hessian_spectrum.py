@@ -21,7 +21,6 @@ def quick(example, tmp_path_factory):
     return out, example["main"](["--quick", "--out", str(out)])
 
 
-@pytest.mark.fast_on("torch")
 def test_a_few_eigenvalues_stand_out(quick):
     found, _ = quick[1]
     after = found["after training"]
@@ -30,13 +29,11 @@ def test_a_few_eigenvalues_stand_out(quick):
     assert after["smallest"] < 0 < after["largest"][-1]
 
 
-@pytest.mark.fast_on("torch")
 def test_the_gauss_newton_part_explains_them(quick):
     after = quick[1][0]["after training"]
     assert 0.5 < after["gauss_newton"][0] / after["largest"][0] < 1.5
 
 
-@pytest.mark.fast_on("torch")
 def test_a_step_multiplies_the_top_direction_as_the_eigenvalue_says(quick):
     for factor, growth in quick[1][1].items():
         assert growth == pytest.approx(1 - factor, abs=0.05)
@@ -50,7 +47,6 @@ def test_the_share_near_zero(example):
     assert example["share_near_zero"](Density, 0.2) == pytest.approx(0.625)
 
 
-@pytest.mark.fast_on("torch")
 def test_leaves_its_picture(quick):
     (path,) = quick[0].iterdir()
     assert path.name == "hessian_spectrum.png"

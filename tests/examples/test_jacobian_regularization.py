@@ -29,14 +29,12 @@ def linear():
     return keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
 
 
-@pytest.mark.fast_on("torch")
 def test_all_models_read_the_digits(quick):
     _, results = quick
     for result in results.values():
         assert result["noise"][0] == result["attack"][0] > 0.85
 
 
-@pytest.mark.fast_on("torch")
 @pytest.mark.parametrize("name", ["one projection", "exact"])
 def test_regularization_shrinks_the_jacobian_and_helps_against_attacks(quick, name):
     _, results = quick
@@ -44,13 +42,11 @@ def test_regularization_shrinks_the_jacobian_and_helps_against_attacks(quick, na
     assert results[name]["attack"][2] > results["plain"]["attack"][2] + 0.1
 
 
-@pytest.mark.fast_on("torch")
 def test_one_projection_does_what_the_exact_norm_does(quick):
     _, results = quick
     assert results["one projection"]["jacobian"] == pytest.approx(results["exact"]["jacobian"], rel=0.3)
 
 
-@pytest.mark.fast_on("torch")
 def test_margins_are_measured(quick):
     _, results = quick
     for name in ("plain", "one projection"):
@@ -78,7 +74,6 @@ def test_plane_goes_through_its_images_and_keeps_lengths(example):
         assert np.linalg.norm(grid[nearest] - image) < spacing
 
 
-@pytest.mark.fast_on("torch")
 def test_leaves_its_picture(quick):
     out, _ = quick
     (path,) = out.iterdir()

@@ -8,7 +8,6 @@ import pytest
 from matplotlib import pyplot
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "penalty_weight.py"
-pytestmark = pytest.mark.fast_on("torch")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from matplotlib import pyplot
 import keras_gradtools as kg
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "per_example_gradients.py"
-pytestmark = pytest.mark.fast_on("torch")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ def quick(example, tmp_path_factory):
     return out, example["main"](["--epochs", "12", "--activations", "gelu", "relu", "--out", str(out)])
 
 
-@pytest.mark.fast_on("torch")
 def test_smooth_activations_fit_the_equation_and_relu_does_not(quick):
     residuals, errors, seconds = quick[1]
     assert residuals["gelu"][-1] < 0.3
@@ -38,7 +37,6 @@ def test_the_right_side_is_the_second_derivative_of_the_solution(example):
     np.testing.assert_allclose(u(np.array([0.0, 1.0])), 0.0, atol=1e-12)
 
 
-@pytest.mark.fast_on("torch")
 def test_leaves_its_picture(quick):
     (path,) = quick[0].iterdir()
     assert path.name == "pinn_activations.png"

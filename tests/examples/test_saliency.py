@@ -23,14 +23,12 @@ def quick(example, tmp_path_factory):
     return out, example["main"](["--epochs", "2", "--images", "20", "--out", str(out)])
 
 
-@pytest.mark.fast_on("torch")
 def test_integrated_gradients_add_up_to_the_change_of_the_score(quick):
     errors, _ = quick[1]
     assert errors[128] < 0.1 * errors[2]
     assert errors[128] < 0.05
 
 
-@pytest.mark.fast_on("torch")
 def test_they_point_at_the_digit(quick):
     _, shares = quick[1]
     # The digit covers a quarter of the image.
@@ -59,7 +57,6 @@ def test_grad_cam_of_a_mean_is_the_class_activation_map(example):
     np.testing.assert_allclose(found[..., 0], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.fast_on("torch")
 def test_leaves_its_picture(quick):
     (path,) = quick[0].iterdir()
     assert path.name == "saliency.png"

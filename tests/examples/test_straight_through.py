@@ -22,14 +22,12 @@ def quick(example, tmp_path_factory):
     return out, example["main"](["--epochs", "5", "--bits", "1", "--out", str(out)])
 
 
-@pytest.mark.fast_on("torch")
 def test_training_with_rounding_keeps_more_than_rounding_afterwards(quick):
     found, without, _ = quick[1]
     assert found[1]["trained with rounding"] > found[1]["rounded afterwards"] + 0.1
     assert without < found[1]["trained with rounding"] - 0.2
 
 
-@pytest.mark.fast_on("torch")
 def test_the_gradient_is_zero_without_straight_through(quick):
     lengths = quick[1][2]
     assert lengths[False] == 0
@@ -46,7 +44,6 @@ def test_the_rounded_kernel_has_few_values(example, bits):
         assert np.abs(found - kernel).max() <= 0.5 * step * (1 + 1e-5)
 
 
-@pytest.mark.fast_on("torch")
 def test_leaves_its_picture(quick):
     (path,) = quick[0].iterdir()
     assert path.name == "straight_through.png"
