@@ -1,4 +1,4 @@
-"""The peak memory of Jacobians with `chunk_size="auto"`, over their `memory_budget`.
+"""The peak memory of Jacobians and dense Hessians with `chunk_size="auto"`, over their `memory_budget`.
 
 Run it as `python -m benchmarks.memory_budget`. Each peak is measured in a separate process after two calls. The peak of
 the same work, one row at a time, is subtracted: it holds the result and one row. TensorFlow does not give memory back,
@@ -17,7 +17,7 @@ from benchmarks.run import BACKENDS, RESULTS, ROOT, environment_of
 
 MIB = 2**20
 BUDGETS = (64, 256)
-TRANSFORMS = ("batch_jacobian", "hessian")
+TRANSFORMS = ("batch_jacobian", "hessian", "dense")
 
 
 def _dense():
@@ -52,7 +52,10 @@ MODELS = {"dense": _dense, "convolutional": _convolutional, "attention": _attent
 
 
 def case(name, transform):
-    """A function of a budget that computes the Jacobian of the inputs, or the Hessian of the last bias."""
+    """A function of a budget that computes the Jacobian of the inputs, or the Hessian of the last bias.
+
+    `dense` is that Hessian as a matrix of `kg.curvature.Hessian`.
+    """
     import keras
 
     import keras_gradtools as kg
@@ -62,12 +65,24 @@ def case(name, transform):
     x = keras.random.normal(shape, seed=0)
     if transform == "batch_jacobian":
         return lambda budget: kg.batch_jacobian(model, memory_budget=budget)(x)
+    if transform == "dense":
+        y = keras.ops.zeros((shape[0], model.output_shape[-1]))
+        bias = model.trainable_variables[-1]
+        operator = kg.curvature.Hessian(model, quartic, (x, y), [bias], batch_size=shape[0], verbose=0)
+        return lambda budget: operator.dense(memory_budget=budget)
     fun, (*weights, bias) = kg.functionalize(model)
 
     def loss(bias):
         return keras.ops.mean(keras.ops.square(fun([*weights, bias], x)) ** 2)
 
     return lambda budget: kg.hessian(loss, memory_budget=budget)(bias)
+
+
+def quartic(y, y_pred):
+    """A loss with a Hessian."""
+    from keras import ops
+
+    return ops.mean((y_pred - y) ** 4, axis=-1)
 
 
 def measure_here(name, transform, budget):
@@ -93,15 +108,20 @@ def peak(backend, *of):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
+    parser.add_argument("--transform", action="append", choices=TRANSFORMS, help="may be repeated; the others are kept")
     parser.add_argument("--of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.of is not None:
         name, transform, budget = options.of
         measure_here(name, transform, int(budget))
         return
+    transforms = options.transform or TRANSFORMS
     for backend in options.backend or BACKENDS:
-        results = []
-        for transform, name in itertools.product(TRANSFORMS, MODELS):
+        path = RESULTS / f"{backend}_memory_budget.json"
+        results = (
+            [row for row in json.loads(path.read_text()) if row["transform"] not in transforms] if path.exists() else []
+        )
+        for transform, name in itertools.product(transforms, MODELS):
             least = peak(backend, name, transform, 1)
             for budget in BUDGETS:
                 growth = peak(backend, name, transform, budget * MIB) - least
@@ -109,7 +129,7 @@ def main():
                 row |= {"peak_mib": round(growth, 1), "ratio": round(growth / budget, 2)}
                 results.append(row)
                 print(*row.values(), flush=True)
-        (RESULTS / f"{backend}_memory_budget.json").write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ nothing to measure: these cells are unclear.
 | unclear | the differences do not converge, for example at the kinks of ReLU and max-pooling in single precision |
 | Keras | Keras or the model itself fails without this package, too, mostly when it is saved |
 | time | stopped after the time for a cell |
-| WRONG, CRASH | a defect |
+| WRONG, CRASH | a defect. The one CRASH is TensorFlow's: its oneDNN kernels end the process ([limits](limits.md)) |
 """
 WORDS = {
     "right": "yes",
