@@ -28,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 from distributed import LAUNCHERS
 
 EXAMPLES, STEPS = 240, 5
+POINTS, ENDS = 64, 16
 # With less damping, the fifth step goes far along negative curvature, which amplifies the rounding differences between
 # devices a hundred times.
 OPTIMIZERS = {
@@ -39,6 +40,8 @@ OPTIMIZERS = {
     "NewtonCG, Gauss-Newton": lambda: kg.optimizers.NewtonCG(damping=0.5, curvature="gauss_newton", rtol=1e-5),
     "LevenbergMarquardt": lambda: kg.optimizers.LevenbergMarquardt(damping=0.1),
 }
+# These also solve a differential equation. TensorFlow's replicas would each compute its residuals at all points.
+ON_RESIDUALS = ["LBFGS", "LevenbergMarquardt"] if keras.config.backend() != "tensorflow" else []
 
 
 def load_data():
@@ -74,6 +77,32 @@ def train(optimizer, devices):
     return results | {f"weights/{i}": w for i, w in enumerate(model.get_weights())}
 
 
+def residuals(model, points):
+    """Of u'' = -pi^2 sin(pi x) with u(-1) = u(1) = 0."""
+    x = points["inside"]
+    return {
+        "equation": kg.laplacian(model)(x) + np.pi**2 * keras.ops.sin(np.pi * x),
+        "ends": model(points["ends"]),
+    }
+
+
+def train_on_residuals(optimizer, devices):
+    """As `train`, on the points of a differential equation. Every process has as many points of each set."""
+    rng = np.random.default_rng(2)
+    points = {
+        "inside": rng.uniform(-1, 1, size=(POINTS, 1)).astype("float32"),
+        "ends": np.repeat([[-1.0], [1.0]], ENDS // 2, axis=0).astype("float32"),
+    }
+    points = {name: devices.share(array) for name, array in points.items()}
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(8, "tanh"), layers.Dense(1)])
+    model.set_weights([rng.normal(size=v.shape) for v in model.trainable_variables])
+    trainer = kg.models.SecondOrder(model)
+    trainer.compile(OPTIMIZERS[optimizer](), kg.losses.SquaredResiduals(residuals, {"equation": 1.0, "ends": 100.0}))
+    history = trainer.fit(points, epochs=STEPS, verbose=0).history
+    results = {name: np.array(history[name]) for name in ("loss", "damping", "gradient_norm", "cg_iterations")}
+    return results | {f"weights/{i}": w for i, w in enumerate(model.get_weights())}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=1)
@@ -84,12 +113,15 @@ def main():
 
     def work(devices):
         results = {f"{name}/{key}": v for name in OPTIMIZERS for key, v in train(name, devices).items()}
+        for name in ON_RESIDUALS:
+            found = train_on_residuals(name, devices)
+            results |= {f"{name}, residuals/{key}": v for key, v in found.items()}
         if devices.rank:
             return
         if options.out:
             np.savez(options.out, **results)
         expected = np.load(options.compare) if options.compare else None
-        for name in OPTIMIZERS:
+        for name in [*OPTIMIZERS, *(f"{name}, residuals" for name in ON_RESIDUALS)]:
             losses = results[f"{name}/loss"]
             print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}", end="")
             if expected is not None:

@@ -484,6 +484,17 @@ class TestErrors:
         with pytest.raises(ValueError, match="LevenbergMarquardt does not divide the points of SquaredResiduals among"):
             trainer.fit(points(4, 4), verbose=0)
 
+    def test_processes_with_shares_of_other_sizes(self, monkeypatch):
+        other = np.array([4.0, 3.0])
+        operator = kg.curvature.Hessian(curve(), SquaredResiduals(by_tapes), points(4, 4))
+        monkeypatch.setattr(
+            package_backend,
+            "summed_over_processes",
+            lambda totals, count: ([totals[0] + other, totals[1] + other**2], 2),
+        )
+        with pytest.raises(ValueError, match=r"sets of \[4, 4\] points in this process, and of \[4.0, 3.5\] on"):
+            operator.loss()
+
     def test_fisher(self):
         with pytest.raises(ValueError, match="Fisher needs a loss of labels and outputs"):
             kg.curvature.Fisher(curve(), SquaredResiduals(by_tapes), points(4, 1))

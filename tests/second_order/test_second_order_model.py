@@ -144,15 +144,6 @@ def operator_gradient(weights):
     return Hessian(model, "mse", (X, T), batch_size=N, verbose=0).gradient()
 
 
-# Below this, the last digits of a loss in single precision do not show a step.
-VANISHED = 2e-3
-
-
-class UntilTheGradientVanishes(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        self.model.stop_training = logs["gradient_norm"] < VANISHED
-
-
 class TestNeverWorse:
     def test_levenberg_marquardt_converges(self):
         model = small(units=4)
@@ -160,42 +151,6 @@ class TestNeverWorse:
         losses = history["loss"]
         assert all(b <= a * (1 + 1e-6) for a, b in zip(losses, losses[1:], strict=False))
         assert history["gradient_norm"][-1] < 1e-3 * history["gradient_norm"][0]
-
-    @pytest.mark.parametrize("name", ["newton", "lm", "cg"])
-    def test_no_step_of_random_classifiers_raises_the_loss(self, name):
-        model = small(outputs=3)
-        y = RNG.integers(0, 3, N).astype("int32")
-        trainer = trainer_of(model, OPTIMIZERS[name](), CROSS_ENTROPY)
-        for seed in range(2):
-            randomized(model, seed)
-            trainer.optimizer.damping = 1e-3
-            losses = fit(trainer, epochs=6, y=y)["loss"]
-            assert all(b <= a * (1 + 1e-6) for a, b in zip(losses, losses[1:], strict=False))
-            assert losses[-1] < losses[0]
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["newton", "lm", "cg"])
-    @pytest.mark.parametrize(
-        ("units", "activation", "classes"),
-        [((), None, 2), ((4,), "tanh", 3), ((8,), "softplus", 4), ((5, 4), "tanh", 2), ((6,), "gelu", 3)],
-        ids=str,
-    )
-    def test_fifty_random_classifiers_go_down_until_the_gradient_vanishes(self, name, units, activation, classes):
-        """Ten of each kind: no step raises the loss, and each lowers it while there is a gradient."""
-        l2 = keras.regularizers.L2(1e-2)
-        hidden = [layers.Dense(n, activation, kernel_regularizer=l2) for n in units]
-        model = keras.Sequential([keras.Input((D,)), *hidden, layers.Dense(classes, kernel_regularizer=l2)])
-        trainer = trainer_of(model, OPTIMIZERS[name](), CROSS_ENTROPY)
-        for seed in range(10):
-            draw = np.random.default_rng(seed)
-            randomized(model, seed)
-            trainer.optimizer.damping = 1e-3
-            y = draw.integers(0, classes, N).astype("int32")
-            x = draw.normal(size=(N, D)).astype("float32")
-            history = fit(trainer, epochs=300, x=x, y=y, callbacks=[UntilTheGradientVanishes()])
-            losses, gradients = np.array(history["loss"]), np.array(history["gradient_norm"])
-            assert gradients[-1] < VANISHED < gradients[:-1].min(), (seed, len(losses), gradients[-1])
-            assert np.all(np.diff(losses) < 0), seed
 
     def test_a_step_that_cannot_go_down_leaves_the_weights(self):
         # The gradient points the wrong way: no damping makes the loss fall.

@@ -46,6 +46,7 @@ class ResidualLoss(BatchLoss):
                 "model on several replicas. Train it on one device."
             )
 
+        self._require_equal_shares(x)
         weights = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in variables]
 
         def require():
@@ -66,6 +67,18 @@ class ResidualLoss(BatchLoss):
             if not backend.depends_on_values(error):
                 raise
             require()
+
+    def _require_equal_shares(self, points):
+        """Each term is a mean, and the mean over all points is that of the processes only if their shares are equal."""
+        sizes = np.array([leaf.shape[0] for leaf in nesting.flatten(points)], "float64")
+        sums, processes = backend.summed_over_processes([sizes, sizes**2], 1)
+        total, squares = map(ops.convert_to_numpy, sums)
+        if np.any(processes * squares != total**2):
+            raise ValueError(
+                f"{self._owner} expects as many points of each set in every process, because the terms of {NAME} are "
+                f"means. Received: sets of {sizes.astype(int).tolist()} points in this process, and of "
+                f"{(total / processes).tolist()} on average. Divide the points evenly."
+            )
 
     def _sums_of_terms(self, model, variables, weights, x):
         lent = self._draws.lent(list(zip(variables, weights, strict=True)))
