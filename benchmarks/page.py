@@ -69,6 +69,7 @@ set: with 50,000 examples it is a forty times smaller fraction.
 | `python -m benchmarks.differential_operators` | growth of Laplacians and of derivatives of high order |
 | `python -m benchmarks.curvature_modes`, `curvature_memory`, `traces` | curvature |
 | `python -m benchmarks.second_order` | second-order training |
+| `python -m benchmarks.large_model` | second-order steps with a million weights |
 | `python -m benchmarks.monitor_cost` | monitors, as a fraction of an epoch |
 | `python -m benchmarks.report` | writes this page, its figures and the tables from `benchmarks/results/` |
 

@@ -41,7 +41,8 @@ class LBFGS(QuasiNewton):
     Cost:
         For each step, one or two evaluations of the loss and its gradient in the line search, and one before it unless
         the last step had the same batch in the same order (`shuffle=False`) without random numbers. `4 * memory * n`
-        multiplications for n weights, and memory for `2 * memory` vectors.
+        multiplications for n weights. It stores `2 * memory` vectors, and a step needs memory for up to about
+        `7 * memory` more.
 
     Example:
 
@@ -84,9 +85,8 @@ class LBFGS(QuasiNewton):
 
     def store(self, approximation: "Pairs") -> None:
         for variable, rows in ((self._steps, approximation.steps), (self._changes, approximation.changes)):
-            padded = np.zeros(tuple(variable.shape), rows.dtype)
-            padded[: len(rows)] = rows
-            variable.assign(padded)
+            missing = self.memory - len(rows)
+            variable.assign(np.pad(rows, ((0, missing), (0, 0))) if missing else rows)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "memory": self.memory}
