@@ -35,6 +35,8 @@ class Backend(abc.ABC):
     HESSIAN_MODE = "reverse"
     # Whether `linearize` is faster than a compiled product.
     LINEARIZES_ONCE = False
+    # Whether `keras.ops.while_loop` is part of a compiled program, and faster than a loop of Python.
+    COMPILES_LOOPS = False
 
     # The axis of the directions in a stack of derivatives, 0 or 1, as measured. See `transforms/taylor/stacks.py`.
     STACK_AXIS = 0
@@ -126,6 +128,10 @@ class Backend(abc.ABC):
         """`fun(indices) -> list of tensors or None` for `0 ... count - 1`, in chunks; the results are concatenated."""
         return chunks.loop(fun, count, chunk_size)
 
+    def slows_in_loops(self, fun):
+        """Whether the operations of `fun()` are far slower inside a loop of a program. It is only traced."""
+        return False
+
     # Memory.
 
     @abc.abstractmethod
@@ -161,6 +167,10 @@ class Backend(abc.ABC):
     def _scaled_sum(self):
         # With the operators of the tensors themselves: Keras' may round to single precision.
         return self.jit(lambda x, factor, left, right: factor * x + left @ right)
+
+    def dot(self, a, b):
+        """The dot product of two vectors, summed in double precision, in their dtype."""
+        return ops.cast(ops.sum(ops.cast(a, "float64") * ops.cast(b, "float64")), a.dtype)
 
     def settled(self, tensors):
         """The tensors, detached if only tapes need their graph."""

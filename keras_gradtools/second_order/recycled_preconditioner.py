@@ -5,6 +5,7 @@ import numpy as np
 from keras_gradtools import validation
 from keras_gradtools.curvature.estimators.krylov_basis import norm
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+from keras_gradtools.curvature.solvers.conjugate_gradient_loop import Preconditioner
 
 # Default limit on the numbers in the vectors: 4 MiB in single precision, also in a saved file. More would be slow.
 _NUMBERS = 2**20
@@ -85,14 +86,17 @@ class RecycledPreconditioner:
 
     def of(self, damping):
         r"""$M^{-1}$ for this $\lambda$, as `kg.curvature.conjugate_gradients` takes it. None for no preconditioner."""
-        vectors, values = self._pairs()
+        found, count = self.pairs_of(damping), np.count_nonzero(self.values)
+        return None if found is None else Preconditioner(found.vectors[:count], found.factors[:count]).times
+
+    def pairs_of(self, damping):
+        """The same as a `Preconditioner` of NumPy arrays, with zeros in rows that are not in use yet."""
         lowest = self._lowest()
         if lowest is None:
             return None
-        values = np.abs(values)
-        factors = np.minimum((lowest + damping) / (values + damping), 1.0) - 1.0
-        factors = factors.astype(vectors.dtype)
-        return lambda v: v + (factors * (vectors @ v)) @ vectors
+        values = np.abs(self.values)
+        factors = np.minimum((lowest + damping) / np.where(values, values + damping, 1.0), 1.0) - 1.0
+        return Preconditioner(self.vectors, np.where(values, factors, 0.0).astype(self.vectors.dtype))
 
     def begin(self):
         """Call this before the first system with a new matrix."""

@@ -1,5 +1,6 @@
 """Solvers of Newton's equation for one damping: by a factorization, or by conjugate gradients."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+from keras_gradtools.curvature.solvers import conjugate_gradient_loop
 from keras_gradtools.curvature.solvers.conjugate_gradients import conjugate_gradients
 from keras_gradtools.second_order.newton_equation import SMALLEST_SHARE
 
@@ -116,27 +118,11 @@ class ConjugateGradientsSolver:
 
     def solve(self, gradient, damping):
         if self._linearized is None:
-            self._linearized = self._operator.linearized()
-            if self._preconditioner is not None:
-                self._linearized = _Recorded(self._linearized, self._preconditioner)
+            self._linearized = self._start()
         length = norm(gradient)
         rtol = min(_LARGEST_RESIDUAL, length**0.5) if self._rtol is None else self._rtol
-        iterates: list[Any] = []
-
-        def store(i, x, value):
-            if not iterates or i >= _LEAST_GROWTH * iterates[-1][0]:
-                iterates.append((i, x, value))
-
-        found: Any = conjugate_gradients(
-            self._linearized,
-            -gradient.astype(self.dtype),
-            damping=damping,
-            preconditioner=None if self._preconditioner is None else self._preconditioner.of(damping),
-            rtol=rtol,
-            progress_tol=self._progress_tol,
-            max_iterations=self._max_iterations,
-            callback=store,
-        )
+        by = self._in_one_program if self._linearized is _ONE_PROGRAM else self._by_products
+        found, iterates = by(-gradient.astype(self.dtype), damping, rtol)
         if self._preconditioner is not None:
             self._preconditioner.finish()
         x = np.asarray(found.x, "float64")
@@ -152,13 +138,65 @@ class ConjugateGradientsSolver:
             curved = -dot(gradient, x) - damping * dot(x, x)
         size = length if found.curvature is None else max(length, abs(found.curvature - damping))
         shorter = []
-        for i, earlier, _ in reversed(iterates):
+        for i, earlier in reversed(iterates):
             if i < found.iterations:
                 slope = dot(gradient, earlier)
                 shorter.append((earlier, slope, -slope - damping * dot(earlier, earlier)))
         # The smallest damping that removes this negative curvature.
         least = damping - found.curvature if found.reason == "negative_curvature" else 0.0
         return Proposal(x, dot(gradient, x), curved, damping, found.iterations, size, tuple(shorter), least)
+
+    def _start(self):
+        if self._operator.can_loop_over_products():
+            return _ONE_PROGRAM
+        linearized = self._operator.linearized()
+        return linearized if self._preconditioner is None else _Recorded(linearized, self._preconditioner)
+
+    def _by_products(self, b, damping, rtol):
+        """The result of conjugate gradients, and some iterates with their numbers, by one product after the other."""
+        iterates: list[Any] = []
+        stored = set(_stored(self._max_iterations))
+
+        def store(i, x, _):
+            if i in stored:
+                iterates.append((i, x))
+
+        found: Any = conjugate_gradients(
+            self._linearized,
+            b,
+            damping=damping,
+            preconditioner=None if self._preconditioner is None else self._preconditioner.of(damping),
+            rtol=rtol,
+            progress_tol=self._progress_tol,
+            max_iterations=self._max_iterations,
+            callback=store,
+        )
+        return found, iterates
+
+    def _in_one_program(self, b, damping, rtol):
+        """The same, by a program that computes all of it."""
+        preconditioner, most, known, record = self._preconditioner, self._max_iterations, None, None
+        if preconditioner is not None:
+            # As many products as the preconditioner holds before it is updated.
+            most, record = min(most, len(preconditioner.values)), preconditioner.record
+            known = preconditioner.pairs_of(damping)
+        options = conjugate_gradient_loop.Options(
+            self._max_iterations, self._progress_tol, most, _stored(self._max_iterations), record is not None
+        )
+        run = self._operator.compute_with_product
+        return conjugate_gradient_loop.solve(run, b, damping, rtol, options, known, record)
+
+
+# Takes the place of a linearized operator where one program computes all of conjugate gradients.
+_ONE_PROGRAM = object()
+
+
+def _stored(limit):
+    """The numbers of the iterates that are stored."""
+    numbers = [1]
+    while (following := math.ceil(_LEAST_GROWTH * numbers[-1])) <= limit:
+        numbers.append(following)
+    return tuple(numbers)
 
 
 class _Recorded:

@@ -17,6 +17,9 @@ class Operator:
     def __init__(self, matrix):
         self.shape, self._matrix, self.products = matrix.shape, matrix, 0
 
+    def can_loop_over_products(self):
+        return False
+
     def linearized(self):
         return self
 

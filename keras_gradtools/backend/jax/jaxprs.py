@@ -2,6 +2,7 @@
 
 import weakref
 
+import jax
 from jax._src import core, hijax
 from jax._src.array import ArrayImpl
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -57,6 +58,12 @@ def _within(program):
     for equation in opened(program).eqns:
         for inner in programs_in(equation.params):
             yield from _within(inner)
+
+
+def primitives_of(fun):
+    """The names of the primitives of `fun() -> list of arrays`, those in programs inside it included."""
+    program = jax.make_jaxpr(lambda: list(fun()))()
+    return {equation.primitive.name for inner in _within(program) for equation in opened(inner).eqns}
 
 
 def constants(program):

@@ -42,6 +42,7 @@ class TensorFlowBackend(Backend):
     Tape = tape.Tape
 
     COMPILERS = ("xla",)
+    COMPILES_LOOPS = True
 
     pullback = staticmethod(pullbacks.pullback)
     constant_pullback = staticmethod(pullbacks.constant_pullback)

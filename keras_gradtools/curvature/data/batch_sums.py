@@ -37,6 +37,16 @@ def flat_product(spec, loss, parameters, model, vector, batch, seed):
     return parameters.joined(products), note
 
 
+def with_product(body, spec, loss, parameters, model, args, batch, seed):
+    """Runs `body(product, *args)`, where `product` multiplies a flat vector by the matrix of a batch."""
+    linear = spec.of_batch(model, parameters.variables_as_tensors(), batch, seed)
+
+    def product(vector):
+        return ops.cast(ops.stop_gradient(parameters.joined(linear.apply(parameters.split(vector)))), vector.dtype)
+
+    return body(product, *args), None
+
+
 def add_rows(place, count, chunk_size, spec, loss, parameters, model, totals, start, batch, seed):
     """Adds `count` rows from the element `start` of a variable on, for the columns of this and the later variables."""
     shape, dtype = parameters.shapes[place], parameters.variables[place].dtype

@@ -45,6 +45,8 @@ class DataSums:
         self._repeatability = Repeatability()
         # What an eager call of the loss has read, shared by all batches.
         self.reads: dict = {}
+        # Whether products can be part of a loop of a program, once that is known.
+        self._can_loop: dict = {}
 
     def of_batch(self, batch):
         """The `DataSums` of a single batch. It shares the set of passed checks with this object."""
@@ -147,6 +149,19 @@ class DataSums:
         self.prepare()
         (batch,) = self.batches
         return self.run(what, body, vectors, on_devices(batch), self.seed(0))
+
+    def can_loop(self):
+        """Whether one program can compute many products in a loop, and is faster than one program for each."""
+        if not (self.is_one_batch and backend.COMPILES_LOOPS and self.is_quick_to_trace):
+            return False
+        (batch,) = self.batches
+        if backend.is_shared_by_replicas(batch, self.parameters.variables[0]):
+            return False
+        if not self._can_loop:
+            loss, weights = self.loss.drawing(self.draws), self.parameters.variables_as_tensors()
+            is_slow = backend.slows_in_loops(lambda: [loss.total(self.model, weights, *batch)])
+            self._can_loop["found"] = not is_slow
+        return self._can_loop["found"]
 
     def loss_state(self):
         """What the loss of a single batch depends on now, a `LossState`. None if it cannot be told."""

@@ -2,6 +2,7 @@
 
 import copy
 import fractions
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Self
@@ -12,6 +13,7 @@ from keras import ops
 
 from keras_gradtools import memory, nesting, validation
 from keras_gradtools.annotations import ArrayLike, ChunkSize, Data, Loss, Nested, Variables, Verbose
+from keras_gradtools.curvature.data import batch_sums
 from keras_gradtools.curvature.data.batch_loss import BatchLoss, require_model
 from keras_gradtools.curvature.data.batches import Batches, batch_size_of
 from keras_gradtools.curvature.data.data_sums import DataSums, on_devices
@@ -265,6 +267,17 @@ class CurvatureOperator(AlgebraicOperator):
         `parameters` its `Parameters`.
         """
         return self._sums.run(what, body, on_devices(batch), *args)
+
+    def can_loop_over_products(self) -> bool:
+        """Whether `compute_with_product` can be used, and is faster than one program for each product."""
+        return self._sums.can_loop()
+
+    def compute_with_product(self, what: Any, body: Any, *args: Any) -> Any:
+        """Runs `body(product, *args)` compiled, where `product` multiplies a flat vector in tensors.
+
+        The data has to be one batch. `what` identifies the program in the cache.
+        """
+        return self._sums.of_one_batch(("with product", what), functools.partial(batch_sums.with_product, body), args)
 
     def draw_anew(self) -> None:
         """Takes the current states of the model's seeds, so that dropout uses new masks from here on.

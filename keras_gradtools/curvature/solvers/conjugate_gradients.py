@@ -13,11 +13,10 @@ from keras_gradtools.curvature.operators.matrix_arguments import matvec_of, real
 from keras_gradtools.curvature.operators.solver_vectors import in_kind_of, real_numbers
 from keras_gradtools.display.results import displayed
 
-# The window of Martens' rule: at least this many iterations, and at least this share of all iterations.
-_LEAST_WINDOW = 10
-_WINDOW_SHARE = 0.1
+# The window of Martens' rule: at least this many iterations, and at least all iterations over this number.
+LEAST_WINDOW, WINDOW_PARTS = 10, 10
 # A curvature below this times the machine epsilon, times the norms of the direction and its product, counts as zero.
-_ROUNDING = 1e-2
+ROUNDING = 1e-2
 
 
 @displayed
@@ -156,12 +155,9 @@ def conjugate_gradients(
         i += 1
         size = dot(direction, direction)
         if slope <= 0:
-            raise ValueError(
-                "conjugate_gradients expects a positive definite `preconditioner`. Received: one with a product "
-                f"r'P r = {slope:.3g} for the residual r."
-            )
+            raise not_positive_definite(slope)
         # A curvature that is zero within rounding error counts as zero.
-        if curvature <= _ROUNDING * float(np.finfo(b.dtype).eps) * norm(direction) * norm(curved):
+        if curvature <= ROUNDING * float(np.finfo(b.dtype).eps) * norm(direction) * norm(curved):
             return result("negative_curvature", direction, curvature / size)
         step = slope / curvature
         x = x + b.dtype.type(step) * direction
@@ -179,8 +175,16 @@ def conjugate_gradients(
 
 def _is_slow(values, tol):
     i = len(values) - 1
-    k = max(_LEAST_WINDOW, int(_WINDOW_SHARE * i))
+    k = max(LEAST_WINDOW, i // WINDOW_PARTS)
     return i > k and values[-1] < 0 and (values[-1] - values[-1 - k]) / values[-1] < k * tol
+
+
+def not_positive_definite(slope):
+    """The error for a preconditioner P with a residual r for which `slope`, r'P r, is not positive."""
+    return ValueError(
+        "conjugate_gradients expects a positive definite `preconditioner`. Received: one with a product "
+        f"r'P r = {slope:.3g} for the residual r."
+    )
 
 
 def _preconditioner(given, n):

@@ -1,0 +1,127 @@
+"""Steps whose conjugate gradients are one program, against those that call one program for each product."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from keras_gradtools import backend
+from keras_gradtools.curvature import GaussNewton, Hessian
+from keras_gradtools.curvature.operators.operator import CurvatureOperator
+from keras_gradtools.models import SecondOrder
+from keras_gradtools.optimizers import NewtonCG
+
+RNG = np.random.default_rng(5)
+X = RNG.normal(size=(30, 4)).astype("float32")
+Y = np.sin(2.0 * X[:, :1]) + X[:, 1:2] * X[:, 2:3]
+
+
+def dense():
+    return keras.Sequential([keras.Input((4,)), layers.Dense(6, "tanh"), layers.Dropout(0.2, seed=1), layers.Dense(1)])
+
+
+def recurrent():
+    return keras.Sequential([keras.Input((4,)), layers.Reshape((4, 1)), layers.GRU(3), layers.Dense(1)])
+
+
+def convolutional():
+    return keras.Sequential(
+        [keras.Input((4,)), layers.Reshape((4, 1)), layers.Conv1D(3, 2, activation="tanh"), layers.Flatten(),
+         layers.Dense(1)]
+    )  # fmt: skip
+
+
+class Branching(layers.Layer):
+    """Its Python code depends on values, so it cannot be traced."""
+
+    def call(self, x):
+        return 2.0 * x if float(ops.max(ops.abs(x))) >= 0.0 else x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The keys of the programs with products that were run."""
+    found, compute = [], CurvatureOperator.compute_with_product
+
+    def noted(self, what, body, *args):
+        found.append(what)
+        return compute(self, what, body, *args)
+
+    monkeypatch.setattr(CurvatureOperator, "compute_with_product", noted)
+    return found
+
+
+def trained(build, steps=3, **options):
+    model = build()
+    draw = np.random.default_rng(1)
+    for v in model.trainable_variables:
+        v.assign(0.5 * draw.normal(size=v.shape))
+    trainer = SecondOrder(model)
+    trainer.compile(NewtonCG(**options), "mse")
+    return trainer.fit(X, Y, batch_size=len(X), epochs=steps, shuffle=False, verbose=0).history, trainer.last_step.step
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (dense, {"curvature": "gauss_newton", "preconditioner_rank": 8, "rtol": 1e-3}),
+        (dense, {"preconditioner_rank": 0, "progress_tol": 5e-4, "max_iterations": 20}),
+        (recurrent, {}),
+        (convolutional, {"curvature": "gauss_newton"}),
+    ],
+)
+def test_the_same_steps(build, options, programs, monkeypatch):
+    history, step = trained(build, **options)
+    # A convolution is slow in a loop of JAX on a CPU, so that its products are programs of their own there.
+    is_slow = build is convolutional and backend.slows_in_loops(lambda: [build()(X)])
+    assert bool(programs) == (backend.COMPILES_LOOPS and not is_slow)
+    monkeypatch.setattr(CurvatureOperator, "can_loop_over_products", lambda self: False)
+    programs.clear()
+    expected, other = trained(build, **options)
+    assert not programs and expected["step_reason"] == history["step_reason"] == [0.0] * 3
+    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-3)
+    np.testing.assert_allclose(history["damping"], expected["damping"], rtol=1e-2)
+    np.testing.assert_allclose(history["cg_iterations"], expected["cg_iterations"], atol=1)
+    np.testing.assert_allclose(step, other, atol=2e-2 * np.abs(other).max())
+
+
+def test_a_loop_of_products(programs):
+    model = dense()
+    v = RNG.normal(size=sum(w.size for w in model.get_weights()))
+    for cls in (Hessian, GaussNewton):
+        operator = cls(model, "mse", (X, Y))
+        if not operator.can_loop_over_products():
+            assert not backend.COMPILES_LOOPS
+            continue
+
+        def twice(product, v):
+            return [product(product(v))]
+
+        (found,) = operator.compute_with_product("twice", twice, v.astype("float32"))
+        matrix = operator.dense().astype("float64")
+        expected = matrix @ (matrix @ v)
+        np.testing.assert_allclose(ops.convert_to_numpy(found), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_data_in_several_batches_or_a_model_of_many_variables_has_no_loop():
+    assert not Hessian(dense(), "mse", (X, Y), batch_size=15).can_loop_over_products()
+    many = keras.Sequential([keras.Input((4,)), *(layers.Dense(4) for _ in range(17)), layers.Dense(1)])
+    assert not Hessian(many, "mse", (X, Y)).can_loop_over_products()
+
+
+def test_a_model_that_cannot_be_traced():
+    def build():
+        return keras.Sequential([keras.Input((4,)), layers.Dense(3, "tanh"), Branching(), layers.Dense(1)])
+
+    with pytest.warns(UserWarning, match="eagerly") if backend.COMPILES_LOOPS else _nothing():
+        history, _ = trained(build, steps=2)
+    assert history["loss"][1] < history["loss"][0]
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()
