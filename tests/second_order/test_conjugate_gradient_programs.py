@@ -10,6 +10,7 @@ from keras_gradtools.curvature import GaussNewton, Hessian
 from keras_gradtools.curvature.operators.operator import CurvatureOperator
 from keras_gradtools.models import SecondOrder
 from keras_gradtools.optimizers import NewtonCG
+from keras_gradtools.second_order.step_solvers import ConjugateGradientsSolver
 
 RNG = np.random.default_rng(5)
 X = RNG.normal(size=(30, 4)).astype("float32")
@@ -54,7 +55,7 @@ def programs(monkeypatch):
     return found
 
 
-def trained(build, steps=3, **options):
+def trained(build, steps=2, **options):
     model = build()
     draw = np.random.default_rng(1)
     for v in model.trainable_variables:
@@ -67,7 +68,7 @@ def trained(build, steps=3, **options):
 @pytest.mark.parametrize(
     ("build", "options"),
     [
-        (dense, {"curvature": "gauss_newton", "preconditioner_rank": 8, "rtol": 1e-3}),
+        (dense, {"curvature": "gauss_newton", "preconditioner_rank": 8, "rtol": 1e-4, "damping": 0.1}),
         (dense, {"preconditioner_rank": 0, "progress_tol": 5e-4, "max_iterations": 20}),
         (recurrent, {}),
         (convolutional, {"curvature": "gauss_newton"}),
@@ -81,7 +82,7 @@ def test_the_same_steps(build, options, programs, monkeypatch):
     monkeypatch.setattr(CurvatureOperator, "can_loop_over_products", lambda self: False)
     programs.clear()
     expected, other = trained(build, **options)
-    assert not programs and expected["step_reason"] == history["step_reason"] == [0.0] * 3
+    assert not programs and expected["step_reason"] == history["step_reason"] == [0.0] * 2
     np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-3)
     np.testing.assert_allclose(history["damping"], expected["damping"], rtol=1e-2)
     np.testing.assert_allclose(history["cg_iterations"], expected["cg_iterations"], atol=1)
@@ -112,16 +113,12 @@ def test_data_in_several_batches_or_a_model_of_many_variables_has_no_loop():
     assert not Hessian(many, "mse", (X, Y)).can_loop_over_products()
 
 
+@pytest.mark.filterwarnings("ignore:.*eagerly")
 def test_a_model_that_cannot_be_traced():
-    def build():
-        return keras.Sequential([keras.Input((4,)), layers.Dense(3, "tanh"), Branching(), layers.Dense(1)])
-
-    with pytest.warns(UserWarning, match="eagerly") if backend.COMPILES_LOOPS else _nothing():
-        history, _ = trained(build, steps=2)
-    assert history["loss"][1] < history["loss"][0]
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, "tanh"), Branching(), layers.Dense(1)])
+    operator = GaussNewton(model, "mse", (X, Y))
+    solver = ConjugateGradientsSolver(operator, 50, 1e-5)
+    _, gradient = solver.start(operator)
+    found = solver.solve(gradient, 0.1).step
+    expected = np.linalg.solve(operator.dense() + 0.1 * np.eye(len(gradient)), -gradient)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())

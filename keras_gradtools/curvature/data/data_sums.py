@@ -159,7 +159,12 @@ class DataSums:
             return False
         if not self._can_loop:
             loss, weights = self.loss.drawing(self.draws), self.parameters.variables_as_tensors()
-            is_slow = backend.slows_in_loops(lambda: [loss.total(self.model, weights, *batch)])
+            try:
+                is_slow = backend.slows_in_loops(lambda: [loss.total(self.model, weights, *batch)])
+            except Exception as error:
+                if not backend.depends_on_values(error):
+                    raise
+                is_slow = True
             self._can_loop["found"] = not is_slow
         return self._can_loop["found"]
 
