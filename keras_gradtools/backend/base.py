@@ -172,6 +172,10 @@ class Backend(abc.ABC):
         """The dot product of two vectors, summed in double precision, in their dtype."""
         return ops.cast(ops.sum(ops.cast(a, "float64") * ops.cast(b, "float64")), a.dtype)
 
+    def held(self, variable):
+        """The value of a variable, as a tensor that later assignments do not change."""
+        return ops.copy(variable)
+
     def settled(self, tensors):
         """The tensors, detached if only tapes need their graph."""
         return tensors

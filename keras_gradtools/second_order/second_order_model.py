@@ -65,7 +65,8 @@ class SecondOrder(ResidualTraining):
 
     Cost:
         For each batch, one step of the optimizer, see its cost. If there are metrics, or layers with state, one more
-        call of the model. A step is controlled from Python. Its computations are compiled on TensorFlow and JAX.
+        call of the model. A step is controlled from Python. Its computations are compiled on TensorFlow and JAX. There,
+        conjugate gradients of small models are one program.
 
     Example:
 

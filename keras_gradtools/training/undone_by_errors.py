@@ -1,7 +1,5 @@
 """A block for steps that assign weights: an error undoes all of it."""
 
-from keras import ops
-
 from keras_gradtools import backend
 from keras_gradtools.blocks import Block
 from keras_gradtools.keras_state.scopes import in_scope
@@ -22,7 +20,7 @@ class undone_by_errors(Block):  # noqa: N801 - said of a block
         self._modes.__enter__()
         if not in_scope():
             # In a stateless scope, assignments are not permanent.
-            self._before = [(v, ops.copy(v)) for v in self._variables]
+            self._before = [(v, backend.held(v)) for v in self._variables]
 
     def end(self):
         self._modes.__exit__()

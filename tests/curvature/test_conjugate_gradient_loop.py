@@ -74,6 +74,18 @@ def test_solves_as_on_the_host(damping, rank):
         np.testing.assert_allclose(x, other, atol=1e-4 * np.abs(exact).max())
 
 
+@pytest.mark.float64
+@pytest.mark.parametrize("rank", [0, 5])
+def test_double_precision(rank):
+    values, vectors = np.geomspace(0.3, 10.0, N), np.linalg.qr(np.random.default_rng(0).normal(size=(N, N)))[0]
+    matrix, b = (vectors * values) @ vectors.T, B.astype("float64")
+    preconditioner = Preconditioner(vectors[:, -rank:].T.copy(), 5.0 / values[-rank:] - 1.0) if rank else None
+    found, *_ = in_a_loop(matrix, b, 0.5, rtol=1e-12, preconditioner=preconditioner)
+    exact = np.linalg.solve(matrix + 0.5 * np.eye(N), b)
+    np.testing.assert_allclose(found.x, exact, atol=1e-11 * np.abs(exact).max())
+    assert found.reason == "converged"
+
+
 def test_calls_of_fewer_iterations_continue_each_other():
     whole, iterates, recorded, calls = in_a_loop(POSITIVE, B, 0.5)
     parts, others, pieces, more = in_a_loop(POSITIVE, B, 0.5, most=4)

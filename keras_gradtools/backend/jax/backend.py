@@ -97,6 +97,10 @@ class JaxBackend(Backend):
             product = jax.lax.dot(a.astype(double), b.astype(double))
             return product.astype(a.dtype)
 
+    def held(self, variable):
+        # Arrays are immutable.
+        return variable.value
+
     def eagerly(self):
         return jax.ensure_compile_time_eval()
 

@@ -37,7 +37,10 @@ class Preconditioner(NamedTuple):
         return v + (self.factors * (self.vectors @ v)) @ self.vectors
 
     def times_tensor(self, v):
-        return v + ops.matmul(self.factors * ops.matmul(self.vectors, v), self.vectors)
+        """The product with a tensor."""
+        # With operators and not with `ops.matmul`, which rounds to single precision on some backends.
+        coefficients = self.factors * (self.vectors @ v[:, None])[:, 0]
+        return v + (coefficients[None] @ self.vectors)[0]
 
 
 class Options(NamedTuple):
@@ -209,10 +212,10 @@ def _is_slow(values, i, tol):
 
 
 def _norm(v):
-    # Scaled, so that squares stay in range.
+    # Scaled, so that squares stay in range. `ops.sqrt` would round to single precision on some backends.
     largest = ops.max(ops.abs(v))
     divisor = ops.where(largest > 0, largest, ops.ones_like(largest))
-    return largest * ops.sqrt(backend.dot(v / divisor, v / divisor))
+    return largest * backend.dot(v / divisor, v / divisor) ** 0.5
 
 
 def _first_true(*cases):
