@@ -62,6 +62,18 @@ class Options(NamedTuple):
 
 
 class _State(NamedTuple):
+    """What an iteration needs of the former ones. The vectors are those of the equation divided by a power of two.
+
+    Attributes:
+        i: Number of iterations.
+        reason: Why it stopped, or `_RUNNING`.
+        slope: r'P r for the residual r and the preconditioner P.
+        length: The norm of the residual.
+        curvature: The curvature of the last direction.
+        values: The value of the quadratic model after each iteration, if `progress_tol` needs it.
+        iterates: The stored iterates, in rows, and a row for those that are not stored.
+    """
+
     i: Any
     reason: Any
     x: Any
@@ -135,7 +147,7 @@ def _result(state, scale):
 def _iterates(state, options, scale):
     is_last = int(state.reason) in (_NEGATIVE, _INDEFINITE)
     known = [i for i in options.stored if i <= int(state.i) - is_last]
-    return [(i, scale * x.astype("float64")) for i, x in zip(known, state.iterates, strict=False)]
+    return [(i, (scale * x).astype(x.dtype)) for i, x in zip(known, state.iterates, strict=False)]
 
 
 def _iterations(options, product, b, numbers, given, state):
@@ -146,8 +158,8 @@ def _iterations(options, product, b, numbers, given, state):
     rows = options.most if options.records else 1
     recorded = [ops.zeros((rows, *b.shape), dtype=b.dtype)] * 2
 
-    def is_running(taken, *numbers):
-        return ops.logical_and(ops.equal(numbers[1], _RUNNING), taken < options.most)
+    def is_running(taken, i, reason, *_):
+        return ops.logical_and(ops.equal(reason, _RUNNING), taken < options.most)
 
     def iterate(taken, *found):
         *former, directions, products = found
