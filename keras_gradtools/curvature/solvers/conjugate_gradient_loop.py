@@ -162,15 +162,15 @@ def _iterations(options, product, b, numbers, given, state):
         return ops.logical_and(ops.equal(reason, _RUNNING), taken < options.most)
 
     def iterate(taken, *found):
-        *former, directions, products = found
-        former = _State(*former)
+        *given, directions, products = found
+        former = _State(*given)
         undamped = product(former.direction)
         if options.records:
             directions = _with_row(directions, taken, former.direction)
             products = _with_row(products, taken, undamped)
         curved = undamped + numbers[0] * former.direction
-        state = _next(options, b, former, curved, numbers[1], precondition)
-        return (taken + 1, *state, directions, products)
+        following = _next(options, b, former, curved, numbers[1], precondition)
+        return (taken + 1, *following, directions, products)
 
     return list(ops.while_loop(is_running, iterate, (ops.zeros((), "int32"), *state, *recorded)))
 
