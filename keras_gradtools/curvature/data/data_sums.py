@@ -89,11 +89,11 @@ class DataSums:
         self.prepare()
         return self.summed(("rows", place, size, chunk_size), add, zeros, start)
 
-    def bytes_of_a_row(self):
-        """The number of bytes of all tensors that are computed for one row, on the first batch."""
+    def bytes_of_rows(self, count):
+        """The number of bytes of all tensors that are computed for some rows at once, on the first batch."""
         self.prepare()
         batch = on_devices(next(iter(self.batches)))
-        _, drawing = self._program("rows", functools.partial(batch_sums.add_rows, 0, 1, 1))
+        _, drawing = self._program("rows", functools.partial(batch_sums.add_rows, 0, count, count))
         start = ops.convert_to_tensor(np.int32(0))
 
         def computed():

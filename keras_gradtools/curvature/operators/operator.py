@@ -129,14 +129,14 @@ class CurvatureOperator(AlgebraicOperator):
                 `"auto"` computes as many rows as fit into `memory_budget`, at most 64.
             memory_budget: The number of bytes that the computation may take besides the matrix, with
                 `chunk_size="auto"`. By default a quarter of the free memory. A row is taken to need as much as all
-                tensors that it computes, which is more than it needs at any one time.
+                tensors that a second row computes, which is more than it needs at any one time.
 
         Raises:
             ValueError: If `chunk_size` or `memory_budget` is not a positive integer, or if both are.
             MemoryError: If the matrix would take more than half of the machine's memory.
 
         Cost:
-            About n products. With `"auto"`, one more is counted, on JAX without computing it.
+            About n products. With `"auto"`, three more are counted, on JAX without computing them.
         """
         chunk_size, memory_budget = require_rows(f"{type(self).__name__}.dense", chunk_size, memory_budget)
         n, dtype = self._parameters.size, solver_dtype(self.dtype)
@@ -167,10 +167,10 @@ class CurvatureOperator(AlgebraicOperator):
             return chunk_size or COLUMNS, _NUMBERS_OF_A_CALL
         budget = budget or memory.budget()
         returned = int(_SHARE_OF_ROWS * budget)
-        row = max(self._sums.bytes_of_a_row(), 1)
-        # The evaluation of the model, which the rows share, computes less than a row does.
-        rows = (budget - returned - row) // row
-        return min(max(rows, 1), COLUMNS), min(returned // self.dtype.itemsize, _NUMBERS_OF_A_CALL)
+        one, two = self._sums.bytes_of_rows(1), self._sums.bytes_of_rows(2)
+        # What one row computes beyond that is shared, such as the evaluation of the model.
+        more = (budget - returned - one) // max(two - one, 1)
+        return min(max(1 + more, 1), COLUMNS), min(returned // self.dtype.itemsize, _NUMBERS_OF_A_CALL)
 
     def blocks(self, chunk_size: ChunkSize = None, memory_budget: int | None = None) -> Nested:
         """The matrix as nested blocks like those of `kg.hessian`, NumPy arrays of shape `(*in_i, *in_j)`.
