@@ -74,7 +74,7 @@ def no_tape_left_recording():
 
 # Linux gives a process some 65,000 maps of memory, of which each compiled program of JAX holds a few.
 MAPS = pathlib.Path("/proc/self/maps")
-MANY_MAPS = 40_000
+MANY_MAPS = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
