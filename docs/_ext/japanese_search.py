@@ -22,7 +22,7 @@ class SearchEnglishJapanese(SearchEnglish):
     """English words, and pairs of Japanese characters."""
 
     lang = "en_ja"
-    language_name = "English and Japanese"
+    language_name = "English"  # part of the name of the stemmer in the browser
     js_splitter_code = """
 function splitQuery(query) {
   const english = query.replace(/[\\u3040-\\u30ff\\u3400-\\u9fff々]+/gu, " ");
