@@ -114,10 +114,11 @@ def main():
     for backend in options.backend or BACKENDS:
         before, worker = {} if options.again else known(backend), Worker(backend)
         for cell in [(m, c) for m in models for c in checks if (m, c) not in before]:
-            # What is compiled for three large models comes to 10 GB. Their convolutions in double precision take seven
-            # times longer without optimization, and two training steps in single precision take longer to optimize.
-            runs_long = cell[0] in GROUPS["keras.applications"] and cell[1] in IN_DOUBLE
-            shared_by = (cell[0], runs_long) if cell[0] in GROUPS["keras.applications"] else None
+            # What is compiled for several large models may not fit into memory. Their convolutions in double precision
+            # are slow without optimization. Two training steps in single precision take longer to optimize than to run.
+            is_large = cell[0] in GROUPS["keras.applications"]
+            runs_long = is_large and cell[1] in IN_DOUBLE
+            shared_by = (cell[0], runs_long) if is_large else None
             found = worker.ask(cell, options.timeout, shared_by, runs_long)
             with open(RESULTS / f"{backend}.jsonl", "a") as file:
                 file.write(json.dumps(found) + "\n")

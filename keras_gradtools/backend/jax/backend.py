@@ -87,7 +87,7 @@ class JaxBackend(Backend):
         return present.restore([x.reshape(-1, *x.shape[2:])[:count] for x in mapped])
 
     def slows_in_loops(self, fun):
-        # On a CPU, a convolution takes twelve times as long in a loop (JAX 0.10).
+        # On a CPU, XLA has fast convolutions only outside of loops.
         return jax.default_backend() == "cpu" and "conv_general_dilated" in jaxprs.primitives_of(fun)
 
     def dot(self, a, b):

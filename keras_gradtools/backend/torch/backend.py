@@ -76,7 +76,7 @@ class TorchBackend(Backend):
         left, right = (keras.ops.convert_to_tensor(x, dtype=variable.dtype) for x in (left, right))
         block = graph.GradMode(False)
         with block, block:
-            # In place. A new matrix for each operation took several times as long.
+            # In place, so that no operation makes a new matrix.
             variable.value.addmm_(left, right, beta=factor)
 
     def settled(self, tensors):

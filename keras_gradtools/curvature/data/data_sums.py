@@ -45,7 +45,7 @@ class DataSums:
         self._repeatability = Repeatability()
         # What an eager call of the loss has read, shared by all batches.
         self.reads: dict = {}
-        # Whether products can be part of a loop of a program, once that is known.
+        # The result of `can_loop`, once it is known, for all batches.
         self._can_loop: dict = {}
 
     def of_batch(self, batch):

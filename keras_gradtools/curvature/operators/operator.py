@@ -136,7 +136,7 @@ class CurvatureOperator(AlgebraicOperator):
             MemoryError: If the matrix would take more than half of the machine's memory.
 
         Cost:
-            About n products. With `"auto"`, three more are counted, on JAX without computing them.
+            About n products. To estimate the memory, `"auto"` computes three rows more. On JAX it only traces them.
         """
         chunk_size, memory_budget = require_rows(f"{type(self).__name__}.dense", chunk_size, memory_budget)
         n, dtype = self._parameters.size, solver_dtype(self.dtype)

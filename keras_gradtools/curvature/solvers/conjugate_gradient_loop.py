@@ -33,11 +33,7 @@ class Preconditioner(NamedTuple):
     factors: Any
 
     def times(self, v):
-        """The product with a NumPy vector."""
-        return v + (self.factors * (self.vectors @ v)) @ self.vectors
-
-    def times_tensor(self, v):
-        """The product with a tensor."""
+        """The product with a vector: all of them NumPy arrays, or all tensors."""
         # With operators and not with `ops.matmul`, which rounds to single precision on some backends.
         coefficients = self.factors * (self.vectors @ v[:, None])[:, 0]
         return v + (coefficients[None] @ self.vectors)[0]
@@ -154,7 +150,7 @@ def _iterations(options, product, b, numbers, given, state):
     """Iterates until a test ends the iteration, at most `options.most` times."""
     state = _State(*map(ops.convert_to_tensor, state))
     b, numbers = ops.convert_to_tensor(b), ops.convert_to_tensor(numbers)
-    precondition = _as_it_is if given is None else Preconditioner(*map(ops.convert_to_tensor, given)).times_tensor
+    precondition = _as_it_is if given is None else Preconditioner(*map(ops.convert_to_tensor, given)).times
     rows = options.most if options.records else 1
     recorded = [ops.zeros((rows, *b.shape), dtype=b.dtype)] * 2
 
