@@ -125,7 +125,8 @@ class SecondOrder(ResidualTraining):
             loss_weights: As for `keras.Model.compile`. Not with residuals, which have weights of their own.
             metrics: As for `keras.Model.compile`. They are of the model before the step. Not with residuals.
             weighted_metrics: As `metrics`, with sample weights.
-            run_eagerly: Applies to `evaluate` and `predict`. A step itself is controlled from Python.
+            run_eagerly: Applies to `evaluate`, `predict` and the metrics of `fit`. A step itself is controlled from
+                Python.
             steps_per_execution: Number of batches between two calls of the callbacks. Each batch is one step.
             jit_compile: Applies to `evaluate` and `predict`.
             auto_scale_loss: Has no effect, because the model may not compute in float16.
@@ -215,7 +216,7 @@ class _Problem:
         self._residuals = trainer.loss if isinstance(trainer.loss, SquaredResiduals) else None
         # Without these, only the loss is logged, and no forward pass is needed for the metrics.
         self._needs_outputs = len(trainer.metrics) > 1 or (training and bool(state_variables(trainer.model)))
-        self._measure = backend.jit(self._update)
+        self._measure = self._update if trainer.run_eagerly else backend.jit(self._update)
 
     def measured(self, loss, batch):
         """Returns the logs of a batch. Updates metrics, normalization statistics and seeds."""

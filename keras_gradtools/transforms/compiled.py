@@ -12,6 +12,7 @@ import keras
 from keras import ops
 
 from keras_gradtools import backend, nesting, validation
+from keras_gradtools.backend import causes
 from keras_gradtools.keras_state import layer_state, scopes
 from keras_gradtools.keras_state.scopes import read
 from keras_gradtools.transforms import closures
@@ -125,8 +126,7 @@ class Programs:
             return
         self._has_warned = True
         if error is not None:
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            reason = f"{reason} The error was: {type(error).__name__}: {first_line}"
+            reason = f"{reason} The error was: {_words_of(error)}"
         warnings.warn(f"`{name}` runs {validation.name_of(fun)} eagerly, which is slower: {reason}", stacklevel=6)
 
     def replace(self, key, program):
@@ -299,12 +299,18 @@ def jitted(fun, compiler=None):
 
 
 def _branches_on_values(fun, error):
-    first_line = (str(error).strip().splitlines() or [""])[0]
     return TypeError(
         f"`kg.jit` cannot compile {validation.name_of(fun)}, because its Python code depends on the values of tensors. "
         "Use `keras.ops.where` or `keras.ops.cond` instead of `if`, and do not call `float(x)` or NumPy. Or pass the "
-        f"value as a Python integer, bool or string. The error was: {type(error).__name__}: {first_line}"
+        f"value as a Python integer, bool or string. The error was: {_words_of(error)}"
     )
+
+
+def _words_of(error):
+    """The class and the first line of `error`, or of the framework's error that Keras' layers have replaced by it."""
+    error = [error, *(e for e in causes.of(error) if backend.depends_on_values(e))][-1]
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 class _Eager:

@@ -397,6 +397,29 @@ class TestAsAModel:
         np.testing.assert_allclose(trainer.predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-6)
         assert trainer.model is model
 
+    def test_a_model_whose_python_depends_on_values_runs_eagerly(self, backend):
+        if backend == "jax":
+            pytest.skip("Keras traces the model on JAX to build the metrics, also with `run_eagerly=True`")
+
+        class Branch(layers.Layer):
+            def call(self, x):
+                return x if ops.sum(ops.square(x)) > 0 else -x
+
+            def compute_output_spec(self, x):
+                return keras.KerasTensor(x.shape, x.dtype)
+
+        plain = linear()
+        model = keras.Sequential([keras.Input((D,)), layers.Dense(1), Branch()])
+        model.set_weights(plain.get_weights())
+        before = np.mean(np.abs(plain.predict(X, verbose=0) - T))
+        trainer = trainer_of(model, LevenbergMarquardt(damping=0.0), metrics=["mae"], run_eagerly=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*eagerly, which is slower")
+            history = fit(trainer)
+        np.testing.assert_allclose(history["mae"], [before], rtol=1e-5)
+        found = np.concatenate([w.ravel() for w in model.get_weights()])
+        np.testing.assert_allclose(found, least_squares()[:, 0], rtol=1e-3)
+
 
 class TestErrors:
     def unchanged(self, model, run, error, match):

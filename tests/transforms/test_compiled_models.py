@@ -1,5 +1,7 @@
 """Compiled functions, tapes and mixed precision on Keras models, which are afterwards what they were before."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -283,3 +285,111 @@ def test_an_error_inside_leaves_the_model_alone(compiled):
         transform(s.weights, tensor(s.x))
     with unchanged(s.model), pytest.raises(KeyError, match="mine"):
         kg.jacobian(broken)(s.weights, tensor(s.x))
+
+
+class Asks(layers.Layer):
+    """x^2 if the sum of x, or what `value` takes from it, is positive, else 5 x."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def call(self, x):
+        return x * x if self.value(ops.sum(x)) > 0 else 5 * x
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+VALUES = {"comparison": lambda s: s, "int": int, "float": float, "numpy": ops.convert_to_numpy}
+
+
+def asking(shape, value):
+    layer = Asks(VALUES[value])
+    if shape == "sequential":
+        return keras.Sequential([layers.Input((2,)), layer])
+    inputs = layers.Input((2,))
+    functional = keras.Model(inputs, layer(inputs))
+    if shape == "functional":
+        return functional
+    return {"layer": layer, "nested": keras.Sequential([layers.Input((2,)), functional])}[shape]
+
+
+class TestModelsThatDependOnValues:
+    """Keras puts an error of its own in place of the framework's, on JAX one of another class."""
+
+    X = np.array([[1.0, 2.0], [3.0, -1.0]], "float32")
+
+    def eagerly(self, name, run, backend):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = run(), run()
+        said = [str(w.message) for w in caught if "runs" in str(w.message) and "eagerly" in str(w.message)]
+        if backend != "torch":
+            (said,) = said
+            assert said.startswith(f"`{name}` runs") and "depends on the values of tensors" in said
+            # The framework's error, and not the one with which Keras says where it was.
+            assert "Exception encountered" not in said and "_error_repr" not in said
+        return found
+
+    @pytest.mark.parametrize("value", VALUES)
+    @pytest.mark.parametrize("shape", ["sequential", "functional", "nested", "layer"])
+    def test_batch_jacobian(self, shape, value, backend):
+        """diag(2 x)."""
+        model = asking(shape, value)
+        for found in self.eagerly("batch_jacobian", lambda: kg.batch_jacobian(model)(tensor(self.X)), backend):
+            close(found, [np.diag(2 * x) for x in self.X])
+        close(kg.batch_jacobian(model)(tensor(-np.abs(self.X))), [5 * np.eye(2)] * 2)
+
+    @pytest.mark.parametrize("shape", ["sequential", "functional"])
+    def test_hessian(self, shape, backend):
+        """Of a sum of squares, 2 I."""
+        model = asking(shape, "comparison")
+
+        def energy(x):
+            return ops.sum(model(x))
+
+        for found in self.eagerly("hessian", lambda: kg.hessian(energy)(tensor(self.X)), backend):
+            close(ops.reshape(found, (4, 4)), 2 * np.eye(4))
+
+    def test_a_curvature_operator(self, backend):
+        """With x -> sum(w x)^2, where w = 1: the Hessian by w of the mean of (sum(w x)^2) is the mean of 2 x x^T."""
+        dense = layers.Dense(1, use_bias=False, kernel_initializer="ones")
+        model = keras.Sequential([layers.Input((2,)), dense, Asks(VALUES["comparison"])])
+
+        def loss(y_true, y_pred):
+            return y_pred[:, 0]
+
+        def product():
+            return kg.curvature.Hessian(model, loss, (self.X, self.X)) @ np.array([1.0, 2.0], "float32")
+
+        for found in self.eagerly("Hessian", product, backend):
+            close(found, 2 * self.X.T @ self.X / len(self.X) @ [1.0, 2.0])
+
+    @pytest.mark.parametrize("shape", ["sequential", "functional", "nested", "layer"])
+    def test_jit_says_what_to_do(self, shape, backend):
+        model = asking(shape, "comparison")
+        compiled = kg.jit(lambda x: model(x))
+        if backend == "torch":  # where it runs eagerly
+            close(compiled(tensor(self.X)), self.X**2)
+            return
+        for _ in range(2):
+            with pytest.raises(TypeError, match=r"`kg\.jit` cannot compile .*`keras\.ops\.where`") as caught:
+                compiled(tensor(self.X))
+            assert "Exception encountered" not in str(caught.value) and "_error_repr" not in str(caught.value)
+
+    @pytest.mark.parametrize("error", [KeyError, RuntimeError, AttributeError])
+    def test_an_error_of_the_layer_itself_is_raised(self, error):
+        class Fails(layers.Layer):
+            def call(self, x):
+                raise error("mine")
+
+            def compute_output_spec(self, x):
+                return keras.KerasTensor(x.shape, x.dtype)
+
+        model = keras.Sequential([layers.Input((2,)), Fails()])
+        for transform in (kg.batch_jacobian, kg.jit):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with pytest.raises(error, match="mine"):
+                    transform(model)(tensor(self.X))
