@@ -17,6 +17,7 @@ _VARIABLE = "keras.src.backend.common.variables:Variable"
 _LAYER = "keras.src.layers.layer:Layer"
 _LOSS = "keras.src.losses"
 _TRAINER = "keras.src.trainers"
+_CALLBACK = "keras.src.callbacks.callback:Callback"
 
 # Methods and properties, which can be looked up directly.
 _DEFINED = (f"{_LAYER}._flatten_layers", f"{_LAYER}._get_regularization_losses", f"{_LAYER}._clear_losses")
@@ -32,6 +33,7 @@ _SPELLED = {
     ("keras.src.backend.common.stateless_scope:get_stateless_scope",): ("stateless_scope",),
     (f"{_LOSS}.loss:Loss.__init__",): (DTYPE_POLICY, "_dtype"),
     (f"{_LOSS}.losses:LossFunctionWrapper.__init__",): ("_fn_kwargs",),
+    (f"{_CALLBACK}.set_model",): ("_model",),
     (f"{_TRAINER}.compile_utils:CompileLoss.__init__",): ("_user_loss_weights",),
     (f"{_TRAINER}.trainer:BaseTrainer.__init__", f"{_TRAINER}.trainer:Trainer.__init__"): ("_compile_loss",),
     (f"{_TRAINER}.trainer:BaseTrainer.compile", f"{_TRAINER}.trainer:Trainer.compile"): ("_loss_tracker",),

@@ -149,7 +149,7 @@ class Monitor(keras.callbacks.Callback):
         if self._log_dir is not None:
             self._events = EventFile(self._owner, self._log_dir)
         self._schedule.begin((self.params or {}).get("steps"))
-        progress_line.choose(self.model, self)
+        progress_line.choose(self)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._schedule.is_due_after_batch(batch):
@@ -162,7 +162,7 @@ class Monitor(keras.callbacks.Callback):
             logs.update(self._logged())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        progress_line.release(self.model, self)
+        progress_line.release(self)
         self.end()
         if self._events is not None:
             self._events.close()

@@ -5,19 +5,19 @@ import weakref
 
 import keras
 
-# For each model, the monitors that choose what is shown while it trains.
+# For each model, as Keras has given it to the callbacks, the monitors that choose what is shown while it trains.
 _choosers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def choose(model, monitor):
-    """From now on, the progress bar of this model shows of `monitor.last` only what `monitor.shown()` names."""
+def choose(monitor):
+    """From now on, the progress bar of its model shows of `monitor.last` only what `monitor.shown()` names."""
     _replace_once()
-    _choosers.setdefault(model, weakref.WeakSet()).add(monitor)
+    _choosers.setdefault(monitor._model, weakref.WeakSet()).add(monitor)
 
 
-def release(model, monitor):
+def release(monitor):
     """Ends `choose`."""
-    _choosers.get(model, weakref.WeakSet()).discard(monitor)
+    _choosers.get(monitor._model, weakref.WeakSet()).discard(monitor)
 
 
 def shown_logs(model, logs):
@@ -41,6 +41,8 @@ def _replace_once():
 def _filtered(hook):
     @functools.wraps(hook)
     def with_shown_logs(self, number, logs=None):
-        return hook(self, number, shown_logs(self.model, logs))
+        # Keras may run this in another thread while training continues. On JAX, the property `model` would bring the
+        # weights into the variables there, in the middle of a step that replaces them.
+        return hook(self, number, shown_logs(self._model, logs))
 
     return with_shown_logs

@@ -1,6 +1,7 @@
 """What the progress bar of `fit` shows of four monitors, and that the history and other callbacks have all of it."""
 
 import re
+import threading
 
 import keras
 import numpy as np
@@ -115,6 +116,34 @@ def test_other_trainings_show_everything(capsys):
             logs["a"] = 1.0
 
     assert lines(capsys, [Logs()], trained=trained)[0] == ["loss", "a"]
+
+
+@pytest.mark.parametrize("verbose", [1, 2])
+def test_no_other_thread_touches_the_weights(verbose, backend):
+    """On JAX, Keras runs the progress bar's hook in another thread, while the next step replaces all variables."""
+    trained = model()
+    hooks, synced = [], []
+
+    class Hook(keras.callbacks.Callback):
+        async_safe = True
+
+        def on_train_batch_end(self, batch, logs=None):
+            hooks.append(threading.current_thread())
+
+    if backend == "jax":
+        sync = trained.jax_state_sync
+
+        def noting_sync():
+            synced.append(threading.current_thread())
+            sync()
+
+        trained.jax_state_sync = noting_sync
+    trained.fit(X, Y, batch_size=2, verbose=verbose, callbacks=[Constant(progress_bar=["a"]), Hook()])
+    here = threading.current_thread()
+    assert len(hooks) == 8
+    if backend == "jax":
+        assert here not in hooks, "Keras runs these hooks in the same thread, and this test has shown nothing"
+    assert set(synced) <= {here}
 
 
 @pytest.mark.parametrize("given", ["loss", 3, ["a", 1], {"a"}])
