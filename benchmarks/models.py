@@ -65,6 +65,23 @@ def _decoder():
     return keras.Sequential([layers.Input((16,)), *hidden, layers.Dense(1024)])
 
 
+def _tanh_network(*units):
+    hidden = [layers.Dense(n, activation="tanh") for n in units[1:-1]]
+    return keras.Sequential([layers.Input((units[0],)), *hidden, layers.Dense(units[-1])])
+
+
+def _tiny_conv_net():
+    hidden = [layers.Conv2D(8, 3, activation="silu") for _ in range(2)]
+    parts = [layers.Input((16, 16, 3)), *hidden, layers.GlobalAveragePooling2D(), layers.Dense(CLASSES)]
+    return keras.Sequential(parts)
+
+
+def _attention():
+    x = keras.Input((16, 32))
+    y = layers.LayerNormalization()(x + layers.MultiHeadAttention(4, 8)(x, x))
+    return keras.Model(x, layers.Dense(CLASSES)(layers.GlobalAveragePooling1D()(y)))
+
+
 def _guide(*units, activation):
     """The models of TensorFlow's guide "Advanced automatic differentiation"."""
     return keras.Sequential([layers.Input((5,)), *(layers.Dense(n, activation=activation) for n in units)])
@@ -86,6 +103,12 @@ _MODELS = {
     "digits classifier": _digits_classifier,
     "decoder": _decoder,
     "demo's model": _demo,
+    # Models of `three_backends`, small enough that fixed costs count.
+    "MLP 32-128-128-10": lambda: _tanh_network(32, 128, 128, CLASSES),
+    "MLP 64-512-512-10": lambda: _tanh_network(64, 512, 512, CLASSES),
+    "network 10-64-64-64-1": lambda: _tanh_network(10, 64, 64, 64, 1),
+    "conv net 16x16x3": _tiny_conv_net,
+    "attention 16x32": _attention,
     "guide's layer": lambda: _guide(10, activation="relu"),
     "guide's layers, ELU": lambda: _guide(8, 6, activation="elu"),
     "guide's layers, ReLU": lambda: _guide(8, 6, activation="relu"),

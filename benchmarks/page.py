@@ -2,6 +2,7 @@
 
 from benchmarks import differential_operators, figures, summary, tables
 from benchmarks.run import BACKENDS
+from benchmarks.three_backends import section
 
 PAGE = """# Benchmarks
 
@@ -25,7 +26,7 @@ vectorized loops at every call. The same functions of this package are compiled 
 
 {guide}
 
-## What derivatives cost
+{three_backends}## What derivatives cost
 
 A product with the Hessian costs about two gradients, whatever the size of the model. Further products at the same
 point cost less, because they share what is recorded. In `fit`, a penalty on input gradients about doubles the time of a
@@ -64,6 +65,7 @@ set: with 50,000 examples it is a forty times smaller fraction.
 | command | measures |
 | --- | --- |
 | `make bench`, `make bench BACKEND=jax` | times, compared with hand-written code |
+| `python -m benchmarks.three_backends` | times of the three backends, with all their compilers, side by side |
 | `python -m benchmarks.run --memory` | memory |
 | `python -m benchmarks.growth` | growth of time and memory of Jacobians |
 | `python -m benchmarks.differential_operators` | growth of Laplacians and of derivatives of high order |
@@ -105,6 +107,7 @@ def text():
             ("", *map(summary.label, BACKENDS)),
             [(f"{n}. {what}", *row) for n, (what, row) in enumerate(summary.ten_figures(), 1)],
         ),
+        three_backends=section.text(),
         operators=tables.markdown(*differential_operators.table()),
         **{name: picture(name) for name in figures.FIGURES},
     )

@@ -29,6 +29,10 @@ def block(result):
     jax.block_until_ready(result)
 
 
+def device():
+    return jax.devices()[0].device_kind
+
+
 def _weights(model):
     return [v.value for v in model.trainable_variables]
 

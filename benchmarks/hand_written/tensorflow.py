@@ -26,6 +26,11 @@ def block(result):
     tf.test.experimental.sync_devices()
 
 
+def device():
+    found = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(found[0])["device_name"] if found else "cpu"
+
+
 def gradient_by_weights(model, compiler):
     @compiler
     def gradient(x, y):

@@ -20,7 +20,13 @@ def use_one_thread():
 
 
 def block(result):
-    """Nothing to do: on the CPU, torch computes synchronously."""
+    # On the CPU, torch computes synchronously.
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def device():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _parameters(model):
