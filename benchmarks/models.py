@@ -106,6 +106,7 @@ _MODELS = {
     # Models of `three_backends`, small enough that fixed costs count.
     "MLP 32-128-128-10": lambda: _tanh_network(32, 128, 128, CLASSES),
     "MLP 64-512-512-10": lambda: _tanh_network(64, 512, 512, CLASSES),
+    "MLP 64-32-32-10": _small_mlp,
     "network 10-64-64-64-1": lambda: _tanh_network(10, 64, 64, 64, 1),
     "conv net 16x16x3": _tiny_conv_net,
     "attention 16x32": _attention,

@@ -10,7 +10,7 @@ from benchmarks.three_backends.connection import Failed
 ROUNDS, LEAST_ROUNDS = 15, 3
 # The largest difference of two backends, relative to the largest value. All compute in single precision.
 TOLERANCE = 1e-4
-SECONDS_TO_PREPARE, SECONDS_TO_TIME = 300, 60
+SECONDS_TO_PREPARE, SECONDS_TO_TIME = 600, 60
 
 
 class Clock:
@@ -24,6 +24,10 @@ class Clock:
         now = time.perf_counter()
         self._end_of_row = now + max(self._end - now, 0) / self._rows
         self._rows -= 1
+
+    def seconds_to_prepare(self):
+        """At most a quarter of what is left for all rows."""
+        return min(max((self._end - time.perf_counter()) / 4, SECONDS_TO_TIME), SECONDS_TO_PREPARE)
 
     def is_over(self):
         return time.perf_counter() > self._end
@@ -71,16 +75,16 @@ def _prepared(number, connections, clock, together):
             continue
         waiting.append(connection)
         if not together:
-            _receive(waiting, cells)
-    _receive(waiting, cells)
+            _receive(waiting, cells, clock)
+    _receive(waiting, cells, clock)
     return cells
 
 
-def _receive(waiting, cells):
+def _receive(waiting, cells, clock):
     while waiting:
-        connection = waiting.pop()
+        connection = waiting.pop(0)
         try:
-            cells[connection.way.name] = connection.receive(SECONDS_TO_PREPARE)
+            cells[connection.way.name] = connection.receive(clock.seconds_to_prepare())
         except Failed as failed:
             cells[connection.way.name] = {"reason": str(failed)}
 

@@ -38,7 +38,7 @@ def text():
 
 
 def _part(result):
-    reasons = [f"- {reason}." for reason in table.reasons(result)]
+    reasons = [f"- {reason}" for reason in table.reasons(result)]
     return ON_DEVICE.format(
         where=WHERE[result["device"]],
         times=tables.markdown(*table.times(result)),
@@ -58,9 +58,13 @@ def _readings(result):
     yield f"Which column is the fastest depends on the work. Of {len(rows)} rows it is {ranks}."
     jacobians = [row for row in rows if row["work"] == "batch Jacobian" and "MLP" in row["model"]]
     hessians = [row for row in rows if row["work"] in ("Hessian of one kernel", "`kernel_hessian`")]
-    for name, chosen in (("the batch Jacobian of an MLP", jacobians), ("the Hessian of a kernel", hessians)):
-        yield f"On torch, {name} takes {_over_jax(chosen, _range)}, in times of JAX."
-    yield f"In the median over all rows, torch takes {_over_jax(rows, _median)}, in times of JAX."
+    for name, chosen, summed_up in (
+        ("The batch Jacobian of an MLP", jacobians, _range),
+        ("The Hessian of a kernel", hessians, _range),
+        ("A work in the median over all rows", rows, _median),
+    ):
+        if times := _over_jax(chosen, summed_up):
+            yield f"{name} takes {times} times as long on torch as on JAX."
     found = {way.title: _values(rows, lambda cells, way=way: cells[way.name]["first_seconds"]) for way in WAYS}
     medians = ", ".join(f"{_median(seconds)} s ({title})" for title, seconds in found.items() if seconds)
     yield f"The first calls take in the median {medians}. They pay off if a function is called often."
@@ -70,9 +74,9 @@ def _over_jax(rows, summed_up):
     """The times of both ways of torch over those of JAX, as text."""
     found = {
         "replayed": _values(rows, lambda cells: cells["torch"]["ms"] / cells["jax"]["ms"]),
-        "by inductor": _values(rows, lambda cells: cells["torch_inductor"]["ms"] / cells["jax"]["ms"]),
+        "inductor": _values(rows, lambda cells: cells["torch_inductor"]["ms"] / cells["jax"]["ms"]),
     }
-    return " and ".join(f"{summed_up(values)} {how}" for how, values in found.items() if values)
+    return " and ".join(f"{summed_up(values)} ({how})" for how, values in found.items() if values)
 
 
 def _values(rows, of):

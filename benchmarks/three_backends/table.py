@@ -64,9 +64,9 @@ def reasons(result):
     for row in result["rows"]:
         for way in _ways(result):
             if "reason" in (cell := row["cells"][way.name]):
-                reason = " ".join(cell["reason"].split())[:LONGEST_REASON]
+                reason = " ".join(cell["reason"].split())[:LONGEST_REASON].rstrip(".")
                 found.setdefault((way.title, reason), []).append(f"{row['work']} ({row['model']})")
-    return [f"{title}, {', '.join(rows)}: {reason}" for (title, reason), rows in found.items()]
+    return [f"{title}, {', '.join(rows)}: {reason}." for (title, reason), rows in found.items()]
 
 
 def line(row):

@@ -29,9 +29,9 @@ class Way:
 
 WAYS = (
     Way("tensorflow", "TensorFlow", "tensorflow", None, False),
-    Way("tensorflow_xla", "TensorFlow, XLA", "tensorflow", "xla", True),
+    Way("tensorflow_xla", "TensorFlow XLA", "tensorflow", "xla", True),
     Way("jax", "JAX", "jax", None, True),
-    Way("torch", "PyTorch, replayed", "torch", None, True),
-    Way("torch_inductor", "PyTorch, inductor", "torch", "inductor", None, may_be_left_out=True),
+    Way("torch", "PyTorch replayed", "torch", None, True),
+    Way("torch_inductor", "PyTorch inductor", "torch", "inductor", None, may_be_left_out=True),
 )
 BY_NAME = {way.name: way for way in WAYS}

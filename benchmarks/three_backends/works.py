@@ -3,7 +3,7 @@
 import dataclasses
 
 MLP, CONV_NET, ATTENTION = ("MLP 32-128-128-10", 64), ("conv net 16x16x3", 16), ("attention 16x32", 16)
-WIDE_MLP, SMALL_MLP, LAPLACIAN_NET = ("MLP 64-512-512-10", 128), ("small MLP", 32), ("network 10-64-64-64-1", 256)
+WIDE_MLP, SMALL_MLP, LAPLACIAN_NET = ("MLP 64-512-512-10", 128), ("MLP 64-32-32-10", 32), ("network 10-64-64-64-1", 256)
 
 
 @dataclasses.dataclass(frozen=True)
