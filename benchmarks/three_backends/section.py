@@ -61,7 +61,7 @@ def _readings(result):
     for name, chosen, summed_up in (
         ("The batch Jacobian of an MLP", jacobians, _range),
         ("The Hessian of a kernel", hessians, _range),
-        ("A work in the median over all rows", rows, _median),
+        ("A work, in the median over the rows of the column,", rows, _median),
     ):
         if times := _over_jax(chosen, summed_up):
             yield f"{name} takes {times} times as long on torch as on JAX."
