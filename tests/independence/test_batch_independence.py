@@ -77,6 +77,14 @@ class BackAndForth(layers.Layer):
         return (x - mean) + mean
 
 
+class RoundingCrosses(layers.Layer):
+    """The identity times 0.3. The derivatives by the mean cancel to rounding: sum(0.3 u) - 0.3 sum(u)."""
+
+    def call(self, x):
+        mean = ops.mean(ops.sin(x), axis=0)
+        return (x - mean) * 0.3 + mean * 0.3
+
+
 def vectors(*parts):
     return keras.Sequential([keras.Input((D,)), *parts])
 
@@ -380,6 +388,21 @@ def test_the_report_in_words():
     assert "independent" in text and "no gradient crosses" in text
     rounded = kg.diagnostics.batch_independence(vectors(BackAndForth()), x)
     assert ("rounding noise" in str(rounded)) == (rounded.leak > 0)
+
+
+def test_rounding_is_no_leak():
+    x = examples(VECTOR, 0)
+    report = kg.diagnostics.batch_independence(vectors(RoundingCrosses()), x)
+    assert 0 < report.leak < 1e-6 and report.independent and report.layers == ()
+    assert "rounding noise" in str(report)
+    beside = vectors(RoundingCrosses(), layers.BatchNormalization(name="bn"))
+    assert kg.diagnostics.batch_independence(beside, x, training=True).layers == ("bn",)
+    with kg.GradientTape() as tape:
+        tape.watch(x := ops.convert_to_tensor(x))
+        y = RoundingCrosses()(x)
+    expected = np.broadcast_to(0.3 * np.eye(D), (B, D, D))
+    found = ops.convert_to_numpy(tape.batch_jacobian(y, x, check_independence=True))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 class TestWhatCannotBeTold:
