@@ -9,7 +9,7 @@ from keras import ops
 from keras_gradtools import validation
 from keras_gradtools.annotations import Schedule
 from keras_gradtools.second_order.recycled_preconditioner import recycled_preconditioner, require_rank
-from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer, identities
 from keras_gradtools.second_order.step_solvers import CURVATURES, ConjugateGradientsSolver
 
 # Number of Keras variables that hold the preconditioner.
@@ -46,7 +46,8 @@ class NewtonCG(SecondOrderOptimizer):
         preconditioner_rank: Number of eigenvectors in the preconditioner, 0 for no preconditioner. None, the default,
             means 100, or fewer if the eigenvectors would have more than 2**20 numbers in all: 10 for 100,000 weights,
             and no preconditioner above 131,072 weights. The eigenvectors are saved with the model, by default at most
-            4 MiB in float32.
+            4 MiB in float32. After layers are frozen or unfrozen, a new preconditioner begins, for the weights that
+            are trained then. It is not saved.
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`.
@@ -95,6 +96,9 @@ class NewtonCG(SecondOrderOptimizer):
         self.progress_tol = validation.require_number(owner, "progress_tol", progress_tol, **fraction)
         self.preconditioner_rank = require_rank(owner, preconditioner_rank)
         self._preconditioner: Any = None
+        self._built_for: Any = ()
+        # After layers were frozen or unfrozen: the weights that are trained since, and their preconditioner.
+        self._others: Any = (), None
 
     def build(self, variables: Any) -> None:
         if self.built:
@@ -102,6 +106,7 @@ class NewtonCG(SecondOrderOptimizer):
         super().build(variables)
         size = sum(math.prod(v.shape) for v in variables)
         dtype = "float64" if any(v.dtype == "float64" for v in variables) else "float32"
+        self._built_for = identities(variables)
         self._preconditioner = recycled_preconditioner(size, self.preconditioner_rank, dtype)
         if self._preconditioner is not None:
             options = {"dtype": self._preconditioner.vectors.dtype.name, "aggregation": "only_first_replica"}
@@ -114,7 +119,7 @@ class NewtonCG(SecondOrderOptimizer):
 
     def solver(self, operator: Any, equations: Any) -> Any:
         preconditioner = self._preconditioner_of(operator)
-        if preconditioner is not None:
+        if preconditioner is not None and preconditioner is self._preconditioner:
             # Loading a saved model may have changed the variables since the last step.
             preconditioner.vectors, values, (missed, *waits) = (
                 ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._state)
@@ -126,16 +131,19 @@ class NewtonCG(SecondOrderOptimizer):
     def end_step(self, operator: Any, damping: float) -> None:
         super().end_step(operator, damping)
         preconditioner = self._preconditioner_of(operator)
-        if preconditioner is not None:
+        if preconditioner is not None and preconditioner is self._preconditioner:
             self._vectors.assign(preconditioner.vectors)
             self._values.assign(preconditioner.values)
             self._state.assign([preconditioner.missed, preconditioner.wait, preconditioner.waited])
 
     def _preconditioner_of(self, operator):
-        # If variables were frozen after `build`, the preconditioner is not used, since its vectors have another length.
-        preconditioner = self._preconditioner
-        is_for_it = preconditioner is not None and preconditioner.vectors.shape[1] == operator.shape[0]
-        return preconditioner if is_for_it else None
+        weights = identities(operator.variables)
+        if weights == self._built_for:
+            return self._preconditioner
+        if weights != self._others[0]:
+            size, rank = operator.shape[0], self.preconditioner_rank
+            self._others = weights, recycled_preconditioner(size, rank, operator.dtype)
+        return self._others[1]
 
     def load_own_variables(self, store: Any) -> None:
         """Loads as Keras does, but skips a saved preconditioner of another rank or for other variables."""

@@ -15,7 +15,7 @@ from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.second_order.line_search import ROUNDING, Point, line_search
 from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason
-from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer, identities
 
 # A pair is used if its curvature is above this share of what its lengths allow. Otherwise it is rounding noise.
 _LEAST_CURVATURE = 1e-10
@@ -43,7 +43,7 @@ class QuasiNewton(SecondOrderOptimizer):
 
     def build(self, variables: Any) -> None:
         super().build(variables)
-        self._others, self._built_for = len(self.variables), _identities(variables)
+        self._others, self._built_for = len(self.variables), identities(variables)
 
     def operator_class(self) -> type:
         return Hessian
@@ -109,7 +109,7 @@ class QuasiNewton(SecondOrderOptimizer):
         )  # fmt: skip
 
     def _require_same_weights(self, operator):
-        weights = _identities(operator.variables)
+        weights = identities(operator.variables)
         if weights == self._built_for:
             return
         built_for, received = (sum(size for _, size in known) for known in (self._built_for, weights))
@@ -182,8 +182,3 @@ def state_dtype(variables):
     """The dtype of what a method stores about these weights, a name."""
     is_double = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in variables)
     return solver_dtype("float64" if is_double else "float32").name
-
-
-def _identities(variables):
-    """A pair for each variable: its identity and its number of elements."""
-    return tuple((id(v), math.prod(v.shape)) for v in variables)

@@ -14,7 +14,7 @@ from keras_gradtools.curvature.data.residual_loss import require_points
 from keras_gradtools.keras_state.layer_state import state_variables
 from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason
 from keras_gradtools.second_order.normal_equations import NormalEquations
-from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer
+from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer, identities
 from keras_gradtools.training.residual_training import ResidualTraining
 from keras_gradtools.training.squared_residuals import SquaredResiduals, points_of
 from keras_gradtools.training.undone_by_errors import undone_by_errors
@@ -165,7 +165,7 @@ class SecondOrder(ResidualTraining):
             raise no_labels(NAME)
         else:
             batch = nesting.map_structure(_tensor, (x, y, sample_weight))
-        if self._problem is None:
+        if self._problem is None or self._problem.weights != identities(self.trainable_variables):
             self._problem = _Problem(self, batch, self._training)
         problem, optimizer = self._problem, self.optimizer
         operator = problem.operator.of_batch(batch)
@@ -209,6 +209,8 @@ class _Problem:
 
     def __init__(self, trainer, batch, training):
         self._trainer, self._training = trainer, training
+        # Layers may be frozen or unfrozen later.
+        self.weights = identities(trainer.trainable_variables)
         cls = trainer.optimizer.operator_class()
         owner = type(trainer.optimizer).__name__
         self.operator = cls.of_callback(owner, trainer, None, [batch], training=training, verbose=0)

@@ -1,5 +1,6 @@
 """The base class of the second-order optimizers."""
 
+import math
 from typing import Any, Self
 
 import keras
@@ -121,6 +122,11 @@ class MatrixOptimizer(SecondOrderOptimizer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "allow_underdetermined": self.allow_underdetermined}
+
+
+def identities(variables):
+    """A pair for each variable: its identity and its number of elements."""
+    return tuple((id(v), math.prod(v.shape)) for v in variables)
 
 
 def _require_learning_rate(owner, learning_rate):

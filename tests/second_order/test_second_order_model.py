@@ -264,6 +264,66 @@ class TestAsAModel:
         for name, value in pairs_of(loaded.optimizer).items():
             np.testing.assert_array_equal(value, before[name])
 
+    @pytest.mark.parametrize(
+        ("first", "then", "compiles"),
+        [
+            ([True, False], [False, True], True),
+            ([True, True], [False, True], False),
+            ([False, True], [True, True], True),
+        ],
+        ids=["swapped", "frozen", "unfrozen"],
+    )
+    def test_a_preconditioner_begins_anew_with_other_weights(self, first, then, compiles):
+        """As many products as with a new optimizer, and the same weights, to rounding."""
+        draw = np.random.default_rng(0)
+        x = (draw.normal(size=(200, 30)) * np.geomspace(0.1, 3, 30)).astype("float32")
+        classes = (x.sum(1) > 0).astype("int32")
+        units = [layers.Dense(2, kernel_regularizer=keras.regularizers.L2(1e-3)) for _ in range(2)]
+        inputs = keras.Input((30,))
+        model = randomized(keras.Model(inputs, units[0](inputs) + units[1](ops.flip(inputs, axis=1))))
+
+        def choose(which):
+            for layer, flag in zip(units, which, strict=True):
+                layer.trainable = flag
+
+        choose(first)
+        trainer = trainer_of(model, NewtonCG(rtol=1e-4), CROSS_ENTROPY)
+        fit(trainer, 4, 200, x, classes)
+        assert pairs_of(trainer.optimizer)["eigenvalues"].any()
+        choose(then)
+        if compiles:
+            trainer.compile(trainer.optimizer, CROSS_ENTROPY)
+        before, damping = model.get_weights(), trainer.optimizer.damping
+        history = fit(trainer, 4, 200, x, classes)
+        found = model.get_weights()
+        assert max(history["cg_iterations"]) >= 10, "the preconditioner had nothing to learn from"
+
+        model.set_weights(before)
+        alone = trainer_of(model, NewtonCG(rtol=1e-4), CROSS_ENTROPY)
+        alone.optimizer.damping = damping
+        expected = fit(alone, 4, 200, x, classes)
+        # Without a preconditioner it would be 30 more, and with one for other weights as many.
+        assert abs(sum(history["cg_iterations"]) - sum(expected["cg_iterations"])) <= 6
+        np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-4)
+        for a, b in zip(found, model.get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+
+    @pytest.mark.parametrize("optimizer", [Newton, LevenbergMarquardt, NewtonCG])
+    def test_a_layer_that_is_frozen_between_two_fits_stands_still(self, optimizer):
+        """Also without `compile`."""
+        trainer = trainer_of(small(), optimizer())
+        fit(trainer, 2)
+        hidden, last = trainer.model.layers
+        hidden.trainable = False
+        frozen, trained = hidden.get_weights(), last.get_weights()
+        assert fit(trainer, 2)["step_reason"][0] == StepReason.ACCEPTED
+        for a, b in zip(frozen, hidden.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert any(np.any(a != b) for a, b in zip(trained, last.get_weights(), strict=True))
+        hidden.trainable = True
+        fit(trainer, 2)
+        assert any(np.any(a != b) for a, b in zip(frozen, hidden.get_weights(), strict=True))
+
     def test_a_layer_frozen_before_saving(self, tmp_path):
         trainer = trainer_of(small(outputs=2, units=6), NewtonCG(rtol=1e-4), CROSS_ENTROPY)
         fit(trainer, epochs=3, y=CLASSES)
