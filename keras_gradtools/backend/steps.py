@@ -5,6 +5,8 @@ once for all backends. What a backend says about a step (its kind) only saves wo
 operation.
 """
 
+from collections.abc import Sequence
+
 # The operation is linear in its active inputs together, up to a constant.
 LINEAR = "linear"
 # One active input, of the shape of the single output. Each element of the output depends on one element of the input.
@@ -26,6 +28,7 @@ class Step:
         inputs, outputs: The slots of the active inputs and outputs, through which derivatives pass.
         primals: The values of the active inputs.
         results: The values of the active outputs.
+        slopes: The derivatives of an elementwise operation, from the first one, if they have been computed.
     """
 
     kind: str = GENERAL
@@ -35,6 +38,7 @@ class Step:
     outputs: tuple = ()
     primals: tuple = ()
     results: tuple = ()
+    slopes: Sequence = ()
 
     def call(self, *active):
         """The active outputs, as a list, for other values of the active inputs. All other inputs are as recorded."""

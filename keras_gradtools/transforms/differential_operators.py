@@ -9,10 +9,11 @@ import keras
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.annotations import Arguments, Tensor
-from keras_gradtools.tape import jacobian_plans
+from keras_gradtools.annotations import Arguments, ChunkSize, Tensor
 from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.jacobians import require_rows
 from keras_gradtools.transforms.taped_call import require_function, require_points
+from keras_gradtools.transforms.taylor.chunks import Chunks
 from keras_gradtools.transforms.taylor.operators import (
     divergence_estimate_of,
     divergence_of,
@@ -26,11 +27,12 @@ def laplacian(
     fun: Callable[Concatenate[Tensor, Arguments], Any],
     axes: Sequence[int] | None = None,
     coefficients: Any = None,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = "auto",
     samples: int | None = None,
     directions: Distribution = "rademacher",
     seed: int | keras.random.SeedGenerator | None = None,
     return_standard_error: bool = False,
+    memory_budget: int | None = None,
 ) -> Callable[Concatenate[Tensor, Arguments], Any]:
     r"""Turns a function of points into its Laplacian, $\sum_i \partial^2 f_{b k} / \partial x_{b i}^2$.
 
@@ -51,8 +53,10 @@ def laplacian(
             inputs. `[0]` gives $\partial^2 f / \partial x_0^2$.
         coefficients: The numbers $D_{i j}$ for the m axes, a tensor of shape `(m,)` (the diagonal), `(m, m)`, or
             `(batch, m, m)` for each example its own. They need not be symmetric. By default the identity.
-        chunk_size: Number of axes, or of random directions, whose first derivatives are carried at once. By default
-            all. Smaller chunks need less memory. The result is the same.
+        chunk_size: Number of axes, or of random directions, whose first derivatives are carried at once, or None for
+            all. The result is the same up to rounding. By default `"auto"`: as many as fit into `memory_budget`, and,
+            on a processor, as many as its caches hold, which is faster (on TensorFlow and JAX only if the Laplacian is
+            not differentiated, and compiles itself).
         samples: The number of random directions. By default None, for the exact Laplacian.
         directions: `"rademacher"`, vectors of random signs, which are exact for functions without mixed derivatives.
             `"gaussian"`, normal numbers. `"coordinates"`, axes that are drawn without replacement, which are exact if
@@ -60,6 +64,10 @@ def laplacian(
         seed: An integer, which draws the same directions at each call, or a `keras.random.SeedGenerator`, which draws
             new ones. By default Keras' global generator. Transforms other than `kg.jit` do not advance generators.
         return_standard_error: Whether to return the pair `(estimate, standard_error)`, from at least 2 samples.
+        memory_budget: The number of bytes that a chunk may take, with `chunk_size="auto"`. By default a quarter of the
+            memory that is free at the first call. At least one axis is carried at once. The memory of an axis is
+            estimated from above, as twice the size of all tensors that `fun` computes. If the Laplacian is
+            differentiated, what all chunks have computed is kept.
 
     Returns:
         A function with the arguments of `fun` that returns the Laplacian with respect to the first, in the shape of the
@@ -95,7 +103,7 @@ def laplacian(
     """
     require_function("laplacian", fun)
     _require_axes_at_first("laplacian", axes)
-    chunk_size = jacobian_plans.require_chunk_size("laplacian", chunk_size)
+    chunk_size, memory_budget = require_rows("laplacian", chunk_size, memory_budget)
     sampling = require_sampling("laplacian", samples, directions, seed, return_standard_error)
 
     @functools.wraps(fun, updated=())
@@ -105,31 +113,33 @@ def laplacian(
         factors = None if coefficients is None else require_coefficients("laplacian", coefficients, x, len(chosen))
         # A program would not advance the generator.
         vectors = None if sampling is None else sampling.draw("laplacian", len(chosen), seed, x.dtype)
-        body = functools.partial(_laplacian, chosen, chunk_size, sampling)
-        options = chosen, chunk_size, sampling
+        chunks = Chunks(chunk_size, memory_budget, is_last=compiled.may_run())
+        body = functools.partial(_laplacian, chosen, chunks, sampling)
+        options = chosen, chunks, sampling
         found, _ = compiled.run("laplacian", fun, body, options, (factors, vectors, x, *args), kwargs)
         return found
 
     return transformed
 
 
-def _laplacian(axes, chunk_size, sampling, fun, coefficients, vectors, x, *args, **kwargs):
+def _laplacian(axes, chunks, sampling, fun, coefficients, vectors, x, *args, **kwargs):
     def value(x):
         return fun(x, *args, **kwargs)
 
     if sampling is None:
-        return laplacian_of(value, x, axes, coefficients, chunk_size)[1], None
-    return laplacian_estimate_of(value, x, axes, sampling, vectors, coefficients, chunk_size)[1], None
+        return laplacian_of(value, x, axes, coefficients, chunks)[1], None
+    return laplacian_estimate_of(value, x, axes, sampling, vectors, coefficients, chunks)[1], None
 
 
 def divergence(
     fun: Callable[Concatenate[Tensor, Arguments], Any],
     axes: Sequence[int] | None = None,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = "auto",
     samples: int | None = None,
     directions: Distribution = "rademacher",
     seed: int | keras.random.SeedGenerator | None = None,
     return_standard_error: bool = False,
+    memory_budget: int | None = None,
 ) -> Callable[Concatenate[Tensor, Arguments], Any]:
     r"""Turns a vector field into its divergence, $\nabla \cdot f_b = \sum_k \partial f_{b k} / \partial x_{b i_k}$.
 
@@ -141,12 +151,13 @@ def divergence(
             `(batch, m)`.
         axes: The index of the input $i_k$ for each of the m outputs, as a list. Negative indices count from the end. By
             default all n inputs in order.
-        chunk_size: Number of axes, or of random directions, whose derivatives are carried at once. By default all.
-            Smaller chunks need less memory. The result is the same.
+        chunk_size: Number of axes, or of random directions, whose derivatives are carried at once, `"auto"` or None,
+            as for `kg.laplacian`.
         samples: The number of random directions. By default None, for the exact divergence.
         directions: `"rademacher"`, `"gaussian"` or `"coordinates"`, as for `kg.laplacian`.
         seed: An integer, a `keras.random.SeedGenerator` or None, as for `kg.laplacian`.
         return_standard_error: Whether to return the pair `(estimate, standard_error)`, from at least 2 samples.
+        memory_budget: As for `kg.laplacian`.
 
     Returns:
         A function with the arguments of `fun` that returns the divergence with respect to the first, of shape
@@ -171,7 +182,7 @@ def divergence(
     """
     require_function("divergence", fun)
     _require_axes_at_first("divergence", axes)
-    chunk_size = jacobian_plans.require_chunk_size("divergence", chunk_size)
+    chunk_size, memory_budget = require_rows("divergence", chunk_size, memory_budget)
     sampling = require_sampling("divergence", samples, directions, seed, return_standard_error)
 
     @functools.wraps(fun, updated=())
@@ -179,20 +190,21 @@ def divergence(
         x = require_points("divergence", x)
         chosen = tuple(require_axes("divergence", axes, x.shape[1]))
         vectors = None if sampling is None else sampling.draw("divergence", len(chosen), seed, x.dtype)
-        body = functools.partial(_divergence, chosen, chunk_size, sampling)
-        found, _ = compiled.run("divergence", fun, body, (chosen, chunk_size, sampling), (vectors, x, *args), kwargs)
+        chunks = Chunks(chunk_size, memory_budget, is_last=compiled.may_run())
+        body = functools.partial(_divergence, chosen, chunks, sampling)
+        found, _ = compiled.run("divergence", fun, body, (chosen, chunks, sampling), (vectors, x, *args), kwargs)
         return found
 
     return transformed
 
 
-def _divergence(axes, chunk_size, sampling, fun, vectors, x, *args, **kwargs):
+def _divergence(axes, chunks, sampling, fun, vectors, x, *args, **kwargs):
     def value(x):
         return fun(x, *args, **kwargs)
 
     if sampling is None:
-        return divergence_of(value, x, axes, chunk_size)[1], None
-    return divergence_estimate_of(value, x, axes, sampling, vectors, chunk_size)[1], None
+        return divergence_of(value, x, axes, chunks)[1], None
+    return divergence_estimate_of(value, x, axes, sampling, vectors, chunks)[1], None
 
 
 def _require_axes_at_first(name, axes):

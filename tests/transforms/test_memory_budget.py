@@ -190,7 +190,9 @@ class TestExamples:
             assert expected / 4 <= sizes[-1] <= expected
 
 
-@pytest.mark.parametrize("transform", [kg.jacobian, kg.batch_jacobian, kg.hessian, kg.per_example_grad])
+@pytest.mark.parametrize(
+    "transform", [kg.jacobian, kg.batch_jacobian, kg.hessian, kg.per_example_grad, kg.laplacian, kg.divergence]
+)
 def test_bad_input(transform):
     name = transform.__name__
     with pytest.raises(ValueError, match=f'{name} expects a positive integer, "auto", or None, as `chunk_size`'):

@@ -3,6 +3,8 @@
 JAX has no tape: `trace.py` records operations, and `sweep.py` differentiates them.
 """
 
+import os
+
 import jax
 import keras
 
@@ -89,6 +91,13 @@ class JaxBackend(Backend):
     def slows_in_loops(self, fun):
         # On a CPU, XLA has fast convolutions only outside of loops.
         return jax.default_backend() == "cpu" and "conv_general_dilated" in jaxprs.primitives_of(fun)
+
+    def threads(self):
+        if jax.default_backend() != "cpu":
+            return None
+        # XLA reads this variable.
+        limit = os.environ.get("NPROC", "")
+        return int(limit) if limit.isdigit() and int(limit) else super().threads()
 
     def dot(self, a, b):
         # Double precision is off by default, and on inside this block.

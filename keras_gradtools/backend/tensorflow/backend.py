@@ -75,6 +75,11 @@ class TensorFlowBackend(Backend):
 
         tf.function(without_result, autograph=False).get_concrete_function()
 
+    def threads(self):
+        if any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
+            return None
+        return tf.config.threading.get_intra_op_parallelism_threads() or super().threads()
+
     def eagerly(self):
         # Lifts the block out of the graph that is being built.
         return tf.init_scope()

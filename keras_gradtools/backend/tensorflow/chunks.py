@@ -17,6 +17,8 @@ def map_chunks(fun, count, chunk_size):
     first = fun(index[0])
     present = chunks.Present(fun)
     connected = [r for r in first if r is not None]
+    if not connected:
+        return first
     with tf.control_dependencies(connected):
         signature = [tf.TensorSpec(r.shape, r.dtype) for r in connected]
         rest = tf.map_fn(present, index[1:], fn_output_signature=signature, parallel_iterations=1)

@@ -203,10 +203,12 @@ class _Step(steps.Step):
             return cotangents
         outputs, along = zip(*pairs, strict=True)
         found = dense(transposed.gradient(list(outputs), cotangents, list(along)))
-        return [tf.zeros_like(y) if d is None else d for d, y in zip(found, values, strict=True)]
+        found = [tf.zeros_like(y) if d is None else d for d, y in zip(found, values, strict=True)]
+        return [_of_shape(d, y) for d, y in zip(found, self.results, strict=True)]
 
     def slope(self, fun, x):
-        return [pulled_back(lambda x: fun(x)[0], [x], tf.ones_like(x))[0]]
+        (found,) = pulled_back(lambda x: fun(x)[0], [x], tf.ones_like(x))
+        return [_of_shape(found, self.primals[0])]
 
     def push_stacks(self, stacks):
         return _map_stacks(lambda *tangents: self.jvp(self.call, self.primals, tangents), stacks)
@@ -226,6 +228,12 @@ class _Step(steps.Step):
     def push_uniform(self, stacks):
         rule = linear_stacks.UNIFORM.get(self.op.type)
         return rule and rule(self, stacks)
+
+
+def _of_shape(x, like):
+    # Gradients inside loops may not know their shape.
+    x.set_shape(like.shape)
+    return x
 
 
 # Operations have other names for some arguments in their definition than in Python.

@@ -26,7 +26,7 @@ from keras_gradtools.backend.torch.containers import containers
 from keras_gradtools.backend.torch.custom_gradient import custom_gradient
 from keras_gradtools.backend.torch.per_example import per_example_gradients
 from keras_gradtools.backend.torch.processes import summed_over_processes
-from keras_gradtools.backend.torch.random_numbers import random_state, with_random_state
+from keras_gradtools.backend.torch.random_numbers import get_device, random_state, with_random_state
 
 tape.install()
 checkpoint.install()
@@ -44,6 +44,7 @@ class TorchBackend(Backend):
 
     COMPILERS = ("inductor",)
     LINEARIZES_ONCE = True
+    CHUNKS_ALWAYS_PAY = True
 
     pullback = staticmethod(pullbacks.pullback)
     constant_pullback = staticmethod(pullbacks.constant_pullback)
@@ -63,6 +64,9 @@ class TorchBackend(Backend):
     random_state = staticmethod(random_state)
     with_random_state = with_random_state
     summed_over_processes = staticmethod(summed_over_processes)
+
+    def threads(self):
+        return torch.get_num_threads() if get_device() == "cpu" else None
 
     def alias(self, x):
         # Without grad mode, the alias of a tensor that requires gradients would not be connected to it.

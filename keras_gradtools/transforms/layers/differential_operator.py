@@ -6,9 +6,11 @@ from typing import Any
 import keras
 
 from keras_gradtools import validation
-from keras_gradtools.annotations import InputNames, Nested
+from keras_gradtools.annotations import ChunkSize, InputNames, Nested
 from keras_gradtools.transforms.differential_operators import require_axes
+from keras_gradtools.transforms.jacobians import require_rows
 from keras_gradtools.transforms.layers.derivative import Derivative
+from keras_gradtools.transforms.taylor.chunks import Chunks
 from keras_gradtools.transforms.taylor.sampling import Distribution, require_sampling
 
 
@@ -25,11 +27,14 @@ class DifferentialOperator(Derivative):
         directions: Distribution = "rademacher",
         seed: int | None = None,
         return_standard_error: bool = False,
+        chunk_size: ChunkSize = "auto",
+        memory_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
         seed = validation.require_seed(name, seed, may_be_none=True)
         sampling = require_sampling(name, samples, directions, seed, return_standard_error)
+        self._chunks = Chunks(*require_rows(name, chunk_size, memory_budget))
         super().__init__(layer, return_outputs, inputs, **kwargs)
         self._sampling, self._seed = sampling, seed
         self._seeds = None if sampling is None else keras.random.SeedGenerator(seed)
@@ -52,4 +57,5 @@ class DifferentialOperator(Derivative):
 
     def get_config(self) -> dict[str, Any]:
         sampling = {} if self._sampling is None else {**self._sampling._asdict(), "seed": self._seed}
-        return {**super().get_config(), "axes": self.axes, **sampling}
+        chunks = {"chunk_size": self._chunks.chunk_size, "memory_budget": self._chunks.memory_budget}
+        return {**super().get_config(), "axes": self.axes, **sampling, **chunks}

@@ -25,6 +25,9 @@ class Divergence(DifferentialOperator):
         directions: `"rademacher"`, `"gaussian"` or `"coordinates"`, as for `kg.divergence`.
         seed: An integer that seeds the directions, or None. Each call draws new ones, also outside of training.
         return_standard_error: Whether to return, after the estimate, its standard error.
+        chunk_size: Number of axes, or of random directions, that are carried at once, `"auto"` or None, as for
+            `kg.divergence`.
+        memory_budget: As for `kg.divergence`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -56,8 +59,9 @@ class Divergence(DifferentialOperator):
     def derivative(self, fun: Function, x: Nested) -> Nested:
         axes = self._require_axes(x)
         if self._sampling is None:
-            return divergence_of(fun, x, axes)[1]
-        return divergence_estimate_of(fun, x, axes, self._sampling, self._drawn(self._sampling, axes, x))[1]
+            return divergence_of(fun, x, axes, self._chunks)[1]
+        vectors = self._drawn(self._sampling, axes, x)
+        return divergence_estimate_of(fun, x, axes, self._sampling, vectors, self._chunks)[1]
 
     def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         axes = self._require_axes(inputs)

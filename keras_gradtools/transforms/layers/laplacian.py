@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import validation
-from keras_gradtools.annotations import Function, InputNames, Nested
+from keras_gradtools.annotations import ChunkSize, Function, InputNames, Nested
 from keras_gradtools.transforms.layers.differential_operator import DifferentialOperator
 from keras_gradtools.transforms.taylor.operators import laplacian_estimate_of, laplacian_of
 from keras_gradtools.transforms.taylor.sampling import Distribution
@@ -34,6 +34,9 @@ class Laplacian(DifferentialOperator):
         directions: `"rademacher"`, `"gaussian"` or `"coordinates"`, as for `kg.laplacian`.
         seed: An integer that seeds the directions, or None. Each call draws new ones, also outside of training.
         return_standard_error: Whether to return, after the estimate, its standard error.
+        chunk_size: Number of axes, or of random directions, that are carried at once, `"auto"` or None, as for
+            `kg.laplacian`.
+        memory_budget: As for `kg.laplacian`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -76,11 +79,12 @@ class Laplacian(DifferentialOperator):
         directions: Distribution = "rademacher",
         seed: int | None = None,
         return_standard_error: bool = False,
+        chunk_size: ChunkSize = "auto",
+        memory_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            layer, axes, return_outputs, inputs, samples, directions, seed, return_standard_error, **kwargs
-        )
+        sampling = samples, directions, seed, return_standard_error
+        super().__init__(layer, axes, return_outputs, inputs, *sampling, chunk_size, memory_budget, **kwargs)
         # As lists, which a configuration can hold.
         self.coefficients: list[Any] | None = None if coefficients is None else _constants(coefficients)
         if self.axes is not None:
@@ -92,8 +96,9 @@ class Laplacian(DifferentialOperator):
         given = self.coefficients
         factors = None if given is None else ops.convert_to_tensor(np.asarray(given), dtype=x.dtype)
         if self._sampling is None:
-            return laplacian_of(fun, x, axes, factors)[1]
-        return laplacian_estimate_of(fun, x, axes, self._sampling, self._drawn(self._sampling, axes, x), factors)[1]
+            return laplacian_of(fun, x, axes, factors, self._chunks)[1]
+        vectors = self._drawn(self._sampling, axes, x)
+        return laplacian_estimate_of(fun, x, axes, self._sampling, vectors, factors, self._chunks)[1]
 
     def derivative_spec(self, inputs: Nested, outputs: Nested) -> Nested:
         self._require_count(len(self._require_axes(inputs)))

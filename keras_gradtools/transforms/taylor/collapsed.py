@@ -24,11 +24,12 @@ from keras_gradtools.transforms.taylor import elementwise, stacks
 class Carried(NamedTuple):
     """The derivatives of one value. With `is_uniform`, those in `first` are equal for all examples: batch axis 1.
 
-    `first` is a stack. With pairs of directions, it holds the derivatives along all $v_d$, then along all $w_d$.
-    `summed` is None while it is zero. If the second derivatives are kept apart, it is a stack too.
+    `first` is a stack, or None where no later step needs it. With pairs of directions, it holds the derivatives along
+    all $v_d$, then along all $w_d$. `summed` is None while it is zero. It is a stack, too, if the second derivatives
+    are kept apart.
     """
 
-    first: Any
+    first: Any = None
     summed: Any = None
     is_uniform: bool = False
 
@@ -62,29 +63,53 @@ class Sum(NamedTuple):
         return stack, stack if self.weights is None else stacks.weighted(stack, self.weights)
 
 
-def push(steps, slots, carried, total):
-    """Runs the pass over `steps`, from the `Carried` of each source slot. Returns the `Carried` by slot."""
+def push(steps, slots, carried, total, target):
+    """Runs the pass over `steps`, from the `Carried` of each source slot. Returns the `Carried` of the target slot.
+
+    None if the target does not depend on the sources. First derivatives that no sum needs are left out.
+    """
     state = dict(zip(slots, carried, strict=True))
-    for step in steps:
+    for step, needs_first in _needed(steps, total, target):
         given = [state.get(slot) for slot in step.inputs]
         if any(c is not None for c in given):
-            for slot, found in zip(step.outputs, _through(step, given, total), strict=True):
+            for slot, found in zip(step.outputs, _through(step, given, total, needs_first), strict=True):
                 state[slot] = found
-    return state
+    return state.get(target)
 
 
-def _through(step, given, total):
+def _needed(steps, total, target):
+    """The steps that the target depends on, each with whether the first derivatives of its results are needed."""
+    is_all = total.apart or total.order == 1
+    used, first, found = {target}, {target} if is_all else set(), []
+    for step in reversed(steps):
+        if used.isdisjoint(step.outputs):
+            continue
+        needs_first = is_all or not first.isdisjoint(step.outputs)
+        used.update(step.inputs)
+        if needs_first or _is_curved(step, total):
+            first.update(step.inputs)
+        found.append((step, needs_first))
+    return reversed(found)
+
+
+def _is_curved(step, total):
+    return total.order == 2 and step.kind != kinds.LINEAR and not step.is_piecewise_linear
+
+
+def _through(step, given, total, needs_first):
     if all(c is not None and c.is_uniform and c.summed is None for c in given):
+        if step.kind == kinds.LINEAR and not needs_first:
+            return [Carried() for _ in step.outputs]
         if (found := step.push_uniform([c.first for c in given])) is not None:
             return [Carried(first, None, True) for first in found]
         if step.kind == kinds.ELEMENTWISE:
-            return [_elementwise(step, given[0], total)]
+            return [_elementwise(step, given[0], total, needs_first)]
     given = [full(c, x) for c, x in zip(given, step.primals, strict=True)]
     if step.kind == kinds.ELEMENTWISE:
-        return [_elementwise(step, given[0], total)]
+        return [_elementwise(step, given[0], total, needs_first)]
     if step.kind == kinds.PRODUCT:
-        return [_product(step, given, total)]
-    return _general(step, given, total)
+        return [_product(step, given, total, needs_first)]
+    return _general(step, given, total, needs_first)
 
 
 def full(carried, x):
@@ -94,10 +119,10 @@ def full(carried, x):
     return Carried(stacks.with_examples(carried.first, x), carried.summed)
 
 
-def _elementwise(step, carried, total):
-    is_curved = total.order == 2 and not step.is_piecewise_linear
+def _elementwise(step, carried, total, needs_first):
+    is_curved = _is_curved(step, total)
     slopes = elementwise.derivatives(step, 2 if is_curved else 1)
-    first = stacks.against(slopes[0]) * carried.first
+    first = stacks.against(slopes[0]) * carried.first if needs_first else None
     summed = [] if carried.summed is None else [total.times(carried.summed, slopes[0])]
     if is_curved:
         left, right = total.halves(carried.first)
@@ -105,12 +130,14 @@ def _elementwise(step, carried, total):
     return Carried(first, _added(summed))
 
 
-def _product(step, given, total):
+def _product(step, given, total, needs_first):
     a, b = given
     x, y = step.primals
     rank = max(len(x.shape), len(y.shape))
     first = [
-        stacks.stretched(c.first, rank) * stacks.against(other, rank) for c, other in ((a, y), (b, x)) if c is not None
+        stacks.stretched(c.first, rank) * stacks.against(other, rank)
+        for c, other in ((a, y), (b, x))
+        if c is not None and needs_first
     ]
     summed = [
         total.times(c.summed, other, rank) for c, other in ((a, y), (b, x)) if c is not None and c.summed is not None
@@ -132,21 +159,26 @@ def _added(parts):
     return total
 
 
-def _general(step, given, total):
+def _general(step, given, total, needs_first):
     """Any operation, by derivatives along derivatives of this one operation. Linear ones have no second part."""
-    present = next(c.first for c in given if c is not None)
-    given = [Carried(stacks.zeros(present, x)) if c is None else c for c, x in zip(given, step.primals, strict=True)]
+    is_curved = _is_curved(step, total)
+    if needs_first or is_curved:
+        present = next(c.first for c in given if c is not None)
+        given = [
+            Carried(stacks.zeros(present, x)) if c is None else c for c, x in zip(given, step.primals, strict=True)
+        ]
+    given = [Carried() if c is None else c for c in given]
     firsts = [c.first for c in given]
-    if step.kind == kinds.LINEAR and (found := _linear(step, given, total)) is not None:
+    if step.kind == kinds.LINEAR and (found := _linear(step, given, total, needs_first)) is not None:
         return found
-    first = step.push_stacks(firsts)
+    first = step.push_stacks(firsts) if needs_first else [None] * len(step.outputs)
     summed = [None] * len(first)
     if total.order == 2:
         if any(c.summed is not None for c in given):
             summed = _summed_through(
                 step, [_summed_or_zeros(c, x, total) for c, x in zip(given, step.primals, strict=True)], total
             )
-        if step.kind != kinds.LINEAR and not step.is_piecewise_linear:
+        if is_curved:
             curved = _curvature(step, [total.halves(s) for s in firsts], total)
             summed = [_added([s for s in pair if s is not None]) for pair in zip(summed, curved, strict=True)]
     return [Carried(f, s) for f, s in zip(first, summed, strict=True)]
@@ -162,18 +194,18 @@ def _summed_through(step, summed, total):
     return step.push_stacks(summed) if total.apart else step.jvp(step.call, step.primals, tuple(summed))
 
 
-def _linear(step, given, total):
+def _linear(step, given, total, needs_first):
     """The results of a linear step that has a faster way than derivatives. None if it has not."""
-    first = step.push_linear([c.first for c in given])
-    if first is None:
+    first = [None] * len(step.outputs)
+    if needs_first and (first := step.push_linear([c.first for c in given])) is None:
         return None
     if all(c.summed is None for c in given):
         return [Carried(f) for f in first]
     summed = [_summed_or_zeros(c, x, total) for c, x in zip(given, step.primals, strict=True)]
     if total.apart:
         return [Carried(f, s) for f, s in zip(first, step.push_linear(summed), strict=True)]
-    rows = [stacks.of_rows([s]) for s in summed]
-    return [Carried(f, stacks.row(s, 0)) for f, s in zip(first, step.push_linear(rows), strict=True)]
+    pushed = step.push_linear([stacks.of_rows([s]) for s in summed])
+    return pushed and [Carried(f, stacks.row(s, 0)) for f, s in zip(first, pushed, strict=True)]
 
 
 def _curvature(step, halves, total):

@@ -24,13 +24,16 @@ class Directions(NamedTuple):
     def count(self):
         return self.left.shape[0]
 
-    def chunk(self, start, stop):
-        """The directions with numbers from `start` to before `stop`."""
-        return Directions(
-            self.left[start:stop],
-            None if self.right is None else self.right[..., start:stop, :],
-            None if self.weights is None else self.weights[start:stop],
-        )
+    def rows(self):
+        """The arrays, with one row for each direction."""
+        each = self.right is not None and len(self.right.shape) == 3
+        return self.left, ops.moveaxis(self.right, 0, 1) if each else self.right, self.weights
+
+    @staticmethod
+    def of_rows(left, right, weights):
+        """The directions of some rows of the arrays."""
+        each = right is not None and len(right.shape) == 3
+        return Directions(left, ops.moveaxis(right, 0, 1) if each else right, weights)
 
     def start(self, apart=False):
         """What a forward pass carries at the points, and which second derivatives it sums."""

@@ -19,6 +19,11 @@ def rank(stack):
     return len(stack.shape) - 1
 
 
+def count(stack):
+    """The number of directions."""
+    return stack.shape[axis(rank(stack))]
+
+
 def against(value, to=None):
     """`value` with an axis of size 1 for the directions, so that it multiplies stacks for values of rank `to`."""
     missing = (to or 0) - len(value.shape)
@@ -45,9 +50,9 @@ def summed(stack):
 def halves(stack):
     """The first half of the directions, and the second half."""
     place = axis(rank(stack))
-    count = stack.shape[place] // 2
+    half = count(stack) // 2
     before = (slice(None),) * place
-    return stack[(*before, slice(None, count))], stack[(*before, slice(count, None))]
+    return stack[(*before, slice(None, half))], stack[(*before, slice(half, None))]
 
 
 def weighted(stack, weights):
@@ -71,7 +76,7 @@ def of_rows(rows):
 def zeros(stack, x):
     """Zeros for the directions of `stack`, as a stack for `x`."""
     place, shape = axis(len(x.shape)), ops.shape(x)
-    return ops.zeros((*shape[:place], stack.shape[axis(rank(stack))], *shape[place:]), dtype=x.dtype)
+    return ops.zeros((*shape[:place], count(stack), *shape[place:]), dtype=x.dtype)
 
 
 def with_examples(stack, x):
