@@ -64,6 +64,10 @@ class Step:
         """For a linear step, the derivatives along stacks of tangents. None if there is no faster way than `jvp`."""
         return None
 
+    def push_one(self, tangents):
+        """As `push_linear`, for single tangents instead of stacks."""
+        return None
+
     def push_uniform(self, stacks):
         """The derivatives along tangents that are equal for all examples, and have a batch axis of size 1.
 

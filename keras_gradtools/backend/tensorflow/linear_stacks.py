@@ -26,9 +26,14 @@ def _matrix_product(step, stacks):
     if step.active != [0] or op.get_attr("transpose_a"):
         return None
     kernel, stack = op.inputs[1], stacks[0]
+    if stack.shape.rank == 2:
+        return [tf.matmul(stack, kernel, transpose_b=op.get_attr("transpose_b"))]
     flat = tf.reshape(stack, (-1, stack.shape[-1]))
     product = tf.matmul(flat, kernel, transpose_b=op.get_attr("transpose_b"))
-    return [tf.reshape(product, tf.concat([tf.shape(stack)[:-1], tf.shape(product)[1:]], 0))]
+    sizes = [*stack.shape[:-1], product.shape[-1]]
+    if sizes.count(None) > 1:
+        return [tf.reshape(product, tf.concat([tf.shape(stack)[:-1], tf.shape(product)[1:]], 0))]
+    return [tf.reshape(product, [-1 if n is None else n for n in sizes])]
 
 
 def _sum(step, stacks, sign=1):

@@ -225,6 +225,10 @@ class _Step(steps.Step):
         rule = linear_stacks.RULES.get(self.op.type)
         return rule and rule(self, stacks)
 
+    def push_one(self, tangents):
+        # These rules do not ask for the axis of the directions.
+        return self.push_uniform(tangents)
+
     def push_uniform(self, stacks):
         rule = linear_stacks.UNIFORM.get(self.op.type)
         return rule and rule(self, stacks)

@@ -248,6 +248,10 @@ class _Step(steps.Step):
         rule = _LINEAR.get(self._name)
         return rule and rule(self, stacks)
 
+    def push_one(self, tangents):
+        # None of the rules asks for the axis of the directions.
+        return self.push_linear(tangents)
+
     def push_uniform(self, stacks):
         # All of the rules keep what is equal for all examples equal.
         return self.push_linear(stacks)

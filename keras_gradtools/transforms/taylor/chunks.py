@@ -56,14 +56,13 @@ class Chunks(NamedTuple):
         number = min(math.ceil(count * widest / (threads * _CACHED_BYTES)), count // _FEWEST_CACHED)
         return math.ceil(count / max(number, 1))
 
-    def mapped(self, fun, rows, count, size):
-        """`fun(*rows) -> tensor or None` for chunks of `size` of `count` rows, along a new axis 0.
+    def mapped(self, fun, rows, count, size, join):
+        """`fun(*rows) -> tensor or None`, or `join` of its results for chunks of rows, which are along a new axis 0.
 
-        `rows` are arrays with `count` rows, or None. The last chunk is filled up with rows of zeros.
+        `rows` are arrays with `count` rows, or None. `size` is that of a chunk. Rows of zeros fill up the last one.
         """
         if size >= count:
-            found = fun(*rows)
-            return None if found is None else found[None]
+            return fun(*rows)
         number = -(-count // size)
         blocks = [None if x is None else _in_blocks(x, number, size) for x in rows]
 
@@ -74,7 +73,7 @@ class Chunks(NamedTuple):
         # A derivative of a loop inside a program is slower than that of its turns one after the other.
         loop = backend.map_chunks if self.is_last else chunks.loop
         (found,) = loop(of_block, number, 1)
-        return found
+        return None if found is None else join(found)
 
 
 def _bytes(step):

@@ -204,6 +204,8 @@ def _linear(step, given, total, needs_first):
     summed = [_summed_or_zeros(c, x, total) for c, x in zip(given, step.primals, strict=True)]
     if total.apart:
         return [Carried(f, s) for f, s in zip(first, step.push_linear(summed), strict=True)]
+    if (pushed := step.push_one(summed)) is not None:
+        return [Carried(f, s) for f, s in zip(first, pushed, strict=True)]
     pushed = step.push_linear([stacks.of_rows([s]) for s in summed])
     return pushed and [Carried(f, stacks.row(s, 0)) for f, s in zip(first, pushed, strict=True)]
 

@@ -1,5 +1,6 @@
 """The Laplacian and the divergence of a function of points, with its value, from one recorded call."""
 
+import functools
 import math
 
 from keras import ops
@@ -40,8 +41,8 @@ def divergence_of(value, x, axes, chunks):
         return sum(stacks.row(stack, k)[:, k] for k in range(len(axes)))[:, None]
 
     units = ops.eye(len(axes), dtype=x.dtype)
-    out, found = _along(value, x, axes, unit_vectors(x, axes), units, chunks, of_chunk)
-    return out, ops.zeros_like(x[:, :1]) if found is None else ops.sum(found, axis=0)
+    out, found = _along(value, x, axes, unit_vectors(x, axes), units, chunks, of_chunk, _sum)
+    return out, ops.zeros_like(x[:, :1]) if found is None else found
 
 
 def divergence_estimate_of(value, x, axes, sampling, vectors, chunks):
@@ -51,11 +52,10 @@ def divergence_estimate_of(value, x, axes, sampling, vectors, chunks):
         samples = ops.sum(stack * stacks.of_directions(along), axis=-1, keepdims=True)
         return ops.moveaxis(samples, stacks.axis(2), 0)
 
-    out, found = _along(value, x, axes, spread(x, axes, vectors), vectors, chunks, of_chunk)
-    if found is None:
+    join = functools.partial(_rows, sampling.samples)
+    out, samples = _along(value, x, axes, spread(x, axes, vectors), vectors, chunks, of_chunk, join)
+    if samples is None:
         samples = ops.zeros((sampling.samples, ops.shape(x)[0], 1), dtype=x.dtype)
-    else:
-        samples = _rows(found, sampling.samples)
     return out, sampling.estimate(samples, len(axes))
 
 
@@ -77,26 +77,36 @@ def _summed_over(value, x, directions, chunks, apart=False):
         if carried is None or carried.summed is None:
             return None
         if not apart:
-            return ops.broadcast_to(carried.summed, ops.shape(y))
+            return _of_shape(carried.summed, y)
         samples = ops.moveaxis(carried.summed, stacks.axis(stacks.rank(carried.summed)), 0)
         return ops.broadcast_to(samples, (part.count, *ops.shape(y)))
 
     if size < directions.count:
         elementwise.remember(parts[0], 2)
-    found = chunks.mapped(of_chunk, directions.rows(), directions.count, size)
+    join = functools.partial(_rows, directions.count) if apart else _sum
+    found = chunks.mapped(of_chunk, directions.rows(), directions.count, size, join)
     if found is None:
         warn_of_kinks("laplacian", parts[0])
-        shape = (directions.count, *ops.shape(y)) if apart else ops.shape(y)
-        return call.value, ops.zeros(shape, dtype=y.dtype)
-    return call.value, _rows(found, directions.count) if apart else ops.sum(found, axis=0)
+        found = ops.zeros((directions.count, *ops.shape(y)) if apart else ops.shape(y), dtype=y.dtype)
+    return call.value, found
 
 
-def _rows(found, count):
+def _of_shape(x, y):
+    is_same = None not in (*x.shape, *y.shape) and tuple(x.shape) == tuple(y.shape)
+    return x if is_same else ops.broadcast_to(x, ops.shape(y))
+
+
+def _sum(found):
+    """The sum over all chunks."""
+    return ops.sum(found, axis=0)
+
+
+def _rows(count, found):
     """The rows of all chunks, without those that fill the last one up."""
     return ops.reshape(found, (-1, *ops.shape(found)[2:]))[:count]
 
 
-def _along(value, x, axes, vectors, outputs, chunks, of_chunk):
+def _along(value, x, axes, vectors, outputs, chunks, of_chunk, join):
     """Returns `value(x)` and `of_chunk(stack, rows of outputs)` for each chunk of the first derivatives by `vectors`.
 
     The second is None if they are all zero.
@@ -119,7 +129,7 @@ def _along(value, x, axes, vectors, outputs, chunks, of_chunk):
         return None if first is None else of_chunk(first, along)
 
     size = chunks.size(parts and parts[0], vectors.shape[0])
-    return call.value, chunks.mapped(derivatives, (vectors, outputs), vectors.shape[0], size)
+    return call.value, chunks.mapped(derivatives, (vectors, outputs), vectors.shape[0], size, join)
 
 
 def _recorded(name, value, x):
@@ -179,8 +189,8 @@ def _nested_laplacian(value, x, directions, chunks, size):
     shape = directions.count, ops.shape(x)[0], *shapes[-1][1:]
     if not outer.target:
         return ops.zeros(shape, dtype=x.dtype)
-    found = chunks.mapped(of_chunk, directions.rows(), directions.count, size)
-    return ops.reshape(_rows(found, directions.count), shape)
+    join = functools.partial(_rows, directions.count)
+    return ops.reshape(chunks.mapped(of_chunk, directions.rows(), directions.count, size, join), shape)
 
 
 def _laplacian_by_directions(value, x, directions, chunks, size):
