@@ -56,7 +56,7 @@ def laplacian(
         chunk_size: Number of axes, or of random directions, whose first derivatives are carried at once, or None for
             all. The result is the same up to rounding. By default `"auto"`: as many as fit into `memory_budget`, and,
             on a processor, as many as its caches hold, which is faster (on TensorFlow and JAX only if the Laplacian is
-            not differentiated, and compiles itself).
+            not differentiated, and compiles itself). If the batch size is not known, as in `fit` on TensorFlow, all.
         samples: The number of random directions. By default None, for the exact Laplacian.
         directions: `"rademacher"`, vectors of random signs, which are exact for functions without mixed derivatives.
             `"gaussian"`, normal numbers. `"coordinates"`, axes that are drawn without replacement, which are exact if

@@ -139,7 +139,7 @@ def test_a_piecewise_linear_function_in_chunks():
     close(found, np.zeros_like(X))
 
 
-def test_a_layer_that_is_trained(sizes):
+def test_a_layer_that_is_trained(sizes, backend):
     keras.utils.set_random_seed(0)
     x = keras.Input((7,))
     u = keras.Model(x, layers.Dense(1)(layers.Dense(7, "tanh")(x)))
@@ -152,4 +152,5 @@ def test_a_layer_that_is_trained(sizes):
         assert {k: v for k, v in copy.layers[-1].get_config().items() if k in options} == options
     close(losses, [losses[0]] * 3, rtol=1e-4)
     model.fit(X, np.ones((4, 1)), verbose=0)
-    assert {1, 2, 7} <= set(sizes)
+    # `fit` on TensorFlow is compiled for any batch size, so that no size is known.
+    assert ({2, 7} if backend == "tensorflow" else {1, 2, 7}) <= set(sizes)
