@@ -112,8 +112,11 @@ class Backend(abc.ABC):
         If the function that is returned has an attribute `refusal`, this is why it runs eagerly, or None.
         """
 
-    def compiled_step(self, fun):
-        """`fun`, a training, test or prediction step of `fit`, compiled where Keras cannot compile it itself."""
+    def compiled_step(self, fun, compiler=None):
+        """`fun`, a training, test or prediction step of `fit`, compiled where Keras cannot compile it itself.
+
+        `compiler` is one of `COMPILERS`, or None for the usual way.
+        """
         return fun
 
     def may_compile(self):

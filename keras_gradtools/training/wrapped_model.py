@@ -25,6 +25,8 @@ def documented_as(method: Any) -> Callable[[_Method], _Method]:
 class WrappedModel(keras.Model):
     """Base class of the wrappers. `model` is shared, not copied. `owner` is the name of the public class."""
 
+    _compiler: str | None = None
+
     def __init__(self, owner: str, model: keras.Model, **kwargs: Any) -> None:
         if not isinstance(model, keras.Model):
             advice = "Put layers into a keras.Sequential with a keras.Input first."
@@ -46,9 +48,27 @@ class WrappedModel(keras.Model):
         # Keras matches losses and metrics that are given by name with these names.
         return self.model.output_names
 
+    @property
+    def jit_compile(self) -> bool:
+        """Whether the steps of `fit` are compiled: Keras' property, which here also takes the name of a compiler."""
+        return keras.Model.jit_compile.fget(self)
+
+    @jit_compile.setter
+    def jit_compile(self, value: bool | str | None) -> None:
+        named = isinstance(value, str) and value != "auto"
+        if named and value not in backend.COMPILERS:
+            known = ", ".join(map(repr, ("auto", *backend.COMPILERS)))
+            raise validation.refused(type(self).__name__, f"True, False or {known}", "jit_compile", value)
+        self._compiler = value if named else None
+        keras.Model.jit_compile.fset(self, True if named else value)
+
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Does what Keras does for a model that does not override `compile`."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        given = keras.saving.deserialize_keras_object(config)
+        if isinstance(given.get("jit_compile"), str) and given["jit_compile"] not in ("auto", *backend.COMPILERS):
+            # It was saved on a backend with another compiler.
+            given["jit_compile"] = True
+        self.compile(**given)
         self.optimizer.build(self.trainable_variables)
 
     def _should_torch_compile(self):
@@ -71,7 +91,7 @@ class WrappedModel(keras.Model):
         step = getattr(self, name)
         if step is before or not self._compiles():
             return made
-        compiled = backend.compiled_step(step)
+        compiled = backend.compiled_step(step, self._compiler)
         if compiled is step:
             return made
 

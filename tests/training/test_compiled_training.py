@@ -111,6 +111,47 @@ def test_three_hundred_steps(backend):
     assert_same(trained(noisy, kg.models.CompiledTraining, everything, 100), expected, True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["plain", "exact"])
+def test_three_hundred_steps_by_inductor(wrapper, backend):
+    if backend != "torch":
+        pytest.skip("inductor is torch's compiler")
+    wrap, plain = (kg.models.CompiledTraining, same) if wrapper == "plain" else (WRAPPERS["exact"],) * 2
+    expected = trained(noisy, plain, everything, 100, jit_compile=False)
+    # Rounding grows over the steps: inductor rounds each of them differently.
+    assert_same(trained(noisy, wrap, everything, 100, jit_compile="inductor"), expected, False)
+
+
+class TestNamedCompilers:
+    """`jit_compile` takes the names that `kg.jit` takes as `compiler`."""
+
+    def test_an_unknown_name(self, backend):
+        names = {"tensorflow": "inductor", "jax": "xla", "torch": "xla"}
+        for name in (names[backend], "llvm"):
+            with pytest.raises(ValueError, match=f"CompiledTraining expects True, False or 'auto'.*='{name}'"):
+                kg.models.CompiledTraining(classifier()).compile("sgd", LOSS, jit_compile=name)
+
+    def test_a_model_that_was_saved_on_another_backend(self, backend):
+        model = kg.models.InputGradientRegularized(classifier(), 0.1)
+        model.compile("sgd", LOSS)
+        config = {**model.get_compile_config(), "jit_compile": {"torch": "xla"}.get(backend, "inductor")}
+        model.compile_from_config(config)
+        assert model.jit_compile is True
+
+    def test_the_name_is_saved(self, backend, tmp_path):
+        if backend == "jax":
+            pytest.skip("JAX has one compiler")
+        name = {"tensorflow": "xla", "torch": "inductor"}[backend]
+        model = kg.models.InputGradientRegularized(classifier(), 0.1)
+        model.compile("sgd", LOSS, jit_compile=name)
+        assert model.jit_compile is True
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert loaded.get_compile_config()["jit_compile"] == name
+        loaded.compile("sgd", LOSS, jit_compile=True)
+        assert loaded.get_compile_config()["jit_compile"] is True
+
+
 def test_derivatives_in_the_model():
     def fitted(wrap):
         keras.utils.set_random_seed(0)

@@ -3,11 +3,15 @@
 import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from keras import ops
 
 import keras_gradtools as kg
 from tests.cases import tensor
 from tests.test_properties import SIZE, difference, near, programs, run, vectors
+
+# inductor takes seconds for a program, and little longer for a few together.
+AT_ONCE = 20
 
 
 def checked(count):
@@ -57,8 +61,8 @@ def check_matrices(program, x, u, v):
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-4 * (1 + np.abs(hessian).max()))
 
 
-def check_compiled(program, x, u, v):
-    """Values, first and second derivatives of compiled functions equal those of eager ones, bit for bit."""
+def to_second_order(program):
+    """A function that returns the value of a program, and its first and second derivatives along directions."""
 
     def fun(x):
         return run(program, x, numpy=False)
@@ -67,6 +71,12 @@ def check_compiled(program, x, u, v):
         total = kg.hvp(lambda x: ops.sum(fun(x)), (x,), (v,))[0]
         return [fun(x), kg.jvp(fun, (x,), (v,))[1], kg.vjp(fun, x)[1](u)[0], total]
 
+    return everything
+
+
+def check_compiled(program, x, u, v):
+    """Values, first and second derivatives of compiled functions equal those of eager ones, bit for bit."""
+    everything = to_second_order(program)
     compiled = kg.jit(everything)
     for scale in (1.0, 0.5, 0.25):
         given = [tensor(scale * w) for w in (x, u, v)]
@@ -89,6 +99,24 @@ def test_500_compiled_programs(program, x, u, v, backend):
     if backend != "torch":
         pytest.skip("only on torch are the operations the same")
     check_compiled(program, x, u, v)
+
+
+@pytest.mark.slow
+@checked(500 // AT_ONCE)
+@hypothesis.given(st.lists(programs, min_size=AT_ONCE, max_size=AT_ONCE), vectors, vectors, vectors)
+def test_500_programs_by_inductor(backend, found, x, u, v):
+    if backend != "torch":
+        pytest.skip("inductor is torch's compiler")
+
+    def everything(x, u, v):
+        return [result for program in found for result in to_second_order(program)(x, u, v)]
+
+    compiled = kg.jit(everything, compiler="inductor")
+    for scale in (1.0, 0.5, 0.25):
+        given = [tensor(scale * w) for w in (x, u, v)]
+        for a, b in zip(compiled(*given), everything(*given), strict=True):
+            b = ops.convert_to_numpy(b)
+            np.testing.assert_allclose(ops.convert_to_numpy(a), b, rtol=1e-6, atol=1e-6 * (1 + np.abs(b).max()))
 
 
 @checked(10)

@@ -12,14 +12,13 @@ sees its operations, and once torch itself has differentiated a result, as `loss
 import collections
 import functools
 import threading
-import warnings
 from typing import Any
 
 import keras
 import numpy as np
 import torch
 
-from keras_gradtools import nesting, validation
+from keras_gradtools import nesting
 from keras_gradtools.backend.torch import graph, levels
 from keras_gradtools.backend.torch.compiled import notices
 from keras_gradtools.backend.torch.compiled.differentiable import Differentiable
@@ -196,12 +195,6 @@ class _Replayed:
         self.is_differentiated = False
         more = [slot for _, slot in call.masks] + [slot for _, slot in call.gradients if slot is not None]
         self._program = program = Program(call.recorder, call.outputs + more, compiler)
-        if program.refusal is not None:
-            warnings.warn(
-                f"inductor cannot compile {validation.name_of(fun)}, because {program.refusal}. Its recorded "
-                "operations are run one by one.",
-                stacklevel=8,
-            )
         self._arguments = [places[i] for i in program.arguments]
         self._described = [(v, v._value.dtype, v._value.shape, v._value.requires_grad) for v in program.variables]
         self._attached = [i for i, needed in enumerate(call.requires_grad) if needed]

@@ -29,7 +29,7 @@ class Program:
     - `arguments`: the numbers of the arguments that they use. `variables`: the Keras variables. `captured`: weak
       references to captured tensors. `function` takes the tensors of these three, and returns the tensors of the slots
       `outputs` as a tuple.
-    - `is_replayed`: whether the operations run one by one, and are not compiled by inductor.
+    - `is_replayed`: whether all operations run one by one, and none are compiled by inductor.
     - `draws`: whether they draw random numbers.
     - `restored`: the positions of the tensors given to `function` that may have changed when it raises `Diverged`.
       `draws_before_guard`: whether it may have drawn random numbers by then.
@@ -43,12 +43,10 @@ class Program:
         operations = _needed(operations, outputs)
         tensors = recorder.tensors
         writer = _Writer(tensors, outputs)
-        self.function = writer.write(operations)
-        # Why another compiler was not used, or None.
-        self.refusal = inductor.cannot_compile(operations) if compiler == "inductor" else None
-        self.is_replayed = compiler is None or self.refusal is not None
-        if not self.is_replayed:
-            self.function = inductor.Compiled(tensors, operations, writer.given, outputs, writer.exposed)
+        self.is_replayed = compiler is None
+        self.function = writer.write(
+            operations if self.is_replayed else inductor.compiled(operations, tensors, outputs)
+        )
         self.arguments, self.variables = list(writer.arguments.values()), list(writer.variables.values())
         # If a tensor is captured and nobody else holds it any longer, the function now captures another one.
         self.captured = [weakref.ref(x) for x in writer.captured.values()]

@@ -81,6 +81,9 @@ class Tensors:
     def has_generator(self, x):
         return x._cdata in self._generators
 
+    def is_generator(self, slot):
+        return any(slot == other for other, _ in self._generators.values())
+
     def is_captured(self, slot):
         source = self.sources[slot]
         return source is not None and source[0] == CAPTURED
