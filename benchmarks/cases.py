@@ -24,5 +24,5 @@ def prepare(row, mode, model_name, batch):
     if callable(row.reference):
         theirs = row.reference(model, compile_ours)
     else:
-        theirs = hand_written.function(row.reference)(model, compile_theirs)
+        theirs = hand_written.function(row.reference)(hand_written.twin(model, mode), compile_theirs)
     return lambda: ours(x, y), lambda: theirs(x, y)

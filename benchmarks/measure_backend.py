@@ -27,7 +27,7 @@ def _measure(row, mode, model_name, batch, quick):
         for _ in range(3):
             results = ours(), theirs()
             if row.check:
-                error = _require_same(*results, row.tolerance)
+                error = _require_same(results[0], hand_written.comparable(results[1]), row.tolerance)
         native_ms = 1e3 * min(timing.seconds(theirs, by_hand.block)[1] for _ in range(5))
         if native_ms >= row.least_ms or not row.grow or 2 * batch > LARGEST_BATCH:
             break
@@ -42,6 +42,24 @@ def _measure(row, mode, model_name, batch, quick):
         "error": error,
         "target": row.bound(keras.backend.backend(), mode),
     }
+
+
+class _Measured(dict):
+    """What was measured, by the name of the case. A complete run saves each case at once, so that it can be resumed."""
+
+    def __init__(self, path, is_whole, resume):
+        self._path = path if is_whole else None
+        path.parent.mkdir(exist_ok=True)
+        if is_whole and not resume:
+            path.unlink(missing_ok=True)
+        lines = path.read_text().splitlines() if is_whole and path.exists() else []
+        super().__init__(json.loads(line) for line in lines)
+
+    def __setitem__(self, name, found):
+        super().__setitem__(name, found)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps([name, found]) + "\n")
 
 
 def _require_same(ours, theirs, tolerance):
@@ -124,6 +142,7 @@ def main():
     parser.add_argument("--rows", default="")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     backend = keras.backend.backend()
     hand_written.module().use_one_thread()
@@ -136,22 +155,36 @@ def main():
     todo = list(cases(options.part, options.rows or ("Jacobian" if options.memory else "")))
     if not todo:
         return
+    what = "memory" if options.memory else options.part
+    is_whole = not options.rows and not options.quick
+    measured = _Measured(ROOT / "out" / f"{backend}_{what}.jsonl", is_whole, options.resume)
     result = {"backend": backend, "machine": machine(), "rows": []}
+    failed = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(backend, total=len(todo))
         for row, mode, model, batch in todo:
             progress.update(task, description=f"{backend}: {row.name}, {model}, {mode}")
-            if options.memory:
-                result["rows"].append(memory.compare(row, mode, model, batch))
-            else:
-                result["rows"].append(_measure(row, mode, model, batch, options.quick))
+            name = f"{row.name}, {mode}, {model}, {batch}"
+            try:
+                if name not in measured:
+                    if options.memory:
+                        measured[name] = memory.compare(row, mode, model, batch)
+                    else:
+                        measured[name] = _measure(row, mode, model, batch, options.quick)
+                result["rows"].append(measured[name])
+            except Exception as error:
+                # The other cases are measured all the same.
+                console.print(f"{name} failed: {type(error).__name__}: {error}")
+                failed.append(name)
             progress.advance(task)
     if options.part == "gradients" and not options.memory and not options.rows:
         result["overheads"] = _overheads(options.quick)
 
     tables.show(console, result)
-    if not options.rows and not options.quick:
-        path = RESULTS / f"{backend}_{'memory' if options.memory else options.part}.json"
+    if failed:
+        sys.exit(f"Not saved, because {len(failed)} cases failed: {'; '.join(failed)}. Continue with --resume.")
+    if is_whole:
+        path = RESULTS / f"{backend}_{what}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"Saved to {path.relative_to(ROOT)}; python -m benchmarks.report writes the page")
 

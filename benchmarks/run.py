@@ -41,12 +41,13 @@ def main():
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--quick", action="store_true", help="only a few runs of each row, as a test")
     parser.add_argument("--memory", action="store_true", help="measure the Jacobians' peak memory instead of time")
+    parser.add_argument("--resume", action="store_true", help="continue a run that was interrupted or failed in part")
     options = parser.parse_args()
 
     named = os.environ.get("KERAS_BACKEND")
     backends = options.backend or ([named] if named else BACKENDS)
     flags = [f"--rows={options.rows}"]
-    flags += [f"--{name}" for name in ("quick", "memory") if getattr(options, name)]
+    flags += [f"--{name}" for name in ("quick", "memory", "resume") if getattr(options, name)]
     failed = []
     # Memory is measured only for Jacobians, which are in the first part.
     parts = ["gradients"] if options.memory else options.part or PARTS

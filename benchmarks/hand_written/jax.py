@@ -14,7 +14,7 @@ from benchmarks.models import CLASSES, loss
 # For each mode, the compiler for our code and the compiler for the hand-written code.
 MODES = {
     "eager": (lambda fun: fun, lambda fun: fun),
-    "fit": (lambda fun: fun, lambda fun: fun),
+    "fit": ("auto", lambda fun: fun),
     "compiled": (kg.jit, jax.jit),
     "self-compiled": (lambda fun: fun, jax.jit),
 }

@@ -9,7 +9,7 @@ from benchmarks.models import loss
 # For each mode, the compiler for our code and the compiler for the hand-written code.
 MODES = {
     "eager": (lambda fun: fun, lambda fun: fun),
-    "fit": (lambda fun: fun, lambda fun: fun),
+    "fit": ("auto", lambda fun: fun),
     "compiled": (kg.jit, tf.function),
     "self-compiled": (lambda fun: fun, tf.function),
     "XLA": (lambda fun: tf.function(fun, jit_compile=True), lambda fun: tf.function(fun, jit_compile=True)),

@@ -1,17 +1,37 @@
 """The hand-written PyTorch code that our code is compared with, in the style of an experienced PyTorch user."""
 
+import functools
+
 import keras
 import torch
 
 import keras_gradtools as kg
-from benchmarks.models import CLASSES, loss
+from benchmarks import models
+from benchmarks.hand_written.torch_compiled import WithoutKeras, by_inductor, in_keras_layout
+from benchmarks.models import CLASSES
 
-# The hand-written code is eager in every mode: `torch.compile` cannot differentiate twice.
+_inductor = functools.partial(kg.jit, compiler="inductor")
+
+
+def _plain(fun):
+    return fun
+
+
+# For each mode, the compiler for our code and the compiler for the hand-written code. In `fit`, the former is the
+# argument `jit_compile`.
 MODES = {
-    "eager": (lambda fun: fun, lambda fun: fun),
-    "replayed": (kg.jit, lambda fun: fun),
-    "fit": (lambda fun: fun, lambda fun: fun),
+    "eager": (_plain, _plain),
+    "self-compiled": (_plain, _plain),
+    "replayed": (kg.jit, _plain),
+    "inductor": (_inductor, _plain),
+    "inductor, both": (_inductor, by_inductor),
+    "fit": (False, _plain),
+    "fit, replayed": (True, _plain),
+    "fit, inductor": ("inductor", _plain),
+    "fit, inductor, both": ("inductor", by_inductor),
 }
+# In these, the hand-written code does not use Keras.
+_WITHOUT_KERAS = ("inductor", "inductor, both", "fit, inductor", "fit, inductor, both")
 THREADS = "torch.set_num_threads(1), OMP_NUM_THREADS=1"
 
 
@@ -29,32 +49,51 @@ def device():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _parameters(model):
-    return [v.value for v in model.trainable_variables]
+def twin(model, mode):
+    """The model for the hand-written code."""
+    return WithoutKeras(model) if mode in _WITHOUT_KERAS else model
+
+
+def comparable(results):
+    return in_keras_layout(results)
+
+
+def parameters_of(model):
+    return model.parameters if isinstance(model, WithoutKeras) else [v.value for v in model.trainable_variables]
+
+
+def loss_of(model):
+    return model.loss if isinstance(model, WithoutKeras) else models.loss
+
+
+def direction_of(model):
+    return model.direction if isinstance(model, WithoutKeras) else models.direction(model)
 
 
 def gradient_by_weights(model, compiler):
-    parameters = _parameters(model)
-    return lambda x, y: torch.autograd.grad(loss(y, model(x)), parameters)
+    parameters, loss = parameters_of(model), loss_of(model)
+    return compiler(lambda x, y: torch.autograd.grad(loss(y, model(x)), parameters))
 
 
 def gradient_by_inputs(model, compiler):
+    loss = loss_of(model)
+
     def gradient(x, y):
         x = x.detach().requires_grad_()
         return torch.autograd.grad(loss(y, model(x)), x)[0]
 
-    return gradient
+    return compiler(gradient)
 
 
 def double_backward(model, compiler):
-    parameters = _parameters(model)
+    parameters, loss = parameters_of(model), loss_of(model)
 
     def gradient(x, y):
         x = x.detach().requires_grad_()
         (by_input,) = torch.autograd.grad(loss(y, model(x)), x, create_graph=True)
         return torch.autograd.grad(by_input.square().sum(), parameters)
 
-    return gradient
+    return compiler(gradient)
 
 
 def batch_jacobian(model, compiler):
@@ -65,11 +104,11 @@ def batch_jacobian(model, compiler):
         (rows,) = torch.autograd.grad(logits, x, basis, is_grads_batched=True)
         return rows.transpose(0, 1)
 
-    return jacobian
+    return compiler(jacobian)
 
 
 def forward(model, compiler):
-    return lambda x, y: model(x)
+    return compiler(lambda x, y: model(x))
 
 
 def empty_tape():

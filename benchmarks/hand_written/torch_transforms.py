@@ -8,8 +8,9 @@ Each is the fastest of several versions: reverse over reverse for products with 
 import keras
 import torch
 
-from benchmarks.hand_written.torch import _parameters
-from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL, direction, loss
+from benchmarks.hand_written.torch import direction_of, loss_of, parameters_of
+from benchmarks.hand_written.torch_compiled import WithoutKeras
+from benchmarks.models import HESSIAN_CHUNK, HESSIAN_KERNEL
 from benchmarks.rows import with_preparation
 from benchmarks.rows.curvature import batches_of
 
@@ -23,7 +24,7 @@ def gradient_of_sum_by_inputs(model, compiler):
         x = x.detach().requires_grad_()
         return torch.autograd.grad(model(x).sum(), x)[0]
 
-    return gradient
+    return compiler(gradient)
 
 
 def jacobian(model, compiler):
@@ -33,7 +34,7 @@ def jacobian(model, compiler):
         (pulled,) = torch.autograd.grad(outputs, x, _basis(outputs), is_grads_batched=True)
         return pulled.reshape(*outputs.shape, *x.shape)
 
-    return rows
+    return compiler(rows)
 
 
 def jacobian_of_decoder(model, compiler):
@@ -47,12 +48,12 @@ def jacobian_of_decoder(model, compiler):
         (pushed,) = torch.autograd.grad(pulled, cotangent, _basis(x), is_grads_batched=True)
         return pushed.reshape(x.numel(), -1).T.reshape(*outputs.shape, *x.shape)
 
-    return columns
+    return compiler(columns)
 
 
 def _hessian(model, x, y, chunk_size):
-    kernel = _parameters(model)[HESSIAN_KERNEL]
-    (gradient,) = torch.autograd.grad(loss(y, model(x)), kernel, create_graph=True)
+    kernel = parameters_of(model)[HESSIAN_KERNEL]
+    (gradient,) = torch.autograd.grad(loss_of(model)(y, model(x)), kernel, create_graph=True)
     rows = [
         torch.autograd.grad(gradient, kernel, chunk, is_grads_batched=True, retain_graph=True)[0]
         for chunk in _basis(kernel).split(chunk_size)
@@ -61,35 +62,35 @@ def _hessian(model, x, y, chunk_size):
 
 
 def hessian(model, compiler):
-    return lambda x, y: _hessian(model, x, y, _parameters(model)[HESSIAN_KERNEL].numel())
+    return compiler(lambda x, y: _hessian(model, x, y, parameters_of(model)[HESSIAN_KERNEL].numel()))
 
 
 def hessian_in_chunks(model, compiler):
-    return lambda x, y: _hessian(model, x, y, HESSIAN_CHUNK)
+    return compiler(lambda x, y: _hessian(model, x, y, HESSIAN_CHUNK))
 
 
 def hvp(model, compiler):
-    parameters, v = _parameters(model), direction(model)
+    parameters, v = parameters_of(model), direction_of(model)
 
     def product(x, y):
-        gradient = torch.autograd.grad(loss(y, model(x)), parameters, create_graph=True)
+        gradient = torch.autograd.grad(loss_of(model)(y, model(x)), parameters, create_graph=True)
         return torch.autograd.grad(gradient, parameters, v)
 
-    return product
+    return compiler(product)
 
 
 def linearized_hvp(model, compiler):
-    parameters, v = _parameters(model), direction(model)
+    parameters, v = parameters_of(model), direction_of(model)
 
     def prepare(x, y):
-        gradient = torch.autograd.grad(loss(y, model(x)), parameters, create_graph=True)
-        return lambda: torch.autograd.grad(gradient, parameters, v, retain_graph=True)
+        gradient = torch.autograd.grad(loss_of(model)(y, model(x)), parameters, create_graph=True)
+        return compiler(lambda: torch.autograd.grad(gradient, parameters, v, retain_graph=True))
 
     return with_preparation(prepare)
 
 
 def ggnvp(model, compiler):
-    parameters, v = _parameters(model), direction(model)
+    parameters, v = parameters_of(model), direction_of(model)
 
     def product(x, y):
         outputs = model(x)
@@ -98,24 +99,28 @@ def ggnvp(model, compiler):
         # Keep the graph of the model for the vjp at the end.
         (pushed,) = torch.autograd.grad(pulled, cotangent, v, retain_graph=True)
         held = outputs.detach().requires_grad_()
-        (by_outputs,) = torch.autograd.grad(loss(y, held), held, create_graph=True)
+        (by_outputs,) = torch.autograd.grad(loss_of(model)(y, held), held, create_graph=True)
         (curved,) = torch.autograd.grad(by_outputs, held, pushed)
         return torch.autograd.grad(outputs, parameters, curved)
 
-    return product
+    return compiler(product)
 
 
 def per_example_gradients(model, compiler):
     """By `vmap`. Keras' convolution works under it only because the package patches it, so both sides profit."""
-    parameters = _parameters(model)
-    variables = model.trainable_variables
+    parameters, loss = parameters_of(model), loss_of(model)
+
+    def outputs(parameters, x):
+        if isinstance(model, WithoutKeras):
+            return model(x, parameters)
+        with keras.StatelessScope(state_mapping=zip(model.trainable_variables, parameters, strict=True)):
+            return model(x)
 
     def value(parameters, x, y):
-        with keras.StatelessScope(state_mapping=zip(variables, parameters, strict=True)):
-            return loss(y[None], model(x[None]))
+        return loss(y[None], outputs(parameters, x[None]))
 
     vectorized = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0, 0))
-    return lambda x, y: vectorized(parameters, x, y)
+    return compiler(lambda x, y: vectorized(parameters, x, y))
 
 
 def _over_batches(product):
@@ -147,11 +152,11 @@ def accumulated_ggnvp(model, compiler):
 
 def dense_hessian(model, compiler):
     """Computes the rows of one variable after another: fewer backward paths than for all variables at once."""
-    parameters = _parameters(model)
+    parameters = parameters_of(model)
 
     def matrix(x, y):
         rows = []
-        gradient = torch.autograd.grad(loss(y, model(x)), parameters, create_graph=True)
+        gradient = torch.autograd.grad(loss_of(model)(y, model(x)), parameters, create_graph=True)
         for part in gradient:
             for units in _basis(part).split(HESSIAN_CHUNK):
                 found = torch.autograd.grad(

@@ -29,16 +29,22 @@ PARTS = {
     "curvature": ("curvature",),
 }
 
-# The modes of rows about compiled code, and of rows whose transform compiles itself, as it does in the mode "eager" on
-# torch.
-COMPILED = {"tensorflow": ("compiled",), "jax": ("compiled",), "torch": ("eager", "replayed")}
-SELF_COMPILED = {"tensorflow": ("self-compiled",), "jax": ("self-compiled",), "torch": ("eager",)}
+# The modes of rows about compiled code, of rows whose transform compiles itself, and of training steps.
+BY_INDUCTOR = ("inductor", "inductor, both")
+COMPILED = {"tensorflow": ("compiled",), "jax": ("compiled",), "torch": ("eager", "replayed", *BY_INDUCTOR)}
+SELF_COMPILED = {
+    "tensorflow": ("self-compiled",),
+    "jax": ("self-compiled",),
+    "torch": ("self-compiled", *BY_INDUCTOR),
+}
+FIT = ("fit", "fit, replayed", "fit, inductor", "fit, inductor, both")
+# In these, the hand-written code is eager and ours is compiled, so that a target for the overhead has no meaning.
+OVER_EAGER = ("replayed", "inductor", "fit, replayed", "fit, inductor")
 
 # In shorter runs, the fixed costs, which are reported separately, would dominate.
 LEAST_MS = 5.0
 
-# The default targets for our time over that of hand-written code: for compiled code, and for eager code on torch, whose
-# compiler cannot differentiate twice.
+# The default targets for our time over that of hand-written code.
 BOUNDS = {
     ("tensorflow", "compiled"): 1.05,
     ("tensorflow", "XLA"): 1.05,
@@ -46,7 +52,9 @@ BOUNDS = {
     ("jax", "compiled"): 1.05,
     ("jax", "self-compiled"): 1.05,
     ("torch", "eager"): 1.10,
-    ("torch", "replayed"): 1 / 1.3,
+    ("torch", "self-compiled"): 1.10,
+    ("torch", "inductor, both"): 1.05,
+    ("torch", "fit, inductor, both"): 1.05,
 }
 
 
@@ -71,8 +79,10 @@ class Row:
         return self.modes[backend] if isinstance(self.modes, dict) else self.modes
 
     def bound(self, backend, mode):
+        if mode in OVER_EAGER:
+            return None
         if isinstance(self.target, dict):
-            return self.target.get(backend)
+            return self.target.get((backend, mode), self.target.get(backend))
         return self.target if self.target is not None else BOUNDS.get((backend, mode))
 
 
@@ -82,7 +92,7 @@ _rows = []
 def row(
     name,
     batches,
-    modes=("eager", "compiled", "XLA", "replayed"),
+    modes=("eager", "compiled", "XLA", "replayed", *BY_INDUCTOR),
     backends=("tensorflow", "jax", "torch"),
     target=None,
     grow=True,
@@ -97,10 +107,12 @@ def row(
     `grow` doubles the batch until the hand-written code takes `least_ms`. Both results must agree to `tolerance` times
     the largest entry, unless `check=False`, for rows that compare different computations. Modes that a framework does
     not have are skipped. `modes` and `target` may be dicts by backend. A backend that is missing in `target` has none.
+    A pair of a backend and a mode comes before the backend.
 
     With `compiles`, the function also takes the compiler, as the hand-written code does, and compiles what it returns,
-    so that it can pass more than inputs and labels to compiled code. `reference` is the name of the hand-written
-    function, or a function like the decorated one, for a row that compares two of our own ways.
+    so that it can pass more than inputs and labels to compiled code. In the modes of `FIT`, it takes `jit_compile`.
+    `reference` is the name of the hand-written function, or a function like the decorated one, for a row that compares
+    two of our own ways.
     """
 
     def add(ours):

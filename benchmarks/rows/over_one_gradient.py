@@ -4,6 +4,8 @@ from benchmarks.rows import COMPILED, SELF_COMPILED, jacobians, products, row
 
 BATCHES = {"MLP": 512, "conv net": 128, "wide MLP": 512}
 LEAST_MS = 20.0
+# Both sides compiled, or neither.
+COSTS = {**COMPILED, "torch": ("eager", "inductor, both")}
 
 
 def _targets(compiled, torch):
@@ -14,7 +16,7 @@ def over_gradient_by_weights(name, targets):
     return row(
         name,
         BATCHES,
-        modes=COMPILED,
+        modes=COSTS,
         target=targets,
         check=False,
         least_ms=LEAST_MS,
@@ -42,7 +44,7 @@ def ggnvp(model, compiler):
 @row(
     "batch Jacobian over one gradient",
     {"conv net": 32},
-    modes=SELF_COMPILED,
+    modes={**SELF_COMPILED, "torch": ("self-compiled", "inductor, both")},
     target={"jax": 6.0},
     check=False,
     least_ms=LEAST_MS,

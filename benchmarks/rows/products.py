@@ -2,8 +2,9 @@
 
 import keras_gradtools as kg
 from benchmarks.models import direction, loss
-from benchmarks.rows import COMPILED, row, with_preparation
+from benchmarks.rows import BY_INDUCTOR, COMPILED, row, with_preparation
 
+MODES = ("eager", "compiled", "replayed", *BY_INDUCTOR)
 BATCHES = {"MLP": 64, "conv net": 16, "wide MLP": 128}
 
 
@@ -18,14 +19,14 @@ def weights(model):
     return kg.functionalize(model)[1]
 
 
-@row("Hessian-vector product", BATCHES, modes=("eager", "compiled", "replayed"), compiles=True)
+@row("Hessian-vector product", BATCHES, modes=MODES, compiles=True)
 def hvp(model, compiler):
     value, w, v = objective(model), weights(model), direction(model)
     product = compiler(lambda w, v, x, y: kg.hvp(lambda w: value(w, x, y), (w,), (v,)))
     return lambda x, y: product(w, v, x, y)
 
 
-@row("Hessian-vector product, linearized", BATCHES, modes=("eager", "compiled", "replayed"), compiles=True)
+@row("Hessian-vector product, linearized", BATCHES, modes=MODES, compiles=True)
 def linearized_hvp(model, compiler):
     value, v = objective(model), direction(model)
 
@@ -37,7 +38,7 @@ def linearized_hvp(model, compiler):
     return with_preparation(prepare)
 
 
-@row("Gauss-Newton product", BATCHES, modes=("eager", "compiled", "replayed"), compiles=True)
+@row("Gauss-Newton product", BATCHES, modes=MODES, compiles=True)
 def ggnvp(model, compiler):
     apply, w = kg.functionalize(model)
     v = direction(model)
