@@ -74,13 +74,20 @@ def _in_keras_layout(x):
     return x.movedim((-2, -1, -3, -4), (-4, -3, -2, -1)) if is_kernel else x
 
 
-def by_inductor(fun):
-    """Compiles a function of tensors at its first call: the operations that it runs, with all that it closes over."""
+def by_inductor(fun, state=()):
+    """Compiles a function of tensors at its first call: the operations that it runs, with all that it closes over.
+
+    `state` are the tensors that it overwrites. Tracing leaves them as they were.
+    """
     found = []
 
     def call(*args):
         if not found:
+            before = [x.detach().clone() for x in state]
             found.append(_compiled(fun, args))
+            with torch.no_grad():
+                for x, value in zip(state, before, strict=True):
+                    x.copy_(value)
         program, others, structure = found[0]
         with torch.no_grad():
             return _pytree.tree_unflatten(list(program(*args, *others)), structure)
