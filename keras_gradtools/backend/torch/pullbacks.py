@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from keras_gradtools.backend.torch import graph, levels
+from keras_gradtools.backend.torch import batching_rules, graph, levels
 from keras_gradtools.backend.torch.backward_pass import passing
 from keras_gradtools.backend.torch.tape import grad_mode_outside
 from keras_gradtools.keras_internals import backend_modules
@@ -117,6 +117,7 @@ def batched_pass(outputs, inputs, upstream, is_recorded):
         # One row needs no vectorization. Inside a transform of `torch.func`, the results would be batched tensors of
         # the vectorized pass, wrapped in tensors of that transform.
         return _pass_per_row(outputs, inputs, upstream, is_recorded)
+    batching_rules.install()
     try:
         # Not by `torch.vmap` or `torch.func`, which fail on convolutions in the channels-last layout.
         vectorized = levels.VectorizedPass()
