@@ -13,6 +13,10 @@ from benchmarks.models import CLASSES
 _inductor = functools.partial(kg.jit, compiler="inductor")
 
 
+# Otherwise Keras' own compiled step of a convolution is an error for a second batch size.
+torch._dynamo.config.automatic_dynamic_shapes = False
+
+
 def _plain(fun):
     return fun
 
