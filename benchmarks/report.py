@@ -26,8 +26,11 @@ The columns:
   within the 95% confidence interval of the median.
 - The mode *compiled* is `kg.jit` compared with `tf.function` or `jax.jit`. *Self-compiled* is a transform that is
   called directly and compiles automatically, compared with the same. *XLA* is `tf.function(jit_compile=True)` around
-  both. *Fit* is `train_on_batch` as Keras compiles it. *Replayed* is `kg.jit` on torch, compared with eager code,
-  because torch's own compiler cannot differentiate twice.
+  both. *Fit* is `train_on_batch` as Keras compiles it, on torch eager.
+- On torch, *replayed* and *fit, replayed* are `kg.jit` and `jit_compile=True`, compared with eager code.
+  *Self-compiled* transforms run recorded operations again as well. *Inductor* is compared with eager hand-written code
+  without Keras. In *inductor, both*, that code is traced by `make_fx`, since torch's own compiler cannot differentiate
+  twice, and compiled by inductor.
 
 The conditions: all runs use one thread. The last runs on TensorFlow and JAX ran side by side, on one core each. Batches
 are doubled until the native code takes 5 ms (20 ms where it is one gradient), except in rows with fixed sizes (eager

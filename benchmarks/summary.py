@@ -7,6 +7,13 @@ from benchmarks.run import BACKENDS, RESULTS
 
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 COMPILED = ("compiled", "self-compiled", "fit")
+# The modes on torch: both sides eager, ours compiled, and both compiled. `fit` has names of its own for them.
+ON_TORCH = {
+    "eager": ("eager", "fit"),
+    "replayed": ("replayed", "self-compiled", "fit, replayed"),
+    "inductor": ("inductor", "fit, inductor"),
+    "inductor, both": ("inductor, both", "fit, inductor, both"),
+}
 # Rows of the tables, and their names for people.
 TASKS = {
     "gradient by weights": "gradient, weights",
@@ -38,14 +45,42 @@ def read(backend, what):
 
 
 def entries(backend, row):
-    """The entries of a row of the tables, of its compiled modes where there are any."""
-    found = [e for what in ("gradients", "curvature") for e in read(backend, what)["rows"] if e["row"] == row]
-    return [e for e in found if e["mode"] in COMPILED] or found
+    """The entries of a row of the tables, of its compiled modes where there are any.
+
+    On torch, these are the eager modes: the others have a table of their own.
+    """
+    found = of_row(backend, row)
+    return [e for e in found if e["mode"] in COMPILED] or [e for e in found if e["mode"] == "eager"]
+
+
+def of_row(backend, row):
+    """All entries of a row of the tables."""
+    return [e for what in ("gradients", "curvature") for e in read(backend, what)["rows"] if e["row"] == row]
 
 
 def ratio(backend, row):
     """Our time divided by the other's, the median over the models."""
     return statistics.median(e["ratio"] for e in entries(backend, row))
+
+
+def compiled_on_torch():
+    """The rows of the table of compiled code on torch: the time over hand-written code, the medians over the models.
+
+    The last one has the medians over all rows of the benchmarks that have these modes.
+    """
+    rows = {e["row"]: None for e in read("torch", "gradients")["rows"] if e["mode"].endswith("inductor, both")}
+    medians = {row: [_median_of(row, modes) for modes in ON_TORCH.values()] for row in rows}
+    yield from ((TASKS.get(row, row), *values) for row, values in medians.items() if "over" not in row)
+    compared = [values for row, values in medians.items() if "over" not in row]
+    yield (
+        "median of these rows",
+        *(statistics.median(v for v in column if v is not None) for column in zip(*compared, strict=True)),
+    )
+
+
+def _median_of(row, modes):
+    ratios = [e["ratio"] for e in of_row("torch", row) if e["mode"] in modes]
+    return statistics.median(ratios) if ratios else None
 
 
 def is_eager(backend):

@@ -16,13 +16,13 @@ ON_GPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A column. `compiler` is that of `kg.jit`, and `jit_compile` that of training steps, None if they have none."""
+    """A column. `compiler` is that of `kg.jit`, and `jit_compile` that of training steps."""
 
     name: str
     title: str
     backend: str
     compiler: str | None
-    jit_compile: bool | None
+    jit_compile: bool | str
     # Whether it is left out when the time is up, because it compiles for the longest.
     may_be_left_out: bool = False
 
@@ -32,6 +32,6 @@ WAYS = (
     Way("tensorflow_xla", "TensorFlow XLA", "tensorflow", "xla", True),
     Way("jax", "JAX", "jax", None, True),
     Way("torch", "PyTorch replayed", "torch", None, True),
-    Way("torch_inductor", "PyTorch inductor", "torch", "inductor", None, may_be_left_out=True),
+    Way("torch_inductor", "PyTorch inductor", "torch", "inductor", "inductor", may_be_left_out=True),
 )
 BY_NAME = {way.name: way for way in WAYS}

@@ -46,8 +46,6 @@ class Worker:
         model = models.build(work.model)
         x, y = models.data(model, work.batch)
         is_step = work.function in functions.STEPS
-        if is_step and self.way.jit_compile is None:
-            raise NotCompiled("training steps cannot be compiled in this way")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if is_step:
