@@ -28,11 +28,15 @@ vectorized loops at every call. The same functions of this package are compiled 
 
 {three_backends}## PyTorch, compiled
 
-The same on PyTorch, as times over hand-written code, the medians over the models. *Eager*: both sides run eagerly.
-*Replayed*: ours is compiled by `kg.jit`, by the transform itself or by `jit_compile=True`, which run the recorded
-operations again, and the hand-written code is eager. *Inductor*: ours is compiled by inductor, and the hand-written code
-is eager and does without Keras. *Inductor, both*: the hand-written code, without Keras, is traced by `make_fx` and
-compiled by inductor. Small models gain most: the hand-written code takes at least 5 ms in these rows.
+The same on PyTorch, as times over hand-written code, the medians over the models. The columns:
+
+- *eager*: both sides run eagerly.
+- *replayed*: ours is compiled by `kg.jit`, by the transform itself or by `jit_compile=True`, which run the recorded
+  operations again. The hand-written code is eager.
+- *inductor*: ours is compiled by inductor. The hand-written code is eager and does without Keras.
+- *inductor, both*: the hand-written code, without Keras, is traced by `make_fx` and compiled by inductor.
+
+Small models gain most. In these rows, the hand-written code takes at least 5 ms.
 
 {compiled_on_torch}
 

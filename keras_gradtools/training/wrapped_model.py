@@ -55,12 +55,13 @@ class WrappedModel(keras.Model):
 
     @jit_compile.setter
     def jit_compile(self, value: bool | str | None) -> None:
-        named = isinstance(value, str) and value != "auto"
-        if named and value not in backend.COMPILERS:
-            known = ", ".join(map(repr, ("auto", *backend.COMPILERS)))
-            raise validation.refused(type(self).__name__, f"True, False or {known}", "jit_compile", value)
-        self._compiler = value if named else None
-        keras.Model.jit_compile.fset(self, True if named else value)
+        self._compiler = None
+        if isinstance(value, str) and value != "auto":
+            if value not in backend.COMPILERS:
+                known = ", ".join(map(repr, ("auto", *backend.COMPILERS)))
+                raise validation.refused(type(self).__name__, f"True, False or {known}", "jit_compile", value)
+            self._compiler, value = value, True
+        keras.Model.jit_compile.fset(self, value)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Does what Keras does for a model that does not override `compile`."""

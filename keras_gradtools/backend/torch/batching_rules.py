@@ -49,7 +49,7 @@ def install():
     if _library is not None:
         return
     _library = torch.library.Library("aten", "IMPL")
-    rules = {
+    rules: dict[str, Any] = {
         **dict.fromkeys(ELEMENTWISE, _elementwise),
         **dict.fromkeys(OF_LAST_AXES, _of_last_axes),
         **dict.fromkeys(ALONG_AXES, _along_axes),
