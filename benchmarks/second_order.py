@@ -10,9 +10,10 @@ one process for each backend:
 
 The second-order method trains with its default options for 60 epochs (sinc), or until the gradient is shorter than 2e-7
 (digits). Adam then trains for the same wall-clock time, compilation excluded. An epoch of Adam has at least twenty
-steps, which run in one program except on torch. Its learning rate, and whether it decays (by a cosine, to zero at the
-end of that time), are chosen on three other seeds by the geometric mean of the results. For `NewtonCG`, the products
-with and without its preconditioner are also counted. Writes benchmarks/results/BACKEND_second_order.json.
+steps, which run in one program except on torch, where `CompiledTraining` compiles each step. Its learning rate, and
+whether it decays (by a cosine, to zero at the end of that time), are chosen on three other seeds by the geometric mean
+of the results. For `NewtonCG`, the products with and without its preconditioner are also counted. Writes
+benchmarks/results/BACKEND_second_order.json.
 """
 
 import argparse
@@ -193,11 +194,15 @@ def by_adam(task, model, seed, seconds, rate, decays):
     """Trains for the given seconds, and returns the result and the number of steps."""
     import keras
 
-    # Small steps are fastest with several steps in one program, which Keras does not support on torch.
-    at_once = 1 if keras.backend.backend() == "torch" else STEPS_AT_ONCE
+    import keras_gradtools as kg
+
+    # Small steps are fastest with several steps in one program, which Keras does not support on torch. There, one step
+    # is recorded and run again.
+    is_torch = keras.backend.backend() == "torch"
+    at_once = 1 if is_torch else STEPS_AT_ONCE
     repeated = with_longer_epochs(task)
     steps_per_epoch = -(-len(repeated.data[0]) // task.batch_size)
-    trainer = Trainer(repeated, seed, model, at_once)
+    trainer = Trainer(repeated, seed, kg.models.CompiledTraining(model) if is_torch else model, at_once)
     warm_up = max(WARM_UP_STEPS // steps_per_epoch, 2)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, 10**6) if decays else rate)
     trainer.start(optimizer, warm_up)

@@ -22,10 +22,13 @@ class Method:
     activation: str = "relu"
 
     def wrap(self, model, seed):
+        import keras
+
         import keras_gradtools as kg
 
         if self.kind == "plain":
-            return model
+            # Compiled as the other methods are. On TensorFlow and JAX, Keras itself does that.
+            return kg.models.CompiledTraining(model) if keras.backend.backend() == "torch" else model
         if self.kind == "penalty":
             return kg.models.InputGradientRegularized(model, **self.options)
         attack = {"noise": kg.attacks.GaussianNoise, "fgsm": kg.attacks.FGSM, "pgd": kg.attacks.PGD}[self.kind]
@@ -121,6 +124,7 @@ def compiled(method, seed, examples):
     trained.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=True if keras.backend.backend() == "torch" else "auto",
     )
     return model, trained
 
