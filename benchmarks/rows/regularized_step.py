@@ -81,7 +81,10 @@ def exact_step(model, jit_compile):
     return step(model, jit_compile, method="exact")
 
 
-@against("finite-difference step", SMOOTH | KINKED, target={"tensorflow": 1.05, "jax": 1.05, "torch": 1.1})
+# With kinks, the last bits decide on which side of one a pixel is, so that two right steps may differ by more.
+@against(
+    "finite-difference step", SMOOTH | KINKED, target={"tensorflow": 1.05, "jax": 1.05, "torch": 1.1}, tolerance=1e-2
+)
 def finite_difference_step(model, jit_compile):
     return step(model, jit_compile, method="finite_difference", step_size=STEP_SIZE)
 
