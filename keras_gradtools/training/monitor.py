@@ -1,6 +1,7 @@
 """The base class of the callbacks that measure something while `fit` trains."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ class Monitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if `measure` returns no dict.
+        RuntimeError: In `fit`, if `every` is an integer and `callbacks` is no list.
         ImportError: With `log_dir`, if tensorboardX is not installed.
 
     Cost:
@@ -101,6 +103,7 @@ class Monitor(keras.callbacks.Callback):
         self._prefix, self._log_dir = prefix, log_dir
         self._progress_bar = _require_choice_of_names(self._owner, progress_bar)
         self._events: Any = None
+        self._thread = 0
         self._failed = FailedMeasurements(self._owner)
         # Keras may run the batch hooks of an async-safe callback in another thread while training continues. The hooks
         # of this class do nothing if `every` counts epochs.
@@ -145,6 +148,7 @@ class Monitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._failed = FailedMeasurements(self._owner)
+        self._thread = threading.get_ident()
         self.begin()
         if self._log_dir is not None:
             self._events = EventFile(self._owner, self._log_dir)
@@ -152,6 +156,12 @@ class Monitor(keras.callbacks.Callback):
         progress_line.choose(self)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if not self._schedule.counts_epochs and threading.get_ident() != self._thread:
+            raise RuntimeError(
+                f"{self._owner} measures between training steps, but Keras runs its hooks while the next step changes "
+                "the weights. It does so if `callbacks` is no list. Received: a hook in another thread than that of "
+                f"`fit`. Pass `callbacks=[...]`, a list with this {self._owner}."
+            )
         if self._schedule.is_due_after_batch(batch):
             self._measure(logs, self._schedule.batches)
 

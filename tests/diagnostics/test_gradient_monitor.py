@@ -37,7 +37,7 @@ def compiled(*more, rate=RATE, **options):
 def fitted(monitor, model=None, **options):
     model = compiled() if model is None else model
     options = {"batch_size": 8, "epochs": 3, "shuffle": False, "verbose": 0, **options}
-    return model.fit(X, Y, callbacks=monitor, **options).history
+    return model.fit(X, Y, callbacks=monitor if isinstance(monitor, list) else [monitor], **options).history
 
 
 def norm(arrays):

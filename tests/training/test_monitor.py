@@ -285,3 +285,18 @@ def test_no_examples_are_left_after_training():
     fit(monitor, keras.callbacks.LambdaCallback(on_epoch_end=note))
     gc.collect()
     assert [x() for x in examples] == [None] * 2
+
+
+class TestACallbackThatIsInNoList:
+    """Keras takes it, and then runs its hooks in another thread, except on TensorFlow."""
+
+    def test_measured_between_steps_it_is_an_error(self, backend):
+        if backend == "tensorflow":
+            pytest.skip("on TensorFlow, Keras runs all hooks in the thread of `fit`")
+        with pytest.raises(RuntimeError, match="Weight measures between training steps.*a list with this Weight"):
+            linear().fit(X, Y, batch_size=BATCH, verbose=0, callbacks=Weight(every=1))
+
+    def test_measured_after_epochs_it_is_right(self):
+        monitor = Weight()
+        linear().fit(X, Y, batch_size=BATCH, epochs=2, verbose=0, callbacks=monitor)
+        assert monitor.last["weight"] == pytest.approx((1 - 2 * RATE) ** 6)
