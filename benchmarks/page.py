@@ -9,7 +9,9 @@ PAGE = """# Benchmarks
 How much slower is this package than code that an expert writes by hand for one framework? Compiled, on TensorFlow and
 JAX, it is as fast, within a few percent.
 
-{eager}
+On PyTorch, it is {least} to {most} slower where both run eagerly. Compiled, it takes {replayed} (recorded operations)
+and {inductor} (inductor) of the time of eager code, and {both} of that of code which an expert traces and compiles by
+inductor, in the median.
 
 Ten figures, measured on {cpu} with one thread. [The tables](benchmark_tables.md) have all measurements, with
 quartiles, and say how they were made. The commands at the end of this page measure again.
@@ -116,9 +118,11 @@ def text():
     *_, (_, _, replayed, inductor, both) = summary.compiled_on_torch()
     eager = [e["ratio"] - 1 for row in summary.TASKS for e in summary.of_row("torch", row) if e["mode"] == "eager"]
     return PAGE.format(
-        eager=f"On PyTorch, it is {min(eager):.0%} to {max(eager):.0%} slower where both run eagerly. Compiled, it takes "
-        f"{replayed:.2f} (recorded operations) and {inductor:.2f} (inductor) of the time of eager code, and {both:.2f} of "
-        "that of code which an expert traces and compiles by inductor, in the median.",
+        least=f"{min(eager):.0%}",
+        most=f"{max(eager):.0%}",
+        replayed=f"{replayed:.2f}",
+        inductor=f"{inductor:.2f}",
+        both=f"{both:.2f}",
         cpu=summary.read("jax", "gradients")["machine"]["cpu"],
         table=tables.markdown(
             ("", *map(summary.label, BACKENDS)),
