@@ -119,6 +119,10 @@ class Backend(abc.ABC):
         """
         return fun
 
+    def is_recording_values(self):
+        """Whether a call that computes values is being compiled, so that Python must not read them."""
+        return False
+
     def may_compile(self):
         """Whether a function that is called here may be compiled."""
         return False

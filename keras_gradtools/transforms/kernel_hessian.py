@@ -259,6 +259,8 @@ def _require_exact(layer, hessian, elsewhere, mixing):
 
 
 def _number(x):
+    if backend.is_recording_values():
+        return None
     try:
         return float(ops.convert_to_numpy(x))
     except Exception:

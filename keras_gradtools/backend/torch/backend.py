@@ -68,6 +68,9 @@ class TorchBackend(Backend):
     def threads(self):
         return torch.get_num_threads() if get_device() == "cpu" else None
 
+    def is_recording_values(self):
+        return notices.current() is not None
+
     def alias(self, x):
         # Without grad mode, the alias of a tensor that requires gradients would not be connected to it.
         if torch.is_grad_enabled():
