@@ -6,6 +6,7 @@ operation once, on tensors whose first axis is that of the rows.
 """
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -35,20 +36,27 @@ ALONG_AXES = {
     "mean.dim": 1,
     "scatter_add": 1,
 }
+# Without axes, these are along all of them.
+REDUCTIONS = ("amax", "logsumexp", "mean.dim")
 # They are of the last axes, or take no axes and broadcast nothing.
 OF_LAST_AXES = ("constant_pad_nd", "gelu_backward", "log_sigmoid_backward", "tril", "triu")
 # Pooling: the batch is the fourth axis from the end, or there is none.
 OF_IMAGES = ("avg_pool2d", "avg_pool2d_backward", "max_pool2d_with_indices_backward")
 
 _library: Any = None
+_lock = threading.Lock()
 
 
 def install():
     """Enters the rules. A second call does nothing."""
     global _library  # noqa: PLW0603 - as long as it exists, the rules do
-    if _library is not None:
-        return
-    _library = torch.library.Library("aten", "IMPL")
+    with _lock:
+        if _library is None:
+            _library = torch.library.Library("aten", "IMPL")
+            _enter(_library)
+
+
+def _enter(library):
     rules: dict[str, Any] = {
         **dict.fromkeys(ELEMENTWISE, _elementwise),
         **dict.fromkeys(OF_LAST_AXES, _of_last_axes),
@@ -63,7 +71,7 @@ def install():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Batched"):
             packet, _, overload = name.partition(".")
             function = getattr(getattr(aten, packet), overload or "default")
-            _library.impl(name, functools.partial(rule, name, function), "Batched")
+            library.impl(name, functools.partial(rule, name, function), "Batched")
 
 
 def _level():
@@ -149,8 +157,7 @@ def _along_axes(name, function, *args, **kwargs):
     if place < len(args):
         axes = args[place]
         given[place] = [_moved(a, rank) for a in axes] if isinstance(axes, (list, tuple)) else _moved(axes, rank)
-        if given[place] == [] or given[place] is None:
-            # All axes but that of the rows.
+        if name in REDUCTIONS and not given[place]:
             given[place] = list(range(1, max(rank, 1) + 1))
     else:
         given.append(list(range(1, max(rank, 1) + 1)))

@@ -101,6 +101,7 @@ ALONG = {
     "softmax": lambda x, axis: aten._softmax(x, axis, False),
     "cumsum": lambda x, axis: x.cumsum(axis),
     "flip": lambda x, axis: x.flip(axis),
+    "flip of no axis": lambda x, axis: x.flip([]),
     "amax": lambda x, axis: x.amax(axis),
     "amax, kept": lambda x, axis: x.amax(axis, True),
     "amax of all": lambda x, axis: x.amax(),
