@@ -20,7 +20,7 @@ class CompiledTraining(ResidualTraining):
     are those of the eager step. Small models, and derivatives inside a model or its loss, gain most.
 
     `run_eagerly=True` in `compile` turns this off. On torch, `jit_compile="inductor"` compiles the recorded step with
-    torch's compiler, which takes up to a minute and rounds differently. On TensorFlow, `jit_compile="xla"` means the
+    torch's compiler, which takes seconds or more and rounds differently. On TensorFlow, `jit_compile="xla"` means the
     same as `jit_compile=True`. `loss` may also be a `kg.losses.SquaredResiduals`, so that Adam can
     train on the residuals that `kg.models.SecondOrder` then goes on with.
 

@@ -75,6 +75,24 @@ class TestPrograms:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
         assert len({x.tobytes() for x in found}) == 6
 
+    def test_draws_in_place_keep_their_turn(self, compiler):
+        if compiler != "inductor":
+            pytest.skip("TensorFlow draws nothing in place")
+        import torch
+
+        seeds = keras.random.SeedGenerator(7)
+
+        def fun(x):
+            first, second = torch.empty(4, 3).normal_(), torch.rand(4, 3)
+            return ops.tanh(x) * first + second + keras.random.normal((4, 3), seed=seeds)
+
+        def drawn(fun):
+            keras.utils.set_random_seed(0)
+            seeds.state.assign([7, 0])
+            return [ops.convert_to_numpy(fun(tensor(X))) for _ in range(5)]
+
+        np.testing.assert_allclose(drawn(kg.jit(fun, compiler=compiler)), drawn(fun), rtol=1e-5, atol=1e-6)
+
     def test_a_branch_on_a_value(self, compiler):
         if compiler != "inductor":
             pytest.skip("TensorFlow traces no branches")

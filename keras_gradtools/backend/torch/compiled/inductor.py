@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from keras_gradtools.backend import causes
-from keras_gradtools.backend.torch.compiled.operations import GUARD, Operation, slots_in, with_slots
+from keras_gradtools.backend.torch.compiled.operations import GUARD, Operation, facts, slots_in, with_slots
 
 # A smaller group takes longer as a program of its own than one by one.
 _LEAST = 8
@@ -79,8 +79,8 @@ class _Uses:
     def _of(self, op):
         memory = self._tensors.storages
         slots = set(slots_in((op.args, op.kwargs)))
-        # What is kept and writes nothing draws, or sets the state of a generator.
-        draws = op.is_kept and not op.mutated or not isinstance(op.function, torch._ops.OpOverload)
+        # What is no operation of torch makes a generator, or reads or sets the state of one.
+        draws = not isinstance(op.function, torch._ops.OpOverload) or facts(op.function).draws
         return slots, {memory[s] for s in slots} - {None}, {memory[s] for s in op.mutated}, draws
 
 
