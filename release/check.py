@@ -3,8 +3,8 @@
 1. `python -m build` makes the source distribution, and the wheel from it. `twine check --strict` reads both.
 2. The wheel holds the package alone. The source distribution holds what `make` needs.
 3. For each backend, the wheel is installed with that backend and the extras of README's install line into an empty
-   environment under .venvs/, where no other backend is installed. The blocks of the README run there, on a first start
-   without KERAS_BACKEND if it is the only one.
+   environment under .venvs/, where no other backend is installed. A first start without KERAS_BACKEND finds the only
+   one. The code of the README and of the page Start runs there. Each of these steps is timed.
 4. The extra `test` is added, and the tests run there, from the source distribution without its package. By default
    these are the files of `TESTS`, which touch every subject, and take a few minutes for each backend.
 
@@ -93,8 +93,11 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def install(self, *extras, others=()):
+        """Installs the wheel with extras, and other packages. Returns the seconds that it took."""
+        started = time.perf_counter()
         command = [self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *self._options]
         subprocess.run([*command, f"{self._wheel}[{','.join(extras)}]", *others], check=True)
+        return time.perf_counter() - started
 
     def require_one_backend(self):
         """Raises `SystemExit` if another backend was installed as well."""
@@ -121,7 +124,8 @@ def check(backend, source, wheel, constraints, tests):
     environment = Environment(backend, wheel, constraints)
     folder = environment.folder / "release"
     here = unpacked(source, folder)
-    environment.install(backend, README_EXTRAS)
+    seconds = environment.install(backend, README_EXTRAS)
+    print(f"{backend}: installed in {seconds:.0f} s", flush=True)
     environment.require_one_backend()
     start = [
         "-c",
@@ -129,8 +133,10 @@ def check(backend, source, wheel, constraints, tests):
     ]
     first = environment.passes("first start", start, folder)
     environment.install(backend, README_EXTRAS, others=["pytest"])
-    readme = ["-m", "pytest", "-q", "tests/test_readme.py", "-k", "README-line", "-p", "no:cacheprovider"]
-    shown = environment.passes("README", readme, here, KERAS_BACKEND=backend)
+    shown = True
+    for name, page in (("README", "README"), ("Start", "start")):
+        code = ["-m", "pytest", "-q", "tests/test_readme.py", "-k", f"{page}-line", "-p", "no:cacheprovider"]
+        shown &= environment.passes(name, code, here, KERAS_BACKEND=backend)
     environment.install(backend, README_EXTRAS, "test")
     tested = environment.passes("tests", ["tests/run.py", "--backend", backend, *tests], here)
     environment.require_one_backend()
