@@ -65,7 +65,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["tables.js", "search.js"]
 # The switcher reads this file from the root of the server. A release adds an entry for itself, and its site is built
-# into a folder of its own: `make docs SITE=site/0.2.0`.
+# into a folder of its own: `make docs SITE=site/0.3.0`.
 html_extra_path = ["versions.json"]
 html_theme_options = {
     "article_header_end": ["notebook.html"],

@@ -45,7 +45,7 @@ from keras_gradtools.transforms import (
     vjp,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "GradientTape",
