@@ -9,20 +9,20 @@ PAGE = """# Benchmarks
 How much slower is this package than code that an expert writes by hand for one framework? Compiled, on TensorFlow and
 JAX, it is as fast, within a few percent.
 
-On PyTorch, it is {least} to {most} slower where both run eagerly. Compiled, it takes {replayed} (recorded operations)
-and {inductor} (inductor) of the time of eager code, and {both} of that of code which an expert traces and compiles by
-inductor, in the median.
+On PyTorch, it is {least} to {most} slower if both run eagerly. Compiled, it takes {replayed} (recorded operations are
+run again) or {inductor} (inductor) of the time of eager hand-written code. If the expert also compiles that code by
+inductor, it takes {both} of its time. The last three figures are medians.
 
-Ten figures, measured on {cpu} with one thread. [The tables](benchmark_tables.md) have all measurements, with
-quartiles, and say how they were made. The commands at the end of this page measure again.
+These ten figures were measured on {cpu} with one thread. [The tables](benchmark_tables.md) have all
+measurements, with quartiles, and say how they were made. The commands at the end of this page repeat the measurements.
 
 {table}
 
 ## Overhead
 
 Both sides compute the same values on the same model, in alternating runs of one process. The bars are medians over the
-models, and 1 means that the package costs nothing. On PyTorch, the products over a data set compile themselves, and
-the hand-written ones are eager.
+models, and 1 means that the package costs nothing. On PyTorch, our products over a data set are compiled automatically,
+and the hand-written ones run eagerly.
 
 {overhead}
 
@@ -33,13 +33,14 @@ vectorized loops at every call. The same functions of this package are compiled 
 
 {three_backends}## PyTorch, compiled
 
-The same on PyTorch, as times over hand-written code, the medians over the models. The columns:
+The table shows the time of this package on PyTorch, divided by that of hand-written code, as the median over the
+models. The columns:
 
 - *eager*: both sides run eagerly.
-- *replayed*: ours is compiled by `kg.jit`, by the transform itself or by `jit_compile=True`, which run the recorded
-  operations again. The hand-written code is eager.
-- *inductor*: ours is compiled by inductor. The hand-written code is eager and does without Keras.
-- *inductor, both*: the hand-written code, without Keras, is traced by `make_fx` and compiled by inductor.
+- *replayed*: our code is compiled by `kg.jit`, automatically by a transform, or by `jit_compile=True`: recorded
+  operations are run again. The hand-written code runs eagerly.
+- *inductor*: our code is compiled by inductor. The hand-written code runs eagerly and does not use Keras.
+- *inductor, both*: as above, but the hand-written code, without Keras, is traced by `make_fx` and compiled by inductor.
 
 Small models gain most. In these rows, the hand-written code takes at least 5 ms.
 
@@ -48,26 +49,28 @@ Small models gain most. In these rows, the hand-written code takes at least 5 ms
 ## What derivatives cost
 
 A product with the Hessian costs about two gradients, whatever the size of the model. Further products at the same
-point cost less, because they share what is recorded. In `fit`, a penalty on input gradients about doubles the time of a
-training step.
+point cost less, because they share the recorded operations. In `fit`, a penalty on input gradients about doubles the
+time of a training step.
 
 {costs}
 
 ## Laplacians of many axes, and derivatives of high order
 
-A tanh network with three layers of 64 units, 128 examples. Times are in evaluations of the network, which are timed in
-turns with the derivative. An exponent is the slope of the logarithms: 1 is linear growth. Small chunks of axes are also
-faster here. On JAX, whose compiler merges repeated work, nested `jvp` is still faster at order 4. TensorFlow keeps the
-memory of a program between calls, so that its peak was not measured.
+The network has three layers of 64 units with tanh, and gets 128 examples. Times are multiples of the time of one
+evaluation of the network, which is timed alternately with the derivative. The exponent is the slope of the logarithms:
+1 means linear growth. Small chunks of axes also take less time here. On JAX, whose compiler merges repeated work,
+nested `jvp` is still faster at order 4. TensorFlow keeps the memory of a program between calls, so its peak was not
+measured.
 
 {operators}
 
 ## Second-order training
 
 Each point is one seed. Both methods start from the same weights and train in `fit` for the same wall-clock time. Adam
-has the best of ten learning rates and decays. Left is the squared error of a 1-20-1 network that fits sin(10 pi x) /
-(10 pi x). Right is the norm of the gradient of a digit classifier, which measures convergence, not accuracy on test
-data. [Training by second-order methods](second_order.md) says when to use which.
+uses the best of ten combinations of learning rate and decay. The left plot shows the squared error of a 1-20-1 network
+that fits sin(10 pi x) / (10 pi x). The right plot shows the norm of the gradient of a digit classifier, which measures
+convergence, not accuracy on test data. [Training by second-order methods](second_order.md) says which method suits
+which task.
 
 {training}
 
@@ -75,11 +78,11 @@ data. [Training by second-order methods](second_order.md) says when to use which
 
 A monitor measures on a few examples at the end of an epoch. The bars show the cost of a measurement on 8 examples, as a
 fraction of an epoch of `make demo`, which has only 1,297 examples. The cost does not depend on the size of the training
-set: with 50,000 examples it is a forty times smaller fraction.
+set: with 50,000 examples, the fraction is forty times smaller.
 
 {monitors}
 
-## Measuring again
+## Repeat the measurements
 
 | command | measures |
 | --- | --- |

@@ -15,11 +15,11 @@ The same lines of this package run on each backend, with the same weights and da
 is a backend with one of its compilers. *Replayed* runs the recorded operations of torch one by one, and *inductor*
 compiles them. The processes of the columns take turns, so that only one computes at a time."""
 
-ON_DEVICE = """{where} Milliseconds of a call, and in brackets the time over that of the fastest:
+ON_DEVICE = """{where} Each cell has the milliseconds of a call and, in brackets, the ratio to the fastest:
 
 {times}
 
-What to read out of it:
+What the table shows:
 
 {readings}
 
@@ -55,19 +55,19 @@ def _readings(result):
     titles = {way.name: way.title for way in WAYS}
     fastest = Counter(name for row in rows for name, cell in row["cells"].items() if cell.get("ratio") == 1)
     ranks = ", ".join(f"{titles[name]} in {count}" for name, count in fastest.most_common())
-    yield f"Which column is the fastest depends on the work. Of {len(rows)} rows it is {ranks}."
+    yield f"Which column is the fastest depends on the row. Of {len(rows)} rows, the fastest is {ranks}."
     jacobians = [row for row in rows if row["work"] == "batch Jacobian" and "MLP" in row["model"]]
     hessians = [row for row in rows if row["work"] in ("Hessian of one kernel", "`kernel_hessian`")]
     for name, chosen, summed_up in (
         ("The batch Jacobian of an MLP", jacobians, _range),
         ("The Hessian of a kernel", hessians, _range),
-        ("A work, in the median over the rows of the column,", rows, _median),
+        ("In the median over all rows, a call", rows, _median),
     ):
         if times := _over_jax(chosen, summed_up):
             yield f"{name} takes {times} times as long on torch as on JAX."
     found = {way.title: _values(rows, lambda cells, way=way: cells[way.name]["first_seconds"]) for way in WAYS}
     medians = ", ".join(f"{_median(seconds)} s ({title})" for title, seconds in found.items() if seconds)
-    yield f"The first calls take in the median {medians}. They pay off if a function is called often."
+    yield f"The first calls take {medians}, in the median. Slow first calls pay off only if a function is called often."
 
 
 def _over_jax(rows, summed_up):

@@ -85,7 +85,7 @@ def conditions(result):
         parts.append(f"one thread, at most {max(used):.2f} processors busy during a row")
     else:
         parts.append(", ".join(f"{way} on {worker['device']}" for way, worker in result["workers"].items()))
-    return f"{'; '.join(parts)}; {result['seconds'] / 60:.0f} minutes in all"
+    return f"{'; '.join(parts)}; {result['seconds'] / 60:.0f} minutes in total"
 
 
 def show(console, result):

@@ -18,11 +18,10 @@ PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "upstream.md"
 FRAMEWORKS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 HEAD = """# Wrong derivatives in the frameworks
 
-TensorFlow, JAX, PyTorch and Keras themselves silently give wrong derivatives in some cases. Each row shows one of them
-at the smallest input that has it, computed without this package. In the tapes and transforms of this package,
-`keras.ops` and Keras' layers give the right derivatives, unless [limits.md](limits.md) says otherwise. An operation of
-the framework that you call directly may keep the wrong one. `python -m tests.atlas.upstream` computes all rows again
-and writes this page.
+TensorFlow, JAX, PyTorch and Keras themselves silently give wrong derivatives in some cases. Each row shows such a case
+with a small input, computed without this package. In the tapes and transforms of this package, `keras.ops` and Keras'
+layers give the right derivatives, unless [limits.md](limits.md) says otherwise. An operation of the framework that you
+call directly may keep the wrong one. `python -m tests.atlas.upstream` computes all rows again and writes this page.
 """
 
 
