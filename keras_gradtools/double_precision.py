@@ -13,10 +13,10 @@ class double_precision(Block):  # noqa: N801 - used as a function
     return float64. New layers, models, optimizers, losses and metrics are in float64, and `fit` converts data to it.
     Everything is restored afterwards: `keras.config.floatx`, the dtype policy and the dtypes of results.
 
-    Build the model, compile it, train it and use it inside the block. A step that Keras has already compiled outside
-    of it is not compiled again, so call `compile` inside. A float64 model that is called after the block, on JAX or
-    torch, is rounded as before. The block applies to all threads of the process. Layers or functions that convert to
-    float32 themselves still do so.
+    Build the model, compile it, train it and use it inside the block. A step that Keras has already compiled outside of
+    it is not compiled again, so call `compile` inside. If a float64 model is called after the block, JAX and torch
+    round it to single precision as before. The block applies to all threads of the process. Layers or functions that
+    convert to float32 themselves still do so.
 
     On JAX, double precision has to be enabled at the start, by the environment variable `JAX_ENABLE_X64=1` or by
     `jax.config.update("jax_enable_x64", True)` before anything is computed.
@@ -43,7 +43,9 @@ class double_precision(Block):  # noqa: N801 - used as a function
     def __init__(self) -> None:
         reason = backend.why_single_precision()
         if reason is not None:
-            raise RuntimeError(f"double_precision needs a framework that can compute in it. Received: {reason}.")
+            raise RuntimeError(
+                f"double_precision needs a framework that computes in double precision. Received: {reason}."
+            )
 
     def begin(self) -> None:
         self._before = precision.current()

@@ -13,7 +13,7 @@ _FREE_ON_LINUX = pathlib.Path("/proc/meminfo")
 
 
 def free_bytes():
-    """The free memory of the accelerator. Without one, that of the machine: on Linux what is free, else all of it."""
+    """The free memory of the accelerator. Without one, that of the machine, or all of it if that is unknown."""
     return backend.free_bytes() or _available() or machine_bytes()
 
 
@@ -30,7 +30,7 @@ def bytes_of(shape, dtype):
 
 
 def machine_bytes():
-    """The memory of the machine. 16 GiB where the system does not say it."""
+    """The memory of the machine. 16 GiB if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -1,8 +1,8 @@
-"""The backend that Keras starts, before it starts: imported first by the package, and imports nothing of it.
+"""Chooses the backend that Keras starts. The package imports this module first, and it imports no other module of it.
 
-Keras starts TensorFlow unless `KERAS_BACKEND` or its configuration file names another backend. It writes that file
-itself, so that the file names TensorFlow from the first start on, installed or not. Therefore: `KERAS_BACKEND` is never
-changed. Where it is not set, what Keras would start is not installed, and exactly one backend is, that one is started.
+Keras starts TensorFlow unless `KERAS_BACKEND` or its configuration file names another backend. Keras writes that file
+at its first start, and names TensorFlow there whether it is installed or not. Therefore, another backend is started
+only if `KERAS_BACKEND` is not set, the backend that Keras would start is not installed, and exactly one other is.
 """
 
 import importlib.util
@@ -51,9 +51,9 @@ def choose_backend(environment, modules, is_installed):
         )
     environment[_VARIABLE] = installed[0]
     warnings.warn(
-        f"Keras would start {wanted!r}, which is not installed. keras_gradtools starts {installed[0]!r}, the one "
-        f"backend that is. Set the environment variable {_VARIABLE}={installed[0]} to choose it yourself. Keras alone "
-        "needs that, too.",
+        f"Keras would start {wanted!r}, which is not installed. keras_gradtools starts {installed[0]!r}, the only "
+        f"installed backend. Set the environment variable {_VARIABLE}={installed[0]} to choose it yourself. Without "
+        "keras_gradtools, Keras needs this variable.",
         stacklevel=2,
     )
 

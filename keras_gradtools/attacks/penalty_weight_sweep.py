@@ -51,7 +51,8 @@ class PenaltyWeightSweep:
     def suggestion(self) -> float:
         """The weight with the highest accuracy under attack among those that lose at most `max_drop` without one.
 
-        Weights with masked gradients are left out. Of equal weights, the smallest. It is 0 if no weight is better.
+        Weights with masked gradients are left out. If several weights are equally good, it is the smallest of them. It
+        is 0 if no weight is better than 0.
         """
         clean, attacked = self.clean.mean(axis=1), self.attacked.mean(axis=1)
         allowed = (clean >= clean[0] - self.max_drop - _ROUNDING) & ~self.masked
@@ -62,7 +63,7 @@ class PenaltyWeightSweep:
     def standard_errors(self, accuracies: np.ndarray) -> np.ndarray:
         r"""The standard error of the mean of `clean` or `attacked`, of shape `(weights,)`.
 
-        $\sqrt{p (1 - p) / n}$ for $n$ examples. It is the error of choosing other examples, not of other seeds.
+        $\sqrt{p (1 - p) / n}$ for $n$ examples. It covers the choice of the examples, not the choice of the seeds.
         """
         share = accuracies.mean(axis=1)
         return np.sqrt(share * (1.0 - share) / self.examples)
@@ -119,8 +120,8 @@ def penalty_weight_sweep(
 ) -> PenaltyWeightSweep:
     r"""Trains a classifier with each weight of a penalty, and suggests the weight to use.
 
-    With $c_w$ the accuracy of the model trained with the weight $w$ and $a_w$ its accuracy under PGD, both on examples
-    that it was not trained on, the suggested weight is
+    Let $c_w$ be the accuracy of the model trained with the weight $w$, and $a_w$ its accuracy under PGD, both on
+    examples that it was not trained on. The suggested weight is
 
     $$\arg\max_w a_w \quad \text{where} \quad c_w \ge c_0 - \text{max\_drop}.$$
 

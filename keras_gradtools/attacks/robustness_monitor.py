@@ -18,11 +18,12 @@ class RobustnessMonitor(Monitor):
     """Attacks the model on held-out examples during `fit`, and logs the `kg.attacks.robustness_metrics`.
 
     The names begin with `val_`, as in `val_pgd_0.1_accuracy`. The values appear in the `History`, and the most
-    important ones in the progress bar. Callbacks after this one in the list can use all of them, if you give them a
-    direction: `keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max")`.
+    important ones in the progress bar. Callbacks after this one in the list can use all of them, if you say whether
+    lower or higher is better: `keras.callbacks.EarlyStopping("val_pgd_0.1_accuracy", mode="max")`.
 
-    A warning is given when the model shows signs of masked gradients: accuracy under PGD above that under FGSM or
-    noise, or accuracy left at a huge strength. Consecutive measurements with signs give one warning.
+    A warning is given if the model shows signs of masked gradients: accuracy under PGD above that under FGSM or noise,
+    or accuracy above guessing under an attack that may replace the whole example. Consecutive measurements with such
+    signs give one warning.
 
     Args:
         data: Held-out examples in a tuple `(x, y)`: `x` of shape `(batch, ...)`, floating-point numbers within `clip`,

@@ -35,14 +35,14 @@ class CurvatureMonitor(Monitor):
     - `hessian_trace` and `hessian_trace_error`, an estimate of the trace and its standard error.
     - `sharpness_times_learning_rate`. Gradient descent is stable if it is below 2.
     - `gradient_norm`, the norm of the gradient over the data.
-    - `critical_sharpness`, only if `quantities` names it: the sharpness along the gradient, from a gradient and less
+    - `critical_sharpness`, only if `quantities` names it: the sharpness along the gradient, from a gradient and fewer
       than ten evaluations of the loss, see `kg.curvature.critical_sharpness`. A step of gradient descent raises the
-      loss if the learning rate times this is above 2.
+      loss if the learning rate times this number is above 2.
 
     The values appear in the `History`, `CSVLogger` and `TensorBoard`, and the most important ones in the progress bar.
-    Callbacks after this one in the list can use all of them, if you give them a direction:
-    `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`.
-    Nothing in the model changes, and the random vectors do not come from the generators that the model uses.
+    Callbacks after this one in the list can use all of them, if you say whether lower or higher is better:
+    `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. Nothing in the model changes, and the random vectors
+    do not come from the generators that the model uses.
 
     Args:
         data: The data of the loss, as for `kg.curvature.Hessian`. About a hundred examples are enough.
@@ -57,13 +57,12 @@ class CurvatureMonitor(Monitor):
         tol: Tolerance for both eigenvalues, relative to the larger magnitude of the two. It is checked with error
             estimates. If an eigenvalue has close neighbors, the error may be a few times larger.
         trace_matvecs: Number of products for the trace in addition to those for the eigenvalues, 2 or more. 0 leaves
-            the trace out. These products only sample the part of the matrix outside the subspace that was found for
-            the eigenvalues. Inside it, the trace is exact.
+            the trace out. These products are samples only of the part of the matrix outside the subspace that was found
+            for the eigenvalues. Inside this subspace, the trace is exact.
         seed: An integer that seeds the random vectors. They are the same in every measurement.
         batch_size: Number of examples per batch if `data` is arrays. Ignored for data that come in batches.
         progress_bar: Which of the numbers the progress bar shows. Default: `hessian_max_eigenvalue` and
-            `critical_sharpness`. See
-            `kg.callbacks.Monitor`.
+            `critical_sharpness`. See `kg.callbacks.Monitor`.
 
     Attributes:
         last: A dict of the values that were measured last.
@@ -76,7 +75,7 @@ class CurvatureMonitor(Monitor):
         For each measurement, a gradient, 5 to 20 products for the eigenvalues and `trace_matvecs` for the trace, about
         two gradients each. The eigenvectors of the last measurement are the starting point. An eigenvalue that has not
         converged after 60 products is logged without a warning. For at most 16 weights, or `trace_matvecs` if that is
-        more, the matrix is formed and all values are exact. Critical sharpness takes a gradient and less than ten
+        more, the matrix is formed and all values are exact. Critical sharpness takes a gradient and fewer than ten
         evaluations of the loss.
 
     Example:

@@ -42,7 +42,7 @@ class BatchJacobianMonitor(Monitor):
     - `"local_lipschitz"`: `jacobian_local_lipschitz_mean` and `_max`, see `kg.diagnostics.local_lipschitz`.
 
     The values appear in the `History`, `CSVLogger` and `TensorBoard`, and the most important ones in the progress bar.
-    Callbacks after this one in the list can use all of them, if you give them a direction:
+    Callbacks after this one in the list can use all of them, if you say whether lower or higher is better:
     `keras.callbacks.EarlyStopping("jacobian_spectral_norm_max", mode="min")`. Before training,
     `kg.diagnostics.batch_independence` checks that the examples do not depend on one another, since otherwise a
     Jacobian of one example has no meaning. Nothing in the model changes. After the first measurement, nothing is traced

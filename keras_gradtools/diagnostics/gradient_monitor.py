@@ -37,10 +37,10 @@ class GradientMonitor(Monitor):
       `kg.diagnostics.gradient_noise_scale`.
 
     The values appear in the `History`, `CSVLogger` and `TensorBoard`. Callbacks after this one in the list can use
-    them, if you give them a direction: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`. With `log_dir`,
-    TensorBoard shows the same numbers and a histogram of the gradient of each variable. Values that are not finite are
-    logged as NaN, and left out in TensorBoard. A quantity that cannot be measured for this model is left out with a
-    warning, such as the noise scale if an example cannot be evaluated alone. Nothing in the model changes.
+    them, if you say whether lower or higher is better: `keras.callbacks.EarlyStopping("gradient_norm", mode="min")`.
+    With `log_dir`, TensorBoard shows the same numbers and a histogram of the gradient of each variable. Values that are
+    not finite are logged as NaN, and left out in TensorBoard. A quantity that cannot be measured for this model is left
+    out with a warning, such as the noise scale if an example cannot be evaluated alone. Nothing in the model changes.
 
     Args:
         data: The data of the loss, as for `kg.curvature.Hessian`. A few dozen examples are enough.

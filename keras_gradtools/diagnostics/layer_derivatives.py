@@ -31,8 +31,8 @@ def layer_derivatives(
     random direction $v$ of the size of the arguments, the product $\partial^2 (c \cdot f) / \partial z^2 \, v$ is
     compared with central differences of the gradient. This finds derivatives that raise an error, and those that are
     silently wrong by more than 1% (in single precision). If the differences do not converge as their step is halved,
-    for example at a kink or in a layer that branches on its values, the verdict is `"unclear"`.
-    A layer whose operations are linear but for kinks, such as ReLU and max pooling, gets the verdict `"zero"`.
+    for example at a kink or in a layer that branches on its values, the verdict is `"unclear"`. A layer whose
+    operations are linear except at kinks, such as ReLU and max pooling, gets the verdict `"zero"`.
 
     A layer inside another layer that is not a model, such as the cell of a recurrent layer or the layer in a wrapper,
     is tested as a part of it. Layers that differ only in their values are tested once. A layer that computes in half

@@ -76,7 +76,7 @@ def tried(call, training, random):
 
 
 def _bends(computation, leaves, gradient, random):
-    """Whether the gradient by the inputs differs at other points."""
+    """Whether the gradient with respect to the inputs differs at other points."""
     start, count = leaves.vector(computation.primals), leaves.vector_of(computation.primals[0]).size
     here = leaves.vector(gradient)[:count]
     for scale in _FAR:
@@ -178,7 +178,7 @@ class _Computation:
             raise _HasNone from error
 
     def are_zero(self):
-        """Whether kinks make all second derivatives zero: those by the inputs, and those by inputs and weights.
+        """Whether kinks make all second derivatives zero: with respect to the inputs, and to inputs and weights.
 
         This is read from the operations, which not every framework shows outside a compiled function.
         """

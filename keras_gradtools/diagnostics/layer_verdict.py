@@ -61,7 +61,8 @@ class LayerVerdict:
             for `"yes"`, `"zero"` and `"constant"`.
         advice: What to do about it. Empty if there is nothing to do.
         zero_by_inputs: Whether all second derivatives with respect to its inputs are zero, because it is piecewise
-            linear in them. So is a Dense layer with ReLU, whose mixed derivatives by inputs and weights are not zero.
+            linear in them. This is also true of a Dense layer with ReLU, whose mixed derivatives with respect to inputs
+            and weights are not zero.
     """
 
     path: str
@@ -125,7 +126,8 @@ class LayerDerivatives:
         return (
             "These layers have kinks (ReLU, max pooling), and with respect to their inputs all second derivatives are "
             f"zero: {names}{others}. If every other layer is linear in its inputs, the Laplacian of the model and its "
-            "Hessian by the inputs are zero, too. Then use a smooth activation, such as tanh, GELU, SiLU or softplus."
+            "Hessian with respect to the inputs are zero, too. Then use a smooth activation, such as tanh, GELU, SiLU "
+            "or softplus."
         )
 
     def _parts(self):

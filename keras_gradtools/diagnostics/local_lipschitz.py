@@ -30,7 +30,8 @@ def local_lipschitz(
     The constant is $\max_{\lVert \delta \rVert \le r} \lVert f(x + \delta) - f(x) \rVert / \lVert \delta \rVert$. It is
     searched for by $\delta \leftarrow r \, g / \lVert g \rVert$ with $g = J(x + \delta)^\top (f(x + \delta) - f(x))$,
     which is power iteration at a finite distance. For a small radius, it approaches the spectral norm of the Jacobian.
-    For a larger one, it includes kinks and saturation, which the Jacobian at one point does not see.
+    For a larger radius, it includes the effect of kinks and saturation, which the Jacobian at one point does not
+    contain.
 
     Args:
         model: A Keras model, or a function of `x`. The examples must be independent.

@@ -55,8 +55,8 @@ class BatchIndependence:
         if self.independent is None:
             mixing = f" The examples are mixed by {self._named()}, without an effect here." if self.layers else ""
             return (
-                f"{tried}: it cannot be told whether the examples are independent: {self.reason}.{mixing} Try other "
-                "weights, for instance after some training, or other examples."
+                f"{tried}: the test cannot decide whether the examples are independent: {self.reason}.{mixing} Try "
+                "other weights, for instance after some training, or other examples."
             )
         size = (
             "gradients cross from one example to another, and none stays within one"

@@ -46,14 +46,15 @@ class InputGradientRegularized(WrappedModel):
     The methods:
 
     - `"exact"`: a second backward pass. It needs activations with a useful second derivative (softplus, gelu, silu,
-      tanh). With ReLU, the value of the penalty is correct, but its gradient misses how the kinks move, and training
-      gains much less robustness.
+      tanh). With ReLU, the value of the penalty is correct, but its gradient does not contain the effect of moving
+      kinks, and training gains much less robustness.
     - `"finite_difference"`: a second forward pass at $x + h d$. The direction $d$, held constant, is the one in which
       $\ell_i$ grows most: the normalized gradient for norm 2, its sign for norm 1, and for "inf" its sign at the
       element of largest magnitude. `squared` and `center` apply to $(\ell_i(x + h d) - \ell_i(x)) / h$. Both terms are
       differentiated, and nothing is differentiated twice. So it works with kinks, with layers that have no second
-      derivative, and with every compiler. `step_size` affects robustness, not only precision: a larger step looks
-      further away. Both passes use the same dropout mask. In half precision, steps below 0.01 give noise.
+      derivative, and with every compiler. `step_size` affects robustness, not only precision: a larger step also
+      penalizes growth of the loss farther from the example. Both passes use the same dropout mask. In half precision,
+      differences over steps below 0.01 are mostly rounding noise.
     - `"random_projection"`, for `target="outputs"`: an unbiased estimate of the squared norm of the Jacobian, from the
       gradients of `projections` random mixtures of the outputs. It is differentiated like `"exact"`.
     - `"auto"`: finite differences if an activation has kinks (found by evaluating it), or if a layer has no second
@@ -307,8 +308,8 @@ class InputGradientRegularized(WrappedModel):
         given = keras.tree.flatten(y_pred)
         if call is None or [id(t) for t in given] != [id(t) for t in keras.tree.flatten(call.outputs)]:
             raise ValueError(
-                f"{NAME}.compute_loss expects the very `y_pred` that the last call of the model in this step returned, "
-                f"and only one call of compute_loss for it. Received: "
+                f"{NAME}.compute_loss expects exactly the `y_pred` that the last call of the model in this step "
+                f"returned, and only one call of compute_loss for it. Received: "
                 f"{', '.join(validation.describe(t) for t in given)}, computed in another way. Apply what follows the "
                 "model's output inside the wrapped model, or in the loss."
             )

@@ -15,14 +15,14 @@ class CompiledTraining(ResidualTraining):
 
     Compile, fit, evaluate, predict, save and export it like any other model. It trains the wrapped model itself,
     `compiled.model`, and gives the same weights. TensorFlow and JAX compile the steps of every model. On torch, Keras
-    runs them eagerly, or with torch's own compiler, which cannot differentiate twice. Here a whole step is recorded
-    and run again, as by `kg.jit`: the forward pass, derivatives of any order, the optimizer and the metrics. The bits
-    are those of the eager step. Small models, and derivatives inside a model or its loss, gain most.
+    runs them eagerly, or with torch's own compiler, which cannot differentiate twice. Here a whole step is recorded and
+    run again, as by `kg.jit`: the forward pass, derivatives of any order, the optimizer and the metrics. The results
+    are exactly those of the eager step. Small models, and derivatives inside a model or its loss, gain most.
 
     `run_eagerly=True` in `compile` turns this off. On torch, `jit_compile="inductor"` compiles the recorded step with
     torch's compiler, which takes seconds or more and rounds differently. On TensorFlow, `jit_compile="xla"` means the
-    same as `jit_compile=True`. `loss` may also be a `kg.losses.SquaredResiduals`, so that Adam can
-    train on the residuals that `kg.models.SecondOrder` then goes on with.
+    same as `jit_compile=True`. `loss` may also be a `kg.losses.SquaredResiduals`, so that Adam can train on residuals
+    before `kg.models.SecondOrder` continues with them.
 
     Args:
         model: A built `keras.Model`. It is shared, not copied.
@@ -32,8 +32,8 @@ class CompiledTraining(ResidualTraining):
         ValueError: If `model` is not built. In `save`, for an HDF5 file.
 
     Cost:
-        That of a training step. On torch, each of the first steps with a new shape of the batch takes some five eager
-        steps. Three are recorded.
+        That of a training step. On torch, the first three steps with a new shape of the batch are recorded. Each of
+        them takes about as long as five eager steps.
 
     Example:
 

@@ -27,7 +27,7 @@ class Monitor(keras.callbacks.Callback):
     brings them back. `measure` may assign new values to the weights, as `kg.callbacks.NewtonStep` does.
 
     The numbers appear in the `History`, `CSVLogger` and `TensorBoard`. The progress bar shows those that `progress_bar`
-    chooses. Callbacks after this one in the list can use all of them, if you give them a direction:
+    chooses. Callbacks after this one in the list can use all of them, if you say whether lower or higher is better:
     `keras.callbacks.EarlyStopping("name", mode="min")`.
 
     Override `begin`, which is called when `fit` begins, to prepare what depends on the model. If something cannot be
@@ -43,7 +43,6 @@ class Monitor(keras.callbacks.Callback):
         prefix: A string before each name in the logs.
         log_dir: Folder for TensorBoard files, which needs `pip install "keras-gradtools[tensorboard]"`. The step in
             these files is the number of the epoch, starting at 0 as in Keras, or the number of batches.
-
         progress_bar: Which of the numbers the progress bar of `fit` shows: None for the most important ones, which a
             subclass names in the class attribute `KEY_NUMBERS` (here: all), True for all, False for none, or a list of
             names as in the logs.
@@ -56,8 +55,8 @@ class Monitor(keras.callbacks.Callback):
             is an integer, the number of batches before it.
 
     Raises:
-        ValueError: If an option is invalid. In `fit`, if `measure` returns no dict.
-        RuntimeError: In `fit`, if `every` is an integer and `callbacks` is no list.
+        ValueError: If an option is invalid. In `fit`, if `measure` does not return a dict.
+        RuntimeError: In `fit`, if `every` is an integer and `callbacks` is not a list.
         ImportError: With `log_dir`, if tensorboardX is not installed.
 
     Cost:
@@ -159,7 +158,7 @@ class Monitor(keras.callbacks.Callback):
         if not self._schedule.counts_epochs and threading.get_ident() != self._thread:
             raise RuntimeError(
                 f"{self._owner} measures between training steps, but Keras runs its hooks while the next step changes "
-                "the weights. It does so if `callbacks` is no list. Received: a hook in another thread than that of "
+                "the weights. It does so if `callbacks` is not a list. Received: a hook in another thread than that of "
                 f"`fit`. Pass `callbacks=[...]`, a list with this {self._owner}."
             )
         if self._schedule.is_due_after_batch(batch):

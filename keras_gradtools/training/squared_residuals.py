@@ -21,21 +21,22 @@ class SquaredResiduals:
     r"""The loss $L = \sum_i w_i \, \frac{1}{n_i} \lVert r_i \rVert^2$ of residuals that a function computes.
 
     $r_i$ are the residuals of the i-th term, for example of a differential equation at points in the interior, or of a
-    condition at points on the boundary. $n_i$ is the number of elements of $r_i$, and $w_i$ its weight. Derivatives of
-    the model may be inside the function.
+    condition at points on the boundary. $n_i$ is the number of elements of $r_i$, and $w_i$ its weight. The function
+    may differentiate the model.
 
     Pass it as the `loss` to `compile` of `kg.models.SecondOrder` or `kg.models.CompiledTraining` (for first-order
-    optimizers such as Adam), to `kg.curvature.GaussNewton` or `Hessian`, or to a callback that takes the loss of such
-    an operator. With the vector $r$ of all $\sqrt{w_i / n_i} \, r_i$ and its Jacobian $J$ with respect to the weights
-    of the model, the loss is $\lVert r \rVert^2$, the gradient is $2 J^\top r$ and the Gauss-Newton matrix is
-    $2 J^\top J$. So a step of `kg.optimizers.LevenbergMarquardt` is that of a least-squares solver for $r$,
-    $-(J^\top J + \frac{\lambda}{2} I)^{-1} J^\top r$. Weight regularizers are added to the loss as usual.
+    optimizers such as Adam), to `kg.curvature.GaussNewton` or `Hessian`, or to a callback that takes a `loss`, such as
+    `kg.callbacks.NewtonStep`. With the vector $r$ of all $\sqrt{w_i / n_i} \, r_i$ and its Jacobian $J$ with respect to
+    the weights of the model, the loss is $\lVert r \rVert^2$, the gradient is $2 J^\top r$ and the Gauss-Newton matrix
+    is $2 J^\top J$. So `kg.optimizers.LevenbergMarquardt` takes the step of a least-squares solver for $r$, $-(J^\top J
+    + \frac{\lambda}{2} I)^{-1} J^\top r$. Weight regularizers are added to the loss as usual.
 
-    The function calls the model itself, and so chooses `training`. The data of `fit` are `x`, a tensor or a nested
-    structure of tensors, such as a dict with a set of points for each term. These sets may have different sizes. Lists
-    of sets arrive as tuples. Without a `batch_size`, all points form one batch. With a `batch_size`, the sets need the
-    same size, and each batch has so many points of each set. If `fit` also receives `y`, the function gets `(x, y)`.
-    Batches that come from a data set should have equal shares of all sets, since each counts by the size of its first.
+    The function calls the model itself, and so chooses its mode, `training`. The data of `fit` are `x`, a tensor or a
+    nested structure of tensors, such as a dict with a set of points for each term. These sets may have different sizes.
+    Lists of sets arrive as tuples. Without a `batch_size`, all points form one batch. With a `batch_size`, all sets
+    must have the same size, and each batch has `batch_size` points of each set. If `fit` also receives `y`, the
+    function gets `(x, y)`. If the data come in batches, each batch should have the same fraction of every set, because
+    a batch is weighted by the number of points in its first set.
 
     `loss(model, batch)` returns the loss, a scalar.
 

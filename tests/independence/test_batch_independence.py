@@ -420,7 +420,7 @@ class TestWhatCannotBeTold:
         report = kg.diagnostics.batch_independence(model, x, training=True)
         assert report.independent is None and report.leak == 0.0 and report.layers == ("bn",)
         text = str(report)
-        assert "cannot be told" in text and "the gradient is zero everywhere" in text and f"'bn' ({NORM})" in text
+        assert "cannot decide" in text and "the gradient is zero everywhere" in text and f"'bn' ({NORM})" in text
         assert "is correct" not in text
         # Once it is trained, it can be told.
         model.get_layer("zeros").kernel.assign(np.ones((D, 2)) * [1.0, -1.0])
@@ -445,7 +445,7 @@ class TestWhatCannotBeTold:
         assert not np.any(ops.convert_to_numpy(found))
         model.compile("sgd", "mse")
         monitor = kg.callbacks.BatchJacobianMonitor(x, training=True)
-        with pytest.warns(UserWarning, match="BatchJacobianMonitor: .* it cannot be told"):
+        with pytest.warns(UserWarning, match="BatchJacobianMonitor: .* the test cannot decide"):
             model.fit(x, np.ones((B, 2), "float32"), verbose=0, callbacks=[monitor])
 
 

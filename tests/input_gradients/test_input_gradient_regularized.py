@@ -414,5 +414,5 @@ def test_predictions_changed_on_the_way_to_the_loss():
 
     wrapped = Rescaled(linear(), WEIGHT)
     wrapped.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="the very `y_pred` that the last call"):
+    with pytest.raises(ValueError, match="exactly the `y_pred` that the last call"):
         wrapped.train_on_batch(X, np.zeros((N, K), "float32"))

@@ -156,8 +156,8 @@ class BatchLoss:
         if losses is None:
             raise ValueError(
                 f"{self._owner} needs a loss with one value for each example. Received: "
-                f"loss={validation.describe(self.loss)}, which returned one number for the whole batch. Return the "
-                "values of shape (batch,), and leave their mean to Keras."
+                f"loss={validation.describe(self.loss)}, which returned one number for the whole batch. Return one "
+                "value for each example, of shape (batch,), and let Keras compute the mean."
             )
         return losses
 

@@ -34,8 +34,8 @@ class ResidualLoss(BatchLoss):
             return closures.captured_values(self.loss.residuals).key
         except TypeError as error:
             raise ValueError(
-                f"{self._owner} compiles the function of the residuals, and compares what it captures at each call. "
-                f"Received: {self.loss.name}, which captures too much. Put such values into the data."
+                f"{self._owner} compiles the function of the residuals, and compares the values that it captures at "
+                f"each call. Received: {self.loss.name}, which captures too many values to compare. Pass them as data."
             ) from error
 
     def require_dependent(self, model, x):
@@ -58,7 +58,7 @@ class ResidualLoss(BatchLoss):
                     raise ValueError(
                         f"{self._owner} expects residuals that depend on the trainable weights of the model "
                         f"{model.name!r}. Received: residuals {name!r} of {self.loss.name}, which do not. Call the "
-                        "model that the function gets, and use `keras.ops` in place of NumPy."
+                        "model that the function gets, and use `keras.ops` instead of NumPy."
                     )
 
         try:
@@ -75,8 +75,8 @@ class ResidualLoss(BatchLoss):
         total, squares = map(ops.convert_to_numpy, sums)
         if np.any(processes * squares != total**2):
             raise ValueError(
-                f"{self._owner} expects as many points of each set in every process, because the terms of {NAME} are "
-                f"means. Received: sets of {sizes.astype(int).tolist()} points in this process, and of "
+                f"{self._owner} expects the same number of points of each set in every process, because the terms of "
+                f"{NAME} are means. Received: sets of {sizes.astype(int).tolist()} points in this process, and of "
                 f"{(total / processes).tolist()} on average. Divide the points evenly."
             )
 

@@ -19,9 +19,9 @@ class CriticalSharpness(NamedTuple):
     """The critical sharpness along a direction.
 
     Attributes:
-        value: The critical sharpness, 2 / `step`. 0 if no step raised the loss. NaN if none lowered it, as at a minimum
-            up to rounding, and if the direction is zero or the loss is not finite.
-        step: The critical step: the loss first exceeds its value at the weights here.
+        value: The critical sharpness, 2 / `step`. 0 if no step raised the loss. NaN if no step lowered it, as at a
+            minimum up to rounding, or if the direction is zero or the loss is not finite.
+        step: The critical step, the smallest at which the loss exceeds its value at the weights.
         evaluations: Number of evaluations of the loss.
     """
 
@@ -37,8 +37,8 @@ def critical_sharpness(
 
     $\eta_c$ is the smallest step with $L(\theta - \eta_c d) > L(\theta)$. For a quadratic loss with the Hessian $H$ and
     the gradient $g$, $\lambda_c = d^\top H d \,/\, g^\top d$. With the gradient as the direction, this is a mean of the
-    eigenvalues of $H$, weighted by the squared components of the gradient, and at most the largest eigenvalue. A
-    gradient descent with a learning rate above $\eta_c = 2 / \lambda_c$ would raise the loss. Steps are doubled or
+    eigenvalues of $H$, weighted by the squared components of the gradient, and at most the largest eigenvalue. A step
+    of gradient descent with a learning rate above $\eta_c = 2 / \lambda_c$ would raise the loss. Steps are doubled or
     halved until they enclose $\eta_c$, then bisected.
 
     Args:
@@ -56,8 +56,8 @@ def critical_sharpness(
         ValueError: If the operator has no loss, or an option is invalid.
 
     Cost:
-        Less than ten evaluations of the loss over the data if `start` is within a factor of four of the result, and one
-        more for each further factor of two. One gradient more if no direction is given.
+        Fewer than ten evaluations of the loss over the data if `start` is within a factor of four of the result, and
+        one more for each further factor of two. One gradient more if no direction is given.
 
     Example:
 

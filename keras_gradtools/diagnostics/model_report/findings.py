@@ -181,7 +181,7 @@ RULES = (
     Rule(
         "unstable_rate", "error", "curvature", "The learning rate is too large for this curvature.",
         "learning rate times sharpness above 2 (1 + momentum)",
-        "Gradient descent diverges along the steepest direction, or bounces until it finds a flatter region.",
+        "Gradient descent diverges along the steepest direction, or oscillates until it finds a flatter region.",
         "Lower the learning rate below the limit, warm it up, or use gradient clipping.",
         evidence.unstable_rate,
     ),
@@ -189,7 +189,7 @@ RULES = (
         "negative_curvature", "note", "curvature", "The weights are at a saddle, not at a minimum.",
         f"smallest eigenvalue below -{evidence.NEGATIVE_SHARE:g} times the largest",
         "This is normal early in training. At the end of training, the loss can still be lowered.",
-        "Train on. For Newton steps, use curvature='gauss_newton' or damping.",
+        "Continue training. For Newton steps, use curvature='gauss_newton' or damping.",
         evidence.negative_curvature,
     ),
     Rule(

@@ -82,7 +82,7 @@ class Report:
         return f"{self.model!r}: {found or 'nothing was found'}, in {done} of {len(self.sections)} checks."
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report as one HTML page, with its pictures, which needs nothing else to be read."""
+        """Writes the report as one HTML file, which contains its pictures."""
         if not isinstance(path, (str, os.PathLike)):
             raise validation.refused("Report.save", "a path", "path", path)
         pathlib.Path(path).write_text(page.page_of(self), encoding="utf-8")
@@ -119,8 +119,9 @@ def report(
 
     The checks are `"values"` (NaN and infinity), `"layers"` (second derivatives of each layer), `"independence"` (of
     the examples), `"jacobian"` (its singular values), `"gradients"` (of each layer, dead units, noise), `"curvature"`
-    (the spectrum of the Hessian) and `"robustness"` (attacks, for classifiers). A check that has no meaning for the
-    model or fails says why, and the others go on. The thresholds of the findings are in docs/report.md.
+    (the spectrum of the Hessian) and `"robustness"` (attacks, for classifiers). If a check has no meaning for the
+    model, or fails, the report says why, and the other checks run. The thresholds of the findings are in
+    docs/report.md.
 
     Args:
         model: A built Keras model. For a wrapper of `kg.models`, the wrapped model is examined.
