@@ -1,8 +1,8 @@
 """Adapts a classifier to a domain without labels, by reversing the gradient of a domain classifier.
 
-Two half moons have labels. The same moons, turned by 35 degrees, have none. A domain classifier tells the two domains
-apart by the features, and `kg.layers.ReverseGradient` makes the features learn the opposite: to be the same in both. So
-the label classifier also works on the turned moons.
+Two half moons have labels. The same moons, turned by 35 degrees, have none. A domain classifier learns to tell the two
+domains apart by the features. `kg.layers.ReverseGradient` reverses its gradient, so that the features learn to be the
+same in both domains. So the label classifier also works on the turned moons.
 
 Source: Ganin et al., "Domain-adversarial training of neural networks" (arXiv:1505.07818), section 5.1.
 

@@ -3,8 +3,8 @@
     u'' = f  for 0 < x < 1,  u(0) = u(1) = 0,  with the solution u(x) = sin(pi x) + sin(4 pi x) / 2.
 
 The trial function x (1 - x) N(x) satisfies the boundary conditions for any network N (hard boundaries), so the loss has
-one term and no weights to tune. The equation contains the second derivative of N. Where the activation has none, as
-ReLU, the network cannot be trained to satisfy it.
+one term and no weights to tune. The equation contains the second derivative of N. With an activation whose second
+derivative is zero, such as ReLU, the network cannot be trained to satisfy it.
 
 Source: Lagaris, Likas & Fotiadis (arXiv:physics/9705023) for hard boundaries; Sitzmann et al. (arXiv:2006.09661) for
 the sine.

@@ -1,8 +1,8 @@
 """Explains what a digit classifier looks at: saliency, integrated gradients and Grad-CAM.
 
 Each method gives one number for each pixel. Integrated gradients add up to the change of the score from the baseline
-(completeness), which the script checks. The digits are at random places in noise, so that it can be measured how well
-each method finds the digit.
+(completeness), which the script checks. The digits are at random places in noisy images, so that the script can measure
+how well each method finds the digit.
 
 Source: Simonyan, Vedaldi & Zisserman (arXiv:1312.6034) for saliency; Sundararajan, Taly & Yan (arXiv:1703.01365) for
 integrated gradients; Selvaraju et al. (arXiv:1610.02391) for Grad-CAM.
@@ -106,7 +106,7 @@ def completeness_error(model, images, classes, steps):
 
 
 def share_inside(values, inside):
-    """How much of what speaks for the class is where the digit is."""
+    """The share of the positive part of a map that lies inside the digit, the mean over all images."""
     positive = np.maximum(values, 0.0)
     shares = (positive * inside).sum(axis=(1, 2, 3)) / np.maximum(positive.sum(axis=(1, 2, 3)), 1e-12)
     return float(shares.mean())

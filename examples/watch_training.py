@@ -1,7 +1,7 @@
 """Monitors two deep networks while they learn the digits in `fit`, one with sigmoids and one with ReLU.
 
 With ten layers of sigmoids, the gradient nearly vanishes in the first layer, and the outputs hardly depend on the
-input, so the network does not learn. With ReLU and a matching initialization it does.
+input, so the network does not learn. With ReLU and a matching initialization, it learns.
 
 Run `python examples/watch_training.py`, with `KERAS_BACKEND=jax` or `torch` before it for another backend. It writes
 watch_training.png to out/, and files for TensorBoard in out/logs/.

@@ -2,8 +2,9 @@
 
     sum_i u_ii = f  in the unit ball,  u = 0 on the sphere,  with the solution (1 - |x|^2) sin(x_1 - x_2 + x_3 - ...).
 
-The exact Laplacian needs the derivatives along 100 axes at every step. The estimate takes 16 random directions, and new
-ones at every step. It is trained on the same points and for the same number of steps as the exact one.
+The exact Laplacian needs the derivatives along 100 axes at every step. The estimate uses 16 random directions, which
+are drawn again at every step. Two networks are trained on the same points and for the same number of steps, one with
+the exact Laplacian and one with the estimate.
 
 Run `python examples/differential_equations/poisson_100d.py`, with `KERAS_BACKEND=jax` or `torch` before it for another
 backend. It writes poisson_100d.png to out/.
