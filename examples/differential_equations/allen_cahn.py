@@ -29,7 +29,7 @@ def start(cosine):
 
 
 def reference(size=101, modes=1000, steps=20):
-    """The solution on a grid of t and x, of shape (size * size, 1). `steps` is the number of time steps to the next t."""
+    """The solution on a grid of t and x, of shape (size * size, 1). `steps` is the number of steps to the next t."""
     x = np.linspace(-1, 1, modes, endpoint=False)
     h = 1 / ((size - 1) * steps)
     decay = np.exp(-DIFFUSIVITY * (np.pi * np.arange(modes // 2 + 1)) ** 2 * h / 2)
