@@ -1,1 +1,1 @@
-"""The penalty on input gradients: norms, targets, function, layer and model."""
+"""The penalty on input gradients: options, targets, function, layer and model. `example_norms.py` has its norms."""

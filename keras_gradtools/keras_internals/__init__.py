@@ -13,6 +13,7 @@ were tested and what to do.
 | `scopes`          | stateless scopes, the context of a layer's call, seeds                   |
 | `layers`          | layers, operations, masks                                                |
 | `losses`          | compiled losses and their reduction to a number                          |
+| `logs`            | the function that converts the logs of training loops to floats          |
 | `jax_trainer`     | the trainer for JAX                                                      |
 | `dtypes`          | the dtypes of results                                                    |
 | `backend_modules` | the modules that `keras.ops` calls on the current backend, with hooks     |

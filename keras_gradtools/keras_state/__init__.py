@@ -8,5 +8,7 @@
 | `layer_calls`    | the calls of layers while a model runs                                                     |
 | `example_losses` | a compiled loss as one value for each example                                              |
 | `recording`      | which tapes are recording on a thread, and which variables are read                        |
+| `numpy_calls`    | a warning where NumPy is called on a tensor that a tape records                            |
+| `precision`      | the precision in which Keras computes by default                                           |
 | `framework`      | what these need from the framework                                                         |
 """
