@@ -13,8 +13,9 @@ On PyTorch, it is {least} to {most} slower if both run eagerly. Compiled, it tak
 run again) or {inductor} (inductor) of the time of eager hand-written code. If the expert also compiles that code by
 inductor, it takes {both} of its time. The last three figures are medians.
 
-These ten figures were measured on {cpu} with one thread. [The tables](benchmark_tables.md) have all
-measurements, with quartiles, and say how they were made. The commands at the end of this page repeat the measurements.
+These ten figures were measured on {cpu} with one thread. Figures 1 to 5 are our time divided by that of
+hand-written code. [The tables](benchmark_tables.md) have all measurements, with quartiles, and say how they were made.
+The commands at the end of this page repeat the measurements.
 
 {table}
 

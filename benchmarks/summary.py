@@ -70,7 +70,8 @@ def compiled_on_torch():
     """
     rows = {e["row"]: None for e in read("torch", "gradients")["rows"] if e["mode"].endswith("inductor, both")}
     medians = {row: [_median_of(row, modes) for modes in ON_TORCH.values()] for row in rows}
-    yield from ((TASKS.get(row, row), *values) for row, values in medians.items() if "over" not in row)
+    names = TASKS | {"gradient by inputs": "gradient, inputs"}
+    yield from ((names.get(row, row), *values) for row, values in medians.items() if "over" not in row)
     compared = [values for row, values in medians.items() if "over" not in row]
     yield (
         "median of these rows",
@@ -127,9 +128,9 @@ def ten_figures():
         ("Hessian-vector product", "Hessian-vector product"),
         ("exact step", "training step with an exact penalty"),
     ):
-        yield f"time of a {name}, over hand-written code", [f"{ratio(b, row):.2f}" for b in BACKENDS]
+        yield f"time of a {name}, relative to hand-written code", [f"{ratio(b, row):.2f}" for b in BACKENDS]
     fastest, slowest = max(guide_speedups().values()), min(guide_speedups().values())
-    yield "speed over the code of TensorFlow's guide", [f"{slowest:.0f} to {fastest:.0f} times", "", ""]
+    yield "speed relative to the code of TensorFlow's guide", [f"{slowest:.0f} to {fastest:.0f} times", "", ""]
     for row, name, unit in (
         ("Hessian product over one gradient", "a Hessian-vector product", "gradients"),
         ("exact step over plain step", "an exact penalty in `fit`", "plain steps"),

@@ -28,7 +28,7 @@ def _ways(result):
 
 
 def _name(row):
-    return row["work"], f"{row['model']}, {row['batch']}"
+    return row["work"].replace("by weights", "with respect to weights"), f"{row['model']}, {row['batch']}"
 
 
 def times(result):
