@@ -141,11 +141,10 @@ class CurvatureMonitor(Monitor):
         return found | self._of_gradient() if "critical_sharpness" in self._quantities else found
 
     def _of_gradient(self):
-        loss, gradient = self._operator.loss_and_gradient()
-        found = along(self._operator, loss, gradient, self._critical_step)
+        found, norm = along(self._operator, start=self._critical_step)
         # The step of the last measurement is close to the next one.
         self._critical_step = found.step if math.isfinite(found.step) else None
-        return {"critical_sharpness": found.value, "gradient_norm": float(np.linalg.norm(gradient.astype("float64")))}
+        return {"critical_sharpness": found.value, "gradient_norm": norm}
 
     def _of_eigenvalues(self):
         hessian = self._operator

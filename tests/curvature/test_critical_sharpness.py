@@ -76,6 +76,45 @@ class TestNoCriticalStep:
         assert math.isnan(kg.curvature.critical_sharpness(hessian).value)
 
 
+def dropped():
+    """A model with a mask, which all evaluations of an operator share."""
+    layers = [keras.layers.Dense(6, "tanh"), keras.layers.Dropout(0.5, seed=3), keras.layers.Dense(1)]
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((3,)), *layers])
+
+
+class TestSeveralEvaluationsInOneProgram:
+    """They give the result of one program for each evaluation, which data in several batches take."""
+
+    @pytest.mark.parametrize(("start", "tol"), [(None, 0.125), (1e-4, 0.5), (70.0, 1e-3)])
+    def test_the_same_search(self, start, tol):
+        model = dropped()
+        operators = [kg.curvature.Hessian(model, "mse", (X, Y), training=True, batch_size=n, verbose=0) for n in (8, 5)]
+        assert [h.can_evaluate_at_once() for h in operators] == [True, False]
+        # Masks differ between one batch and two.
+        operators[1] = kg.curvature.Hessian(model, "mse", (X, Y), training=True, verbose=0)
+        operators[1].can_evaluate_at_once = lambda: False
+        found, expected = (kg.curvature.critical_sharpness(h, start=start, tol=tol) for h in operators)
+        assert found.evaluations == expected.evaluations
+        np.testing.assert_allclose(found.step, expected.step, rtol=1e-4)
+        np.testing.assert_allclose(found.value, 2.0 / found.step, rtol=1e-5)
+
+    def test_batches_are_added(self):
+        model = linear()
+        g = gradient(model)
+        hessian = kg.curvature.Hessian(model, "mse", (X, Y), batch_size=3, verbose=0)
+        found = kg.curvature.critical_sharpness(hessian, tol=1e-4)
+        assert found.value == pytest.approx(g @ HESSIAN @ g / (g @ g), rel=2e-4)
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_a_tolerance_below_rounding_ends(self, at_once, monkeypatch):
+        hessian = kg.curvature.Hessian(linear(), "mse", (X, Y))
+        monkeypatch.setattr(hessian, "can_evaluate_at_once", lambda: at_once)
+        found = kg.curvature.critical_sharpness(hessian, tol=1e-300)
+        g = gradient(linear())
+        assert found.value == pytest.approx(g @ HESSIAN @ g / (g @ g), rel=1e-3)
+
+
 class TestMonitor:
     def test_logs_it_during_fit(self):
         model = linear()

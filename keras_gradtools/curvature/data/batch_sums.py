@@ -47,6 +47,22 @@ def with_product(body, spec, loss, parameters, model, args, batch, seed):
     return body(product, *args), None
 
 
+def with_loss(body, spec, loss, parameters, model, args, batch, seed):
+    """Runs `body(loss_at, loss_and_gradient, *args)`, functions of a flat offset to the weights, and of nothing."""
+    size = batch_size_of(batch)
+
+    # Both divide the same sum, so that equal losses are equal to the last bit.
+    def loss_at(offset):
+        (total,), _ = add_loss(spec, loss, parameters, model, None, parameters.split(offset), batch, seed)
+        return total / size
+
+    def loss_and_gradient():
+        (total, *gradient), _ = add_loss_and_gradient(spec, loss, parameters, model, None, None, batch, seed)
+        return total / size, parameters.joined(gradient) / size
+
+    return body(loss_at, loss_and_gradient, *args), None
+
+
 def add_rows(place, count, chunk_size, spec, loss, parameters, model, totals, start, batch, seed):
     """Adds `count` rows from the element `start` of a variable on, for the columns of this and the later variables."""
     shape, dtype = parameters.shapes[place], parameters.variables[place].dtype

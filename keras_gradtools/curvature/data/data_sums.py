@@ -145,11 +145,22 @@ class DataSums:
             totals = self.run(what, add, totals, vectors, on_devices(batch), self.seed(number))
         return backend.summed_over_processes(totals, count)
 
-    def of_one_batch(self, what, body, vectors):
-        """Runs `body(spec, loss, parameters, model, vectors, batch, seed)` compiled, for data that is one batch."""
-        self.prepare()
+    def of_one_batch(self, what, body, vectors, needs="product"):
+        """Runs `body(spec, loss, parameters, model, vectors, batch, seed)` compiled, for data that is one batch.
+
+        `needs` is what the checks are for, as for `prepare`.
+        """
+        self.prepare(needs)
         (batch,) = self.batches
         return self.run(what, body, vectors, on_devices(batch), self.seed(0))
+
+    def can_evaluate_at_once(self):
+        """Whether one program can hold several evaluations: of one batch, in one process, and quick to trace."""
+        is_alone = backend.summed_over_processes([np.zeros(())], 1)[1] == 1
+        if not (is_alone and self.is_one_batch and self.is_quick_to_trace):
+            return False
+        (batch,) = self.batches
+        return not backend.is_shared_by_replicas(batch, self.parameters.variables[0])
 
     def can_loop(self):
         """Whether one program can compute many products in a loop, and is faster than one program for each."""

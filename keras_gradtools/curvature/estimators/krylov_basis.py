@@ -1,6 +1,9 @@
 """An orthonormal basis of a Krylov space, in one block of memory of fixed size."""
 
 import numpy as np
+from keras import ops
+
+from keras_gradtools import backend
 
 # Number of elements that are converted to double precision at once.
 _BLOCK = 1 << 16
@@ -97,3 +100,11 @@ def dot(a, b):
 def norm(a):
     """The norm of a vector, summed in double precision."""
     return dot(a, a) ** 0.5
+
+
+def tensor_norm(v):
+    """The norm of a vector in a tensor, in its dtype."""
+    # Scaled, so that squares stay in range. `ops.sqrt` would round to single precision on some backends.
+    largest = ops.max(ops.abs(v))
+    divisor = ops.where(largest > 0, largest, ops.ones_like(largest))
+    return largest * backend.dot(v / divisor, v / divisor) ** 0.5

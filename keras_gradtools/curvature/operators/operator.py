@@ -279,6 +279,19 @@ class CurvatureOperator(AlgebraicOperator):
         """
         return self._sums.of_one_batch(("with product", what), functools.partial(batch_sums.with_product, body), args)
 
+    def can_evaluate_at_once(self) -> bool:
+        """Whether one program can evaluate the loss several times, without taking long to trace."""
+        return self._sums.can_evaluate_at_once()
+
+    def compute_with_loss(self, what: Any, body: Any, *args: Any) -> Any:
+        """Runs `body(loss_at, loss_and_gradient, *args)` compiled, if `can_evaluate_at_once()`.
+
+        `what` identifies the program in the cache. `loss_at` takes a flat offset to the weights in tensors, and
+        `loss_and_gradient` takes nothing.
+        """
+        body = functools.partial(batch_sums.with_loss, body)
+        return self._sums.of_one_batch(("with loss", what), body, args, needs="gradient")
+
     def draw_anew(self) -> None:
         """Takes the current states of the model's seeds, so that dropout uses new masks from here on.
 

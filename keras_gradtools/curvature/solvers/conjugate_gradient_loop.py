@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend
-from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
+from keras_gradtools.curvature.estimators.krylov_basis import dot, norm, tensor_norm
 from keras_gradtools.curvature.solvers import conjugate_gradients as on_the_host
 
 # The reasons of a `ConjugateGradientsResult`, as numbers.
@@ -178,13 +178,13 @@ def _next(options, b, former, curved, threshold, precondition):
     is_finite, is_indefinite = ops.isfinite(curvature), slope < 0
     least = on_the_host.ROUNDING * float(np.finfo(keras.backend.standardize_dtype(x.dtype)).eps)
     # A curvature that is zero within rounding error counts as zero.
-    is_negative = curvature <= least * _norm(direction) * _norm(curved)
+    is_negative = curvature <= least * tensor_norm(direction) * tensor_norm(curved)
     is_ended = ops.logical_or(ops.logical_or(ops.logical_not(is_finite), is_indefinite), is_negative)
     i = i + ops.cast(is_finite, "int32")
     step = slope / curvature
     x = ops.where(is_ended, x, x + step * direction)
     residual = ops.where(is_ended, residual, residual - step * curved)
-    length = _norm(residual)
+    length = tensor_norm(residual)
     values, is_slow = former.values, ops.zeros((), "bool")
     if options.progress_tol:
         values = _with_row(values, i, -0.5 * (backend.dot(b, x) + backend.dot(residual, x)))
@@ -217,13 +217,6 @@ def _is_slow(values, i, tol):
     gained = (last - ops.take(values, ops.maximum(i - k, 0))) / last
     is_less = gained < tol * ops.cast(k, values.dtype)
     return ops.logical_and(ops.logical_and(i > k, last < 0), is_less)
-
-
-def _norm(v):
-    # Scaled, so that squares stay in range. `ops.sqrt` would round to single precision on some backends.
-    largest = ops.max(ops.abs(v))
-    divisor = ops.where(largest > 0, largest, ops.ones_like(largest))
-    return largest * backend.dot(v / divisor, v / divisor) ** 0.5
 
 
 def _first_true(*cases):
