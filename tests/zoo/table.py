@@ -13,9 +13,9 @@ of keras_hub, the models of keras.applications, and models like those of Keras' 
 `pip install "keras-gradtools[zoo]"`. `python -m tests.zoo.table` writes this page.
 
 A cell that was not tried on a backend is empty, and a model that was not tried at all has no row. The models of
-keras.applications have random weights, and the statistics that random images give them: with those of a new model,
-their outputs in inference mode are around 1e-17. Some of them return NaN after one training step, so that a monitor has
-nothing to measure: these cells are unclear.
+keras.applications have random weights. Their normalization statistics were computed from random images, because with
+the statistics of a new model, their outputs in inference mode are around 1e-17. Some of these models return NaN after
+one training step, so a monitor has nothing to measure, and the cell is unclear.
 
 | check | what it tries |
 | --- | --- |
