@@ -26,6 +26,7 @@ def main():
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated; all three by default")
     parser.add_argument("--problem", action="append", help="may be repeated; all six by default")
     parser.add_argument("--seed", type=int, action="append", help="may be repeated")
+    parser.add_argument("--method", action="append", help="may be repeated; all of the page's table by default")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -34,22 +35,23 @@ def main():
 
         report.write()
     elif options.here:
-        runs.complete(options.backend[0], options.problem[0], options.seed[0])
+        runs.complete(options.backend[0], options.problem[0], options.seed[0], options.method)
     else:
         from benchmarks.pde.problems import PROBLEMS
 
         names = options.problem or [p.name for p in PROBLEMS]
         for name in names:
-            start(runs.TUNED_ON, name, runs.TUNING_SEED)
+            start(runs.TUNED_ON, name, runs.TUNING_SEED, [])
         for seed in sorted({s for seeds in runs.SEEDS.values() for s in seeds}):
             for backend in options.backend or ("jax", "torch", "tensorflow"):
                 for name in names:
                     if seed in runs.SEEDS[backend] and (not options.seed or seed in options.seed):
-                        start(backend, name, seed)
+                        start(backend, name, seed, options.method or [])
 
 
-def start(backend, name, seed):
+def start(backend, name, seed, methods):
     command = [sys.executable, "-m", "benchmarks.pde", "--here", "--backend", backend, "--problem", name]
+    command += [word for method in methods for word in ("--method", method)]
     environment = {**environment_of(backend), "JAX_ENABLE_X64": "1", "PYTHONPATH": os.fspath(ROOT)}
     subprocess.run([*command, "--seed", str(seed)], cwd=ROOT, env=environment, check=True)
 

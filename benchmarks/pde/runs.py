@@ -36,17 +36,17 @@ def best_rate(problem):
     return min(tried, key=lambda r: r["errors"][-1])["rate"]
 
 
-def complete(backend, name, seed):
-    """Runs what is missing for one problem and seed."""
+def complete(backend, name, seed, chosen=None):
+    """Runs what is missing for one problem and seed, by all methods or the chosen ones."""
     import keras_gradtools as kg
     from benchmarks import hand_written
 
     hand_written.module().use_one_thread()
     with kg.double_precision():
-        _complete(backend, name, seed)
+        _complete(backend, name, seed, chosen)
 
 
-def _complete(backend, name, seed):
+def _complete(backend, name, seed, chosen):
     from benchmarks.pde import methods, networks
     from benchmarks.pde.clock import Clock
     from benchmarks.pde.problems import PROBLEMS
@@ -87,7 +87,7 @@ def _complete(backend, name, seed):
         return
     rate, first = best_rate(name), None
     for method in methods.methods_on(backend):
-        if (name, method, seed, None) in done:
+        if (name, method, seed, None) in done or (chosen and method not in chosen):
             continue
         if method == "Adam":
             finish(trained(method, rate)[0])
