@@ -1,8 +1,9 @@
 """The cost of a step of LBFGS and NewtonCG for a million weights: `python -m benchmarks.large_model`.
 
-Takes steps in turn with gradients of the same batch, in one process for each backend and optimizer, and measures the
-memory in another. Writes benchmarks/results/BACKEND_large_model.json after each optimizer. An optimizer that is in the
-file is not measured again without `--again`. Memory is measured on Linux only.
+Takes steps in turn with gradients of the same batch, in one process for each backend and optimizer, and measures their
+CPU time, which does not depend on what else the machine does. Measures the memory in another process, on Linux only.
+Writes benchmarks/results/BACKEND_large_model.json after each optimizer. An optimizer that is in the file is not
+measured again without `--again`.
 """
 
 import argparse
@@ -52,10 +53,10 @@ def measure(optimizer):
     found: dict = {"step": [], "gradient": [], "evaluations": [], "products": []}
     for i in range(WARM_UPS + STEPS):
         for name, run in (("gradient", gradient), ("step", step)):
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if i >= WARM_UPS:
-                found[name].append(time.perf_counter() - start)
+                found[name].append(time.process_time() - start)
         if i >= WARM_UPS:
             found["evaluations"].append(trainer.last_step.attempts)
             found["products"].append(trainer.last_step.iterations)

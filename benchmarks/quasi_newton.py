@@ -163,45 +163,42 @@ def of_scipy(fun, start):
 
 def of_ours(fun, start):
     """The steps of `kg.optimizers.LBFGS`. The gradient at the end of a step is that at the start of the next one."""
+    import keras
+
+    from keras_gradtools.curvature.operators.trials import Trials
     from keras_gradtools.optimizers import LBFGS
-    from keras_gradtools.second_order.lbfgs import Pairs
 
     class Operator:
         dtype = "float64"
-        variables = ()
         shape = (len(start), len(start))
 
         def __init__(self):
             self.x, self.known = start.copy(), {}
-
-        def check(self, of):
-            pass
+            self.variables = [keras.Variable(start, dtype="float64")]
 
         def loss_state(self):
             return None
 
-        def loss_and_gradient(self, offset=None):
-            x = self.x if offset is None else self.x + offset
+        def trials(self):
+            return Trials(lambda step: (self.at(keras.ops.convert_to_numpy(step)), 1), len(start), "float64")
+
+        def at(self, step):
+            x = self.x + step
             key = x.tobytes()
             if key not in self.known:
                 self.known = {**dict(list(self.known.items())[-30:]), key: counted(x)}
             return self.known[key]
 
-    class Kept(LBFGS):
-        pairs = Pairs(np.zeros((0, len(start))), np.zeros((0, len(start))), MEMORY)
-
-        def approximation(self):
-            return self.pairs
-
-    counted, optimizer = Counted(fun, start), Kept(memory=MEMORY)
-    operator = Operator()
+    counted, optimizer = Counted(fun, start), LBFGS(memory=MEMORY)
+    operator, optimizer.has_trainer = Operator(), True
+    optimizer.build(operator.variables)
     try:
         while counted.count < MOST:
             found = optimizer.take_step(operator, None)
-            optimizer.pairs = optimizer._pending
+            optimizer.end_step(operator, 0.0)
             if found.step is not None:
                 operator.x = operator.x + found.step
-            elif optimizer.pairs.is_initial and found.attempts == optimizer.max_evaluations:
+            elif optimizer.approximation().is_initial and found.attempts == optimizer.max_evaluations:
                 return math.nan
     except Reached:
         return counted.count

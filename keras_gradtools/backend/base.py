@@ -14,6 +14,9 @@ from keras import ops
 from keras_gradtools.backend import chunks
 from keras_gradtools.blocks import Block
 
+# Number of elements that are summed first in the dot product of two long vectors.
+_PART = 2**12
+
 
 class Backend(abc.ABC):
     """The kernels of one framework.
@@ -38,6 +41,11 @@ class Backend(abc.ABC):
     LINEARIZES_ONCE = False
     # Whether `keras.ops.while_loop` is part of a compiled program, and faster than a loop of Python.
     COMPILES_LOOPS = False
+
+    # Whether nothing changes the values of a tensor, so that the same tensor has the same values.
+    HAS_IMMUTABLE_TENSORS = True
+    # Dot products of longer vectors are not summed in double precision, which takes several times as long.
+    LONG = 2**16
 
     # The axis of the directions in a stack of derivatives, 0 or 1, as measured. See `transforms/taylor/stacks.py`.
     STACK_AXIS = 0
@@ -187,6 +195,50 @@ class Backend(abc.ABC):
         """The dot product of two vectors, summed in double precision, in their dtype."""
         return ops.cast(ops.sum(ops.cast(a, "float64") * ops.cast(b, "float64")), a.dtype)
 
+    def dots(self, pairs):
+        """The dot products of pairs of vectors, of shape `(2, pairs)` in their dtype.
+
+        The sum of both parts is the product. Vectors of up to `LONG` elements are multiplied in double precision, and
+        the second part is what the first one has lost by rounding.
+        """
+        if pairs[0][0].shape[0] <= self.LONG:
+            return self._exact_dots(pairs)
+        found = ops.stack([self.long_dot(a, b) for a, b in pairs])
+        return ops.stack([found, ops.zeros_like(found)])
+
+    def _exact_dots(self, pairs):
+        left, right = (ops.cast(ops.stack(vectors), "float64") for vectors in zip(*pairs, strict=True))
+        return _in_two_parts(ops.sum(left * right, axis=1), pairs[0][0].dtype)
+
+    def products(self, matrices, vectors):
+        """As `dots`, for each row of some matrices with each vector, of shape `(2, rows, vectors)`."""
+        if vectors[0].shape[0] <= self.LONG:
+            return self._exact_products(matrices, vectors)
+        found = ops.stack([ops.stack([self.long_dot(a, b) for b in vectors]) for a in _rows(matrices)])
+        return ops.stack([found, ops.zeros_like(found)])
+
+    def _exact_products(self, matrices, vectors):
+        left, right = (ops.cast(x, "float64") for x in (ops.concatenate(matrices), ops.stack(vectors)))
+        return _in_two_parts(left @ ops.transpose(right), vectors[0].dtype)
+
+    def long_dot(self, a, b):
+        """The dot product of two long vectors, in their precision. Parts of them are summed first."""
+        size = a.shape[0] - a.shape[0] % _PART
+        sums = ops.sum(ops.reshape(a[:size] * b[:size], (-1, _PART)), axis=1)
+        return ops.sum(sums) + ops.sum(a[size:] * b[size:])
+
+    def combination(self, factors, matrices):
+        """The sum of the rows of some matrices times factors of shape `(2, rows)`: the sum of both parts is the factor.
+
+        Rows of up to `LONG` elements are added in double precision.
+        """
+        if matrices[0].shape[1] <= self.LONG:
+            factors = ops.cast(factors, "float64")
+            total = (factors[0] + factors[1])[None] @ ops.cast(ops.concatenate(matrices), "float64")
+            return ops.cast(total[0], matrices[0].dtype)
+        # One by one, since a single matrix would be a copy of all.
+        return sum(factors[0, i] * row for i, row in enumerate(_rows(matrices)))
+
     def held(self, variable):
         """The value of a variable, as a tensor that later assignments do not change."""
         return ops.copy(variable)
@@ -247,6 +299,20 @@ class Backend(abc.ABC):
         """The list of `fun(part)` for each replica's part of the batch."""
         return [fun(batch)]
 
+    def is_true_in_all_processes(self, condition):
+        """Whether a bool is true in all processes that train together, each of which has to ask."""
+        return condition
+
     def summed_over_processes(self, totals, count):
         """Tensors and a count, summed over all processes."""
         return totals, count
+
+
+def _in_two_parts(x, dtype):
+    """Numbers in double precision as the sum of two tensors of a dtype, stacked."""
+    rounded = ops.cast(x, dtype)
+    return ops.stack([rounded, ops.cast(x - ops.cast(rounded, "float64"), dtype)])
+
+
+def _rows(matrices):
+    return [matrix[i] for matrix in matrices for i in range(matrix.shape[0])]

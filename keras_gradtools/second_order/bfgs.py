@@ -156,9 +156,14 @@ class InverseHessian(NamedTuple):
         product = _product(self.matrix, ops.convert_to_tensor(vector.astype(self.dtype)))
         return ops.convert_to_numpy(product).astype("float64")
 
+    def descent(self, gradient):
+        direction, slope = _descent(self.matrix, gradient)
+        return direction, float(sum(ops.convert_to_numpy(slope).astype("float64"))[0]), self
+
     def updated(self, pair):
-        image = self.times(pair.change)
-        relative = dot(pair.change, image) / pair.curvature
+        step, change = (ops.convert_to_numpy(x) for x in (pair.step, pair.change))
+        image = self.times(change)
+        relative = dot(change, image) / pair.curvature
         former = pair.former_curvature / pair.curvature
         if not relative > 0.0 or not former > 0.0:
             # Rounding has made the approximation indefinite. The pair starts a new one.
@@ -167,7 +172,7 @@ class InverseHessian(NamedTuple):
         tau, phi = scaling_and_share(self.update, self.size, former, relative, is_first)
         values, vectors = np.linalg.eigh(update_terms(tau, phi, pair.curvature, relative))
         # In this form, the product is symmetric to the last bit.
-        factors = np.stack([pair.step.astype("float64"), image], axis=1) @ (vectors * np.sqrt(np.abs(values)))
+        factors = np.stack([step.astype("float64"), image], axis=1) @ (vectors * np.sqrt(np.abs(values)))
         return self._replace(change=(1.0 / tau, factors * np.sign(values), factors.T))
 
 
@@ -175,3 +180,9 @@ class InverseHessian(NamedTuple):
 @backend.jit
 def _product(matrix, vector):
     return (matrix @ vector[:, None])[:, 0]
+
+
+@backend.jit
+def _descent(matrix, gradient):
+    direction = -(matrix @ gradient[:, None])[:, 0]
+    return direction, backend.dots([(direction, gradient)])

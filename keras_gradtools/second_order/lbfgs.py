@@ -1,16 +1,16 @@
 """The limited-memory BFGS method."""
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.annotations import Schedule
-from keras_gradtools.curvature.estimators.krylov_basis import dot
 from keras_gradtools.second_order.quasi_newton import QuasiNewton, state_dtype
+from keras_gradtools.second_order.stored_pairs import Pairs, StoredPairs, from_arrays
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -72,57 +72,29 @@ class LBFGS(QuasiNewton):
             return
         super().build(variables)
         size = sum(math.prod(v.shape) for v in variables)
-        options = {"dtype": state_dtype(variables), "aggregation": "only_first_replica"}
-        self._steps = self.add_variable((self.memory, size), name="steps", **options)
-        self._changes = self.add_variable((self.memory, size), name="gradient_changes", **options)
+        add = functools.partial(self.add_variable, aggregation="only_first_replica")
+        self._pairs = StoredPairs(add, self.memory, size, state_dtype(variables))
 
-    def approximation(self) -> "Pairs":
-        """The pairs, the newest first."""
-        steps, changes = (ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._steps, self._changes))
-        # Rows that are not in use yet are zero.
-        count = int(np.any(steps != 0.0, axis=1).sum())
-        return Pairs(steps[:count], changes[:count], self.memory)
+    def approximation(self) -> Pairs:
+        return self._pairs.current()
 
-    def store(self, approximation: "Pairs") -> None:
-        for variable, rows in ((self._steps, approximation.steps), (self._changes, approximation.changes)):
-            missing = self.memory - len(rows)
-            variable.assign(np.pad(rows, ((0, missing), (0, 0))) if missing else rows)
+    def store(self, approximation: Pairs) -> None:
+        if approximation.is_initial:
+            self._pairs.clear()
+        elif approximation.pair is not None:
+            self._pairs.add(approximation.pair, approximation.products)
+
+    def variables_to_restore(self) -> list[Any]:
+        # A step that fails leaves the pairs in use as they are.
+        pairs = {id(v) for v in (*self._pairs.steps.blocks, *self._pairs.changes.blocks)}
+        return [v for v in self.variables if id(v) not in pairs]
+
+    def converted(self, saved: list[Any]) -> list[Any]:
+        stacks = [np.asarray(x) for x in saved[self._others :]]
+        if [x.ndim for x in stacks] != [2, 2] or len(stacks[0]) != self.memory:
+            return saved
+        steps, changes = stacks
+        return [*saved[: self._others], *from_arrays(steps, changes, self._pairs)]
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "memory": self.memory}
-
-
-class Pairs(NamedTuple):
-    """The inverse Hessian of BFGS, by the pairs that it was updated with: `memory` rows at most, the newest first."""
-
-    steps: np.ndarray
-    changes: np.ndarray
-    memory: int
-
-    @property
-    def is_initial(self):
-        return not len(self.steps)
-
-    def initial(self):
-        return self._replace(steps=self.steps[:0], changes=self.changes[:0])
-
-    def updated(self, pair):
-        return self._replace(
-            steps=np.concatenate([pair.step[None].astype(self.steps.dtype), self.steps])[: self.memory],
-            changes=np.concatenate([pair.change[None].astype(self.changes.dtype), self.changes])[: self.memory],
-        )
-
-    def times(self, vector):
-        """The two-loop recursion: the approximate inverse Hessian times a vector, in double precision."""
-        found = np.asarray(vector, "float64").copy()
-        curvatures = [dot(s, y) for s, y in zip(self.steps, self.changes, strict=True)]
-        pairs = list(zip(self.steps, self.changes, curvatures, strict=True))
-        shares = []
-        for s, y, curvature in pairs:
-            shares.append(dot(s, found) / curvature)
-            found -= shares[-1] * y
-        if pairs:
-            found *= curvatures[0] / dot(self.changes[0], self.changes[0])
-        for (s, y, curvature), share in zip(pairs[::-1], shares[::-1], strict=True):
-            found += (share - dot(y, found) / curvature) * s
-        return found

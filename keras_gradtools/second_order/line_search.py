@@ -1,7 +1,7 @@
 """A line search for the strong Wolfe conditions."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,12 +15,12 @@ ROUNDING = 16.0
 
 
 class Point(NamedTuple):
-    """The loss at a step along the direction, its slope there, and the gradient."""
+    """The loss at a step along the direction, its slope there, and the `Trial` that has more about it."""
 
     step: float
     loss: float
     slope: float
-    gradient: np.ndarray | None = None
+    trial: Any = None
 
     @property
     def is_finite(self):

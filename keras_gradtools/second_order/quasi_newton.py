@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -10,7 +10,6 @@ from keras import ops
 
 from keras_gradtools import validation
 from keras_gradtools.annotations import Schedule
-from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.second_order.line_search import ROUNDING, Point, line_search
@@ -25,8 +24,9 @@ class QuasiNewton(SecondOrderOptimizer):
     """Base class: steps along `-H g`, with a strong Wolfe line search, where H approximates the inverse Hessian.
 
     A subclass has `approximation()`, the current H, and `store(approximation)`. In its `build`, it adds the variables
-    of H, which make H the identity if they are zero. An approximation is immutable. It has `is_initial`, whether it is
-    a multiple of the identity that knows no pair, `times(vector)`, `updated(pair)`, and `initial()`.
+    of H, which make H the identity if they are zero. An approximation has `is_initial`, whether it is the identity,
+    `initial()`, and `updated(pair)`. Its `descent(gradient)` returns the direction, its slope, and the approximation
+    itself, which may have computed what `updated` needs.
     """
 
     def __init__(self, max_evaluations: int, learning_rate: Schedule, name: str) -> None:
@@ -34,7 +34,7 @@ class QuasiNewton(SecondOrderOptimizer):
         owner = type(self).__name__
         self.max_evaluations: int = validation.require_count(owner, "max_evaluations", max_evaluations)
         self._pending: Any = None
-        # The loss and the gradient at the end of a step, and what they depend on, in `_known` after the step.
+        # The `Trial` at the end of a step, and what it depends on, in `_known` after the step.
         self._reached: Any = None
         self._state: Any = None
         self._known: tuple[Any, Any] = (None, None)
@@ -58,9 +58,9 @@ class QuasiNewton(SecondOrderOptimizer):
 
     def take_step(self, operator: Any, equations: Any) -> NewtonStepResult:
         self._require_same_weights(operator)
-        operator.check("gradient")
-        loss, gradient = self._start(operator)
-        length = norm(gradient)
+        trials = operator.trials()
+        start = self._start(operator, trials)
+        loss, gradient, length = start.loss, start.gradient, start.gradient_norm
 
         def ended(reason, message, evaluations=0):
             return NewtonStepResult(reason, message, None, loss, 0.0, math.nan, length, 0.0, 0.0, 0, evaluations)
@@ -70,19 +70,20 @@ class QuasiNewton(SecondOrderOptimizer):
             return ended(StepReason.NOT_FINITE, f"the {what} is not finite")
         if not length:
             return ended(StepReason.VANISHED, "the gradient is zero")
-        inverse = self.approximation()
-        direction = -inverse.times(gradient)
-        slope = dot(gradient, direction)
+        inverse, slope = self.approximation(), math.nan
+        if not inverse.is_initial:
+            direction, slope, inverse = inverse.descent(gradient)
         if not slope < 0.0:
-            # Rounding has made the approximation indefinite.
-            inverse, direction, slope = inverse.initial(), -gradient.astype("float64"), -(length**2)
+            # There is no pair yet, or rounding has made the approximation indefinite.
+            inverse, direction, slope = inverse.initial(), -gradient, -(length**2)
         first = float(ops.convert_to_numpy(self.learning_rate))
         if inverse.is_initial:
-            first *= min(1.0, 1.0 / float(np.abs(gradient).sum(dtype="float64")))
+            first *= min(1.0, 1.0 / float(np.abs(ops.convert_to_numpy(gradient)).sum(dtype="float64")))
 
         def evaluate(t):
-            there, gradient_there = operator.loss_and_gradient((t * direction).astype(operator.dtype))
-            return Point(t, there, dot(gradient_there, direction), gradient_there)
+            step = direction if t == 1.0 else direction * trials.dtype.type(t)
+            trial = trials.at(step, gradient)
+            return Point(t, trial.loss, trial.slope / t, trial)
 
         epsilon = float(np.finfo(np.dtype(operator.dtype) if operator.dtype != "bfloat16" else "float32").eps)
         found = line_search(evaluate, Point(0.0, loss, slope), first, self.max_evaluations, epsilon)
@@ -92,20 +93,21 @@ class QuasiNewton(SecondOrderOptimizer):
                 return ended(StepReason.VANISHED, "the possible decrease is below rounding", found.evaluations)
             message = f"none of {found.evaluations} step lengths lowered the loss sufficiently"
             return ended(StepReason.REJECTED, message, found.evaluations)
-        self._reached = found.point.loss, found.point.gradient
-        step = (found.point.step * direction).astype(operator.dtype)
-        pair = Pair(step, found.point.gradient - gradient, -found.point.step * dot(step, gradient))
+        t, trial = found.point.step, found.point.trial
+        # The vectors of the step are not needed at the start of the next one.
+        self._reached = trial._replace(step=None, change=None)
+        pair = Pair.of(trial, t)
         self._pending = inverse.updated(pair) if pair.is_usable else inverse
         # The quadratic model has the curvature -slope along the direction.
-        predicted = -slope * (found.point.step - 0.5 * found.point.step**2)
-        decrease = loss - found.point.loss
+        predicted = -slope * (t - 0.5 * t**2)
+        decrease = loss - trial.loss
         if abs(decrease) <= ROUNDING * epsilon * abs(loss):
             # The difference of the losses is rounding, which the slopes at both ends are not.
-            decrease = -0.5 * found.point.step * (slope + found.point.slope)
+            decrease = -0.5 * t * (slope + found.point.slope)
         ratio = decrease / predicted if predicted > 0.0 else 1.0
         return NewtonStepResult(
-            StepReason.ACCEPTED, "the loss went down", step, loss, decrease, ratio, length, 0.0, norm(step), 0,
-            found.evaluations,
+            StepReason.ACCEPTED, "the loss went down", ops.convert_to_numpy(trial.step), loss, decrease, ratio, length,
+            0.0, trial.step_norm, 0, found.evaluations,
         )  # fmt: skip
 
     def _require_same_weights(self, operator):
@@ -119,8 +121,8 @@ class QuasiNewton(SecondOrderOptimizer):
             "unfrozen, compile the trainer with a new optimizer."
         )
 
-    def _start(self, operator):
-        """The loss and the gradient at the weights. Those of the former step if nothing else has changed since."""
+    def _start(self, operator, trials):
+        """The `Trial` at the weights. That at the end of the former step if nothing else has changed since."""
         former, known = self._known
         self._pending, self._reached, self._state, self._known = None, None, None, (None, None)
         state = operator.loss_state()
@@ -128,22 +130,32 @@ class QuasiNewton(SecondOrderOptimizer):
             self._state = state.kept(former)
             if state.is_same(former):
                 return known
-        # The program of the line search, so that a resumed run computes the same bits.
-        return operator.loss_and_gradient(np.zeros(operator.shape[0]))
+        # By the program of the line search, so that a resumed run computes the same bits.
+        return trials.start()
 
     def end_step(self, operator: Any, damping: float) -> None:
-        super().end_step(operator, damping)
+        # Without the damping, which is always zero.
+        self.iterations.assign_add(1)
         if self._pending is not None:
             self.store(self._pending)
         if self._reached is not None and self._state is not None:
             self._known = self._state.with_weights(operator.variables), self._reached
         self._pending = self._reached = self._state = None
 
+    def converted(self, saved: list[Any]) -> list[Any]:
+        """The saved values of all variables, in the present form if an earlier version has saved them."""
+        return saved
+
     def load_own_variables(self, store: Any) -> None:
         """Loads as Keras does. Of an approximation for other weights, it loads nothing and warns."""
-        own, saved = self.variables, [store[str(i)] for i in range(len(store.keys()))]
-        if len(saved) != len(own) or all(tuple(a.shape) == tuple(b.shape) for a, b in zip(own, saved, strict=True)):
+        own, saved = self.variables, self.converted([store[str(i)] for i in range(len(store.keys()))])
+        if len(saved) <= self._others < len(own):
+            # Saved before the first step.
             super().load_own_variables(store)
+            return
+        if [tuple(v.shape) for v in own] == [tuple(a.shape) for a in saved]:
+            for variable, value in zip(own, saved, strict=True):
+                variable.assign(value)
             return
         warnings.warn(
             f"{type(self).__name__} starts without the curvature of earlier steps, which was saved for other weights "
@@ -159,23 +171,32 @@ class QuasiNewton(SecondOrderOptimizer):
         return {**config, "max_evaluations": self.max_evaluations}
 
 
-class Pair:
+class Pair(NamedTuple):
     """A step s and the change y of the gradient along it.
 
     Attributes:
-        step, change: s and y, NumPy arrays.
-        curvature: s'y, in double precision.
+        step, change: s and y, tensors or NumPy arrays.
         former_curvature: s'Bs, where B is the inverse of the approximation that the step was computed with.
+        curvature: s'y.
+        length: The product of the norms of s and y.
     """
 
-    def __init__(self, step, change, former_curvature):
-        self.step, self.change, self.former_curvature = step, change, former_curvature
-        self.curvature = dot(step, change)
+    step: Any
+    change: Any
+    former_curvature: float
+    curvature: float
+    length: float
+
+    @classmethod
+    def of(cls, trial, t):
+        """The pair of a `Trial` at t times the direction."""
+        length = trial.step_norm * trial.change_norm
+        return cls(trial.step, trial.change, -t * trial.former_slope, trial.curvature, length)
 
     @property
     def is_usable(self):
         """Whether the curvature along the step is positive and more than rounding noise."""
-        return self.curvature > _LEAST_CURVATURE * norm(self.step) * norm(self.change)
+        return self.curvature > _LEAST_CURVATURE * self.length
 
 
 def state_dtype(variables):

@@ -175,7 +175,7 @@ class SecondOrder(ResidualTraining):
             refuse_non_finite(NAME, [batch])
             self._warn(found.message)
         weights = operator.variables if found.step is not None else []
-        measured = [*state_variables(self), *self.metrics_variables, *optimizer.variables]
+        measured = [*state_variables(self), *self.metrics_variables, *optimizer.variables_to_restore()]
         block = undone_by_errors([*weights, *measured])
         with block, block:
             logs = problem.measured(found.loss, batch)

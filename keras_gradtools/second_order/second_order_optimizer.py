@@ -66,6 +66,10 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
         self.damping = damping
         self.iterations.assign_add(1)
 
+    def variables_to_restore(self) -> list[Any]:
+        """The variables that `end_step` changes, and that have to be as before if it fails."""
+        return self.variables
+
     def build(self, variables: Any) -> None:
         if not self.has_trainer:
             raise ValueError(self._needs_trainer())

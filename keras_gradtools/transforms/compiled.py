@@ -71,8 +71,8 @@ class Programs:
         self._last = None
         self._guarded = None
 
-    def captured_values(self, fun):
-        return closures.captured_values(fun, self._ignored)
+    def captured_values(self, fun, guards=None):
+        return closures.captured_values(fun, self._ignored, guards=guards)
 
     def guarded_captured_values(self, fun):
         """As `captured_values`, but faster if nothing has changed. Holds the function and the values strongly."""
@@ -80,7 +80,7 @@ class Programs:
             return self._guarded[1]
         self._guarded = None
         guards = Guards()
-        found = closures.captured_values(fun, self._ignored, guards=guards)
+        found = self.captured_values(fun, guards)
         self._guarded = guards, found
         return found
 
@@ -165,9 +165,12 @@ def may_run():
     return backend.may_compile() and not scopes.is_overridden()
 
 
-def captured_by(fun):
-    """A key of the captured values of `fun`, or of a string itself. Raises `TypeError` if there are too many."""
-    return fun if isinstance(fun, str) else _programs_of(fun).captured_values(fun).key
+def captured_by(fun, guards=None):
+    """A key of the captured values of `fun`, or of a string itself. Raises `TypeError` if there are too many.
+
+    With `Guards`, these then remember where the values were found. They hold the function strongly.
+    """
+    return fun if isinstance(fun, str) else _programs_of(fun).captured_values(fun, guards).key
 
 
 def run(name, fun, body, options, args, kwargs):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_gradtools.curvature.operators.trials import Trials
 from keras_gradtools.optimizers import BFGS, LBFGS, StepReason
 from keras_gradtools.second_order.broyden_family import UPDATES, scaling_and_share, update_terms
 from keras_gradtools.second_order.line_search import LineSearchResult
@@ -45,14 +46,16 @@ class OnFunction:
         self.fun, self.x, self.shape = fun, np.array(x, "float64"), (len(x), len(x))
         self.variables = build(optimizer, len(x))
 
-    def check(self, of):
-        pass
-
     def loss_state(self):
         return None
 
-    def loss_and_gradient(self, offset=None):
-        return self.fun(self.x if offset is None else self.x + offset)
+    def trials(self):
+        return Trials(lambda step: (self.fun(self.x + keras.ops.convert_to_numpy(step)), 1), len(self.x), "float64")
+
+
+def pair_of(step, change, former_curvature):
+    length = np.linalg.norm(step) * np.linalg.norm(change)
+    return Pair(step, change, former_curvature, float(step @ change), float(length))
 
 
 def run(optimizer, operator, steps, gradient_norm=0.0):
@@ -79,7 +82,7 @@ class TestTheMatrix:
             gradient = draw.normal(size=n)
             t = draw.uniform(0.1, 2.0)
             step = -t * optimizer.approximation().times(gradient)
-            pair = Pair(step, hessian @ step, -t * (step @ gradient))
+            pair = pair_of(step, hessian @ step, -t * (step @ gradient))
             # s'Bs with the inverse of H.
             np.testing.assert_allclose(pair.former_curvature, step @ np.linalg.solve(dense(optimizer), step), rtol=1e-6)
             store(optimizer, pair)
@@ -101,7 +104,7 @@ class TestTheMatrix:
             cosine = direction @ step / np.linalg.norm(direction) / np.linalg.norm(step)
             assert cosine > 1.0 - 1e-10
             t = np.linalg.norm(step) / np.linalg.norm(direction)
-            store(optimizer, Pair(step, after - before, -t * (step @ before)))
+            store(optimizer, pair_of(step, after - before, -t * (step @ before)))
             np.testing.assert_allclose(dense(optimizer), theirs.hess_inv, rtol=1e-5, atol=1e-7)
             old = theirs.x
 
@@ -124,7 +127,7 @@ class TestTheMatrix:
         s, y = np.array([1.0, 2.0, 0.5]), np.array([3.0, 5.0, 4.0])
         optimizer = BFGS(scales_first=True)
         build(optimizer, 3)
-        store(optimizer, Pair(s, y, s @ s))
+        store(optimizer, pair_of(s, y, s @ s))
         start = np.eye(3) * (s @ y) / (y @ y)
         left = np.eye(3) - np.outer(s, y) / (s @ y)
         np.testing.assert_allclose(dense(optimizer), left @ start @ left.T + np.outer(s, s) / (s @ y), rtol=1e-12)

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 from keras_gradtools.curvature.data.data_sums import DataSums
-from keras_gradtools.curvature.operators.operator import CurvatureOperator
+from keras_gradtools.curvature.operators.trials import Trials
 from keras_gradtools.models import SecondOrder
 from keras_gradtools.optimizers import BFGS, LBFGS
 
@@ -17,16 +17,14 @@ T = np.sin(2.0 * X[:, :1]) + X[:, 1:2] * X[:, 2:]
 
 @pytest.fixture(autouse=True)
 def starts(monkeypatch):
-    """The starts of steps that were evaluated: gradients with an offset of zeros."""
-    found, compute = [], CurvatureOperator.loss_and_gradient
+    """The starts of steps that were evaluated."""
+    found, compute = [], Trials.start
 
-    def counted(self, offset=None):
-        result = compute(self, offset)
-        if offset is not None and not np.any(offset):
-            found.append(result)
-        return result
+    def counted(self):
+        found.append(compute(self))
+        return found[-1]
 
-    monkeypatch.setattr(CurvatureOperator, "loss_and_gradient", counted)
+    monkeypatch.setattr(Trials, "start", counted)
     return found
 
 

@@ -1,4 +1,4 @@
-"""L-BFGS: the two loops, least squares, and as good as the method of SciPy."""
+"""L-BFGS: its directions and its state, least squares, and as good as the method of SciPy."""
 
 import keras
 import numpy as np
@@ -6,22 +6,156 @@ import pytest
 from keras import layers
 
 import keras_gradtools as kg
+from keras_gradtools import backend
 from keras_gradtools.optimizers import LBFGS, StepReason
-from keras_gradtools.second_order.lbfgs import Pairs
-from tests.second_order.tanh_network import RNG, T, X, fit, network, trainer_of
+from keras_gradtools.second_order.quasi_newton import Pair
+from tests.second_order.tanh_network import RNG, T, X, assert_same_weights, fit, network, trainer_of
 
 
-def test_the_two_loops_multiply_by_the_bfgs_matrix():
-    n, steps = 5, RNG.normal(size=(3, 5))
-    changes = steps @ (lambda a: a @ a.T + np.eye(n))(RNG.normal(size=(n, n)))
-    matrix = np.eye(n) * (steps[0] @ changes[0]) / (changes[0] @ changes[0])
-    for s, y in zip(steps[::-1], changes[::-1], strict=True):  # the oldest first
+def array(variable):
+    return np.array(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
+
+
+def rows_of(rows):
+    return np.concatenate([array(v) for v in rows.blocks])
+
+
+def values(pairs, places):
+    return [rows_of(pairs.steps)[places], rows_of(pairs.changes)[places], array(pairs.products), array(pairs.place)]
+
+
+@pytest.fixture(params=["blocks of two rows", "a block for each row"])
+def blocks(request, monkeypatch):
+    most = {"blocks of two rows": 2 * 5, "a block for each row": 1}
+    monkeypatch.setattr("keras_gradtools.second_order.stored_pairs._MOST_COPIED", most[request.param])
+
+
+def built(n, memory=10, dtype="float32"):
+    """An `LBFGS` for n weights."""
+    optimizer = LBFGS(memory)
+    optimizer.has_trainer = True
+    optimizer.build([keras.Variable(np.zeros(n), dtype=dtype)])
+    return optimizer
+
+
+def store(optimizer, step, change):
+    """Stores a pair as a step does: after a descent, which computes the products of the former pairs."""
+    approximation = optimizer.approximation()
+    if not approximation.is_initial:
+        _, _, approximation = approximation.descent(keras.ops.convert_to_tensor(np.ones_like(step)))
+    pair = Pair(step, change, 1.0, float(step @ change), float(np.linalg.norm(step) * np.linalg.norm(change)))
+    optimizer.store(approximation.updated(pair))
+
+
+def bfgs_matrix(steps, changes):
+    """Of pairs in rows, the oldest first."""
+    n = steps.shape[1]
+    matrix = np.eye(n) * (steps[-1] @ changes[-1]) / (changes[-1] @ changes[-1])
+    for s, y in zip(steps, changes, strict=True):
         rho = 1.0 / (s @ y)
         left = np.eye(n) - rho * np.outer(s, y)
         matrix = left @ matrix @ left.T + rho * np.outer(s, s)
-    v = RNG.normal(size=n)
-    np.testing.assert_allclose(Pairs(steps, changes, 10).times(v), matrix @ v, rtol=1e-8)
-    np.testing.assert_allclose(Pairs(steps, changes, 10).initial().times(v), v)
+    return matrix
+
+
+def pairs_of_a_quadratic(count, n, dtype):
+    steps = RNG.normal(size=(count, n))
+    root = RNG.normal(size=(n, n))
+    return steps.astype(dtype), (steps @ (root @ root.T + np.eye(n))).astype(dtype)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_the_direction_is_that_of_the_bfgs_matrix(count, dtype):
+    # With a memory of 4, the pairs fill the ring, and then overwrite it more than once.
+    n, optimizer = 5, built(5, memory=4, dtype=dtype)
+    steps, changes = pairs_of_a_quadratic(count, n, dtype)
+    for s, y in zip(steps, changes, strict=True):
+        store(optimizer, s, y)
+    matrix = bfgs_matrix(steps[-4:].astype("float64"), changes[-4:].astype("float64"))
+    gradient = RNG.normal(size=n).astype(dtype)
+    direction, slope, _ = optimizer.approximation().descent(keras.ops.convert_to_tensor(gradient))
+    direction = keras.ops.convert_to_numpy(direction)
+    assert direction.dtype == dtype
+    # Products in double precision: only the direction itself is rounded.
+    tolerance = 1e-6 if dtype == "float32" else 1e-9
+    np.testing.assert_allclose(direction, -matrix @ gradient, rtol=0, atol=tolerance * np.abs(matrix @ gradient).max())
+    np.testing.assert_allclose(slope, direction.astype("float64") @ gradient, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_the_pairs_in_blocks():
+    test_the_direction_is_that_of_the_bfgs_matrix(9, "float32")
+
+
+def test_long_vectors(monkeypatch):
+    monkeypatch.setattr(type(backend._current), "LONG", 10)
+    n, optimizer = 5000, built(5000, memory=3)
+    steps = RNG.normal(size=(5, n)).astype("float32")
+    changes = (steps * np.geomspace(1.0, 5.0, n)).astype("float32")
+    for s, y in zip(steps, changes, strict=True):
+        store(optimizer, s, y)
+    gradient = RNG.normal(size=n).astype("float32")
+    direction, _, _ = optimizer.approximation().descent(keras.ops.convert_to_tensor(gradient))
+    expected = -bfgs_matrix(steps[-3:].astype("float64"), changes[-3:].astype("float64")) @ gradient
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(direction), expected, rtol=0, atol=1e-5)
+
+
+class TestTheState:
+    @pytest.mark.usefixtures("blocks")
+    def test_that_of_earlier_versions(self):
+        # They saved a stack of steps and a stack of changes, the newest first, with rows of zeros for no pair.
+        steps, changes = pairs_of_a_quadratic(3, 5, "float32")
+        now, then = built(5, memory=4), built(5, memory=4)
+        for s, y in zip(steps, changes, strict=True):
+            store(now, s, y)
+        others = [array(v) for v in then.variables[: then._others]]
+        saved = [*others, *(np.concatenate([rows[::-1], np.zeros((1, 5), "float32")]) for rows in (steps, changes))]
+        then.load_own_variables({str(i): x for i, x in enumerate(saved)})
+        gradient = keras.ops.convert_to_tensor(RNG.normal(size=5).astype("float32"))
+        (first, *_), (second, *_) = (o.approximation().descent(gradient) for o in (now, then))
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (first, second)), rtol=1e-6)
+        store(then, steps[0], changes[0])
+        store(now, steps[0], changes[0])
+        (first, *_), (second, *_) = (o.approximation().descent(gradient) for o in (now, then))
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (first, second)), rtol=1e-6)
+
+    def test_another_memory(self):
+        steps, changes = pairs_of_a_quadratic(3, 5, "float32")
+        first, second = built(5, memory=4), built(5, memory=2)
+        for s, y in zip(steps, changes, strict=True):
+            store(first, s, y)
+        first.iterations.assign(7)
+        with pytest.warns(UserWarning, match="LBFGS starts without the curvature of earlier steps"):
+            second.load_own_variables({str(i): x for i, x in enumerate(map(array, first.variables))})
+        assert second.approximation().is_initial and int(array(second.iterations)) == 7
+
+    @pytest.mark.parametrize("last", ["steps", "changes", "products", "place"])
+    def test_an_interrupted_step_leaves_the_pairs_of_the_last_one(self, last, monkeypatch):
+        trainer = trainer_of(network(), LBFGS(memory=2))
+        fit(trainer, 4)
+        optimizer, weights = trainer.optimizer, trainer.model.get_weights()
+        pairs = optimizer._pairs
+        used = [i for i in range(3) if i != (pairs.current().newest + 1) % 3]
+        before = values(pairs, used)
+        found = getattr(pairs, last)
+        variables = {id(v) for v in getattr(found, "blocks", [found])}
+        assign = keras.Variable.assign
+
+        def interrupted(self, value):
+            assign(self, value)
+            if id(self) in variables:
+                variables.clear()
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(keras.Variable, "assign", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_on_batch(X, T)
+        monkeypatch.undo()
+        assert_same_weights(trainer.model, weights)
+        for a, b in zip(before, values(pairs, used), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 class TestFit:
@@ -51,9 +185,10 @@ class TestFit:
     def test_an_update_keeps_the_newest_pairs(self):
         trainer = trainer_of(network(), LBFGS(memory=2))
         fit(trainer, 4)
-        steps = np.asarray(keras.ops.convert_to_numpy(trainer.optimizer._steps))
-        assert steps.shape == (2, 31) and np.all(np.linalg.norm(steps, axis=1) > 0)
-        np.testing.assert_array_equal(steps[0], trainer.last_step.step)
+        pairs = trainer.optimizer.approximation()
+        assert pairs.number == 2
+        assert rows_of(pairs.stored.steps).shape == (3, 31)
+        np.testing.assert_array_equal(rows_of(pairs.stored.steps)[pairs.newest], trainer.last_step.step)
 
 
 def test_at_a_minimum():

@@ -106,6 +106,21 @@ class JaxBackend(Backend):
             product = jax.lax.dot(a.astype(double), b.astype(double))
             return product.astype(a.dtype)
 
+    def _exact_dots(self, pairs):
+        with enable_x64(True):
+            return super()._exact_dots(pairs)
+
+    def _exact_products(self, matrices, vectors):
+        with enable_x64(True):
+            return super()._exact_products(matrices, vectors)
+
+    def long_dot(self, a, b):
+        return jax.lax.dot(a, b)
+
+    def combination(self, factors, matrices):
+        with enable_x64(True):
+            return super().combination(factors, matrices)
+
     def held(self, variable):
         # Arrays are immutable.
         return variable.value

@@ -45,6 +45,7 @@ class TorchBackend(Backend):
     COMPILERS = ("inductor",)
     LINEARIZES_ONCE = True
     CHUNKS_ALWAYS_PAY = True
+    HAS_IMMUTABLE_TENSORS = False
 
     pullback = staticmethod(pullbacks.pullback)
     constant_pullback = staticmethod(pullbacks.constant_pullback)
@@ -85,6 +86,13 @@ class TorchBackend(Backend):
         with block, block:
             # In place, so that no operation makes a new matrix.
             variable.value.addmm_(left, right, beta=factor)
+
+    def is_true_in_all_processes(self, condition):
+        (agreeing,), count = summed_over_processes([torch.tensor(float(condition))], 1)
+        return float(agreeing) == count
+
+    def long_dot(self, a, b):
+        return torch.dot(a, b)
 
     def settled(self, tensors):
         attached = [t for t in tensors if t.requires_grad]

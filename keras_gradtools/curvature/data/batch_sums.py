@@ -83,28 +83,22 @@ def add_rows(place, count, chunk_size, spec, loss, parameters, model, totals, st
 
 
 def add_loss(spec, loss, parameters, model, totals, offset, batch, seed):
-    """Adds the loss at the weights plus `offset`."""
+    """Adds the loss at the weights plus `offset`, a flat vector or None."""
 
     def of_part(part, size):
-        weights = _moved(parameters.variables_as_tensors(), offset)
-        return [size * loss.total(model, weights, *part)]
+        return [size * loss.total(model, parameters.moved(offset), *part)]
 
     return _added(totals, of_part, batch, parameters)
 
 
 def add_loss_and_gradient(spec, loss, parameters, model, totals, offset, batch, seed):
-    """Adds the loss and its gradient at the weights plus `offset`."""
+    """Adds the loss and its gradient, a flat vector, at the weights plus `offset`."""
 
     def of_part(part, size):
-        weights = _moved(parameters.variables_as_tensors(), offset)
-        value, gradient = value_and_grad(lambda w: loss.total(model, w, *part))(weights)
-        return [size * x for x in (value, *gradient)]
+        value, gradient = value_and_grad(lambda w: loss.total(model, w, *part))(parameters.moved(offset))
+        return [size * value, parameters.joined([size * g for g in gradient])]
 
     return _added(totals, of_part, batch, parameters)
-
-
-def _moved(weights, offset):
-    return weights if offset is None else [w + d for w, d in zip(weights, offset, strict=True)]
 
 
 def _added(totals, of_part, batch, parameters):

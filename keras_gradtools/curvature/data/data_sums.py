@@ -102,7 +102,7 @@ class DataSums:
         return backend.computed_bytes(computed)
 
     def loss_at(self, offset):
-        """The loss at the weights plus `offset`, a tensor for each variable or None."""
+        """The loss at the weights plus `offset`, a flat vector or None."""
 
         def zeros():
             return [ops.zeros((), dtype=self.parameters.dtype)]
@@ -114,18 +114,18 @@ class DataSums:
     def loss_and_gradient_at(self, offset):
         """The loss and the gradient, a flat NumPy array, at the weights plus `offset`."""
         self.prepare("gradient")
-        totals, count = self.gradient_sums(offset)
-        # Divided as one array, because an operation on a small tensor takes longer than its computation.
-        gradient = self.parameters.joined_in_numpy(totals[1:])
-        return float(totals[0]) / count, np.divide(gradient, count, dtype=gradient.dtype)
+        (loss, gradient), count = self.gradient_sums(offset)
+        # Divided in NumPy, because an operation on a small tensor takes longer than its computation.
+        gradient = ops.convert_to_numpy(gradient)
+        return float(loss) / count, np.divide(gradient, count, dtype=gradient.dtype)
 
     def gradient_sums(self, offset=None):
-        """The sums of the loss and of its gradient, and the number of examples, without checks."""
+        """The sums of the loss and of its flat gradient, and the number of examples, without checks."""
         return self.summed("gradient", batch_sums.add_loss_and_gradient, self.zeros_of_gradient, offset)
 
     def zeros_of_gradient(self):
         """Zeros to which losses and gradients are added."""
-        return [ops.zeros((), dtype=self.parameters.dtype), *self.parameters.zeros()]
+        return [ops.zeros(shape, dtype=self.parameters.dtype) for shape in ((), (self.parameters.size,))]
 
     def outputs_of_example(self):
         """See `CurvatureOperator.outputs_of_example`."""

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_gradtools import backend, nesting
 from keras_gradtools.transforms import compiled
+from keras_gradtools.transforms.guards import Guards
 
 
 class LossState:
@@ -16,34 +17,36 @@ class LossState:
         (batch,) = sums.batches
         # Another operator may have another loss.
         self._reads, self._key = sums.reads, key
-        self._weights = _arrays(sums.parameters.variables)
-        self._others = _arrays([*(x for x in nesting.flatten(batch) if x is not None), *variables])
+        self._weights = _tensors(sums.parameters.variables)
+        self._others = _tensors([*(x for x in nesting.flatten(batch) if x is not None), *variables])
 
     def kept(self, former):
-        """A copy, because tensors of torch can be overwritten. It shares what is the same in `former`."""
+        """A copy, if tensors can be overwritten. It shares what is the same in `former`."""
+        if backend.HAS_IMMUTABLE_TENSORS:
+            return self
         other = copy.copy(self)
         is_shared = former is not None and _are_equal(self._others, former._others)
-        other._others = former._others if is_shared else [x.copy() for x in self._others]
-        other._weights = [x.copy() for x in self._weights]
+        other._others = former._others if is_shared else _copies(self._others)
+        other._weights = _copies(self._weights)
         return other
 
     def with_weights(self, variables):
         """The same state with the current weights."""
         other = copy.copy(self)
-        other._weights = [x.copy() for x in _arrays(variables)]
+        weights = _tensors(variables)
+        other._weights = weights if backend.HAS_IMMUTABLE_TENSORS else _copies(weights)
         return other
 
     def is_same(self, former):
         """Whether the loss has the same value and gradient. All processes that train together get the same answer."""
         same = former is not None and self._reads is former._reads and self._key == former._key
         same = same and _are_equal(self._weights, former._weights) and _are_equal(self._others, former._others)
-        (agreeing,), count = backend.summed_over_processes([ops.convert_to_tensor(float(same))], 1)
-        return float(agreeing) == count
+        return backend.is_true_in_all_processes(same)
 
 
 def loss_state(sums):
     """The `LossState` of a `DataSums` of one batch, at the current weights. None if the loss may change by itself."""
-    key = _key(sums)
+    key = program_key(sums)
     if key is None:
         return None
     reads = sums.reads
@@ -58,21 +61,44 @@ def loss_state(sums):
     return None if reads["variables"] is None else LossState(sums, key, reads["variables"])
 
 
-def _key(sums):
+def program_key(sums):
     """What decides which program computes the loss. None if there is too much to compare."""
+    captured = _captured(sums)
+    if captured is None:
+        return None
     (batch,) = sums.batches
     outline, leaves = nesting.split(batch)
+    return captured, outline, [None if x is None else (tuple(x.shape), x.dtype) for x in leaves]
+
+
+def _captured(sums):
+    """What the model and the functions of the loss have captured. It is quickly known if nothing has changed."""
+    known = sums.reads.get("captured")
+    if known is not None and known[0].hold():
+        return known[1]
+    guards = Guards()
     try:
-        captured = tuple(compiled.captured_by(x) for x in (sums.model, *sums.loss.functions()))
+        found = tuple(compiled.captured_by(x, guards) for x in (sums.model, *sums.loss.functions()))
     except TypeError:
         return None
-    return captured, outline, [None if x is None else tuple(x.shape) for x in leaves]
+    sums.reads["captured"] = guards, found
+    return found
 
 
-def _arrays(values):
-    return [ops.convert_to_numpy(ops.convert_to_tensor(x)) for x in values]
+def _tensors(values):
+    return [ops.convert_to_tensor(x) for x in values]
 
 
-def _are_equal(arrays, others):
-    same = (a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(arrays, others, strict=False))
-    return len(arrays) == len(others) and all(same)
+def _copies(values):
+    return [np.array(x) for x in map(ops.convert_to_numpy, values)]
+
+
+def _are_equal(values, others):
+    return len(values) == len(others) and all(map(_is_equal, values, others))
+
+
+def _is_equal(a, b):
+    if a is b and backend.HAS_IMMUTABLE_TENSORS:
+        return True
+    a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
+    return a.dtype == b.dtype and np.array_equal(a, b)

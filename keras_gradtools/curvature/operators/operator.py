@@ -24,6 +24,7 @@ from keras_gradtools.curvature.operators.linearized_products import fast_matvec
 from keras_gradtools.curvature.operators.operator_algebra import AlgebraicOperator
 from keras_gradtools.curvature.operators.parameters import Parameters
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
+from keras_gradtools.curvature.operators.trials import Trials, trials_of
 from keras_gradtools.display.progress import Progress
 from keras_gradtools.transforms.jacobians import require_rows
 
@@ -221,10 +222,7 @@ class CurvatureOperator(AlgebraicOperator):
     def _offset(self, name, offset):
         if offset is None:
             return None
-        parts, count, _ = self._parameters.received(offset)
-        if count is not None:
-            raise ValueError(f"{name} expects one vector as `offset`. Received: {count} columns.")
-        return parts
+        return self._parameters.flat(name, offset)
 
     def __repr__(self) -> str:
         names = ", ".join(v.path for v in self.variables[:3]) + (", ..." if len(self.variables) > 3 else "")
@@ -303,6 +301,10 @@ class CurvatureOperator(AlgebraicOperator):
     def check(self, of: str = "product") -> None:
         """Runs the checks of the first product now. With `of="gradient"`, those of the first loss or gradient."""
         self._sums.prepare(of)
+
+    def trials(self) -> Trials:
+        """`Trials` of the loss of a single batch. Runs the checks of the first gradient."""
+        return trials_of(self._sums)
 
     def loss_state(self) -> Any:
         """What the loss of a single batch depends on now, a `LossState`. None if the loss may change by itself."""

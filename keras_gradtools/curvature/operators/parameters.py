@@ -1,5 +1,6 @@
 """The variables of a curvature operator, and vectors over them: flat, in columns, or in the variables' structure."""
 
+import functools
 import itertools
 import math
 
@@ -7,7 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradtools import nesting, validation
+from keras_gradtools import backend, nesting, validation
+from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.tape import vectors
 from keras_gradtools.training.undone_by_errors import undone_by_errors
 
@@ -34,13 +36,34 @@ class Parameters:
         """The current values, a tensor for each variable."""
         return [ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.variables]
 
-    def move(self, offsets):
-        """Adds a tensor to each variable. If this fails or is interrupted, all variables are restored."""
-        moved = [ops.convert_to_tensor(v) + offset for v, offset in zip(self.variables, offsets, strict=True)]
+    def moved(self, offset):
+        """The current values plus a flat vector, or plus None."""
+        weights = self.variables_as_tensors()
+        if offset is None:
+            return weights
+        parts = self.split(ops.convert_to_tensor(offset))
+        return [w + part for w, part in zip(weights, parts, strict=True)]
+
+    def move(self, offset):
+        """Adds a flat vector to the variables. If this fails or is interrupted, all of them are restored."""
+        moved = self._moved(offset)
         block = undone_by_errors(self.variables)
         with block, block:
             for v, value in zip(self.variables, moved, strict=True):
                 v.assign(value)
+
+    @functools.cached_property
+    def _moved(self):
+        return backend.jit(self.moved)
+
+    def flat(self, name, given):
+        """A vector in any form that `received` accepts as a flat array or tensor. Raises `ValueError` for columns."""
+        if isinstance(given, np.ndarray) and given.shape == (self.size,) and given.dtype.kind == "f":
+            return given.astype(solver_dtype(self.dtype), copy=False)
+        parts, columns, _ = self.received(given)
+        if columns is not None:
+            raise ValueError(f"{name} expects one vector as `offset`. Received: {columns} columns.")
+        return self.joined(parts)
 
     def split(self, vectors):
         """A vector `(n,)`, or a stack of vectors `(k, n)` with a leading axis, as a tensor for each variable."""
