@@ -40,9 +40,9 @@ class LBFGS(QuasiNewton):
 
     Cost:
         For each step, one or two evaluations of the loss and its gradient in the line search, and one before it unless
-        the last step had the same batch in the same order (`shuffle=False`) without random numbers. `4 * memory * n`
-        multiplications for n weights. It stores `2 * memory` vectors, and a step needs memory for up to about
-        `7 * memory` more.
+        the last step had the same batch in the same order (`shuffle=False`) without random numbers. `6 * memory * n`
+        multiplications for n weights, in which each stored vector is read two or three times. It stores
+        `2 * (memory + 1)` vectors, and a step needs memory for a few more.
 
     Example:
 
@@ -57,8 +57,9 @@ class LBFGS(QuasiNewton):
     >>> model.get_weights()[0].round(3).ravel().tolist()
     [2.0, -1.0]
 
-    Source: Nocedal & Wright, "Numerical Optimization" (2006), algorithms 7.4 and 7.5; Berahas, Nocedal & Takáč, "A
-    multi-batch L-BFGS method for machine learning" (2016) for gradients of the same batch.
+    Source: Nocedal & Wright, "Numerical Optimization" (2006), algorithm 7.5; Byrd, Nocedal & Schnabel, "Representations
+    of quasi-Newton matrices and their use in limited memory methods" (1994), theorem 2.2, for the product with $H_k$;
+    Berahas, Nocedal & Takáč, "A multi-batch L-BFGS method for machine learning" (2016) for gradients of the same batch.
     """
 
     def __init__(

@@ -53,12 +53,12 @@ def with_loss(body, spec, loss, parameters, model, args, batch, seed):
 
     # Both divide the same sum, so that equal losses are equal to the last bit.
     def loss_at(offset):
-        (total,), _ = add_loss(spec, loss, parameters, model, None, parameters.split(offset), batch, seed)
+        (total,), _ = add_loss(spec, loss, parameters, model, None, offset, batch, seed)
         return total / size
 
     def loss_and_gradient():
-        (total, *gradient), _ = add_loss_and_gradient(spec, loss, parameters, model, None, None, batch, seed)
-        return total / size, parameters.joined(gradient) / size
+        (total, gradient), _ = add_loss_and_gradient(spec, loss, parameters, model, None, None, batch, seed)
+        return total / size, gradient / size
 
     return body(loss_at, loss_and_gradient, *args), None
 
