@@ -42,8 +42,8 @@ class Backend(abc.ABC):
     # Whether `keras.ops.while_loop` is part of a compiled program, and faster than a loop of Python.
     COMPILES_LOOPS = False
 
-    # Whether nothing changes the values of a tensor, so that the same tensor has the same values.
-    HAS_IMMUTABLE_TENSORS = True
+    # Whether the same tensor always has the same values, even if it was read from a variable that has changed since.
+    HAS_IMMUTABLE_TENSORS = False
     # Dot products of longer vectors are not summed in double precision, which takes several times as long.
     LONG = 2**16
 

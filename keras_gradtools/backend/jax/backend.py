@@ -47,6 +47,7 @@ class JaxBackend(Backend):
 
     HESSIAN_MODE = "forward"
     COMPILES_LOOPS = True
+    HAS_IMMUTABLE_TENSORS = True
     # XLA fuses a whole pass over a tile of examples: 1.6 times faster with two directions on a CPU.
     STACK_AXIS = 1
 

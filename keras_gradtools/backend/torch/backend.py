@@ -45,7 +45,6 @@ class TorchBackend(Backend):
     COMPILERS = ("inductor",)
     LINEARIZES_ONCE = True
     CHUNKS_ALWAYS_PAY = True
-    HAS_IMMUTABLE_TENSORS = False
 
     pullback = staticmethod(pullbacks.pullback)
     constant_pullback = staticmethod(pullbacks.constant_pullback)
