@@ -25,7 +25,7 @@ OPTIMIZERS = {
 }
 TASKS = ["classifier", "regression"]
 # Until the gradient is below this. Then the last digits of a loss in single precision hide most steps.
-VANISHED, MOST_STEPS = 2e-3, 400
+VANISHED, MOST_STEPS = 2e-3, 1000
 # What rounding can add to a loss, relative to it.
 ROUNDING = 16 * 2.0**-23
 
