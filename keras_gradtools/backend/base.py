@@ -117,7 +117,9 @@ class Backend(abc.ABC):
     def jit(self, fun, compiler=None):
         """`fun`, compiled, by one of `COMPILERS` or in the usual way. Variables are its state.
 
-        If the function that is returned has an attribute `refusal`, this is why it runs eagerly, or None.
+        If the function that is returned has an attribute `refusal`, this is why it runs eagerly, or None. If it has a
+        method `repeat(args)`, this is a faster way for arguments with the structure, shapes and dtypes of the last
+        call. It returns the result as a list of one, or None if the arguments are others or have a Keras mask.
         """
 
     def compiled_step(self, fun, compiler=None):

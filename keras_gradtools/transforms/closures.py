@@ -259,7 +259,7 @@ class _Walk:
 
     def _guard_variable(self, variable):
         if type(variable).trainable is keras.Variable.trainable and TRAINABLE in vars(variable):
-            self._guards.values(vars(variable), [TRAINABLE])
+            self._guards.flag(vars(variable), TRAINABLE)
         else:
             self._guards.rules(_trainable, variable)
 

@@ -40,6 +40,8 @@ class Program:
         self.note = None
         self.ran = False
         self._compiled = backend.jit(traced)
+        # A faster way to call it again, if the backend has one.
+        self.repeat = getattr(self._compiled, "repeat", None)
 
     @property
     def refusal(self):
@@ -70,6 +72,8 @@ class Programs:
         self._ignored = frozenset()
         self._last = None
         self._guarded = None
+        # For a repeated call: the program of the last call, and the context of that. Valid while the guards hold.
+        self._repeated = None
 
     def captured_values(self, fun, guards=None):
         return closures.captured_values(fun, self._ignored, guards=guards)
@@ -78,11 +82,23 @@ class Programs:
         """As `captured_values`, but faster if nothing has changed. Holds the function and the values strongly."""
         if self._guarded is not None and self._guarded[0].hold():
             return self._guarded[1]
-        self._guarded = None
+        self._guarded = self._repeated = None
         guards = Guards()
         found = self.captured_values(fun, guards)
         self._guarded = guards, found
         return found
+
+    def repeat(self, args):
+        """The result of the program of the last call, as a list of one, if this call repeats it. Otherwise None."""
+        repeated, guarded = self._repeated, self._guarded
+        if repeated is None or guarded is None:
+            return None
+        program, ambient = repeated
+        return program.repeat(args) if layer_state.ambient() == ambient and guarded[0].hold() else None
+
+    def note_call(self, program, key):
+        """Lets `repeat` use `program`, which `guarded_captured_values` has chosen, if it can be repeated."""
+        self._repeated = (program, key.ambient) if hasattr(program, "repeat") else None
 
     def get(self, key, make):
         last = self._last
@@ -115,7 +131,7 @@ class Programs:
             return
         with self.lock:
             self._ignored |= after.changed_since(before)
-            self._guarded = None
+            self._guarded = self._repeated = None
             program = self.by_key.pop(key, None)
             if program is not None:
                 self._last = None
@@ -178,7 +194,7 @@ def run(name, fun, body, options, args, kwargs):
     return prepare(name, fun, body, options, args, kwargs)(args, kwargs)
 
 
-def prepare(name, fun, body, options, args, kwargs):
+def prepare(name, fun, body, options, args, kwargs, note_repeated=None):
     """Returns `body(fun, *args, **kwargs)` as a function of `(args, kwargs)`, compiled if possible.
 
     The function that is returned is valid for arguments of the same structure, shapes and dtypes. It is not compiled
@@ -188,6 +204,7 @@ def prepare(name, fun, body, options, args, kwargs):
     runs eagerly from then on. Any other error of a first call is raised, and the next call tries again.
 
     `options` is part of the cache key. It must differ for each `body` and its constants that have the same `name`.
+    `note_repeated(programs, program, key)` is called when a program has run that had run before.
     """
 
     def eager(args, kwargs):
@@ -221,6 +238,8 @@ def prepare(name, fun, body, options, args, kwargs):
                 programs.warn_once(name, fun, _refused(program.refusal))
             elif is_new:
                 programs.has_traced(fun, key, captured)
+            elif note_repeated is not None:
+                note_repeated(programs, program, key)
             return result
         # An error that also occurs without the compiler is raised from here, with a shorter traceback.
         result = eager(args, kwargs)
@@ -258,6 +277,9 @@ def jitted(fun, compiler=None):
 
     @functools.wraps(fun, updated=())
     def call(*args, **kwargs):
+        found = None if kwargs else programs.repeat(args)
+        if found is not None:
+            return found[0]
         reads = closures.attributes_read_by(fun)
         leaves = nesting.flatten((args, kwargs) if kwargs else args)
         if any(map(layer_state.has_keras_mask, leaves)):
@@ -296,6 +318,8 @@ def jitted(fun, compiler=None):
             programs.warn_once("kg.jit", fun, _refused(refusal))
         elif made:
             programs.has_traced(fun, key, captured)
+        else:
+            programs.note_call(program, key)
         return result
 
     return call

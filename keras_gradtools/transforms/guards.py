@@ -20,6 +20,8 @@ class Guards:
         self._contents: list = []
         self._functions: list = []
         self._rules: list = []
+        self._mappings: list = []
+        self._flags: list = []
 
     def at(self, mapping, name):
         """Remembers the value of a name, or that it is absent."""
@@ -29,6 +31,11 @@ class Guards:
         """Remembers the values of names that exist, which are read together. Equal values count as unchanged."""
         get = operator.itemgetter(*names)
         self._values.append((get, mapping, get(mapping)))
+
+    def flag(self, mapping, name):
+        """Remembers the value of a name that exists. Most guards are of this kind, one for each variable of a model."""
+        self._mappings.append((mapping, name))
+        self._flags.append(mapping[name])
 
     def layers(self, layers):
         """Remembers the entries of a list of layers."""
@@ -56,6 +63,8 @@ class Guards:
             for get, mapping, values in self._values:
                 if get(mapping) != values:
                     return False
+            if [mapping[name] for mapping, name in self._mappings] != self._flags:
+                return False
             for layers, found in self._lists:
                 if layers != found:
                     return False
@@ -63,7 +72,8 @@ class Guards:
                 if cell.cell_contents is not x:
                     return False
             for container, found in self._contents:
-                now = _contents(container)
+                # Not `==`, which compares arrays and variables by their values.
+                now = container if type(container) is list else _contents(container)
                 if len(now) != len(found) or not all(map(operator.is_, now, found)):
                     return False
             for fun, code, defaults, keywords in self._functions:

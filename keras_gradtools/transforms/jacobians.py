@@ -12,6 +12,7 @@ from keras_gradtools.annotations import Arguments, ChunkSize, InputNames
 from keras_gradtools.independence.example_mixing import examine
 from keras_gradtools.tape import jacobian_plans, vectors
 from keras_gradtools.transforms import auxiliary, compiled
+from keras_gradtools.transforms.repeated_calls import RepeatedCalls
 from keras_gradtools.transforms.taped_call import (
     TapedCall,
     argument_positions,
@@ -145,6 +146,8 @@ def batch_jacobian(
     options = _options(name, argnums, mode, chunk_size, has_aux, memory_budget, batch_axes=1)
     validation.require_flag(name, "check_independence", check_independence)
     names = chosen_inputs.require_names(name, inputs)
+    if names is None and not check_independence:
+        return Jacobian(fun, options).as_function()
 
     @functools.wraps(fun, updated=())
     def transformed(*args, **kwargs):
@@ -236,6 +239,9 @@ class Jacobian:
     def __init__(self, fun, options):
         self.fun = fun
         self.options = options
+        self._body = functools.partial(_whole, options)
+        self._key = ("whole", options)
+        self._calls = RepeatedCalls(options.name, fun)
 
     def as_function(self):
         @functools.wraps(self.fun, updated=())
@@ -270,9 +276,7 @@ class Jacobian:
         return compiled.remembered(options.name, self.fun, ("rows", options), args, kwargs, find)
 
     def _whole(self, args, kwargs):
-        options = self.options
-        body = functools.partial(_whole, options)
-        (blocks, aux), note = compiled.run(options.name, self.fun, body, ("whole", options), args, kwargs)
+        (blocks, aux), note = self._calls.run(self._body, self._key, args, kwargs)
         return self._with_aux(blocks, aux, note)
 
     def _with_aux(self, blocks, aux, note):

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from jax._src.array import ArrayImpl
 
 from keras_gradtools import nesting
 from keras_gradtools.backend import causes
 from keras_gradtools.keras_internals.variables import AutocastScope, Variable, initialize_all_variables
 from keras_gradtools.keras_state import recording, scopes
+from keras_gradtools.keras_state.layer_state import has_keras_mask
 from keras_gradtools.keras_state.scopes import StateScope
 
 
@@ -29,13 +31,31 @@ class _Program:
         self._static = static
         self._outline_of_result: Any = None
         self._read: list | None = None
+        # Whether no class of these variables has its own way of reading the value.
+        self._reads_plainly = False
         self._assigned: list = []
         self._compiled = jax.jit(self._run)
 
     def __call__(self, arrays):
         if self._read is None:
             self._read = self._find_state(arrays)
-        result, assigned = self._compiled(_values_of(self._read), arrays)
+            self._reads_plainly = all(type(v).value is Variable.value for v in self._read)
+        result, assigned = self._compiled(self._values(), arrays)
+        if assigned:
+            self._assign(assigned)
+        return self._outline_of_result.pack(result)
+
+    def _values(self):
+        """The values of the variables, not autocast."""
+        # A shortcut if no tape or scope needs to see the reads: reading through Keras takes microseconds per variable.
+        if self._reads_plainly and not (recording.is_recording() or scopes.in_scope()):
+            values = [v._value for v in self._read]
+            if all([value is not None for value in values]):
+                return values
+        with AutocastScope(None):
+            return [v.value for v in self._read]
+
+    def _assign(self, assigned):
         before = [v._value for v in self._assigned]
         try:
             for variable, value in zip(self._assigned, assigned, strict=True):
@@ -45,7 +65,6 @@ class _Program:
             for variable, value in zip(self._assigned, before, strict=True):
                 variable._value = value
             raise
-        return self._outline_of_result.pack(result)
 
     def _find_state(self, arrays):
         """Traces once without compiling, to find the variables that are read, and initializes new variables.
@@ -87,9 +106,22 @@ _ARRAY = _Array()
 
 def jit(fun, compiler=None):
     programs = collections.OrderedDict()
+    last: tuple = (None, None, ())
+
+    def repeat(args):
+        """The result for arguments like those of the last call, as a list of one. See `Backend.jit`."""
+        program, structure, types = last
+        if program is None:
+            return None
+        # JAX itself compares structures and types fastest.
+        arrays, given = jax.tree.flatten(args)
+        if given != structure or [x.aval if type(x) is ArrayImpl else None for x in arrays] != types:
+            return None
+        return None if any(map(has_keras_mask, arrays)) else [program(arrays)]
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
+        nonlocal last
         outline, flat = nesting.split((args, kwargs))
         # JAX flattens leaves further: a sparse array consists of several arrays.
         leaves, structure = jax.tree.flatten(flat, is_leaf=_is_none)
@@ -109,24 +141,22 @@ def jit(fun, compiler=None):
             program = programs[key] = _Program(fun, outline, structure, static)
             if len(programs) > _MOST_PROGRAMS:
                 programs.popitem(last=False)
-        return program(arrays)
+        result = program(arrays)
+        is_plain = not (kwargs or constants) and _is_plain(outline.node) and all(type(x) is ArrayImpl for x in arrays)
+        last = (program, jax.tree.structure(args), [x.aval for x in arrays]) if is_plain else (None, None, ())
+        return result
 
+    call.repeat = repeat
     return call
+
+
+def _is_plain(node):
+    """Whether a structure consists of lists and tuples only. JAX ignores the order of the keys of a dict."""
+    return node is None or node[0] in (list, tuple, dict) and not node[1] and all(map(_is_plain, node[2]))
 
 
 def _is_none(x):
     return x is None
-
-
-def _values_of(variables):
-    """The values of the variables, not autocast."""
-    if not (recording.is_recording() or scopes.in_scope()):
-        # A shortcut if no tape or scope needs to see the reads: reading through Keras takes microseconds per variable.
-        values = [v._value if type(v).value is Variable.value else None for v in variables]
-        if not any(value is None for value in values):
-            return values
-    with AutocastScope(None):
-        return [v.value for v in variables]
 
 
 _VALUE_ERRORS = (
