@@ -30,7 +30,7 @@ class _Program:
         self._structure = structure
         self._static = static
         self._outline_of_result: Any = None
-        self._read: list | None = None
+        self._read: Any = None
         # Whether no class of these variables has its own way of reading the value.
         self._reads_plainly = False
         self._assigned: list = []
@@ -106,7 +106,7 @@ _ARRAY = _Array()
 
 def jit(fun, compiler=None):
     programs = collections.OrderedDict()
-    last: tuple = (None, None, ())
+    last: Any = (None, None, ())
 
     def repeat(args):
         """The result for arguments like those of the last call, as a list of one. See `Backend.jit`."""
@@ -125,7 +125,8 @@ def jit(fun, compiler=None):
         outline, flat = nesting.split((args, kwargs))
         # JAX flattens leaves further: a sparse array consists of several arrays.
         leaves, structure = jax.tree.flatten(flat, is_leaf=_is_none)
-        arrays, static, constants = [], [], []
+        arrays: list[Any] = []
+        static, constants = [], []
         for x in leaves:
             if isinstance(x, (jax.Array, np.ndarray, np.generic, float)):
                 arrays.append(x)
@@ -146,8 +147,9 @@ def jit(fun, compiler=None):
         last = (program, jax.tree.structure(args), [x.aval for x in arrays]) if is_plain else (None, None, ())
         return result
 
-    call.repeat = repeat
-    return call
+    jitted: Any = call
+    jitted.repeat = repeat
+    return jitted
 
 
 def _is_plain(node):
