@@ -67,6 +67,14 @@ class Backend(abc.ABC):
     def pullback_batch(self, tape, targets, sources, cotangents):
         """As `pullback`, for a stack of cotangents along axis 0."""
 
+    def kept(self, tape, target, sources, key, compute):
+        """`compute(tape)`, a list of tensors and None, which may be computed by a program that is kept for other tapes.
+
+        `compute` calls `pullback_batch` with the tape that it is given, and uses nothing else of it. What it computes
+        otherwise depends only on `key` and on the shapes and dtypes of target and sources.
+        """
+        return compute(tape)
+
     @abc.abstractmethod
     def pushforward_batch(self, tape, targets, sources, tangents):
         """As `pushforward`, for a stack of tangents along axis 0."""

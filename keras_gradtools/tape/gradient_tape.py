@@ -35,6 +35,9 @@ class GradientTape:
     - On JAX the block is recorded as it runs, and its derivative is compiled from the second run on. A function under
       `jax.jit` may close over watched tensors. A function with a custom derivative (`jax.custom_jvp`,
       `jax.custom_vjp`) may not: differentiating with respect to a tensor that it closes over raises an error.
+    - On TensorFlow, from the third time on that blocks with the same operations and shapes are differentiated by
+      `jacobian` or `batch_jacobian`, a compiled program computes the Jacobian from what the tape has recorded. Custom
+      gradients and calls of a `tf.function` in the block prevent this, and so do `chunk_size` and forward mode.
     - On torch a derivative is part of torch's own graph, so `loss.backward()` differentiates through it. If you will
       not differentiate it again, compute it under `torch.no_grad()`, which saves time and memory.
 

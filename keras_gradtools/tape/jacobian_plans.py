@@ -120,8 +120,14 @@ def jacobians(tape, targets, sources, mode, chunk_size, zero, batch_axes=0):
 
     Their shapes are `target + source`, or `(batch, *target, *source)` with `batch_axes=1`. `tape` is a backend tape.
     """
-    plan = Plan(targets, sources, mode, batch_axes)
-    return plan.blocks(plan.stacks(tape, targets, sources, chunk_size), zero)
+
+    def compute(tape):
+        plan = Plan(targets, sources, mode, batch_axes)
+        return plan.blocks(plan.stacks(tape, targets, sources, chunk_size), zero)
+
+    if mode != "reverse" or chunk_size is not None or len(targets) > 1:
+        return compute(tape)
+    return [backend.kept(tape, targets[0], sources, (batch_axes, zero), lambda tape: compute(tape)[0])]
 
 
 def _is_empty(shape):
@@ -138,7 +144,8 @@ def _count(shape):
 
 def _shape(x):
     """The shape, with a tensor for each dimension that is unknown while tracing."""
-    return tuple(ops.shape(x))
+    shape = tuple(x.shape)
+    return tuple(ops.shape(x)) if None in shape else shape
 
 
 def require_mode(owner, mode, advice=""):

@@ -8,10 +8,12 @@ import tensorflow as tf
 
 from keras_gradtools.backend.base import Backend
 from keras_gradtools.backend.tensorflow import (
+    backward_passes,
     closed_over,
     colors,
     elementwise,
     gradients,
+    kept_programs,
     keras_ops,
     memory,
     pullbacks,
@@ -28,6 +30,7 @@ from keras_gradtools.backend.tensorflow.jit import depends_on_values, jit
 from keras_gradtools.backend.tensorflow.per_example import per_example_gradients
 
 tape.install()
+backward_passes.install()
 closed_over.install()
 colors.install()
 elementwise.install()
@@ -47,6 +50,7 @@ class TensorFlowBackend(Backend):
     pullback = staticmethod(pullbacks.pullback)
     constant_pullback = staticmethod(pullbacks.constant_pullback)
     pullback_batch = staticmethod(pullbacks.pullback_batch)
+    kept = staticmethod(kept_programs.kept)
     pushforward_batch = staticmethod(pushforwards.pushforward_batch)
     linearize = staticmethod(pushforwards.linearize)
     operations = staticmethod(steps.Operations)

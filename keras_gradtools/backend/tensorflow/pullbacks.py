@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from keras_gradtools.backend.tensorflow import closed_over
+from keras_gradtools.backend.tensorflow import closed_over, kept_programs
 from keras_gradtools.backend.tensorflow.vectorize import loop_connected, map_connected, pays
 
 
@@ -15,6 +15,8 @@ def constant_pullback(tape, targets, sources, cotangents):
 
 
 def pullback_batch(tape, targets, sources, cotangents):
+    if isinstance(tape, kept_programs.Replay):
+        return tape.pullback_batch(sources, cotangents)
     map_rows = map_connected if pays(cotangents, (*targets, *sources)) else loop_connected
     return map_rows(lambda rows: pullback(tape, targets, sources, rows), cotangents)
 

@@ -25,6 +25,8 @@ class Tape(recording.Recording):
         self.native = self._new_native()
         self._notes: list = []
         self.custom_gradients = []
+        # Whether an operation was recorded whose gradient is a function of Python that may do anything.
+        self.has_opaque_operation = False
         self._watch_later = []
         self._seen_by_native = []
 
@@ -76,6 +78,7 @@ class Tape(recording.Recording):
     def reset(self):
         super().reset()
         self.custom_gradients = []
+        self.has_opaque_operation = False
         self._watch_later = []
         self._seen_by_native = []
         recording_now = self in recording.active_tapes()
@@ -89,6 +92,7 @@ class Tape(recording.Recording):
         self._seen_by_native += self.native.watched_variables()
         self.native = self._new_native()
         self.custom_gradients = []
+        self.has_opaque_operation = False
 
     def watched_variables(self):
         """The variables that Keras reported, in the order of their reads, then those that only the native tape saw."""

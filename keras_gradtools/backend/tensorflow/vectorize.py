@@ -30,8 +30,8 @@ def loop_connected(fun, stacks):
     return [None if column[0] is None else tf.stack(column) for column in zip(*rows, strict=True)]
 
 
-def map_connected(fun, stacks):
-    """Maps `fun` over axis 0 of `stacks`, vectorized. A result that is None stays None."""
+def map_connected(fun, stacks, map_by=None):
+    """Maps `fun` over axis 0 of `stacks`, by `map_by` or `map_rows`. A None among results stays."""
     connected = []
 
     def present(rows):
@@ -40,7 +40,7 @@ def map_connected(fun, stacks):
         # The map must return something, even if nothing is connected.
         return [r for r in results if r is not None] or [rows[0]]
 
-    mapped = iter(map_rows(present, stacks))
+    mapped = iter((map_by or map_rows)(present, stacks))
     return [next(mapped) if c else None for c in connected]
 
 
