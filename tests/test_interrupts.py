@@ -98,6 +98,12 @@ class Work:
             dy = inner.gradient(y, self.x)
         outer.gradient(dy, [self.x, self.v])
 
+    def jacobian_of_a_tape(self):
+        with kg.GradientTape() as tape:
+            tape.watch(self.x)
+            y = ops.tanh(self.x * self.v) * self.x
+        tape.batch_jacobian(y, self.x)
+
     def transforms(self):
         kg.grad(self.fun)(self.x)
         kg.jvp(self.fun, (self.x,), (self.x,))

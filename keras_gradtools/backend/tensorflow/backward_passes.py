@@ -27,15 +27,6 @@ class Unknown(Exception):
     """A backward pass that cannot be taken apart."""
 
 
-class _Gradient:
-    """Stands for the gradient in a slot."""
-
-    __slots__ = ("slot",)
-
-    def __init__(self, slot):
-        self.slot = slot
-
-
 class _Zeros(NamedTuple):
     shape: Any
     dtype: Any
@@ -106,13 +97,30 @@ def _is_slot(x):
     return type(x) is int
 
 
+# A longer pass takes seconds to trace.
+MOST_SLOTS = 5000
+
+
 class _Thread(threading.local):
     def __init__(self):
         # The pass that is being noted on this thread.
         self.noted = None
+        # What stands for the gradient in each slot. These are tensors, because TensorFlow would call Python to count
+        # the elements of anything else, from a place that an interrupt must not reach.
+        self.gradients = []
+        self.slots = {}
 
 
 _thread = _Thread()
+
+
+def _gradient_in(slot):
+    gradients = _thread.gradients
+    while len(gradients) <= slot:
+        made = tf.constant(0.0)
+        _thread.slots[id(made)] = len(gradients)
+        gradients.append(made)
+    return gradients[slot]
 
 
 class _Noting(Block):
@@ -129,8 +137,11 @@ class _Noting(Block):
         _thread.noted = None
 
     def new(self):
+        """The number of a new slot."""
+        if self._slots == MOST_SLOTS:
+            raise Unknown
         self._slots += 1
-        return _Gradient(self._slots - 1)
+        return self._slots - 1
 
 
 def steps_of(native, targets, sources):
@@ -141,7 +152,7 @@ def steps_of(native, targets, sources):
     ends = [s.handle if type(s) is ResourceVariable else s for s in sources]
     if not all(type(x) is ops.EagerTensor for x in (*targets, *ends)):
         raise Unknown
-    cotangents = list(map(_Gradient, range(len(targets))))
+    cotangents = list(map(_gradient_in, range(len(targets))))
     noting = _Noting(len(targets))
     try:
         with noting, noting:
@@ -160,9 +171,10 @@ def steps_of(native, targets, sources):
 def _slot_of(gradient):
     if gradient is None or type(gradient) is _Zeros:
         return gradient
-    if type(gradient) is not _Gradient:
+    slot = _thread.slots.get(id(gradient))
+    if slot is None:
         raise Unknown
-    return gradient.slot
+    return slot
 
 
 _gradient_function = backprop._gradient_function
@@ -175,11 +187,10 @@ def _differentiate(name, attributes, count, inputs, outputs, upstream, skipped, 
         return _gradient_function(name, attributes, count, inputs, outputs, upstream, skipped, scope)
     if ops.gradient_registry.lookup(name) is None:
         return [None] * count
-    results = [None if skipped and i in skipped else noted.new() for i in range(count)]
-    slots = tuple([None if g is None else g.slot for g in results])
+    slots = tuple([None if skipped and i in skipped else noted.new() for i in range(count)])
     upstream = tuple(map(_slot_of, upstream))
     noted.steps.append(Gradients(name, attributes, count, inputs, outputs, upstream, skipped, slots))
-    return results
+    return [None if slot is None else _gradient_in(slot) for slot in slots]
 
 
 def _add(gradients):
@@ -189,9 +200,9 @@ def _add(gradients):
     terms = tuple(map(_slot_of, gradients))
     if not all(map(_is_slot, terms)):
         raise Unknown
-    result = noted.new()
-    noted.steps.append(Sum(terms, (result.slot,)))
-    return result
+    slot = noted.new()
+    noted.steps.append(Sum(terms, (slot,)))
+    return _gradient_in(slot)
 
 
 def _zeros(shape, dtype):
@@ -207,10 +218,6 @@ def _zeros_like(x):
     raise Unknown
 
 
-def _count_elements(gradient):
-    return _vspace.num_elements_fn(gradient) if _thread.noted is None else 1
-
-
 def _noting_opaque_operations(original):
     def record_operation(*args, **kwargs):
         for tape in recording.active_tapes():
@@ -222,7 +229,5 @@ def _noting_opaque_operations(original):
 
 def install():
     pywrap_tfe.TFE_Py_RegisterGradientFunction(_differentiate)
-    pywrap_tfe.TFE_Py_RegisterVSpace(
-        _vspace._replace(aggregate_fn=_add, num_elements_fn=_count_elements, zeros_fn=_zeros, zeros_like_fn=_zeros_like)
-    )
+    pywrap_tfe.TFE_Py_RegisterVSpace(_vspace._replace(aggregate_fn=_add, zeros_fn=_zeros, zeros_like_fn=_zeros_like))
     record.record_operation = _noting_opaque_operations(record.record_operation)

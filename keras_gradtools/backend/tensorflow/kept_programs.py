@@ -21,8 +21,6 @@ from tensorflow.python.framework import ops
 from keras_gradtools.backend.tensorflow import backward_passes, vectorize
 
 MOST_PROGRAMS = 64
-# A longer pass takes seconds to trace.
-_MOST_STEPS = 2000
 # Shapes, axes and slices have few entries.
 _MOST_ENTRIES = 16
 _INTEGERS = (tf.int32, tf.int64)
@@ -77,8 +75,6 @@ class _Pass:
         self._sources = sources
         owners, values, _ = tape.spread(sources, sources)
         self.steps, self.slots = backward_passes.steps_of(tape.native, [target], values)
-        if len(self.steps) > _MOST_STEPS:
-            raise backward_passes.Unknown
         self.values: list[Any] = []
         self._numbers: dict = {}
         steps = tuple([step.described(self._number) for step in self.steps])
