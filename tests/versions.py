@@ -37,7 +37,8 @@ ROWS = (
     Row("tensorflow", "newest", ("keras", "numpy", "tensorflow")),
     Row("jax", "oldest", ("keras==3.10.0", "jax==0.8.2", "jaxlib==0.8.2")),
     Row("jax", "newest", ("keras", "numpy", "jax")),
-    # The newest torch is that of the development environment. Others may come with gigabytes of CUDA, as the oldest does.
+    # The newest torch is that of the development environment. Others may come with gigabytes of CUDA, as the oldest
+    # does.
     Row("torch", "oldest", ("keras==3.10.0", "torch==2.12.0")),
     Row("torch", "newest", ("keras", "numpy", "torch==2.13.0")),
     Row("tensorflow", "nightly", ("numpy", "tensorflow"), NIGHTLY),
