@@ -28,25 +28,24 @@ def network(x, units=16, depth=3):
     return layers.Dense(1)(x)
 
 
-def relative_error(u, points, exact):
-    found = u.predict_on_batch(points).astype("float64")
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-
-
 class Watch(keras.callbacks.Callback):
     """The relative error of u after each epoch, and the seconds of training until then, compilation included."""
 
     def __init__(self, u, points, exact):
         super().__init__()
-        self.measure = lambda: relative_error(u, points, exact)
-        self.seconds, self.errors = [0.0], [self.measure()]
+        self.u, self.points, self.exact = u, points, exact
+        self.seconds, self.errors = [0.0], [self.error()]
+
+    def error(self):
+        found = self.u.predict_on_batch(self.points).astype("float64")
+        return float(np.linalg.norm(found - self.exact) / np.linalg.norm(self.exact))
 
     def on_train_begin(self, logs=None):
         self.began = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
         self.seconds.append(self.seconds[-1] + time.perf_counter() - self.began)
-        self.errors.append(self.measure())
+        self.errors.append(self.error())
         self.began = time.perf_counter()
 
     def seconds_to(self, error):
@@ -54,15 +53,32 @@ class Watch(keras.callbacks.Callback):
         return reached[0] if reached else np.inf
 
 
-def train(residual, points, watch, adam_epochs, epochs):
-    """Trains a residual towards zero: some full-batch steps of Adam, then of the Levenberg-Marquardt method."""
-    data = {"x": points, "y": np.zeros((len(points), 1), "float32"), "batch_size": len(points), "verbose": 0}
-    residual.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, max(adam_epochs, 1))), "mse")
-    residual.fit(**data, epochs=adam_epochs, callbacks=[watch])
-    by_adam = watch.errors[-1]
+def data_of(points, epochs, *callbacks):
+    """Arguments of `fit`: all points in every step, and zero as the target of the residual."""
+    targets = np.zeros((len(points), 1), "float32")
+    return {
+        "x": points, "y": targets, "batch_size": len(points), "epochs": epochs, "callbacks": callbacks, "verbose": 0
+    }  # fmt: skip
+
+
+def compile_adam(residual, epochs):
+    """The residual as a model that `fit` trains by Adam."""
+    residual.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, max(epochs, 1))), "mse")
+    return residual
+
+
+def compile_levenberg_marquardt(residual):
+    """A model around the residual that `fit` trains by the Levenberg-Marquardt method."""
     trainer = kg.models.SecondOrder(residual)
     trainer.compile(kg.optimizers.LevenbergMarquardt(), "mse")
-    trainer.fit(**data, epochs=epochs, callbacks=[watch])
+    return trainer
+
+
+def train(residual, points, watch, adam_epochs, epochs):
+    """Trains a residual towards zero: some full-batch steps of Adam, then of the Levenberg-Marquardt method."""
+    compile_adam(residual, adam_epochs).fit(**data_of(points, adam_epochs, watch))
+    by_adam = watch.errors[-1]
+    compile_levenberg_marquardt(residual).fit(**data_of(points, epochs, watch))
     print(f"relative error: {by_adam:.1e} after Adam, {watch.errors[-1]:.1e} at the end, {watch.seconds[-1]:.0f} s")
     print(f"seconds until 1e-2: {watch.seconds_to(1e-2):.0f}, until 1e-3: {watch.seconds_to(1e-3):.0f}")
     return {"Adam": by_adam, "end": watch.errors[-1]}

@@ -131,33 +131,30 @@ def test_what_is_left_is_that_of_differences(name, load):
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
-FEW = {"poisson_100d": ["--epochs", "1"]}
+FEW = ["--adam-epochs", "20", "--epochs", "2"]
 # Compiling them on JAX takes long.
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in EQUATIONS if name != "poisson"]
 
 
 @pytest.mark.parametrize("name", ["poisson", "poisson_100d", *SLOW])
 def test_it_runs_and_draws(name, load, tmp_path):
-    options = FEW.get(name, ["--adam-epochs", "20", "--epochs", "2"])
-    errors = load(name)["main"](["--out", str(tmp_path), *options])
+    points = ["--points", "300"] if name == "poisson_100d" else []
+    errors = load(name)["main"](["--out", str(tmp_path), *FEW, *points])
     assert all(0 < error < 2 for error in errors.values())
     picture = pyplot.imread(tmp_path / f"{name}.png")
     assert picture.shape[1] >= 1000 and picture.std() > 0.1
 
 
-LIMITS = {"poisson": 5e-4, "burgers": 3e-3, "kdv": 3e-3, "plate": 5e-4, "allen_cahn": 2e-2}
+LIMITS = {"poisson": 5e-4, "poisson_100d": 1e-3, "burgers": 3e-3, "kdv": 3e-3, "plate": 5e-4, "allen_cahn": 2e-2}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_network_finds_the_solution(name, load, tmp_path):
-    assert load(name)["main"](["--out", str(tmp_path)])["end"] < LIMITS[name]
-
-
-@pytest.mark.slow
-def test_random_directions_find_the_solution_in_100_dimensions(load, tmp_path):
-    errors = load("poisson_100d")["main"](["--out", str(tmp_path)])
-    assert errors["estimated"] < 2 * errors["exact"] < 0.2
+    errors = load(name)["main"](["--out", str(tmp_path)])
+    assert errors["end"] < LIMITS[name]
+    # In 100 dimensions, some steps are also taken with random directions.
+    assert errors.get("Adam, estimated", 0.0) < 2 * errors["Adam"]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -1,0 +1,85 @@
+"""The results, and the tables in docs/differential_equations.md."""
+
+import json
+
+from benchmarks import tables
+from benchmarks.run import RESULTS, ROOT
+
+EXAMPLES = {
+    "poisson": "Poisson, in 2 dimensions",
+    "burgers": "Burgers",
+    "kdv": "Korteweg-de Vries",
+    "plate": "clamped plate",
+    "allen_cahn": "Allen-Cahn",
+    "poisson_100d": "Poisson, in 100 dimensions",
+}
+TITLES = {"jax": "JAX", "torch": "torch", "tensorflow": "TensorFlow"}
+PAGE = ROOT / "docs" / "differential_equations.md"
+BEGIN, END = "<!-- The tables: python -m benchmarks.differential_equations -->", "<!-- End of the tables -->"
+HEAD = (
+    "",
+    "steps of Adam, of Levenberg-Marquardt",
+    "a step of Adam (ms)",
+    "of Levenberg-Marquardt (ms)",
+    "seconds until 1e-3",
+    "compilation (s)",
+)
+
+
+def path_of(backend):
+    return RESULTS / f"{backend}_differential_equations.json"
+
+
+def results_of(backend):
+    """The saved results, by example."""
+    path = path_of(backend)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(backend, name, result):
+    path_of(backend).write_text(json.dumps({**results_of(backend), name: result}, indent=1) + "\n")
+
+
+def seconds(result, way):
+    """The seconds of training until the error is reached: nested for way 0, and in one pass for way 1."""
+    return sum(phase["steps"] * phase["ms"][way] for phase in result["phases"]) / 1e3
+
+
+def compilation(result, way):
+    return sum(phase["first_seconds"][way] for phase in result["phases"])
+
+
+def row(name, result):
+    phases = result["phases"]
+    steps = ", ".join(str(phase["steps"]) for phase in phases)
+    times = [f"{_short(phase['ms'][0])} -> {_short(phase['ms'][1])}" for phase in phases]
+    before, after = (seconds(result, way) for way in (0, 1))
+    return (
+        EXAMPLES[name],
+        steps,
+        *times,
+        f"{_short(before)} -> {_short(after)} ({before / after:.1f} times)",
+        f"{compilation(result, 0):.0f} -> {compilation(result, 1):.0f}",
+    )
+
+
+def _short(number):
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+
+
+def text():
+    """The tables of all backends with results."""
+    parts = []
+    for backend, title in TITLES.items():
+        found = results_of(backend)
+        if found:
+            rows = [row(name, found[name]) for name in EXAMPLES if name in found]
+            parts.append(f"{title}, {next(iter(found.values()))['machine']['cpu']}:\n\n{tables.markdown(HEAD, rows)}")
+    return "\n\n".join(parts)
+
+
+def write():
+    before, rest = PAGE.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text()}\n\n{END}{after}")
+    print(f"Written: {PAGE.relative_to(ROOT)}")
