@@ -2,11 +2,11 @@
 
     sum_i u_ii = f  in the unit ball,  u = 0 on the sphere,  with the solution (1 - |x|^2) sin(x_1 - x_2 + x_3 - ...).
 
-But for its factor, the solution varies along one direction only, which the network is not told. It has to find it among
-100, and the wave along it. A small network has fewer weights than there are points, so that the points determine them.
+Besides the factor, the solution depends on one direction only. The network is not told which one: it has to find it,
+and the wave along it. It is small, because with fewer weights than points, the points determine the weights.
 
-The Laplacian is exact. For comparison, the steps of Adam are also taken with an estimate. The exact Laplacian needs
-derivatives along 100 axes at every step, and the estimate along 16 random directions, new ones at every step.
+The Laplacian is exact. For comparison, the steps of Adam are also taken with an estimate. The exact Laplacian needs the
+derivatives along 100 axes at every step. The estimate uses 16 random directions, which are drawn again at every step.
 
 Run `python examples/differential_equations/poisson_100d.py`, with `KERAS_BACKEND=jax` or `torch` before it for another
 backend. It writes poisson_100d.png to out/.
