@@ -8,7 +8,7 @@ process, on one thread. CPU time does not depend on what else the machine does. 
 apart.
 
     (nothing)   measures what is missing on JAX, then writes the tables. Each example has a process of its own, and its
-                result is saved at once in benchmarks/results/BACKEND_differential_equations.json
+                result is saved after each phase in benchmarks/results/BACKEND_differential_equations.json
     --example   measures this example, even if there is a result
     --report    only writes the tables in docs/differential_equations.md
 """
@@ -36,10 +36,10 @@ def main():
     if options.here:
         from benchmarks.differential_equations import measuring
 
-        report.save(backends[0], options.example[0], measuring.measured(options.example[0]))
-        return
+        name = options.example[0]
+        return measuring.measure(name, lambda result: report.save(backends[0], name, result))
     for backend in () if options.report else backends:
-        for name in options.example or [e for e in report.EXAMPLES if e not in report.results_of(backend)]:
+        for name in options.example or report.missing(backend):
             command = [sys.executable, "-m", "benchmarks.differential_equations", "--here", f"--example={name}"]
             command.append(f"--backend={backend}")
             subprocess.run(command, cwd=ROOT, env=environment_of(backend), check=True)

@@ -83,8 +83,8 @@ class UntilSolved(keras.callbacks.Callback):
         self.model.stop_training = self.is_solved = self.error < ERROR
 
 
-def measured(name):
-    """The result of an example."""
+def measure(name, save):
+    """Measures an example, and saves the result after each phase."""
     sys.path.insert(0, os.fspath(ROOT / "examples" / "differential_equations"))
     example, training = importlib.import_module(name), importlib.import_module("training")
     hand_written.module().use_one_thread()
@@ -116,6 +116,6 @@ def measured(name):
             }
         )
         print(name, json.dumps(phases[-1]), flush=True)
+        save({"machine": measure_backend.machine(), "is_solved": count.is_solved, "phases": phases})
         if count.is_solved:
             break
-    return {"machine": measure_backend.machine(), "weights": ours.watch.u.count_params(), "phases": phases}
