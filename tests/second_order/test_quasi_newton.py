@@ -9,7 +9,7 @@ from keras import layers
 
 from keras_gradtools.optimizers import BFGS, LBFGS, StepReason
 from keras_gradtools.second_order.broyden_family import UPDATES
-from tests.second_order.tanh_network import assert_same_weights, fit, network, trainer_of
+from tests.second_order.tanh_network import T, X, assert_same_weights, fit, network, trainer_of
 
 OPTIMIZERS = {"lbfgs": LBFGS, **{update: functools.partial(BFGS, update) for update in UPDATES}}
 CLASSES = [LBFGS, BFGS]
@@ -31,6 +31,15 @@ class TestFit:
         history = fit(trainer_of(network(), OPTIMIZERS[name]()), 3)
         assert history["step_reason"] == [0, 0, 0] and min(history["step_length"]) > 0
         assert np.isfinite(history["ratio"]).all()
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("optimizer", CLASSES)
+def test_double_precision(optimizer):
+    trainer = trainer_of(network(dtype="float64"), optimizer())
+    history = fit(trainer, 40, X.astype("float64"), T.astype("float64"))
+    assert np.all(np.diff(history["loss"]) < 0.0) and trainer.last_step.step.dtype == "float64"
+    assert history["loss"][-1] < 0.1 * history["loss"][0]
 
 
 @pytest.mark.parametrize("optimizer", CLASSES)

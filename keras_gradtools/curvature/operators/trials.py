@@ -58,7 +58,8 @@ class Trials:
     def at(self, step, gradient):
         """The `Trial` at a step, where `gradient` is that at the weights: both flat vectors."""
         (loss, total), count = self._totals(step)
-        found, change, numbers = _measured(total, self.dtype.type(count), step, gradient)
+        # An array, because a NumPy number in double precision is also a float of Python.
+        found, change, numbers = _measured(total, np.array(count, self.dtype), step, gradient)
         slope, former, curvature, *squares = sum(ops.convert_to_numpy(numbers).astype("float64")).tolist()
         norms = [square**0.5 for square in squares]
         return Trial(float(loss) / count, found, step, change, slope, former, curvature, *norms)
