@@ -12,7 +12,7 @@ from keras_gradtools.backend.steps import LINEAR
 
 # Stacks of this size, for each thread, stay in the caches of a processor. Much larger ones are slower by 1.1 to 3 times
 # (`python -m benchmarks.differential_operators`). With fewer directions than these, other costs are larger.
-_CACHED_BYTES = 2 * 2**20
+_CACHED_BYTES = 2**19
 _FEWEST_CACHED = 16
 
 
