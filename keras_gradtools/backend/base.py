@@ -93,7 +93,7 @@ class Backend(abc.ABC):
     # Steps of forward passes that carry several derivatives, see `steps`.
 
     def operations(self):
-        """A block in which a call can be recorded, as well as by a tape, so that `steps_between` can take it apart."""
+        """A block in which a call can be recorded, as well as by a tape, so that `steps_between` can split it."""
         return Block()
 
     def steps_between(self, tape, operations, targets, sources):
@@ -167,7 +167,7 @@ class Backend(abc.ABC):
     def computed_bytes(self, fun):
         """The bytes of all tensors that `fun() -> list of tensors` computes, views excepted. It may run, or be traced.
 
-        The number of turns of some loops is not known. Then one turn counts.
+        The number of iterations of some loops is not known. Then one iteration counts.
         """
 
     def free_bytes(self):

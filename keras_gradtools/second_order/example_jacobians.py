@@ -1,4 +1,4 @@
-"""The Jacobian of a model's outputs for each example of a batch, with the derivatives of the loss by these outputs."""
+"""The Jacobian of the outputs of each example of a batch, and the derivatives of the loss with respect to outputs."""
 
 import math
 from typing import NamedTuple

@@ -17,8 +17,8 @@ from keras_gradtools.second_order.stored_pairs import Pairs, StoredPairs, from_a
 class LBFGS(QuasiNewton):
     r"""The limited-memory BFGS method, $\theta \leftarrow \theta - t \, H_k \, g$, with a strong Wolfe line search.
 
-    $g$ is the gradient of the batch. $H_k$ approximates the inverse of the Hessian. It is what BFGS updates with the
-    last `memory` steps $s_i$ and changes of the gradient $y_i$ make of $\gamma I$, where
+    $g$ is the gradient of the batch. $H_k$ approximates the inverse of the Hessian. It is $\gamma I$
+    after the BFGS updates with the last `memory` steps $s_i$ and changes of the gradient $y_i$, where
     $\gamma = s^\top y / y^\top y$ for the last pair. No matrix is formed, and only gradients are computed, so it works
     for models of any size whose loss is smooth. Use it with `kg.models.SecondOrder`.
 

@@ -39,7 +39,7 @@ class LevenbergMarquardt(SecondOrderOptimizer):
         scaling: `"identity"` (Levenberg), or `"diagonal"` (Marquardt), which makes the step independent of the units
             of the weights.
         geodesic_acceleration: Whether each step follows a parabola instead of a line: the second derivative of the
-            model along the step bends it. This saves steps in narrow curved valleys.
+            model along the step corrects it. This saves steps in narrow curved valleys.
 
     Raises:
         ValueError: If an option is invalid. In `fit`, if the model is not a `SecondOrder`, or if `scaling="diagonal"`

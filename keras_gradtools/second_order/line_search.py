@@ -36,7 +36,7 @@ class LineSearchResult(NamedTuple):
 
 
 def line_search(evaluate, start, step, max_evaluations, epsilon):
-    r"""Searches a step $t$ with $\phi(t) \le \phi(0) + c_1 t \phi'(0)$ and $|\phi'(t)| \le c_2 |\phi'(0)|$.
+    r"""Searches for a step $t$ with $\phi(t) \le \phi(0) + c_1 t \phi'(0)$ and $|\phi'(t)| \le c_2 |\phi'(0)|$.
 
     Steps grow until they enclose such a step. The interval then shrinks by cubic interpolation. If rounding hides the
     decrease, Hager & Zhang's approximate conditions on the slope take the place of the first one.

@@ -36,7 +36,7 @@ class NewtonStepResult(NamedTuple):
 
     Attributes:
         reason: A `StepReason`: `ACCEPTED`; `REJECTED`, if no damping that was tried lowered the loss; `VANISHED`, if
-            the gradient is zero to rounding; `NOT_FINITE`, if the loss, its gradient or its curvature has NaN or
+            the gradient is zero up to rounding; `NOT_FINITE`, if the loss, its gradient or its curvature has NaN or
             infinity.
         message: The reason in words.
         step: The step, a NumPy array. None if no step was found.

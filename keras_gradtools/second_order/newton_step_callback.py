@@ -39,8 +39,8 @@ class NewtonStep(Monitor):
 
     It logs `newton_step_length`, `newton_damping` (of the next step), `newton_ratio` (NaN if no step was taken),
     `newton_decrease` of the loss, `newton_cg_iterations` and `newton_step_reason` (0 accepted, 1 rejected, 2 the
-    gradient is zero to rounding, 3 not finite). Callbacks after this one in the list can use them. `last_step` has all
-    of these, and a message.
+    gradient is zero up to rounding, 3 not finite). Callbacks after this one in the list can use them. `last_step` has
+    all of these, and a message.
 
     Args:
         data: The data of the loss, as for `kg.curvature.Hessian`. Each evaluation and each product reads all of it.

@@ -116,9 +116,9 @@ class QuasiNewton(SecondOrderOptimizer):
             return
         built_for, received = (sum(size for _, size in known) for known in (self._built_for, weights))
         raise ValueError(
-            f"{type(self).__name__} was built for {built_for} weights, whose curvature it knows. Received: {received} "
-            f"trainable weights{', not the same ones' if received == built_for else ''}. After layers were frozen or "
-            "unfrozen, compile the trainer with a new optimizer."
+            f"{type(self).__name__} was built for {built_for} weights, whose curvature it has stored. Received: "
+            f"{received} trainable weights{', not the same ones' if received == built_for else ''}. After layers were "
+            "frozen or unfrozen, compile the trainer with a new optimizer."
         )
 
     def _start(self, operator, trials):

@@ -42,7 +42,7 @@ class SecondOrder(ResidualTraining):
 
     The logs contain the loss and the metrics before the step. They also contain, for the last batch: `damping` (of the
     next step), `step_length`, `ratio` ($\rho$, NaN if no step was taken), `gradient_norm`, `cg_iterations` and
-    `step_reason` (0 accepted, 1 rejected, 2 the gradient is zero to rounding, 3 not finite). `trainer.last_step` has
+    `step_reason` (0 accepted, 1 rejected, 2 the gradient is zero up to rounding, 3 not finite). `trainer.last_step` has
     all of these, and a message.
 
     With a `kg.losses.SquaredResiduals` as the loss, `fit` takes the points of a differential equation, or other data
@@ -65,8 +65,8 @@ class SecondOrder(ResidualTraining):
 
     Cost:
         For each batch, one step of the optimizer, see its cost. If there are metrics, or layers with state, one more
-        call of the model. A step is controlled from Python. Its computations are compiled on TensorFlow and JAX. There,
-        conjugate gradients of small models are one program.
+        call of the model. A step is controlled from Python. Its computations are compiled. On TensorFlow and JAX,
+        the conjugate gradient iterations of small models are one program.
 
     Example:
 

@@ -46,7 +46,7 @@ class Plan:
         """How many rows (or columns) can be computed at once with `budget` bytes. None for all of them.
 
         `computed` is the number of bytes of all tensors that the recorded call has computed. A row needs at most twice
-        as much, besides the result: a derivative by each of these tensors, and a product on the way to it.
+        as much, in addition to the result: a derivative with respect to each of these tensors, and a product.
         """
         across = self._targets if self.forward else self._sources
         row = sum(memory.bytes_of(shape, dtype) for shape, dtype in across)

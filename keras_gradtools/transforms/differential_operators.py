@@ -53,10 +53,11 @@ def laplacian(
             inputs. `[0]` gives $\partial^2 f / \partial x_0^2$.
         coefficients: The numbers $D_{i j}$ for the m axes, a tensor of shape `(m,)` (the diagonal), `(m, m)`, or
             `(batch, m, m)` for each example its own. They need not be symmetric. By default the identity.
-        chunk_size: Number of axes, or of random directions, whose first derivatives are carried at once, or None for
-            all. The result is the same up to rounding. By default `"auto"`: as many as fit into `memory_budget`, and,
-            on a processor, as many as its caches hold, which is faster (on TensorFlow and JAX only if the Laplacian is
-            not differentiated, and compiles itself). If the batch size is not known, as in `fit` on TensorFlow, all.
+        chunk_size: Number of axes, or of random directions, whose first derivatives are computed at once, or None for
+            all. The result is the same up to rounding. By default `"auto"`: as many as fit into `memory_budget` and,
+            on a processor, into its caches, which is faster. On TensorFlow and JAX, the caches count only if the
+            Laplacian is compiled automatically and is not differentiated. If the batch size is not known, as in `fit`
+            on TensorFlow, all.
         samples: The number of random directions. By default None, for the exact Laplacian.
         directions: `"rademacher"`, vectors of random signs, which are exact for functions without mixed derivatives.
             `"gaussian"`, normal numbers. `"coordinates"`, axes that are drawn without replacement, which are exact if
@@ -151,7 +152,7 @@ def divergence(
             `(batch, m)`.
         axes: The index of the input $i_k$ for each of the m outputs, as a list. Negative indices count from the end. By
             default all n inputs in order.
-        chunk_size: Number of axes, or of random directions, whose derivatives are carried at once, `"auto"` or None,
+        chunk_size: Number of axes, or of random directions, whose derivatives are computed at once, `"auto"` or None,
             as for `kg.laplacian`.
         samples: The number of random directions. By default None, for the exact divergence.
         directions: `"rademacher"`, `"gaussian"` or `"coordinates"`, as for `kg.laplacian`.

@@ -19,8 +19,8 @@ def jit(fun: Callable[Arguments, Result], compiler: str | None = None) -> Callab
 
     torch's own compiler cannot differentiate twice. Here the first two calls run eagerly, and the operations of torch
     that they run are recorded, also those of derivatives. Later calls run only these, without Python, Keras and
-    autograd, and give the same bits. If the two calls differ, as with NumPy's random numbers, or if Python reads values
-    other than bools, `fun` runs eagerly, with one warning that says why. Calls under a tape run eagerly as well.
+    autograd, with exactly the same results. If the two calls differ, as with NumPy's random numbers, or if Python reads
+    values other than bools, `fun` runs eagerly, with one warning that says why. Calls under a tape run eagerly as well.
 
     Keras variables are state on every backend. Each call of `fun` reads their current values and writes back what it
     assigns: BatchNormalization's statistics, the state of a dropout seed, the weights in a custom training step.
@@ -33,7 +33,7 @@ def jit(fun: Callable[Arguments, Result], compiler: str | None = None) -> Callab
     - the same for the functions that it names,
     - for models: their layers, the constructor arguments of these, which variables are trainable, and the precision.
 
-    Some changes are not seen: those inside an array that is modified in place, those of values that are read with
+    Some changes are not noticed: those inside an array that is modified in place, those of values that are read with
     `getattr` or by the code of an installed package, and those that `fun` itself makes while it is traced. These rules
     apply to everything that keras_gradtools compiles.
 
@@ -54,7 +54,7 @@ def jit(fun: Callable[Arguments, Result], compiler: str | None = None) -> Callab
 
     Cost:
         The first call with a new structure, shape or dtype of the arguments traces and compiles `fun`, which takes from
-        a tenth of a second to minutes. On torch, each of the first two calls takes some five eager calls.
+        a tenth of a second to minutes. On torch, each of the first two calls takes about as long as five eager calls.
 
     Example:
 

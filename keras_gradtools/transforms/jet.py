@@ -47,7 +47,7 @@ def jet(fun: Function, primals: Sequence[Nested], series: Sequence[Sequence[Nest
     Cost:
         Counted in operations: a linear one runs K + 1 times. A product of two becomes about $K^2 / 2$ products. An
         elementwise function becomes at most one term for each partition of 1, ..., K: 18 for K = 5, 138 for K = 10. All
-        other operations, and a function that cannot be taken apart into operations, are differentiated by nested `jvp`,
+        other operations, and a function whose operations are not visible, are differentiated by nested `jvp`,
         at a cost that is exponential in K.
 
     Example:

@@ -103,7 +103,7 @@ def _evaluate(layer, fun, *args, **kwargs):
         if any(inner.gradient(call.input, layer.kernel) is not None for call in calls):
             raise ValueError(
                 "kernel_hessian takes a layer whose input does not depend on its own kernel. Received: "
-                f"{layer.name!r}, one of whose calls is fed by another. Use `hessian`."
+                f"{layer.name!r}, where the output of one call is the input of another. Use `hessian`."
             )
         outputs = [call.output for call in calls]
         gradients = inner.gradient(value, outputs, unconnected_gradients="zero")

@@ -32,8 +32,8 @@ def partial_derivatives(
 ) -> Callable[Arguments, Any]:
     r"""Turns a function of points into chosen partial derivatives, such as $u$, $u_t$, $u_{xx}$ and $u_{xxxx}$.
 
-    One pass computes all of them, with what they share: $u_x$ is computed once for $u_x$, $u_{xx}$ and $u_{xy}$. The
-    examples must be independent, which is not checked. It is compiled and cached as for `jacobian`.
+    One pass computes all of them, and each shared derivative once: $u_x$ for $u_x$, $u_{xx}$ and $u_{xy}$. The examples
+    must be independent, which is not checked. It is compiled and cached as for `jacobian`.
 
     Args:
         fun: A function or a Keras model that returns tensors of shape `(batch, ...)` in any nested structure.

@@ -44,7 +44,7 @@ def per_example_grad(
             `"auto"`, as many as fit into `memory_budget`.
         memory_budget: The number of bytes that a chunk may take, with `chunk_size="auto"`. By default a quarter of the
             free memory. The memory of an example is estimated from above, by the size of all tensors that `fun`
-            computes. The result of all examples is needed besides.
+            computes. The result of all examples needs memory in addition.
 
     Returns:
         A function with the arguments of `fun` that returns the gradients in the structure of the weights, each of

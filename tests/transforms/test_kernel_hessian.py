@@ -149,7 +149,7 @@ def test_wherever_the_sum_does_not_hold_it_says_so(compiler):
 def test_one_call_of_the_layer_must_not_feed_another():
     layer = layers.Dense(3, activation="tanh")
     model = keras.Sequential([layers.Input((3,)), layer, layer])
-    with pytest.raises(ValueError, match="one of whose calls is fed by another"):
+    with pytest.raises(ValueError, match="where the output of one call is the input of another"):
         kg.kernel_hessian(lambda x: ops.sum(model(x) ** 2), layer)(normal(2, 3))
 
 

@@ -25,7 +25,7 @@ def _of_program(program):
 def _of_equation(equation):
     inner = programs_in(equation.params)
     if inner:
-        # A `scan` has a number of turns, that of a `while` is not known. Of the branches of a condition, one runs.
+        # The number of iterations of a `scan` is known, that of a `while` is not. One branch of a condition runs.
         return equation.params.get("length", 1) * max(map(_of_program, inner))
     return sum(_size(variable.aval) for variable in equation.outvars)
 

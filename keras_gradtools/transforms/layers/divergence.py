@@ -25,7 +25,7 @@ class Divergence(DifferentialOperator):
         directions: `"rademacher"`, `"gaussian"` or `"coordinates"`, as for `kg.divergence`.
         seed: An integer that seeds the directions, or None. Each call draws new ones, also outside of training.
         return_standard_error: Whether to return, after the estimate, its standard error.
-        chunk_size: Number of axes, or of random directions, that are carried at once, `"auto"` or None, as for
+        chunk_size: Number of axes, or of random directions, that are computed at once, `"auto"` or None, as for
             `kg.divergence`.
         memory_budget: As for `kg.divergence`.
         **kwargs: Arguments of `keras.layers.Layer`.
