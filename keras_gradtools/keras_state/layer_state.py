@@ -27,10 +27,16 @@ __all__ = [
 
 
 def ambient():
-    """The global state that Keras' layers read, as a key: precision, the enclosing call's `training`, the seed."""
+    """The global state that Keras' layers and operations read, as a key.
+
+    This is the precision, the order of the axes of images, the small number that losses add, the enclosing call's
+    `training`, and the seed.
+    """
     autocast = get_autocast_scope()
     return (
         keras.config.floatx(),
+        keras.config.image_data_format(),
+        keras.config.epsilon(),
         tuple(results_of_doubles().values()),
         autocast and autocast.dtype,
         training_mode(),

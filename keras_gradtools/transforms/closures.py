@@ -146,8 +146,10 @@ class _Walk:
         elif isinstance(x, functools.partial):
             self._guards.contents(x.keywords)
             self._add_all([x.func, *x.args, *x.keywords.values()], label, reads)
-        elif type(x) in _CONTAINERS:
+        elif isinstance(x, _CONTAINERS):  # also Keras' own classes of the lists and dicts of a layer
             self._add_entries(x, label, reads)
+            if type(x) not in _CONTAINERS:
+                self._add_object(x, label, reads | {"__call__"})
         elif isinstance(x, keras.Variable):
             self.note(x.trainable, label)
             self._guard_variable(x)
@@ -174,6 +176,7 @@ class _Walk:
             return
         names = _names(fun.__code__)
         self._guards.function(fun)
+        self.note(Identity(fun.__code__), (label, "code"))  # notebooks replace it when they reload a module
         if fun.__kwdefaults__:
             self._guards.contents(fun.__kwdefaults__)
         if ours and hasattr(fun, "__wrapped__"):
@@ -204,15 +207,15 @@ class _Walk:
             self._guards.at(mapping, name)
 
     def _add_entries(self, x, label, reads):
-        inside = list(x.values() if type(x) is dict else x)
-        if type(x) is tuple:
+        inside = list(x.values() if isinstance(x, dict) else x)
+        if isinstance(x, tuple):
             self._add_all(inside, label, reads)
             return
         contents = (label, "contents")
         if contents in self._ignored:
             return
         self._guards.contents(x)
-        self.note((tuple(map(_key_of_entry, x)) if type(x) is dict else None, len(x)), contents)
+        self.note((tuple(map(_key_of_entry, x)) if isinstance(x, dict) else None, len(x)), contents)
         if len(inside) > _MOST_ENTRIES:
             inside = [p for p in inside if isinstance(p, (keras.Layer, types.FunctionType, *_CONTAINERS))]
         self._add_all(inside, label, reads)
@@ -275,6 +278,11 @@ class _Walk:
         """Adds the attributes in `reads`, the methods among them, and the attributes that these methods read."""
         found, methods = _reads_of(type(x), reads)
         self._add_attributes(getattr(x, "__dict__", {}), type(x).__mro__, label, found)
+        for name in sorted(found):
+            if _is_slot(type(x), name):
+                if not self._is_ignored((label, name)):
+                    self._guards.rules(functools.partial(_identity_of, name), x)
+                self.add(getattr(x, name, None), (label, name), found)
         for name in methods:
             self._guard_classes(type(x).__mro__, name, label)
             for fun in _functions_named(type(x), name):
@@ -334,6 +342,16 @@ def _functions_named(cls, name):
     values = [vars(c)[name] for c in cls.__mro__ if name in vars(c) and not _is_library_type(c)]
     functions = [getattr(value, "fget", None) or getattr(value, "__func__", value) for value in values]
     return [fun for fun in functions if isinstance(fun, types.FunctionType)]
+
+
+def _is_slot(cls, name):
+    """Whether a class has a slot of that name, by `__slots__`, and is not one of an installed package."""
+    owner = next((c for c in cls.__mro__ if name in vars(c)), None)
+    return owner and isinstance(vars(owner)[name], types.MemberDescriptorType) and not _is_library_type(owner)
+
+
+def _identity_of(name, x):
+    return Identity(getattr(x, name, None))
 
 
 def _rules_of(cls):

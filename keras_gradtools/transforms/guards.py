@@ -90,4 +90,4 @@ class Guards:
 
 
 def _contents(container):
-    return (*container, *container.values()) if type(container) is dict else tuple(container)
+    return (*container, *container.values()) if isinstance(container, dict) else tuple(container)

@@ -1,5 +1,7 @@
 """The short way of a call that repeats the last one: it is taken, and whatever differs from the last call is seen."""
 
+import collections
+
 import keras
 import numpy as np
 import pytest
@@ -173,3 +175,84 @@ def test_precision():
     full = float(repeated(jacobian, tensor([[1.0]]))[0, 0, 0])
     dense.dtype_policy = "mixed_float16"
     assert float(jacobian(tensor([[1.0]]))[0, 0, 0]) != full
+
+
+@pytest.mark.parametrize("transform", [kg.jit, kg.grad, kg.jacobian])
+def test_an_attribute_in_a_slot(transform):
+    class Factor:
+        __slots__ = ("value",)
+
+    factor = Factor()
+    fun = transform(lambda x: factor.value * x)
+    for value in (2.0, 3.0, tensor(4.0), 2.0):
+        factor.value = value
+        close(repeated(fun, tensor(1.0)), float(value))
+
+
+@pytest.mark.parametrize("transform", [kg.jit, kg.grad, kg.jacobian])
+def test_code_that_is_replaced(transform):
+    # As a notebook does that reloads modules after each edit.
+    def factor(x):
+        return 2.0 * x
+
+    fun = transform(lambda x: factor(x))
+    close(repeated(fun, tensor(1.0)), 2.0)
+    factor.__code__ = (lambda x: 3.0 * x).__code__
+    close(repeated(fun, tensor(1.0)), 3.0)
+
+
+@pytest.mark.parametrize(
+    "name, values, fun",
+    [
+        ("image_data_format", ["channels_first", "channels_last"], lambda x: ops.sum(ops.max_pool(x, 2, 1)[:, 1])),
+        (
+            "epsilon",
+            [1e-2, 1e-3],
+            lambda x: ops.sum(x) * ops.max(keras.losses.binary_crossentropy(ops.ones((2,)), ops.zeros((2,)))),
+        ),
+    ],
+)
+@pytest.mark.parametrize("transform", [kg.jit, kg.grad, kg.jacobian])
+def test_a_setting_of_keras(name, values, fun, transform):
+    x = tensor(np.arange(27).reshape(1, 3, 3, 3))
+    get, put = getattr(keras.config, name), getattr(keras.config, f"set_{name}")
+    former, compiled_fun = get(), transform(fun)
+    try:
+        for value in values:
+            put(value)
+            close(repeated(compiled_fun, x), ops.convert_to_numpy(transform(lambda x: fun(x))(x)))
+    finally:
+        put(former)
+
+
+@pytest.mark.parametrize("transform", [kg.jit, kg.batch_jacobian])
+def test_lists_and_dicts_of_a_model(transform):
+    # Keras puts a list or dict that is assigned to a layer into a class of its own.
+    class Powers(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.by_name = {"power": 1.0}
+            self.factors = [1.0]
+
+        def call(self, x):
+            return self.factors[0] * x ** self.by_name["power"]
+
+    model = Powers()
+    fun = transform(lambda x: model(x))
+    x = tensor([[1.0]])
+    close(ops.sum(repeated(fun, x)), 1.0)
+    model.factors[0] = 3.0
+    close(ops.sum(repeated(fun, x)), 3.0)
+    model.by_name["power"] = 2.0
+    close(ops.sum(repeated(fun, x)), 6.0 if transform is kg.batch_jacobian else 3.0)
+    model.factors = [4.0]
+    close(ops.sum(repeated(fun, x)), 8.0 if transform is kg.batch_jacobian else 4.0)
+
+
+@pytest.mark.parametrize("make", [collections.OrderedDict, collections.Counter])
+def test_other_dicts(make):
+    factors = make({"a": 2.0})
+    fun = kg.jit(lambda x: factors["a"] * x)
+    close(repeated(fun, tensor(1.0)), 2.0)
+    factors["a"] = 3.0
+    close(repeated(fun, tensor(1.0)), 3.0)

@@ -241,6 +241,16 @@ class TestSeen:
             for x in (tensor(X), tensor(X[:2]), tensor(X[:, :1]), tensor(X, "float64"), tensor(X[0])):
                 check(lambda x=x: ops.tanh(x) * x, x, times=1)
 
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    def test_a_program_in_each_precision(self, dtype, uses):
+        for i in range(4):
+            x = tensor([1.0 + i, 2.0], dtype)
+            with kg.GradientTape() as tape:
+                tape.watch(x)
+                y = x * x
+            close(ops.cast(tape.jacobian(y, x), "float32"), np.diag([2.0 + 2.0 * i, 4.0]))
+        assert uses == [False, False, True, True]
+
     def test_weights(self, uses):
         model, x = mlp(), tensor(X)
         for i in range(5):
