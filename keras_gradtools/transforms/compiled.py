@@ -72,7 +72,7 @@ class Programs:
         self._ignored = frozenset()
         self._last = None
         self._guarded = None
-        # For a repeated call: the program of the last call, and the context of that. Valid while the guards hold.
+        # For a repeated call: the program of the last call, the context of that, and the guards that must hold.
         self._repeated = None
 
     def captured_values(self, fun, guards=None):
@@ -90,15 +90,20 @@ class Programs:
 
     def repeat(self, args):
         """The result of the program of the last call, as a list of one, if this call repeats it. Otherwise None."""
-        repeated, guarded = self._repeated, self._guarded
-        if repeated is None or guarded is None:
+        repeated = self._repeated
+        if repeated is None:
             return None
-        program, ambient = repeated
-        return program.repeat(args) if layer_state.ambient() == ambient and guarded[0].hold() else None
+        program, ambient, guards = repeated
+        return program.repeat(args) if layer_state.ambient() == ambient and guards.hold() else None
 
-    def note_call(self, program, key):
-        """Lets `repeat` use `program`, which `guarded_captured_values` has chosen, if it can be repeated."""
-        self._repeated = (program, key.ambient) if hasattr(program, "repeat") else None
+    def note_call(self, program, key, captured):
+        """Lets `repeat` use `program` while `captured`, from `guarded_captured_values`, is up to date."""
+        guarded = self._guarded
+        # Otherwise another thread has called the function with other captured values in the meantime.
+        if guarded is not None and guarded[1] is captured and hasattr(program, "repeat"):
+            self._repeated = program, key.ambient, guarded[0]
+        else:
+            self._repeated = None
 
     def get(self, key, make):
         last = self._last
@@ -319,7 +324,7 @@ def jitted(fun, compiler=None):
         elif made:
             programs.has_traced(fun, key, captured)
         else:
-            programs.note_call(program, key)
+            programs.note_call(program, key, captured)
         return result
 
     return call

@@ -256,3 +256,23 @@ def test_other_dicts(make):
     close(repeated(fun, tensor(1.0)), 2.0)
     factors["a"] = 3.0
     close(repeated(fun, tensor(1.0)), 3.0)
+
+
+def test_a_change_in_another_thread_while_a_call_runs(monkeypatch):
+    factor = [2.0]
+    fun, x, note = kg.jit(lambda x: factor[0] * x), tensor(1.0), compiled.Programs.note_call
+    for factor[0] in (3.0, 2.0):
+        repeated(fun, x)
+
+    def note_late(*args):
+        monkeypatch.setattr(compiled.Programs, "note_call", note)
+        factor[0] = 3.0
+        close(repeated(fun, x), 3.0)
+        note(*args)
+
+    monkeypatch.setattr(compiled.Programs, "note_call", note_late)
+    factor[0] = 4.0
+    fun(x)
+    factor[0] = 2.0
+    close(fun(x), 2.0)
+    close(fun(x), 3.0)
