@@ -186,9 +186,9 @@ def _factors(mixed, squares, along_steps, along_changes):
 
 
 def from_arrays(steps, changes, stored):
-    """The values of `stored.variables` for pairs in two arrays, the newest first, and rows of zeros.
+    """The values of `stored.variables` for pairs in the form that was saved before there was a ring.
 
-    So they were saved by earlier versions.
+    This is two arrays, with the newest pair first and rows of zeros at the end.
     """
     count = int(np.any(steps != 0.0, axis=1).sum())
     rows = np.zeros((2, stored.places, steps.shape[1]), steps.dtype)
