@@ -7,6 +7,8 @@ import keras
 
 from keras_gradtools.keras_state.recording import active_tapes
 
+GRAPH_MODE = "the graph mode"
+
 
 class Interrupt(BaseException):
     """Stands for KeyboardInterrupt."""
@@ -77,7 +79,9 @@ def left_behind():
         eager = current_trace._thread.eager
         found += ["tapes of the trace"] if eager.tapes or eager.open_tapes else []
     else:
+        import tensorflow as tf
         from tensorflow.python import pywrap_tfe
 
         found += ["a native tape"] if not pywrap_tfe.TFE_Py_TapeSetIsEmpty() else []
+        found += [GRAPH_MODE] if not tf.executing_eagerly() else []
     return found

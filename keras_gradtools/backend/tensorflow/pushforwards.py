@@ -4,6 +4,7 @@ import time
 
 import tensorflow as tf
 
+from keras_gradtools.backend.tensorflow.native_tape import NativeTape
 from keras_gradtools.backend.tensorflow.pullbacks import dense, gradients_of
 from keras_gradtools.backend.tensorflow.vectorize import loop_connected, map_connected, pays
 from keras_gradtools.keras_state import recording
@@ -22,8 +23,9 @@ def linearize(tape, targets, sources, is_symmetric=False):
     if not values:
         return lambda tangents: [None] * len(targets)
     cotangents = [tf.zeros_like(t) for t in targets]
-    with tf.GradientTape(persistent=True) as transposed:
-        transposed.watch(cotangents)
+    transposed = NativeTape(persistent=True, watch_accessed_variables=True)
+    with transposed, transposed:
+        transposed.tape.watch(cotangents)
         gradients = gradients_of(tape, targets, values, cotangents)
     connected = [(g, place) for g, place in zip(gradients, places, strict=True) if g is not None]
 
@@ -31,7 +33,7 @@ def linearize(tape, targets, sources, is_symmetric=False):
         if not connected:
             return [None] * len(targets)
         upstream = [tangents[place] for _, place in connected]
-        return dense(transposed.gradient([g for g, _ in connected], cotangents, output_gradients=upstream))
+        return dense(transposed.tape.gradient([g for g, _ in connected], cotangents, output_gradients=upstream))
 
     def push_as_a_graph(tangents):
         # The recorded values are inputs of the graph, so it computes only what depends on the tangents.

@@ -12,6 +12,7 @@ from tensorflow.python.framework import ops
 
 from keras_gradtools.backend import steps
 from keras_gradtools.backend.tensorflow import linear_stacks
+from keras_gradtools.backend.tensorflow.native_tape import NativeTape
 from keras_gradtools.backend.tensorflow.pullbacks import dense
 from keras_gradtools.backend.tensorflow.vectorize import map_rows
 from keras_gradtools.backend.tensorflow.vjp import pulled_back
@@ -190,19 +191,20 @@ class _Step(steps.Step):
 
     def jvp(self, fun, primals, tangents):
         # A pullback is linear in its cotangents, so its own pullback is the derivative along the tangents.
-        with tf.GradientTape(watch_accessed_variables=False) as transposed:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
+        inner, transposed = NativeTape(), NativeTape()
+        with transposed, transposed:
+            with inner, inner:
                 primals = [tf.identity(x) for x in primals]
-                tape.watch(primals)
+                inner.tape.watch(primals)
                 values = fun(*primals)
                 cotangents = [tf.zeros_like(y) for y in values]
-                transposed.watch(cotangents)
-            gradients = dense(tape.gradient(values, primals, cotangents))
+                transposed.tape.watch(cotangents)
+            gradients = dense(inner.tape.gradient(values, primals, cotangents))
             pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None]
         if not pairs:
             return cotangents
         outputs, along = zip(*pairs, strict=True)
-        found = dense(transposed.gradient(list(outputs), cotangents, list(along)))
+        found = dense(transposed.tape.gradient(list(outputs), cotangents, list(along)))
         found = [tf.zeros_like(y) if d is None else d for d, y in zip(found, values, strict=True)]
         return [_of_shape(d, y) for d, y in zip(found, self.results, strict=True)]
 

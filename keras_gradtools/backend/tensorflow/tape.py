@@ -1,12 +1,11 @@
 """The tape on TensorFlow: a `tf.GradientTape` that follows Keras' `trainable` flags, which TensorFlow's own ignores."""
 
 import keras
-import tensorflow as tf
 from tensorflow.python import pywrap_tfe
-from tensorflow.python.eager import tape as tape_module
 from tensorflow.python.framework import ops
 
 from keras_gradtools.backend.tensorflow import variables
+from keras_gradtools.backend.tensorflow.native_tape import NativeTape
 from keras_gradtools.keras_state import numpy_calls, recording
 
 
@@ -22,52 +21,31 @@ class Tape(recording.Recording):
 
     def __init__(self, watch_accessed_variables):
         super().__init__(watch_accessed_variables)
-        self.native = self._new_native()
-        self._notes: list = []
+        self._block = self._new_block()
         self.custom_gradients = []
         # Whether an operation was recorded whose gradient is a function of Python that may do anything.
         self.has_opaque_operation = False
         self._watch_later = []
         self._seen_by_native = []
 
-    def _new_native(self):
-        watch = self._watch_accessed_variables
-        native = tf.GradientTape(persistent=True, watch_accessed_variables=watch)
-        # A native tape that was never entered has no `_tape`, and `gradient` would raise the error for a second call.
-        made: list = []
-        try:
-            made.extend(map(pywrap_tfe.TFE_Py_TapeSetNew, (True,), (watch,)))
-        finally:
-            for one in made:
-                pywrap_tfe.TFE_Py_TapeSetRemove(one)
-        native._tape = tape_module.Tape(made[0])
-        return native
+    @property
+    def native(self):
+        """The `tf.GradientTape`."""
+        return self._block.tape
 
-    # TensorFlow does not say which tapes are in its set of recording tapes, and removing one that is not in the set
-    # crashes the process. So each change of the set is noted: an odd number of notes means that the tape is in the set.
-    # `extend` with `map` runs in C, so an interrupt cannot come between a change and its note.
-
-    def _push(self):
-        if len(self._notes) % 2 == 0:
-            self._notes.clear()
-            self._notes.extend(map(pywrap_tfe.TFE_Py_TapeSetAdd, (self.native._tape._tape,)))
-        self.native._recording = True
-
-    def _pop(self):
-        if len(self._notes) % 2:
-            self._notes.extend(map(pywrap_tfe.TFE_Py_TapeSetRemove, (self.native._tape._tape,)))
-        self.native._recording = False
+    def _new_block(self):
+        return NativeTape(True, self._watch_accessed_variables)
 
     def begin(self):
         super().begin()
-        self._push()
+        self._block.begin()
         for tensor in self._watch_later:
             self.native.watch(tensor)
         self._watch_later = []
 
     def end(self):
         super().end()
-        self._pop()
+        self._block.end()
 
     def pause(self):
         self.end()
@@ -82,15 +60,15 @@ class Tape(recording.Recording):
         self._watch_later = []
         self._seen_by_native = []
         recording_now = self in recording.active_tapes()
-        self._pop()
-        self.native = self._new_native()
+        self._block.end()
+        self._block = self._new_block()
         if recording_now:
-            self._push()
+            self._block.begin()
 
     def release(self):
-        self._pop()
+        self._block.end()
         self._seen_by_native += self.native.watched_variables()
-        self.native = self._new_native()
+        self._block = self._new_block()
         self.custom_gradients = []
         self.has_opaque_operation = False
 

@@ -2,11 +2,14 @@
 
 import tensorflow as tf
 
+from keras_gradtools.backend.tensorflow.native_tape import NativeTape
+
 
 def pulled_back(fun, inputs, upstream):
     """The vjp of `fun` at `inputs` for the cotangent `upstream`. Zeros for an unconnected input."""
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
+    native = NativeTape()
+    with native, native:
         inputs = [tf.identity(x) for x in inputs]
-        tape.watch(inputs)
+        native.tape.watch(inputs)
         value = fun(*inputs)
-    return tape.gradient(value, inputs, upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return native.tape.gradient(value, inputs, upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO)
