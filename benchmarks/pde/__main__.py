@@ -1,7 +1,7 @@
 """Physics-informed networks by several optimizers: `python -m benchmarks.pde`.
 
 Six equations are solved by networks with three layers of 20 units, in double precision, on the same 1,000 points (1,500
-for Burgers) and from the same weights. Each run has the same time: 6 s of the CPU time of its process, on one core,
+for Burgers) and from the same weights. Each run has the same time: 15 s of the CPU time of its process, on one core,
 without compilation and without the errors that are recorded on the way. CPU time does not depend on what else the
 machine does. All methods but Adam begin with Adam for a fifth of it. Adam's learning rate is the best of three on
 another seed, on JAX, with a cosine decay. Three seeds on JAX, one on the other backends.

@@ -166,7 +166,7 @@ METHODS = {
     "Adam, then torch.optim.LBFGS": torch_lbfgs,
     "Adam, then LBFGS": by(lambda: kg.optimizers.LBFGS(memory=MEMORY)),
     'Adam, then BFGS("ssbroyden")': by(lambda: kg.optimizers.BFGS("ssbroyden", scales_first=True)),
-    "Adam, then LevenbergMarquardt": by(lambda: kg.optimizers.LevenbergMarquardt()),
+    "Adam, then LevenbergMarquardt": by(lambda: kg.optimizers.LevenbergMarquardt(geodesic_acceleration=True)),
     "Adam, then NewtonCG": by(lambda: kg.optimizers.NewtonCG()),
 }
 

@@ -45,9 +45,18 @@ class ExampleJacobians(NamedTuple):
     def gauss_newton(self):
         """The sum of the Gauss-Newton matrices of the examples."""
         n = self.jacobians.shape[-1]
-        curved = self.hessians @ self.jacobians
-        matrix = self.jacobians.reshape(-1, n).T @ curved.reshape(-1, n)
-        return 0.5 * (matrix + matrix.T)
+        rows = self.jacobians.reshape(-1, n)
+        diagonals = np.einsum("eii->ei", self.hessians)
+        is_diagonal = np.count_nonzero(self.hessians) == np.count_nonzero(diagonals)
+        if not is_diagonal or diagonals.min(initial=0.0) < 0.0:
+            matrix = rows.T @ (self.hessians @ self.jacobians).reshape(-1, n)
+            return 0.5 * (matrix + matrix.T)
+        # As for the mean squared error. NumPy computes only half of a product with the transpose of the same array.
+        first = diagonals.flat[0] if diagonals.size else 1.0
+        if (diagonals == first).all():
+            return first * (rows.T @ rows)
+        rows = np.sqrt(diagonals).reshape(-1, 1) * rows
+        return rows.T @ rows
 
 
 def example_jacobians(operator, batch):

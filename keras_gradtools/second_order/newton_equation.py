@@ -29,7 +29,9 @@ class WeightSpace:
         if self.is_finite:
             largest = float(np.abs(self._matrix).max(initial=0.0))
             self.size, self._units = _units(scaling, np.abs(np.diag(self._matrix)), largest)
-            self._scaled = self._units[:, None] * self._matrix * self._units
+            # A matrix of the same size is saved.
+            is_scaled = scaling != "identity"
+            self._scaled = self._units[:, None] * self._matrix * self._units if is_scaled else self._matrix
 
     def solve(self, damping, right=None):
         """The solution $p$, and the damping for which the scaled matrix is positive definite, at least `damping`.

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+# Rows that are solved at once, by a general solver, whose effort is then small beside the factorization.
+_BLOCK = 32
+
 
 def cholesky_solve(matrix, b):
     r"""Solves $A x = b$ with the factors $A = L L^\top$.
@@ -20,10 +23,11 @@ def cholesky_solve(matrix, b):
     """
     lower = np.linalg.cholesky(matrix)
     x = np.array(b, lower.dtype)
-    # Both loops read rows of L, which are contiguous.
-    for i in range(len(x)):
-        x[i] = (x[i] - lower[i, :i] @ x[:i]) / lower[i, i]
-    for i in reversed(range(len(x))):
-        x[i] /= lower[i, i]
-        x[:i] -= np.multiply.outer(lower[i, :i], x[i])
+    starts = range(0, len(x), _BLOCK)
+    blocks = [(slice(i, i + _BLOCK), lower[i : i + _BLOCK, i : i + _BLOCK]) for i in starts]
+    for rows, block in blocks:
+        x[rows] = np.linalg.solve(block, x[rows] - lower[rows, : rows.start] @ x[: rows.start])
+    for rows, block in reversed(blocks):
+        x[rows] = np.linalg.solve(block.T, x[rows])
+        x[: rows.start] -= lower[rows, : rows.start].T @ x[rows]
     return x
