@@ -9,6 +9,7 @@ import functools
 import os
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_gradtools.backend import chunks
@@ -157,6 +158,10 @@ class Backend(abc.ABC):
         """`fun(indices) -> list of tensors or None` for `0 ... count - 1`, in chunks; the results are concatenated."""
         return chunks.loop(fun, count, chunk_size)
 
+    def hoisted(self, fun, like):
+        """`fun`, a function of a tensor like `like`, for a loop. The rest may be computed here."""
+        return fun
+
     def slows_in_loops(self, fun):
         """Whether the operations of `fun()` are far slower inside a loop of a program. It is only traced."""
         return False
@@ -205,6 +210,16 @@ class Backend(abc.ABC):
         """The dot product of two vectors, summed in double precision, in their dtype."""
         return ops.cast(ops.sum(ops.cast(a, "float64") * ops.cast(b, "float64")), a.dtype)
 
+    def dots_and_norms(self, vectors):
+        """The dot products of every two vectors, a matrix, and their norms, summed in double precision, in their dtype.
+
+        A few operations compute all of them, which takes less time on short vectors.
+        """
+        rows = ops.cast(ops.stack(vectors), "float64")
+        found = rows @ ops.transpose(rows)
+        # The roots in double precision, since squares may exceed the range of single precision.
+        return ops.cast(found, vectors[0].dtype), ops.cast(ops.diagonal(found) ** 0.5, vectors[0].dtype)
+
     def dots(self, pairs):
         """The dot products of pairs of vectors, of shape `(2, pairs)` in their dtype.
 
@@ -252,6 +267,10 @@ class Backend(abc.ABC):
     def held(self, variable):
         """The value of a variable, as a tensor that later assignments do not change."""
         return ops.copy(variable)
+
+    def viewed(self, x):
+        """A tensor, or an array, as a NumPy array that may share its memory and must not be changed."""
+        return np.asarray(x)
 
     def settled(self, tensors):
         """The tensors, detached if only tapes need their graph."""

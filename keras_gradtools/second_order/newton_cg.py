@@ -119,22 +119,29 @@ class NewtonCG(SecondOrderOptimizer):
 
     def solver(self, operator: Any, equations: Any) -> Any:
         preconditioner = self._preconditioner_of(operator)
-        if preconditioner is not None and preconditioner is self._preconditioner:
-            # Loading a saved model may have changed the variables since the last step.
-            preconditioner.vectors, values, (missed, *waits) = (
-                ops.convert_to_numpy(ops.convert_to_tensor(v)) for v in (self._vectors, self._values, self._state)
-            )
-            preconditioner.values, preconditioner.missed = values.astype("float64"), float(missed)
-            preconditioner.wait, preconditioner.waited = map(int, waits)
+        if self._is_saved(preconditioner):
+            # Loading a saved model may have changed the variables since the last step. The vectors stay on the device.
+            vectors = ops.convert_to_tensor(self._vectors)
+            preconditioner.restore(vectors, *map(ops.convert_to_numpy, (self._values, self._state)))
         return ConjugateGradientsSolver(operator, self.max_iterations, self.rtol, self.progress_tol, preconditioner)
 
     def end_step(self, operator: Any, damping: float) -> None:
         super().end_step(operator, damping)
         preconditioner = self._preconditioner_of(operator)
-        if preconditioner is not None and preconditioner is self._preconditioner:
-            self._vectors.assign(preconditioner.vectors)
-            self._values.assign(preconditioner.values)
-            self._state.assign([preconditioner.missed, preconditioner.wait, preconditioner.waited])
+        if self._is_saved(preconditioner):
+            if preconditioner.has_new_pairs:
+                self._vectors.assign(preconditioner.vectors)
+                self._values.assign(preconditioner.values)
+            self._state.assign(preconditioner.state)
+
+    def variables_to_restore(self) -> list[Any]:
+        is_new = self._preconditioner is not None and self._preconditioner.has_new_pairs
+        # Holding the vectors may copy them.
+        return [v for v in self.variables if is_new or v is not getattr(self, "_vectors", None)]
+
+    def _is_saved(self, preconditioner):
+        """Whether the preconditioner is the one of the variables."""
+        return preconditioner is not None and preconditioner is self._preconditioner
 
     def _preconditioner_of(self, operator):
         weights = identities(operator.variables)

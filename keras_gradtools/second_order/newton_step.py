@@ -7,12 +7,9 @@ import numpy as np
 
 from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
 from keras_gradtools.display.results import displayed
-from keras_gradtools.second_order.step_solvers import SMALLEST_SHARE
+from keras_gradtools.second_order.newton_equation import SMALLEST_SHARE
+from keras_gradtools.second_order.newton_program import RESOLVED, ROUNDING
 
-# A difference of two losses counts only if it is above this times the machine epsilon times the loss.
-_ROUNDING = 16.0
-# A predicted decrease above this many times that limit should be visible. If it is not, the step is rejected.
-_RESOLVED = 4.0
 # A decrease computed from gradients is trusted if it differs from the prediction by at most this share.
 _AGREEING = 0.25
 # If the possible decrease is below rounding, at most this many dampings are tried, which differ by up to 2**15.
@@ -88,8 +85,8 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
     Args:
         objective: An object with `loss(offset)` and `loss_and_gradient(offset)`, at the weights plus a NumPy vector
             `offset` or None.
-        solver: An object with `dtype`, `start(objective)`, which returns the loss and the gradient, and
-            `solve(gradient, damping)`, which returns a `Proposal`.
+        solver: An object with `dtype`, `start(objective, damping, scale)`, which returns the loss and the gradient, and
+            `solve(gradient, damping)`, which returns a `Proposal`. The first damping is that of `start`.
         damping: $\lambda$, 0 or more.
         scale: $s$, above 0.
         max_attempts: Maximum number of dampings that are tried.
@@ -100,7 +97,7 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
     Source: Nielsen, "Damping parameter in Marquardt's method" (1999), equation 2.4; the decrease from gradients is in
     the spirit of Hager & Zhang, "A new conjugate gradient method with guaranteed descent" (2005), section 4.
     """
-    loss, gradient = solver.start(objective)
+    loss, gradient = solver.start(objective, damping, scale)
     length = norm(gradient)
     first_damping, iterations, growth = damping, 0, _FIRST_GROWTH
 
@@ -114,22 +111,20 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
         return ended(StepReason.NOT_FINITE, f"the {what} is not finite")
     if length == 0.0:
         return ended(StepReason.VANISHED, "the gradient is zero")
-    rounding = _ROUNDING * float(np.finfo(solver.dtype).eps) * abs(loss)
+    rounding = ROUNDING * float(np.finfo(solver.dtype).eps) * abs(loss)
     for attempt in range(1, max_attempts + 1):
         proposal = solver.solve(gradient, damping)
         iterations += proposal.iterations
-        if proposal.step is None:
+        if not proposal.iterates:
             return ended(StepReason.NOT_FINITE, "the curvature is not finite", attempts=attempt)
         damping = max(damping, proposal.damping)
-        candidates = [(proposal.step, proposal.slope, proposal.curved), *proposal.shorter]
         promised = 0.0
-        for place, (step, slope, curved) in enumerate(candidates):
-            # In the precision of the weights, to which it will be added.
-            step = (scale * step).astype(solver.dtype)
-            predicted = -scale * slope - 0.5 * scale**2 * curved
+        for place, iterate in enumerate(proposal.iterates):
+            predicted = -scale * iterate.slope - 0.5 * scale**2 * iterate.curved
             promised = max(promised, predicted)
-            decrease = _decrease(objective, loss, gradient, step, predicted, rounding)
+            decrease = _decrease(objective, loss, gradient, iterate, predicted, rounding)
             if decrease > 0.0:
+                step = iterate.step()
                 ratio = decrease / predicted if predicted > 0.0 else 1.0
                 factor = growth if place else max(_LEAST_FACTOR, 1.0 - (2.0 * min(ratio, 1.0) - 1.0) ** 3)
                 damping = max(damping * factor, proposal.least_damping)
@@ -144,14 +139,15 @@ def newton_step(objective, solver, damping, *, scale=1.0, max_attempts=10):
     return ended(StepReason.REJECTED, f"the loss went up with {max_attempts} dampings", damping, max_attempts)
 
 
-def _decrease(objective, loss, gradient, step, predicted, rounding):
+def _decrease(objective, loss, gradient, iterate, predicted, rounding):
     """The decrease of the loss, as far as rounding allows: 0 or less if none is certain."""
-    decrease = loss - objective.loss(step)
+    decrease = loss - (objective.loss(iterate.step()) if iterate.loss is None else iterate.loss)
     if not np.isfinite(decrease) or abs(decrease) > rounding:
         return decrease
-    if predicted > _RESOLVED * rounding:
+    if predicted > RESOLVED * rounding:
         # The predicted decrease would have been visible.
         return 0.0
+    step = iterate.step()
     _, there = objective.loss_and_gradient(step)
     decrease = -0.5 * (dot(gradient, step) + dot(there, step))
     if norm(there) < norm(gradient) or abs(decrease - predicted) <= _AGREEING * predicted:

@@ -1,8 +1,10 @@
 """A preconditioner for conjugate gradients, made from the products of earlier systems."""
 
+from typing import Any
+
 import numpy as np
 
-from keras_gradtools import validation
+from keras_gradtools import backend, validation
 from keras_gradtools.curvature.estimators.krylov_basis import norm
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.curvature.solvers.conjugate_gradient_loop import Preconditioner
@@ -68,10 +70,11 @@ class RecycledPreconditioner:
         values: $w$ in order of descending magnitude, followed by zeros. Shape `(rank,)`.
         missed: The missed curvature of the last matrix, measured on the first `rank` products with it.
         wait, waited: Number of systems to skip before the pairs are updated again, and number skipped so far.
+        state: `missed`, `wait` and `waited` in a list.
 
     Cost:
         For each product, `4 * rank * n` multiplications and additions. For each system of ten products or more, about
-        `16 * rank**2 * n`. Memory for `3 * rank` vectors, and for up to `7 * rank` while pairs are updated.
+        `16 * rank**2 * n`. Memory for `3 * rank` vectors, and for up to `5 * rank` while pairs are updated.
 
     Source: Gratton, Sartenaer & Tshimanga, "On a class of limited memory preconditioners for large scale linear systems
     with multiple right-hand sides" (2011), the spectral one; Schnabel, "Quasi-Newton methods using multiple secant
@@ -79,45 +82,81 @@ class RecycledPreconditioner:
     """
 
     def __init__(self, size, rank, dtype):
-        self.vectors, self.values, self.missed = np.zeros((rank, size), dtype), np.zeros(rank), 0.0
+        self._dtype = np.dtype(dtype)
+        # An array or a tensor.
+        self._vectors, self.values, self.missed = np.zeros((rank, size), dtype), np.zeros(rank), 0.0
         self.wait, self.waited = 0, 0
-        self._directions, self._products = (np.empty((rank, size), dtype) for _ in range(2))
+        self._restored: Any = None
+        self._recorded: list[tuple[np.ndarray, np.ndarray]] = []
         self._count, self._is_new = 0, True
+
+    @property
+    def vectors(self):
+        return backend.viewed(self._vectors)
+
+    @property
+    def state(self):
+        return [self.missed, self.wait, self.waited]
+
+    @property
+    def has_new_pairs(self):
+        """Whether the pairs have changed since `restore`."""
+        return self._vectors is not self._restored
+
+    def restore(self, vectors, values, state):
+        """Takes the pairs and the state from elsewhere: a tensor or an array, and two arrays."""
+        self._vectors = self._restored = vectors
+        self.values, (self.missed, *waits) = values.astype("float64"), map(float, state)
+        self.wait, self.waited = map(int, waits)
 
     def of(self, damping):
         r"""$M^{-1}$ for this $\lambda$, as `kg.curvature.conjugate_gradients` takes it. None for no preconditioner."""
         found, count = self.pairs_of(damping), np.count_nonzero(self.values)
-        return None if found is None else Preconditioner(found.vectors[:count], found.factors[:count]).times
+        return None if found is None else Preconditioner(self.vectors[:count], found.factors[:count]).times
 
     def pairs_of(self, damping):
-        """The same as a `Preconditioner` of NumPy arrays, with zeros in rows that are not in use yet."""
+        """The same as a `Preconditioner`, with zeros in rows that are not in use yet. Its vectors may be a tensor."""
         lowest = self._lowest()
         if lowest is None:
             return None
         values = np.abs(self.values)
         factors = np.minimum((lowest + damping) / np.where(values, values + damping, 1.0), 1.0) - 1.0
-        return Preconditioner(self.vectors, np.where(values, factors, 0.0).astype(self.vectors.dtype))
+        return Preconditioner(self._vectors, np.where(values, factors, 0.0).astype(self._dtype))
 
     def begin(self):
         """Call this before the first system with a new matrix."""
-        self._count, self._is_new = 0, True
+        self._forget()
+        self._is_new = True
+
+    def _forget(self):
+        self._recorded, self._count = [], 0
 
     def record(self, direction, product):
         """Records a product of the matrix without damping."""
+        length = norm(direction)
         if self.waited < self.wait:
             self._count += 1
+        elif 0.0 < length < np.inf:
+            with np.errstate(over="ignore"):
+                product = np.asarray(product, self._dtype) / length
+            self.record_all((direction / length)[None], product[None])
+
+    def record_all(self, directions, products):
+        """Records products with directions of norm 1: arrays with a row for each."""
+        if self.waited < self.wait:
+            self._count += len(directions)
             return
-        length = norm(direction)
-        if not 0.0 < length < np.inf:
-            return
-        with np.errstate(over="ignore"):
-            product = np.asarray(product, self.vectors.dtype) / length
-        if not np.isfinite(product).all():
-            return
-        if self._count == len(self.values):
-            self._absorb()
-        self._directions[self._count], self._products[self._count] = direction / length, product
-        self._count += 1
+        directions, products = (x.astype(self._dtype, copy=False) for x in (directions, products))
+        if not (np.isfinite(directions).all() and np.isfinite(products).all()):
+            is_finite = np.isfinite(directions).all(axis=1) & np.isfinite(products).all(axis=1)
+            directions, products = directions[is_finite], products[is_finite]
+        while len(directions):
+            if self._count == len(self.values):
+                self._absorb()
+            room = len(self.values) - self._count
+            self._recorded.append((directions[:room], products[:room]))
+            self._count += len(self._recorded[-1][0])
+            directions, products = directions[room:], products[room:]
 
     def finish(self):
         """Call this after each system. Updates the preconditioner with the recorded products."""
@@ -129,7 +168,7 @@ class RecycledPreconditioner:
                 is_full = bool(self.values[-1])
                 self.wait = min(2 * self.wait + 1, _LONGEST_WAIT) if is_full and self._lowest() is None else 0
                 self.waited = 0
-        self._count = 0
+        self._forget()
 
     def _lowest(self):
         r"""$\sigma$, to which eigenvalues are reduced. None if the preconditioner is not worth its cost."""
@@ -142,8 +181,8 @@ class RecycledPreconditioner:
 
     @np.errstate(over="ignore", invalid="ignore")
     def _absorb(self):
-        new, products = self._directions[: self._count], self._products[: self._count]
-        self._count = 0
+        new, products = map(_joined, zip(*self._recorded, strict=True))
+        self._forget()
         # Everything is computed in coefficients. Arrays as long as the weights only appear in matrix products.
         basis = _whitened(_double(new @ new.T), _LEAST_NEW)
         matrix = basis.T @ _double(new @ products.T) @ basis
@@ -183,19 +222,28 @@ class RecycledPreconditioner:
             return None
         values, vectors = np.linalg.eigh(matrix)
         largest = np.argsort(-np.abs(values), kind="stable")[: len(self.values)]
-        if not np.isfinite(values.astype(self.vectors.dtype)).all():
+        if not np.isfinite(values.astype(self._dtype)).all():
             return None
-        found = sum((part @ vectors[:, largest]).T.astype(rows.dtype) @ rows for part, rows in basis)
+        count, size = len(largest), basis[0][1].shape[1]
+        # A new array, since a function that `of` returned may still use the former one.
+        found = np.zeros((len(self.values), size), self._dtype)
+        part = np.empty((count, size), self._dtype)
+        for coefficients, rows in basis:
+            found[:count] += np.matmul((coefficients @ vectors[:, largest]).T.astype(self._dtype), rows, out=part)
         # Nearly parallel directions amplify rounding. This step makes the vectors orthonormal again.
-        found -= (0.5 * (_double(found @ found.T) - np.eye(len(found)))).astype(found.dtype) @ found
-        # New arrays, since a function that `of` returned may still use the former ones.
-        self.vectors, self.values = np.zeros_like(self.vectors), np.zeros_like(self.values)
-        self.vectors[: len(largest)], self.values[: len(largest)] = found, values[largest]
+        excess = 0.5 * (_double(found[:count] @ found[:count].T) - np.eye(count))
+        found[:count] -= np.matmul(excess.astype(self._dtype), found[:count], out=part)
+        self._vectors, self.values = found, np.zeros_like(self.values)
+        self.values[:count] = values[largest]
         return vectors[:, largest]
 
     def _pairs(self):
         found = np.count_nonzero(self.values)
         return self.vectors[:found], self.values[:found]
+
+
+def _joined(arrays):
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _double(matrix):

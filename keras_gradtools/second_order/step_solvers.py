@@ -1,6 +1,7 @@
 """Solvers of Newton's equation for one damping: by a factorization, or by conjugate gradients."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,15 +10,15 @@ from keras_gradtools.curvature.estimators.krylov_basis import dot, norm
 from keras_gradtools.curvature.operators.gauss_newton import GaussNewton
 from keras_gradtools.curvature.operators.hessian import Hessian
 from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
-from keras_gradtools.curvature.solvers import conjugate_gradient_loop
+from keras_gradtools.curvature.solvers import conjugate_gradient_loop as loop
 from keras_gradtools.curvature.solvers.conjugate_gradients import conjugate_gradients
+from keras_gradtools.second_order import newton_program
 from keras_gradtools.second_order.newton_equation import SMALLEST_SHARE
+from keras_gradtools.second_order.newton_program import Iterate
 
 CURVATURES = {"hessian": Hessian, "gauss_newton": GaussNewton}
 # The next conjugate gradient iterate is stored when the iteration number has grown by this factor since the last one.
 _LEAST_GROWTH = 1.5
-# Nocedal & Wright's forcing term: the relative residual is at most this, and at most the root of the gradient norm.
-_LARGEST_RESIDUAL = 0.5
 
 
 def require_enough_outputs(owner, operator, examples):
@@ -33,30 +34,35 @@ def require_enough_outputs(owner, operator, examples):
 
 
 class Proposal(NamedTuple):
-    r"""A step proposed by a solver, before its loss is evaluated.
+    """Steps proposed by a solver for one damping.
 
     Attributes:
-        step: The step $p$. None if a number is not finite.
-        slope: $g^\top p$, the linear term of the quadratic model.
-        curved: $p^\top B p$, twice the quadratic term.
-        damping: The damping of the step.
+        iterates: Each an `Iterate`, to try in this order until the loss goes down. Empty if a number is not finite.
+        damping: The damping of the steps.
         iterations: Number of conjugate gradient iterations.
         size: The scale of the matrix. The least damping after a rejected step is relative to it.
-        shorter: Other steps, as `(step, slope, curved)`, to try in this order if the loss does not go down.
         least_damping: The least damping for the next step.
     """
 
-    step: np.ndarray | None
-    slope: float
-    curved: float
+    iterates: Sequence
     damping: float
     iterations: int
     size: float
-    shorter: tuple = ()
     least_damping: float = 0.0
 
 
-class DenseSolver:
+class _Solver:
+    """What the solvers share: the precision of the weights, and the scale of their steps."""
+
+    def __init__(self, dtype):
+        self.dtype, self._scale = np.dtype(dtype), 1.0
+
+    def _iterate(self, x, slope, curved):
+        """The `Iterate` of a NumPy array."""
+        return Iterate(lambda: (self._scale * x).astype(self.dtype), slope, curved)
+
+
+class DenseSolver(_Solver):
     """Solves Newton's equation by factorizing its matrix, in double precision.
 
     Args:
@@ -67,29 +73,29 @@ class DenseSolver:
     """
 
     def __init__(self, system, dtype, acceleration=None):
-        self._system, self.dtype, self._acceleration = system, np.dtype(dtype), acceleration
+        super().__init__(dtype)
+        self._system, self._acceleration = system, acceleration
 
-    def start(self, objective):
+    def start(self, objective, damping, scale):
+        self._scale = scale
         loss, gradient, self._equation = self._system()
         return loss, np.asarray(gradient, "float64")
 
     def solve(self, gradient, damping):
         equation = self._equation
         if not equation.is_finite:
-            return Proposal(None, 0.0, 0.0, damping, 0, 0.0)
+            return Proposal((), damping, 0, 0.0)
         step, damping = equation.solve(damping)
-        slope, curved = dot(gradient, step), equation.curved(step)
-        proposal = Proposal(step, slope, curved, damping, 0, equation.size)
-        if self._acceleration is None or not step.any():
-            return proposal
-        accelerated = self._acceleration.of(equation, step, damping)
-        if accelerated is None:
-            return proposal
-        # The correction follows the model, not the loss: the decrease that is predicted stays that of the step.
-        return proposal._replace(step=accelerated, shorter=((step, slope, curved),))
+        iterates = [self._iterate(step, dot(gradient, step), equation.curved(step))]
+        if self._acceleration is not None and step.any():
+            accelerated = self._acceleration.of(equation, step, damping)
+            if accelerated is not None:
+                # The correction follows the model, not the loss: the decrease that is predicted stays that of the step.
+                iterates.insert(0, self._iterate(accelerated, *iterates[0][1:3]))
+        return Proposal(iterates, damping, 0, equation.size)
 
 
-class ConjugateGradientsSolver:
+class ConjugateGradientsSolver(_Solver):
     """Solves Newton's equation by conjugate gradients, using only products.
 
     A direction of negative curvature ends the iteration, and the step is the iterate before it. If the first direction
@@ -106,89 +112,96 @@ class ConjugateGradientsSolver:
     """
 
     def __init__(self, operator, max_iterations, rtol=None, progress_tol=None, preconditioner=None):
-        self._operator, self.dtype = operator, solver_dtype(operator.dtype)
+        super().__init__(solver_dtype(operator.dtype))
+        self._operator = operator
         self._max_iterations, self._rtol, self._progress_tol = max_iterations, rtol, progress_tol
         self._preconditioner = preconditioner
 
-    def start(self, objective):
-        self._linearized = None
+    def start(self, objective, damping, scale):
+        self._linearized, self._scale = None, scale
         if self._preconditioner is not None:
             self._preconditioner.begin()
-        return objective.loss_and_gradient()
+        self._in_one_program = self._operator.can_loop_over_products()
+        if not self._in_one_program:
+            return objective.loss_and_gradient()
+        # One program computes the gradient and solves the equation with the first damping.
+        self._solved = self._solve_in_one_program(damping)
+        return self._solved.loss, self._solved.gradient
 
     def solve(self, gradient, damping):
-        if self._linearized is None:
-            self._linearized = self._start()
-        length = norm(gradient)
-        rtol = min(_LARGEST_RESIDUAL, length**0.5) if self._rtol is None else self._rtol
-        by = self._in_one_program if self._linearized is _ONE_PROGRAM else self._by_products
-        found, iterates = by(-gradient.astype(self.dtype), damping, rtol)
+        if self._in_one_program:
+            found, self._solved = self._solved or self._solve_in_one_program(damping), None
+            iterates, is_negative, length = found.iterates, found.reason == loop.NEGATIVE, found.length
+        else:
+            length = norm(gradient)
+            found = self._solve_by_products(gradient, damping, length)
+            iterates = self._iterates_of(found, gradient, damping)
+            is_negative = found.reason == "negative_curvature"
         if self._preconditioner is not None:
             self._preconditioner.finish()
-        x = np.asarray(found.x, "float64")
-        if found.reason == "not_finite" or not np.isfinite(x).all():
-            return Proposal(None, 0.0, 0.0, damping, found.iterations, 0.0)
-        if found.reason == "negative_curvature" and not x.any():
-            # The minimum along the first direction, if the sign of its curvature is changed.
-            x = np.asarray(found.negative_curvature, "float64")
-            x = -dot(gradient, x) / dot(x, x) / max(abs(found.curvature), SMALLEST_SHARE) * x
-            curved = (found.curvature - damping) * dot(x, x)
-        else:
-            # x'(B + damping) x = x'(b - r), and the residual r of conjugate gradients is orthogonal to x.
-            curved = -dot(gradient, x) - damping * dot(x, x)
+        if iterates is None:
+            return Proposal((), damping, found.iterations, 0.0)
         size = length if found.curvature is None else max(length, abs(found.curvature - damping))
-        shorter = []
-        for i, earlier in reversed(iterates):
-            if i < found.iterations:
-                slope = dot(gradient, earlier)
-                shorter.append((earlier, slope, -slope - damping * dot(earlier, earlier)))
         # The smallest damping that removes this negative curvature.
-        least = damping - found.curvature if found.reason == "negative_curvature" else 0.0
-        return Proposal(x, dot(gradient, x), curved, damping, found.iterations, size, tuple(shorter), least)
+        least = damping - found.curvature if is_negative else 0.0
+        return Proposal(iterates, damping, found.iterations, size, least)
 
-    def _start(self):
-        if self._operator.can_loop_over_products():
-            return _ONE_PROGRAM
-        linearized = self._operator.linearized()
-        return linearized if self._preconditioner is None else _Recorded(linearized, self._preconditioner)
+    def _solve_in_one_program(self, damping):
+        """The `Solved` of one damping."""
+        preconditioner, most, known, record = self._preconditioner, self._max_iterations, None, None
+        if preconditioner is not None:
+            # As many products as the preconditioner holds before it is updated.
+            most, record = min(most, len(preconditioner.values)), preconditioner.record_all
+            known = preconditioner.pairs_of(damping)
+        options = loop.Options(
+            self._max_iterations,
+            self._progress_tol,
+            most,
+            _stored(self._max_iterations),
+            record is not None,
+            self._rtol,
+        )
+        run = self._operator.compute_with_product
+        return newton_program.solve(run, damping, self._scale, options, self.dtype, known, record)
 
-    def _by_products(self, b, damping, rtol):
-        """The result of conjugate gradients, and some iterates with their numbers, by one product after the other."""
-        iterates: list[Any] = []
-        stored = set(_stored(self._max_iterations))
+    def _solve_by_products(self, gradient, damping, length):
+        """The result of conjugate gradients, by one product after the other. Some iterates are stored."""
+        if self._linearized is None:
+            linearized = self._operator.linearized()
+            recorded = self._preconditioner is not None
+            self._linearized = _Recorded(linearized, self._preconditioner) if recorded else linearized
+        self._stored: list[Any] = []
+        numbers = set(_stored(self._max_iterations))
 
         def store(i, x, _):
-            if i in stored:
-                iterates.append((i, x))
+            if i in numbers:
+                self._stored.append((i, x))
 
-        found: Any = conjugate_gradients(
+        return conjugate_gradients(
             self._linearized,
-            b,
+            -gradient.astype(self.dtype),
             damping=damping,
             preconditioner=None if self._preconditioner is None else self._preconditioner.of(damping),
-            rtol=rtol,
+            rtol=min(newton_program.LARGEST_RESIDUAL, length**0.5) if self._rtol is None else self._rtol,
             progress_tol=self._progress_tol,
             max_iterations=self._max_iterations,
             callback=store,
         )
-        return found, iterates
 
-    def _in_one_program(self, b, damping, rtol):
-        """The same, by a program that computes all of it."""
-        preconditioner, most, known, record = self._preconditioner, self._max_iterations, None, None
-        if preconditioner is not None:
-            # As many products as the preconditioner holds before it is updated.
-            most, record = min(most, len(preconditioner.values)), preconditioner.record
-            known = preconditioner.pairs_of(damping)
-        options = conjugate_gradient_loop.Options(
-            self._max_iterations, self._progress_tol, most, _stored(self._max_iterations), record is not None
-        )
-        run = self._operator.compute_with_product
-        return conjugate_gradient_loop.solve(run, b, damping, rtol, options, known, record)
-
-
-# Takes the place of a linearized operator where one program computes all of conjugate gradients.
-_ONE_PROGRAM = object()
+    def _iterates_of(self, found, gradient, damping):
+        """The solution and earlier iterates, as a list of `Iterate`. None if a number is not finite."""
+        x = np.asarray(found.x, "float64")
+        if found.reason == "not_finite" or not np.isfinite(x).all():
+            return None
+        # x'(B + damping) x = x'(b - r), and the residual r of conjugate gradients is orthogonal to x.
+        steps = [x, *(x for i, x in reversed(self._stored) if i < found.iterations)]
+        if found.reason == "negative_curvature" and not x.any():
+            # The minimum along the first direction, if the sign of its curvature is changed.
+            x = np.asarray(found.negative_curvature, "float64")
+            x = -dot(gradient, x) / dot(x, x) / max(abs(found.curvature), SMALLEST_SHARE) * x
+            return [self._iterate(x, dot(gradient, x), (found.curvature - damping) * dot(x, x))]
+        slopes = [dot(gradient, x) for x in steps]
+        return [self._iterate(x, slope, -slope - damping * dot(x, x)) for x, slope in zip(steps, slopes, strict=True)]
 
 
 def _stored(limit):

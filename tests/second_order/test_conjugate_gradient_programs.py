@@ -94,13 +94,22 @@ def test_a_loop_of_products(programs):
             assert not backend.COMPILES_LOOPS
             continue
 
-        def twice(product, v):
-            return [product(product(v))]
+        def twice(product, loss_at, loss_and_gradient, v):
+            return [product(product(v)), loss_at(v), *loss_and_gradient()]
 
-        (found,) = operator.compute_with_product("twice", twice, v.astype("float32"))
+        found, *others = operator.compute_with_product("twice", twice, v.astype("float32"))
         matrix = operator.dense().astype("float64")
         expected = matrix @ (matrix @ v)
         np.testing.assert_allclose(ops.convert_to_numpy(found), expected, atol=1e-4 * np.abs(expected).max())
+        for value, other in zip(others, (operator.loss(v), *operator.loss_and_gradient()), strict=True):
+            np.testing.assert_allclose(ops.convert_to_numpy(value), other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [2**16, 2**16 + 1])
+def test_models_of_many_weights_have_no_loop(inputs):
+    model = keras.Sequential([keras.Input((inputs,)), layers.Dense(2, use_bias=False)])
+    operator = Hessian(model, "mse", (np.zeros((1, inputs), "float32"), np.zeros((1, 2), "float32")))
+    assert operator.can_loop_over_products() == (backend.COMPILES_LOOPS and inputs == 2**16)
 
 
 def test_data_in_several_batches_or_a_model_of_many_variables_has_no_loop():
@@ -114,7 +123,7 @@ def test_a_loss_that_cannot_be_traced():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3, "tanh"), layers.Dense(1)])
     operator = Hessian(model, branching, (X, Y))
     solver = ConjugateGradientsSolver(operator, 50, 1e-5)
-    _, gradient = solver.start(operator)
-    found = solver.solve(gradient, 3.0).step
+    _, gradient = solver.start(operator, 3.0, 1.0)
+    found = solver.solve(gradient, 3.0).iterates[0].step()
     expected = np.linalg.solve(operator.dense() + 3.0 * np.eye(len(gradient)), -gradient)
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())

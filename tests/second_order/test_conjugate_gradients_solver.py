@@ -43,7 +43,7 @@ def symmetric(values, seed=0):
 
 def solved(matrix, gradient, damping, preconditioner, rtol=1e-8):
     solver = ConjugateGradientsSolver(Operator(matrix), 100, rtol, preconditioner=preconditioner)
-    _, gradient = solver.start(Objective(gradient))
+    _, gradient = solver.start(Objective(gradient), damping, 1.0)
     return solver.solve(gradient, damping)
 
 
@@ -63,9 +63,12 @@ GRADIENT = np.random.default_rng(3).normal(size=N)
 def test_the_solution_and_its_numbers(damping, rank):
     matrix = symmetric(np.geomspace(0.1, 10, N))
     proposal = solved(matrix, GRADIENT, damping, taught(matrix, rank) if rank else None)
-    np.testing.assert_allclose(proposal.step, np.linalg.solve(matrix + damping * np.eye(N), -GRADIENT), rtol=1e-5)
+    np.testing.assert_allclose(
+        proposal.iterates[0].step(), np.linalg.solve(matrix + damping * np.eye(N), -GRADIENT), rtol=1e-5
+    )
     assert proposal.iterations == 1 if rank == N else 1 < proposal.iterations < 2 * N
-    for step, slope, curved in [(proposal.step, proposal.slope, proposal.curved), *proposal.shorter]:
+    for iterate in proposal.iterates:
+        step, slope, curved = iterate.step(), iterate.slope, iterate.curved
         assert slope == pytest.approx(GRADIENT @ step, rel=1e-6)
         assert curved == pytest.approx(step @ matrix @ step, rel=1e-4)
 
@@ -75,15 +78,17 @@ def test_a_first_direction_of_negative_curvature(is_taught):
     matrix = symmetric(-np.geomspace(0.5, 10, N))
     preconditioner = taught(matrix) if is_taught else RecycledPreconditioner(N, N, "float64")
     proposal = solved(matrix, GRADIENT, 0.1, preconditioner)
+    (iterate,) = proposal.iterates
+    step, slope, curved = iterate.step(), iterate.slope, iterate.curved
     # It leads down by as much as the same curvature upwards had it go at best.
-    assert proposal.slope == pytest.approx(GRADIENT @ proposal.step) and proposal.slope < 0
-    damped = proposal.step @ (matrix + 0.1 * np.eye(N)) @ proposal.step
-    assert -proposal.slope == pytest.approx(-damped)
-    assert proposal.curved == pytest.approx(proposal.step @ matrix @ proposal.step)
-    assert proposal.least_damping == pytest.approx(-proposal.curved / (proposal.step @ proposal.step))
+    assert slope == pytest.approx(GRADIENT @ step) and slope < 0
+    damped = step @ (matrix + 0.1 * np.eye(N)) @ step
+    assert -slope == pytest.approx(-damped)
+    assert curved == pytest.approx(step @ matrix @ step)
+    assert proposal.least_damping == pytest.approx(-curved / (step @ step))
     if is_taught:
         # The solution for the absolute values, but for its length.
-        share = proposal.step / np.linalg.solve(-matrix + 0.1 * np.eye(N), -GRADIENT)
+        share = step / np.linalg.solve(-matrix + 0.1 * np.eye(N), -GRADIENT)
         np.testing.assert_allclose(share, share[0], rtol=1e-5)
         assert 1.0 < share[0] < 1.5
 
@@ -93,11 +98,11 @@ def test_a_second_damping_knows_the_products_of_the_first():
     solver = ConjugateGradientsSolver(
         Operator(matrix), 100, 1e-2, preconditioner=RecycledPreconditioner(N, N, "float64")
     )
-    _, gradient = solver.start(Objective(GRADIENT))
+    _, gradient = solver.start(Objective(GRADIENT), 0.1, 1.0)
     first, second = solver.solve(gradient, 0.1), solver.solve(gradient, 0.2)
     # Fewer than there is room for.
     assert first.iterations < N and second.iterations < first.iterations / 2
-    residual = (matrix + 0.2 * np.eye(N)) @ second.step + GRADIENT
+    residual = (matrix + 0.2 * np.eye(N)) @ second.iterates[0].step() + GRADIENT
     assert np.linalg.norm(residual) < 1.01e-2 * np.linalg.norm(GRADIENT)
 
 
@@ -108,7 +113,7 @@ def test_each_start_is_a_new_matrix(monkeypatch):
     preconditioner = RecycledPreconditioner(N, N, "float64")
     solver = ConjugateGradientsSolver(Operator(np.eye(N)), 100, 1e-6, preconditioner=preconditioner)
     for dampings in (1, 2):
-        _, gradient = solver.start(Objective(GRADIENT))
+        _, gradient = solver.start(Objective(GRADIENT), 0.1, 1.0)
         for _ in range(dampings):
             solver.solve(gradient, 0.1)
     assert calls == ["begin", "finish", "begin", "finish", "finish"]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_gradtools.second_order.newton_equation import WeightSpace
+from keras_gradtools.second_order.newton_program import Iterate
 from keras_gradtools.second_order.newton_step import StepReason, newton_step
 from keras_gradtools.second_order.step_solvers import DenseSolver, Proposal
 
@@ -37,14 +38,15 @@ class TestBelowRounding:
         class Solver:
             dtype = np.dtype("float32")
 
-            def start(self, objective):
+            def start(self, objective, damping, scale):
                 return objective.loss_and_gradient()
 
             def solve(self, gradient, damping):
                 def of(step):
-                    return np.array([step]), gradient[0] * step, HEIGHT / np.cosh(START) ** 2 * step**2
+                    curved = HEIGHT / np.cosh(START) ** 2 * step**2
+                    return Iterate(lambda: np.array([step], "float32"), gradient[0] * step, curved)
 
-                return Proposal(*of(-100.0), damping, 9, HEIGHT, shorter=(of(-50.0), of(-2.0)))
+                return Proposal([of(-100.0), of(-50.0), of(-2.0)], damping, 9, HEIGHT)
 
         found = newton_step(Valley(), Solver(), 1e-3 * HEIGHT)
         assert found.reason == StepReason.ACCEPTED and found.attempts == 1

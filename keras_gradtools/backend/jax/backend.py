@@ -26,6 +26,7 @@ from keras_gradtools.backend.jax import (
 )
 from keras_gradtools.backend.jax.containers import containers
 from keras_gradtools.backend.jax.custom_gradient import custom_gradient
+from keras_gradtools.backend.jax.hoisting import hoisted
 from keras_gradtools.backend.jax.jit import depends_on_values, jit
 from keras_gradtools.backend.jax.train_function import train_function
 from keras_gradtools.keras_state import recording
@@ -59,6 +60,7 @@ class JaxBackend(Backend):
     linearize = staticmethod(pushforwards.linearize)
     steps_between = staticmethod(steps.steps_between)
     custom_gradient = staticmethod(custom_gradient)
+    hoisted = staticmethod(hoisted)
     jit = staticmethod(jit)
     depends_on_values = staticmethod(depends_on_values)
     alias = staticmethod(aliases.recorded_alias)
@@ -106,6 +108,10 @@ class JaxBackend(Backend):
             double = jax.numpy.dtype("float64")
             product = jax.lax.dot(a.astype(double), b.astype(double))
             return product.astype(a.dtype)
+
+    def dots_and_norms(self, vectors):
+        with enable_x64(True):
+            return super().dots_and_norms(vectors)
 
     def _exact_dots(self, pairs):
         with enable_x64(True):

@@ -48,6 +48,15 @@ def is_high(primitive, inputs, params, programs):
     return rule(*map(core.typeof, inputs), **params)
 
 
+def bind(equation, values):
+    """Runs an equation of a program on values. Returns a list of its outputs."""
+    found = equation.primitive.get_bind_params(equation.params)
+    # Older versions of JAX return the functions of a custom derivative apart from the parameters.
+    subfuns, params = found if isinstance(found, tuple) else ((), found)
+    outputs = equation.primitive.bind(*subfuns, *values, **params)
+    return outputs if equation.primitive.multiple_results else [outputs]
+
+
 def opened(program):
     return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 

@@ -4,6 +4,8 @@ Programs inside operations (`jax.jit`) are taken apart into their own operations
 custom derivative are single steps: they have the derivatives that JAX gives them.
 """
 
+import functools
+
 import jax
 from jax.extend.core import Literal
 
@@ -148,7 +150,7 @@ class _Steps:
         for equation in jaxpr.eqns:
             given = [(v.val, None) if isinstance(v, Literal) else (values[v], slots[v]) for v in equation.invars]
             is_active = any(slot is not None for _, slot in given)
-            results = _bound(equation)([x for x, _ in given])
+            results = jaxprs.bind(equation, [x for x, _ in given])
             out = []
             for var, x in zip(equation.outvars, results, strict=True):
                 slot = self._next() if is_active and is_followable(x) else None
@@ -160,7 +162,7 @@ class _Steps:
                 self.open(equation.params["jaxpr"], given, out)
             else:
                 is_rectifier = _is_rectifier(jaxprs.opened(equation.params.get("call_jaxpr")))
-                self.add(equation, _bound(equation), given, results, out, is_rectifier)
+                self.add(equation, functools.partial(jaxprs.bind, equation), given, results, out, is_rectifier)
         for var, slot in zip(jaxpr.outvars, outputs, strict=True):
             if slot is not None and not isinstance(var, Literal) and slots[var] is not None:
                 self.steps.append(_Same(slots[var], slot, values[var]))
@@ -188,17 +190,6 @@ def _map_stacks(fun, stacks):
 
     found = jax.vmap(rows, axes, 0)(*stacks)
     return [x if rank == 0 else jax.numpy.swapaxes(x, 0, 1) for x, rank in zip(found, ranks, strict=True)]
-
-
-def _bound(equation):
-    def bind(values):
-        found = equation.primitive.get_bind_params(equation.params)
-        # Older versions of JAX return the functions of a custom derivative apart from the parameters.
-        subfuns, params = found if isinstance(found, tuple) else ((), found)
-        outputs = equation.primitive.bind(*subfuns, *values, **params)
-        return outputs if equation.primitive.multiple_results else [outputs]
-
-    return bind
 
 
 class _JaxStep(steps.Step):

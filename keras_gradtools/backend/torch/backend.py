@@ -93,6 +93,9 @@ class TorchBackend(Backend):
     def long_dot(self, a, b):
         return torch.dot(a, b)
 
+    def viewed(self, x):
+        return super().viewed(x.detach().cpu() if torch.is_tensor(x) else x)
+
     def settled(self, tensors):
         attached = [t for t in tensors if t.requires_grad]
         if not attached or pullbacks.may_be_recorded(lambda: graph.is_used_outside(pullbacks.nodes_of(attached))):

@@ -5,12 +5,14 @@ these are None. If replicas share the batch, `of_part` computes the result for o
 examples in this part. These results add up to that of the batch.
 """
 
+import functools
 import math
 
 from keras import ops
 
 from keras_gradtools import backend
 from keras_gradtools.curvature.data.batches import batch_size_of
+from keras_gradtools.curvature.operators.solver_vectors import solver_dtype
 from keras_gradtools.transforms.first_order import value_and_grad
 
 
@@ -38,13 +40,18 @@ def flat_product(spec, loss, parameters, model, vector, batch, seed):
 
 
 def with_product(body, spec, loss, parameters, model, args, batch, seed):
-    """Runs `body(product, *args)`, where `product` multiplies a flat vector by the matrix of a batch."""
+    """Runs `body(product, loss_at, loss_and_gradient, *args)`, as `with_loss`.
+
+    `product` multiplies a flat vector by the matrix of a batch.
+    """
     linear = spec.of_batch(model, parameters.variables_as_tensors(), batch, seed)
 
-    def product(vector):
-        return ops.cast(ops.stop_gradient(parameters.joined(linear.apply(parameters.split(vector)))), vector.dtype)
+    def multiplied(vector):
+        return ops.stop_gradient(parameters.joined(linear.apply(parameters.split(vector))))
 
-    return body(product, *args), None
+    like = ops.zeros(parameters.size, dtype=solver_dtype(parameters.dtype).name)
+    product = backend.hoisted(lambda v: ops.cast(multiplied(v), v.dtype), like)
+    return with_loss(functools.partial(body, product), spec, loss, parameters, model, args, batch, seed)
 
 
 def with_loss(body, spec, loss, parameters, model, args, batch, seed):

@@ -19,6 +19,8 @@ from keras_gradtools.transforms import compiled
 # Larger models take long to trace. Both limits matter: two transformer blocks have few variables, but hundreds of
 # operations.
 _MOST_VARIABLES, _MOST_LAYERS = 32, 16
+# With more weights, products one by one need fewer vectors, and take no more time.
+_MOST_WEIGHTS_IN_LOOPS = 2**17
 
 
 class DataSums:
@@ -163,12 +165,11 @@ class DataSums:
         return not backend.is_shared_by_replicas(batch, self.parameters.variables[0])
 
     def can_loop(self):
-        """Whether one program can compute many products in a loop, and is faster than one program for each."""
-        if not (self.is_one_batch and backend.COMPILES_LOOPS and self.is_quick_to_trace):
+        """Whether one program can compute many products and losses, and is faster than one program for each."""
+        is_small = self.parameters.size <= _MOST_WEIGHTS_IN_LOOPS
+        if not (backend.COMPILES_LOOPS and is_small and self.can_evaluate_at_once()):
             return False
         (batch,) = self.batches
-        if backend.is_shared_by_replicas(batch, self.parameters.variables[0]):
-            return False
         if not self._can_loop:
             loss, weights = self.loss.drawing(self.draws), self.parameters.variables_as_tensors()
             try:

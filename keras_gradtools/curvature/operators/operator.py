@@ -271,10 +271,12 @@ class CurvatureOperator(AlgebraicOperator):
         return self._sums.can_loop()
 
     def compute_with_product(self, what: Any, body: Any, *args: Any) -> Any:
-        """Runs `body(product, *args)` compiled, where `product` multiplies a flat vector in tensors.
+        """Runs `body(product, loss_at, loss_and_gradient, *args)` compiled, if `can_loop_over_products()`.
 
-        The data has to be one batch. `what` identifies the program in the cache.
+        `what` identifies the program in the cache. `product` multiplies a flat vector in tensors. The others are as for
+        `compute_with_loss`.
         """
+        self._sums.prepare("gradient")
         return self._sums.of_one_batch(("with product", what), functools.partial(batch_sums.with_product, body), args)
 
     def can_evaluate_at_once(self) -> bool:
