@@ -54,7 +54,7 @@ class NewtonCG(SecondOrderOptimizer):
 
     Cost:
         For each step, a gradient, an evaluation of the loss and up to `max_iterations` products of about 2.5 gradients
-        each. Every further damping costs the evaluation and the products again. Memory for twenty to forty vectors, and
+        each. Every further damping costs the evaluation and the products again. Memory for about twenty vectors, and
         for up to eight times `preconditioner_rank` more.
 
     Example:

@@ -61,6 +61,7 @@ def trained(build, steps=2, **options):
     return trainer.fit(X, Y, batch_size=len(X), epochs=steps, shuffle=False, verbose=0).history, trainer.last_step.step
 
 
+@pytest.mark.filterwarnings("error:.*eagerly")
 @pytest.mark.parametrize(
     ("build", "options"),
     [

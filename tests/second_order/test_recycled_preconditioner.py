@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_gradtools.curvature.solvers.conjugate_gradients import conjugate_gradients
 from keras_gradtools.second_order.recycled_preconditioner import (
@@ -133,6 +134,41 @@ class TestPairs:
         assert preconditioner.vectors.shape == (rank, n)
         np.testing.assert_allclose(preconditioner.vectors @ preconditioner.vectors.T, np.eye(rank), atol=1e-9)
         assert preconditioner.values[0] > 60
+
+    @pytest.mark.parametrize("count", [5, 12, 30])
+    def test_products_recorded_at_once_count_as_those_recorded_one_by_one(self, count):
+        # Also with more of them than there is room for, and with some that are not finite.
+        n, rank = 25, 12
+        matrix = symmetric(np.geomspace(0.1, 50, n))
+        directions = draws(count, n)
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        products = directions @ matrix
+        products[2, 3] = np.nan
+        first, second = (RecycledPreconditioner(n, rank, "float64") for _ in range(2))
+        for _ in range(2):
+            first.record_all(directions, products)
+            first.finish()
+            for direction, product in zip(directions, products, strict=True):
+                second.record(direction, product)
+            second.finish()
+        assert first.values.any() == (count > 5)
+        np.testing.assert_allclose(first.values, second.values, rtol=1e-9)
+        np.testing.assert_allclose(np.abs(np.sum(first.vectors * second.vectors, axis=1)), first.values != 0, atol=1e-6)
+
+    def test_knows_whether_its_pairs_are_those_that_were_restored(self):
+        n = 15
+        matrix = symmetric(np.geomspace(0.1, 50, n))
+        source, other = (RecycledPreconditioner(n, n, "float32") for _ in range(2))
+        shown(source, matrix, draws(n, n))
+        vectors, values = ops.convert_to_tensor(source.vectors), source.values.astype("float32")
+        other.restore(vectors, values, np.array(source.state, "float32"))
+        assert not other.has_new_pairs and other.state == pytest.approx(source.state)
+        v = draws(1, n)[0].astype("float32")
+        np.testing.assert_allclose(other.of(0.1)(v), source.of(0.1)(v), rtol=1e-5, atol=1e-6)
+        shown(other, matrix, draws(5, n))
+        assert not other.has_new_pairs
+        shown(other, matrix, draws(n, n))
+        assert other.has_new_pairs
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_what_is_not_finite_is_left_out(self, bad):

@@ -19,7 +19,7 @@ from keras_gradtools.transforms import compiled
 # Larger models take long to trace. Both limits matter: two transformer blocks have few variables, but hundreds of
 # operations.
 _MOST_VARIABLES, _MOST_LAYERS = 32, 16
-# With more weights, products one by one need fewer vectors, and take no more time.
+# With more weights, products one by one need fewer vectors, and take less time: see `benchmarks.large_model`.
 _MOST_WEIGHTS_IN_LOOPS = 2**17
 
 

@@ -111,14 +111,14 @@ def iterations(options, product, b, damping, threshold, precondition, state):
         former = State(*given)
         undamped = product(former.direction)
         curved = undamped + damping * former.direction
-        products_of, (length, curved_length) = backend.dots_and_norms([former.direction, curved])
+        dots, norms = backend.dots_and_norms([former.direction, curved])
         if options.records:
-            directions = with_row(directions, taken, former.direction / length)
-            products = with_row(products, taken, undamped / length)
+            directions = with_row(directions, taken, former.direction / norms[0])
+            products = with_row(products, taken, undamped / norms[0])
         # A curvature that is zero within rounding error counts as zero.
         least = on_the_host.ROUNDING * float(np.finfo(keras.backend.standardize_dtype(b.dtype)).eps)
-        is_negative = products_of[0, 1] <= least * length * curved_length
-        following = _next(options, b, former, curved, products_of[0, 1], is_negative, threshold, precondition)
+        is_negative = dots[0, 1] <= least * norms[0] * norms[1]
+        following = _next(options, b, former, curved, dots[0, 1], is_negative, threshold, precondition)
         return (taken + 1, *following, directions, products)
 
     found = ops.while_loop(is_running, iterate, (ops.zeros((), "int32"), *state, *recorded))
@@ -136,8 +136,8 @@ def _next(options, b, former, curved, curvature, is_negative, threshold, precond
     x = ops.where(is_ended, x, x + step * direction)
     residual = ops.where(is_ended, residual, residual - step * curved)
     preconditioned = precondition(residual)
-    products_of, (length, _) = backend.dots_and_norms([residual, preconditioned])
-    after = products_of[0, 1]
+    dots, norms = backend.dots_and_norms([residual, preconditioned])
+    length, after = norms[0], dots[0, 1]
     values, is_slow = former.values, ops.zeros((), "bool")
     if options.progress_tol:
         values = with_row(values, i, -0.5 * (backend.dot(b, x) + backend.dot(residual, x)))
