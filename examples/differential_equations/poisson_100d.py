@@ -80,7 +80,7 @@ def draw(path, u, tested, watches):
 
 
 def main(arguments=None):
-    options = options_of(__doc__, "poisson_100d", arguments, points=6000, adam_epochs=60, epochs=40)
+    options = options_of(__doc__, "poisson_100d", arguments, points=6000, adam_epochs=60, epochs=60)
     points, tested = ball(options.points, seed=0), ball(1000, seed=1)
     u, residual = build()
     watch = Watch(u, tested, solution(tested))

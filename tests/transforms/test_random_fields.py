@@ -3,6 +3,7 @@
 import functools
 
 import hypothesis
+import keras
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -103,8 +104,9 @@ def test_programs(program, x):
     check(program, x)
 
 
+# Tracing the nested third derivatives of one program takes TensorFlow ten seconds.
 @pytest.mark.slow
-@checked(300)
+@checked(60 if keras.config.backend() == "tensorflow" else 300)
 @hypothesis.given(programs, points)
-def test_300_programs(program, x):
+def test_many_programs(program, x):
     check(program, x)
