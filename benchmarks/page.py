@@ -95,6 +95,7 @@ set: with 50,000 examples, the fraction is forty times smaller.
 | `python -m benchmarks.curvature_modes`, `curvature_memory`, `traces` | curvature |
 | `python -m benchmarks.second_order` | second-order training |
 | `python -m benchmarks.large_model` | second-order steps with a million weights |
+| `python -m benchmarks.lbfgs_step`, `quasi_newton` | steps and evaluations of L-BFGS, compared with SciPy's |
 | `python -m benchmarks.monitor_cost` | monitors, as a fraction of an epoch |
 | `python -m benchmarks.report` | writes this page, its figures and the tables from `benchmarks/results/` |
 

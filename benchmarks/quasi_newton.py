@@ -195,6 +195,7 @@ def of_ours(fun, start):
     try:
         while counted.count < MOST:
             found = optimizer.take_step(operator, None)
+            optimizer.assign_end(*optimizer.at_end())
             optimizer.end_step(operator, 0.0)
             if found.step is not None:
                 operator.x = operator.x + found.step

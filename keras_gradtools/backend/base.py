@@ -6,6 +6,7 @@ A method without a body differs between all frameworks. The others have the body
 import abc
 import contextlib
 import functools
+import itertools
 import os
 from typing import Any
 
@@ -42,6 +43,9 @@ class Backend(abc.ABC):
     LINEARIZES_ONCE = False
     # Whether `keras.ops.while_loop` is part of a compiled program, and faster than a loop of Python.
     COMPILES_LOOPS = False
+
+    # Whether a compiled program may round a product and its sum with something else only once.
+    CONTRACTS_PRODUCTS = False
 
     # Whether the same tensor always has the same values, even if it was read from a variable that has changed since.
     HAS_IMMUTABLE_TENSORS = False
@@ -206,6 +210,11 @@ class Backend(abc.ABC):
         # With the operators of the tensors themselves: Keras' may round to single precision.
         return self.jit(lambda x, factor, left, right: factor * x + left @ right)
 
+    def set_row(self, variable, place, row):
+        """Overwrites a row of a matrix, in the memory of the variable if the framework can."""
+        place = ops.reshape(ops.convert_to_tensor(place), (1, 1))
+        variable.assign(ops.scatter_update(ops.convert_to_tensor(variable), place, row[None]))
+
     def dot(self, a, b):
         """The dot product of two vectors, summed in double precision, in their dtype."""
         return ops.cast(ops.sum(ops.cast(a, "float64") * ops.cast(b, "float64")), a.dtype)
@@ -232,8 +241,13 @@ class Backend(abc.ABC):
         return ops.stack([found, ops.zeros_like(found)])
 
     def _exact_dots(self, pairs):
-        left, right = (ops.cast(ops.stack(vectors), "float64") for vectors in zip(*pairs, strict=True))
-        return _in_two_parts(ops.sum(left * right, axis=1), pairs[0][0].dtype)
+        # One product of matrices is fewer operations than one product for each pair.
+        vectors = list({id(x): x for pair in pairs for x in pair}.values())
+        places = {id(x): i for i, x in enumerate(vectors)}
+        stacked = ops.cast(ops.stack(vectors), "float64")
+        found = ops.reshape(stacked @ ops.transpose(stacked), (-1,))
+        chosen = np.array([places[id(a)] * len(vectors) + places[id(b)] for a, b in pairs], "int32")
+        return _in_two_parts(ops.take(found, ops.convert_to_tensor(chosen), axis=0), pairs[0][0].dtype)
 
     def products(self, matrices, vectors):
         """As `dots`, for each row of some matrices with each vector, of shape `(2, rows, vectors)`."""
@@ -243,8 +257,9 @@ class Backend(abc.ABC):
         return ops.stack([found, ops.zeros_like(found)])
 
     def _exact_products(self, matrices, vectors):
-        left, right = (ops.cast(x, "float64") for x in (ops.concatenate(matrices), ops.stack(vectors)))
-        return _in_two_parts(left @ ops.transpose(right), vectors[0].dtype)
+        right = ops.transpose(ops.cast(ops.stack(vectors), "float64"))
+        found = [ops.cast(matrix, "float64") @ right for matrix in matrices]
+        return _in_two_parts(ops.concatenate(found), vectors[0].dtype)
 
     def long_dot(self, a, b):
         """The dot product of two long vectors, in their precision. Parts of them are summed first."""
@@ -258,8 +273,11 @@ class Backend(abc.ABC):
         Rows of up to `LONG` elements are added in double precision.
         """
         if matrices[0].shape[1] <= self.LONG:
+            # Matrix by matrix, since a single matrix would be a copy of all.
             factors = ops.cast(factors, "float64")
-            total = (factors[0] + factors[1])[None] @ ops.cast(ops.concatenate(matrices), "float64")
+            ends = list(itertools.accumulate(matrix.shape[0] for matrix in matrices[:-1]))
+            parts = ops.split(ops.sum(factors, axis=0, keepdims=True), ends, axis=1)
+            total = sum(part @ ops.cast(matrix, "float64") for part, matrix in zip(parts, matrices, strict=True))
             return ops.cast(total[0], matrices[0].dtype)
         # One by one, since a single matrix would be a copy of all.
         return sum(factors[0, i] * row for i, row in enumerate(_rows(matrices)))
@@ -277,6 +295,10 @@ class Backend(abc.ABC):
         return tensors
 
     # State and modes of the framework.
+
+    def in_double_precision(self):
+        """A block in which tensors can be cast to double precision, and operations keep it."""
+        return contextlib.nullcontext()
 
     def eagerly(self):
         """A block that runs eagerly, even inside a trace."""
@@ -307,6 +329,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def train_function(self, model, step):
         """What `fit` calls, made from a Python function `step(batch) -> logs`."""
+
+    def can_step_directly(self, model):
+        """Whether a training step may run outside of Keras' training loop: on one device, and not inside that loop."""
+        return True
 
     def spread(self, x):
         """`x`, distributed over the devices of a data layout."""
@@ -339,6 +365,8 @@ class Backend(abc.ABC):
 
 def _in_two_parts(x, dtype):
     """Numbers in double precision as the sum of two tensors of a dtype, stacked."""
+    if dtype == x.dtype:
+        return ops.stack([x, ops.zeros_like(x)])
     rounded = ops.cast(x, dtype)
     return ops.stack([rounded, ops.cast(x - ops.cast(rounded, "float64"), dtype)])
 

@@ -156,6 +156,10 @@ class InverseHessian(NamedTuple):
         product = _product(self.matrix, ops.convert_to_tensor(vector.astype(self.dtype)))
         return ops.convert_to_numpy(product).astype("float64")
 
+    def direction(self):
+        # The product with the matrix takes too long to be computed again for each trial.
+        return None
+
     def descent(self, gradient):
         direction, slope = _descent(self.matrix, gradient)
         return direction, float(sum(ops.convert_to_numpy(slope).astype("float64"))[0]), self

@@ -5,12 +5,11 @@ import math
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_gradtools import validation
 from keras_gradtools.annotations import Schedule
 from keras_gradtools.second_order.quasi_newton import QuasiNewton, state_dtype
-from keras_gradtools.second_order.stored_pairs import Pairs, StoredPairs, from_arrays
+from keras_gradtools.second_order.stored_pairs import Pairs, StoredPairs
 
 
 @keras.saving.register_keras_serializable(package="keras_gradtools")
@@ -85,17 +84,21 @@ class LBFGS(QuasiNewton):
         elif approximation.pair is not None:
             self._pairs.add(approximation.pair, approximation.products)
 
-    def variables_to_restore(self) -> list[Any]:
-        # A step that fails leaves the pairs in use as they are.
-        pairs = {id(v) for v in (*self._pairs.steps.blocks, *self._pairs.changes.blocks)}
-        return [v for v in self.variables if id(v) not in pairs]
+    def at_end(self) -> tuple[Any, ...]:
+        pending = self.now.pending
+        if pending is None or not pending.can_be_added_at_once:
+            return ()
+        self.now.pending = None
+        return self._pairs.added(pending.pair, pending.products)
 
-    def converted(self, saved: list[Any]) -> list[Any]:
-        stacks = [np.asarray(x) for x in saved[self._others :]]
-        if [x.ndim for x in stacks] != [2, 2] or len(stacks[0]) != self.memory:
-            return saved
-        steps, changes = stacks
-        return [*saved[: self._others], *from_arrays(steps, changes, self._pairs)]
+    def assign_end(self, *arrays: Any) -> None:
+        super().assign_end()
+        if arrays:
+            self._pairs.assign(*arrays)
+
+    def variables_to_restore(self) -> list[Any]:
+        # A step that fails leaves the pairs in use as they are, and a step changes no options.
+        return [self.iterations, self._pairs.products, self._pairs.place]
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "memory": self.memory}

@@ -26,18 +26,15 @@ class QuasiNewton(SecondOrderOptimizer):
     A subclass has `approximation()`, the current H, and `store(approximation)`. In its `build`, it adds the variables
     of H, which make H the identity if they are zero. An approximation has `is_initial`, whether it is the identity,
     `initial()`, and `updated(pair)`. Its `descent(gradient)` returns the direction, its slope, and the approximation
-    itself, which may have computed what `updated` needs.
+    itself, which may have computed what `updated` needs. If its `direction()` is not None, a program of trials computes
+    this `Direction`, and `descended` takes what else it returns.
     """
 
     def __init__(self, max_evaluations: int, learning_rate: Schedule, name: str) -> None:
         super().__init__(0.0, 1, learning_rate, name)
         owner = type(self).__name__
         self.max_evaluations: int = validation.require_count(owner, "max_evaluations", max_evaluations)
-        self._pending: Any = None
-        # The `Trial` at the end of a step, and what it depends on, in `_known` after the step.
-        self._reached: Any = None
-        self._state: Any = None
-        self._known: tuple[Any, Any] = (None, None)
+        self.now = _Now()
         # How many of the variables do not belong to the approximation, and the weights that it belongs to.
         self._others, self._built_for = 0, ()
 
@@ -58,8 +55,8 @@ class QuasiNewton(SecondOrderOptimizer):
 
     def take_step(self, operator: Any, equations: Any) -> NewtonStepResult:
         self._require_same_weights(operator)
-        trials = operator.trials()
-        start = self._start(operator, trials)
+        trials, inverse = operator.trials(), self.approximation()
+        start = self._start(operator, trials, inverse)
         loss, gradient, length = start.loss, start.gradient, start.gradient_norm
 
         def ended(reason, message, evaluations=0):
@@ -70,34 +67,32 @@ class QuasiNewton(SecondOrderOptimizer):
             return ended(StepReason.NOT_FINITE, f"the {what} is not finite")
         if not length:
             return ended(StepReason.VANISHED, "the gradient is zero")
-        inverse, slope = self.approximation(), math.nan
+        first, descent = float(ops.convert_to_numpy(self.learning_rate)), None
         if not inverse.is_initial:
-            direction, slope, inverse = inverse.descent(gradient)
-        if not slope < 0.0:
+            descent = _Descent.of(inverse, trials, start, first)
+        if descent is None or not descent.slope < 0.0:
             # There is no pair yet, or rounding has made the approximation indefinite.
-            inverse, direction, slope = inverse.initial(), -gradient, -(length**2)
-        first = float(ops.convert_to_numpy(self.learning_rate))
-        if inverse.is_initial:
             first *= min(1.0, 1.0 / float(np.abs(ops.convert_to_numpy(gradient)).sum(dtype="float64")))
+            descent = _Descent.of(inverse.initial(), trials, start, first)
+        inverse, slope, trial_at = descent
 
         def evaluate(t):
-            step = direction if t == 1.0 else direction * trials.dtype.type(t)
-            trial = trials.at(step, gradient)
+            trial = trial_at(t)
             return Point(t, trial.loss, trial.slope / t, trial)
 
         epsilon = float(np.finfo(np.dtype(operator.dtype) if operator.dtype != "bfloat16" else "float32").eps)
         found = line_search(evaluate, Point(0.0, loss, slope), first, self.max_evaluations, epsilon)
         if found.point is None:
-            self._pending = inverse.initial()
+            self.now.pending = inverse.initial()
             if abs(first * slope) <= epsilon * abs(loss):
                 return ended(StepReason.VANISHED, "the possible decrease is below rounding", found.evaluations)
             message = f"none of {found.evaluations} step lengths lowered the loss sufficiently"
             return ended(StepReason.REJECTED, message, found.evaluations)
         t, trial = found.point.step, found.point.trial
         # The vectors of the step are not needed at the start of the next one.
-        self._reached = trial._replace(step=None, change=None)
+        self.now.reached = trial._replace(step=None, change=None)
         pair = Pair.of(trial, t)
-        self._pending = inverse.updated(pair) if pair.is_usable else inverse
+        self.now.pending = inverse.updated(pair) if pair.is_usable else inverse
         # The quadratic model has the curvature -slope along the direction.
         predicted = -slope * (t - 0.5 * t**2)
         decrease = loss - trial.loss
@@ -121,34 +116,33 @@ class QuasiNewton(SecondOrderOptimizer):
             "frozen or unfrozen, compile the trainer with a new optimizer."
         )
 
-    def _start(self, operator, trials):
+    def _start(self, operator, trials, inverse):
         """The `Trial` at the weights. That at the end of the former step if nothing else has changed since."""
-        former, known = self._known
-        self._pending, self._reached, self._state, self._known = None, None, None, (None, None)
+        former, known = self.now.known
+        self.now = now = _Now()
         state = operator.loss_state()
         if state is not None:
-            self._state = state.kept(former)
+            now.state = state.kept(former)
             if state.is_same(former):
                 return known
         # By the program of the line search, so that a resumed run computes the same bits.
-        return trials.start()
+        return trials.start(_direction(trials, inverse))
+
+    def assign_end(self, *arrays: Any) -> None:
+        self.iterations.assign_add(1)
 
     def end_step(self, operator: Any, damping: float) -> None:
         # Without the damping, which is always zero.
-        self.iterations.assign_add(1)
-        if self._pending is not None:
-            self.store(self._pending)
-        if self._reached is not None and self._state is not None:
-            self._known = self._state.with_weights(operator.variables), self._reached
-        self._pending = self._reached = self._state = None
-
-    def converted(self, saved: list[Any]) -> list[Any]:
-        """The saved values of all variables, in the present form if an earlier version has saved them."""
-        return saved
+        now = self.now
+        if now.pending is not None:
+            self.store(now.pending)
+        if now.reached is not None and now.state is not None:
+            now.known = now.state.with_weights(operator.variables), now.reached
+        now.pending = now.reached = now.state = None
 
     def load_own_variables(self, store: Any) -> None:
         """Loads as Keras does. Of an approximation for other weights, it loads nothing and warns."""
-        own, saved = self.variables, self.converted([store[str(i)] for i in range(len(store.keys()))])
+        own, saved = self.variables, [store[str(i)] for i in range(len(store.keys()))]
         if len(saved) <= self._others < len(own):
             # Saved before the first step.
             super().load_own_variables(store)
@@ -169,6 +163,55 @@ class QuasiNewton(SecondOrderOptimizer):
         config = super().get_config()
         del config["damping"], config["max_attempts"]
         return {**config, "max_evaluations": self.max_evaluations}
+
+
+class _Now:
+    """What a step holds until its end, and then for the next one. Keras would track it as attributes of an optimizer.
+
+    Attributes:
+        pending: The approximation that is to be stored.
+        reached: The `Trial` at the end of the step.
+        state: The `LossState` at its start.
+        known: After the step, the `LossState` at its end, and the `Trial` there.
+    """
+
+    pending: Any = None
+    reached: Any = None
+    state: Any = None
+    known: tuple[Any, Any] = (None, None)
+
+
+def _direction(trials, inverse):
+    """The `Direction` of the approximation, if one program can compute it with the trial along it. Otherwise None."""
+    return inverse.direction() if trials.can_follow else None
+
+
+class _Descent(NamedTuple):
+    """An approximation with what its direction has computed, the slope, and the `Trial` as a function of the step."""
+
+    inverse: Any
+    slope: float
+    trial_at: Any
+
+    @classmethod
+    def of(cls, inverse, trials, start, first):
+        """The direction of the approximation. `first` is the step that is tried first."""
+        gradient, steepest = start.gradient, -(start.gradient_norm**2)
+        together = _direction(trials, inverse)
+        if together is not None:
+            at = trials.along(together)
+            trial, more = at(first, gradient)
+            slope = steepest if inverse.is_initial else trial.former_slope / first
+            return cls(inverse.descended(more), slope, lambda t: trial if t == first else at(t, gradient)[0])
+        if inverse.is_initial:
+            direction, slope = -gradient, steepest
+        else:
+            direction, slope, inverse = inverse.descent(gradient)
+
+        def trial_at(t):
+            return trials.at(direction if t == 1.0 else direction * trials.dtype.type(t), gradient)
+
+        return cls(inverse, slope, trial_at)
 
 
 class Pair(NamedTuple):

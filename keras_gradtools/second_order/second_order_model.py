@@ -13,12 +13,12 @@ from keras_gradtools.curvature.data.batches import batch_size_of, refuse_non_fin
 from keras_gradtools.curvature.data.residual_loss import require_points
 from keras_gradtools.keras_state.layer_state import state_variables
 from keras_gradtools.second_order.newton_step import NewtonStepResult, StepReason
-from keras_gradtools.second_order.normal_equations import NormalEquations
+from keras_gradtools.second_order.problem import Problem
 from keras_gradtools.second_order.second_order_optimizer import SecondOrderOptimizer, identities
 from keras_gradtools.training.residual_training import ResidualTraining
-from keras_gradtools.training.squared_residuals import SquaredResiduals, points_of
+from keras_gradtools.training.squared_residuals import points_of
 from keras_gradtools.training.undone_by_errors import undone_by_errors
-from keras_gradtools.training.wrapped_model import no_labels
+from keras_gradtools.training.wrapped_model import documented_as, no_labels
 
 NAME = "SecondOrder"
 
@@ -156,8 +156,23 @@ class SecondOrder(ResidualTraining):
             self.train_function = backend.train_function(self, self._step_on)
         return self.train_function
 
-    def _step_on(self, batch):
-        """Takes one step and returns the logs."""
+    @documented_as(keras.Model.train_on_batch)
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, return_dict: bool = False
+    ) -> Any:
+        # What Keras does around a step, in particular on JAX, takes longer than a step of a small model. After a first
+        # step, everything is built.
+        if self._problem is None or class_weight is not None or not backend.can_step_directly(self):
+            return super().train_on_batch(x, y, sample_weight, class_weight, return_dict)
+        resets = len(self.metrics) == 1
+        if not resets:
+            self.reset_metrics()
+        logs = self._step_on((x, y, sample_weight), resets)
+        logs = {key: _number(x) for key, x in sorted(logs.items())}
+        return logs if return_dict else self._flatten_metrics_in_order(logs)
+
+    def _step_on(self, batch, resets=False):
+        """Takes one step and returns the logs. With `resets`, the metrics start from zero after the step is found."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         if self._residuals is not None:
             batch = require_points(NAME, points_of(NAME, x, y, sample_weight)), None, None
@@ -166,7 +181,7 @@ class SecondOrder(ResidualTraining):
         else:
             batch = nesting.map_structure(_tensor, (x, y, sample_weight))
         if self._problem is None or self._problem.weights != identities(self.trainable_variables):
-            self._problem = _Problem(self, batch, self._training)
+            self._problem = Problem(self, batch, self._training)
         problem, optimizer = self._problem, self.optimizer
         operator = problem.operator.of_batch(batch)
         optimizer.require_enough_outputs(problem.operator, batch_size_of(batch))
@@ -178,9 +193,7 @@ class SecondOrder(ResidualTraining):
         measured = [*state_variables(self), *self.metrics_variables, *optimizer.variables_to_restore()]
         block = undone_by_errors([*weights, *measured])
         with block, block:
-            logs = problem.measured(found.loss, batch)
-            if found.step is not None:
-                operator.move(found.step.astype(operator.dtype))
+            logs = problem.end(found, operator, batch, resets)
             optimizer.end_step(operator, found.damping)
             self._last.result = found
         return logs | found.logs() | {"gradient_norm": found.gradient_norm}
@@ -204,44 +217,11 @@ class _LastStep:
     result: NewtonStepResult | None = None
 
 
-class _Problem:
-    """The function that a compiled `SecondOrder` minimizes, and the update of its metrics."""
-
-    def __init__(self, trainer, batch, training):
-        self._trainer, self._training = trainer, training
-        # Layers may be frozen or unfrozen later.
-        self.weights = identities(trainer.trainable_variables)
-        cls = trainer.optimizer.operator_class()
-        owner = type(trainer.optimizer).__name__
-        self.operator = cls.of_callback(owner, trainer, None, [batch], training=training, verbose=0)
-        self.equations = NormalEquations(self.operator)
-        self._residuals = trainer.loss if isinstance(trainer.loss, SquaredResiduals) else None
-        # Without these, only the loss is logged, and no forward pass is needed for the metrics.
-        self._needs_outputs = len(trainer.metrics) > 1 or (training and bool(state_variables(trainer.model)))
-        self._measure = self._update if trainer.run_eagerly else backend.jit(self._update)
-
-    def measured(self, loss, batch):
-        """Returns the logs of a batch. Updates metrics, normalization statistics and seeds."""
-        trainer = self._trainer
-        # Cast to the dtype of the tracker, so that one program serves every value.
-        loss = np.asarray(loss, "float32")
-        backend.replica_results(
-            lambda part: self._measure(ops.convert_to_tensor(loss), *part), batch, trainer.trainable_variables[0]
-        )
-        return dict(trainer.get_metrics_result())
-
-    def _update(self, loss, x, y, sample_weight):
-        trainer = self._trainer
-        if self._needs_outputs and self._residuals is not None:
-            self._residuals.terms(trainer.model, x)
-        elif self._needs_outputs:
-            y_pred = trainer.model(x, training=self._training)
-            if len(trainer.metrics) > 1:
-                trainer.compute_loss(x, y, y_pred, sample_weight, training=self._training)
-                trainer.compute_metrics(x, y, y_pred, sample_weight)
-        trainer._loss_tracker.update_state(loss, sample_weight=nesting.flatten(x)[0].shape[0])
-        return ops.zeros(())
-
-
 def _tensor(x):
     return x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(x)
+
+
+def _number(x):
+    """A number of Python, or an array for a metric of several numbers."""
+    array = ops.convert_to_numpy(x) if ops.is_tensor(x) else np.asarray(x)
+    return float(array) if array.ndim == 0 else array

@@ -61,13 +61,20 @@ class SecondOrderOptimizer(keras.optimizers.Optimizer):
     def require_enough_outputs(self, operator: Any, examples: int) -> None:
         """Raises `ValueError` if the method cannot take a step on a batch of so few examples."""
 
+    def at_end(self) -> tuple[Any, ...]:
+        """Arrays for `assign_end`, after `take_step`."""
+        return ()
+
+    def assign_end(self, *arrays: Any) -> None:
+        """Assigns what can be assigned by the program that moves the weights, before `end_step`."""
+
     def end_step(self, operator: Any, damping: float) -> None:
         """Stores what the next step needs, such as its damping. `operator` is the operator of the step that ended."""
         self.damping = damping
         self.iterations.assign_add(1)
 
     def variables_to_restore(self) -> list[Any]:
-        """The variables that `end_step` changes, and that have to be as before if it fails."""
+        """The variables that `assign_end` and `end_step` change, and that have to be as before if it fails."""
         return self.variables
 
     def build(self, variables: Any) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend
-from keras_gradtools.curvature.estimators.krylov_basis import dot
+from keras_gradtools.curvature.operators.trials import Direction
+from keras_gradtools.second_order.compact_direction import compact_direction
 
 # Number of elements of a variable that may be copied in order to change one row of it.
 _MOST_COPIED = 2**16
@@ -33,7 +34,6 @@ class StoredPairs:
         )
         self.products = add_variable((2, 2, self.places, self.places), name="pair_products", dtype=dtype)
         self.place = add_variable((2,), name="pair_place", dtype="int32")
-        self.multiply, self.combine = backend.jit(self._multiply), backend.jit(self._combine)
 
     @property
     def variables(self):
@@ -49,32 +49,42 @@ class StoredPairs:
 
     def add(self, pair, products):
         """Stores a pair as the newest one. `products` are those of the former pairs, as `Pairs.products` has them."""
-        number, newest = self._number_and_newest()
-        following = (newest + 1) % self.places
+        following, place = self._following()
         (steps, row), (changes, _) = self.steps.at(following), self.changes.at(following)
         blocks = [ops.convert_to_tensor(v) for v in (steps, changes)]
         found = _with_rows(blocks, row, [ops.convert_to_tensor(x) for x in (pair.step, pair.change)])
         steps.assign(found[0])
         changes.assign(found[1])
         if products is not None:
-            self.products.assign(in_two_parts(products, self.products.dtype))
-        self.place.assign(np.array([min(number + 1, self._memory), following], "int32"))
+            self.products.assign(products)
+        self.place.assign(place)
+
+    def added(self, pair, products):
+        """The arrays with which `assign` does the same, if `is_small`."""
+        following, place = self._following()
+        return pair.step, pair.change, products, np.array(following, "int32"), place
+
+    def assign(self, step, change, products, row, place):
+        """Stores a pair, as a part of a program."""
+        for (block,), vector in ((self.steps.blocks, step), (self.changes.blocks, change)):
+            backend.set_row(block, row, vector)
+        self.products.assign(products)
+        self.place.assign(place)
+
+    def _following(self):
+        """The place of the next pair, and the value of `place` with it."""
+        number, newest = self._number_and_newest()
+        following = (newest + 1) % self.places
+        return following, np.array([min(number + 1, self._memory), following], "int32")
+
+    @property
+    def is_small(self):
+        """Whether a program can read all pairs, and overwrite one, in little more time than its call takes."""
+        return len(self.steps.blocks) == 1 and self.steps.blocks[0].shape[1] <= backend.LONG
 
     def clear(self):
         """Forgets all pairs."""
         self.place.assign(np.zeros(2, "int32"))
-
-    def _multiply(self, gradient, block, row):
-        """The products of the gradient, and of a row of a block, with all steps and all changes."""
-        vectors = [ops.convert_to_tensor(gradient), ops.take(block, ops.convert_to_tensor(row), axis=0)]
-        return backend.products([*self.steps.matrices(), *self.changes.matrices()], vectors)
-
-    def _combine(self, factors, gradient):
-        """A combination of all steps, all changes and the gradient, and its products with the gradient."""
-        gradient = ops.convert_to_tensor(gradient)
-        rows = [*self.steps.matrices(), *self.changes.matrices(), gradient[None]]
-        found = backend.combination(ops.convert_to_tensor(factors), rows)
-        return found, backend.dots([(found, gradient)])
 
 
 class Rows:
@@ -85,13 +95,11 @@ class Rows:
 
     Attributes:
         blocks: The variables, of shape `(rows, size)`.
-        ends: Where all of them but the last one end.
     """
 
     def __init__(self, add_variable, name, count, size, dtype):
         self._each = each = min(max(_MOST_COPIED // size, 1), count)
         shapes = [(min(each, count - start), size) for start in range(0, count, each)]
-        self.ends = list(range(each, count, each))
         self.blocks = [add_variable(shape, name=f"{name}_{i}", dtype=dtype) for i, shape in enumerate(shapes)]
 
     def matrices(self):
@@ -123,7 +131,8 @@ class Pairs(NamedTuple):
         number: The number of pairs in use.
         newest: The place of the newest one.
         pair: A `Pair` that is newer than all of them. None for none.
-        products: The products in double precision, of shape `(2, places, places)`, once they are known.
+        products: The products, a tensor as `StoredPairs.products`, with those of the newest pair. None before they are
+            computed.
     """
 
     stored: StoredPairs
@@ -143,72 +152,32 @@ class Pairs(NamedTuple):
         return self._replace(pair=pair)
 
     def descent(self, gradient):
-        r"""The direction $-H g$, a tensor, its slope, and the approximation with the products that were computed.
+        """The direction $-H g$, a tensor, its slope, and the approximation with the products that were computed."""
+        direction, slope, products = _descent(ops.convert_to_tensor(gradient), *self._arguments())
+        slope = ops.convert_to_numpy(slope).astype("float64").sum()
+        return direction, float(slope), self._replace(products=products)
 
-        In the compact representation, only the products of the gradient and of the newest change with all stored
-        vectors are needed, and then one combination of these vectors: each of them is read twice.
+    def direction(self):
+        """The `Direction` of trials, whose further tensors `descended` takes. None if it is better computed before."""
+        return Direction(compact_direction, self._arguments()) if self.stored.is_small else None
 
-        Source: Byrd, Nocedal & Schnabel, "Representations of quasi-Newton matrices and their use in limited memory
-        methods" (1994), theorem 2.2.
-        """
-        stored, newest, places = self.stored, self.newest, self.stored.places
-        block, row = stored.changes.at(newest)
-        found = _sum_of_parts(stored.multiply(gradient, ops.convert_to_tensor(block), row))
-        products = _sum_of_parts(stored.products)
-        products[0, :, newest] = found[:places, 1]
-        products[1, :, newest] = products[1, newest] = found[places:, 1]
-        used = [(newest - age) % places for age in reversed(range(self.number))]
-        factors = np.zeros(2 * places + 1)
-        changes = np.add(used, places)
-        mixed, squares = products[:, used][:, :, used]
-        found = _factors(mixed, squares, found[used, 0], found[changes, 0])
-        factors[used], factors[changes], factors[-1] = found
-        direction, slope = stored.combine(in_two_parts(-factors, stored.products.dtype), gradient)
-        return direction, float(_sum_of_parts(slope)[0]), self._replace(products=products)
+    def descended(self, products):
+        return self._replace(products=products)
 
+    @property
+    def can_be_added_at_once(self):
+        """Whether `StoredPairs.assign` can store the new pair."""
+        return self.pair is not None and self.products is not None and self.stored.is_small
 
-def _factors(mixed, squares, along_steps, along_changes):
-    r"""The factors of the steps, of the changes and of the gradient in $H g$.
-
-    Args:
-        mixed: $s_i^\top y_j$, with the oldest pair first.
-        squares: $y_i^\top y_j$.
-        along_steps: $s_i^\top g$.
-        along_changes: $y_i^\top g$.
-    """
-    upper, curvatures = np.triu(mixed), np.diag(mixed)
-    scale = curvatures[-1] / squares[-1, -1]
-    changes = np.linalg.solve(upper, along_steps)
-    right = curvatures * changes + scale * (squares @ changes - along_changes)
-    # Both are upper triangular, with the order reversed in the second one, so that no rows are exchanged.
-    steps = np.linalg.solve(upper.T[::-1, ::-1], right[::-1])[::-1]
-    return steps, -scale * changes, scale
+    def _arguments(self):
+        stored = self.stored
+        block, row = stored.changes.at(self.newest)
+        place = np.array([self.number, self.newest], "int32")
+        tensors = [ops.convert_to_tensor(v) for v in (block, stored.products)]
+        return tensors[0], row, place, tensors[1], *stored.steps.matrices(), *stored.changes.matrices()
 
 
-def from_arrays(steps, changes, stored):
-    """The values of `stored.variables` for pairs in the form that was saved before there was a ring.
-
-    This is two arrays, with the newest pair first and rows of zeros at the end.
-    """
-    count = int(np.any(steps != 0.0, axis=1).sum())
-    rows = np.zeros((2, stored.places, steps.shape[1]), steps.dtype)
-    for row, given in zip(rows, (steps, changes), strict=True):
-        row[:count] = given[:count][::-1]
-    products = np.zeros((2, stored.places, stored.places))
-    for i in range(count):
-        for j in range(count - 1):
-            products[:, i, j] = dot(rows[0, i], rows[1, j]), dot(rows[1, i], rows[1, j])
-            products[1, j, i] = products[1, i, j]
-    place = np.array([count, max(count - 1, 0)], "int32")
-    blocks = [part for row in rows for part in np.split(row, stored.steps.ends)]
-    return [*blocks, in_two_parts(products, steps.dtype), place]
-
-
-def in_two_parts(x, dtype):
-    """Numbers in double precision as the sum of two arrays of a dtype, stacked."""
-    rounded = x.astype(dtype)
-    return np.stack([rounded, (x - rounded).astype(dtype)])
-
-
-def _sum_of_parts(x):
-    return ops.convert_to_numpy(ops.convert_to_tensor(x)).astype("float64").sum(axis=0)
+@backend.jit
+def _descent(gradient, *arguments):
+    direction, products = compact_direction(gradient, *map(ops.convert_to_tensor, arguments))
+    return direction, backend.dots([(direction, gradient)]), products

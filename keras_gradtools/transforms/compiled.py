@@ -227,8 +227,12 @@ def prepare(name, fun, body, options, args, kwargs, note_repeated=None):
         return eager
 
     def compiled(args, kwargs):
-        args, kwargs = nesting.map_structure(_argument, (args, kwargs))
         is_new = not program.ran
+        if not (is_new or kwargs) and program.repeat is not None and note_repeated is None:
+            found = program.repeat(args)
+            if found is not None:
+                return found[0], program.note
+        args, kwargs = nesting.map_structure(_argument, (args, kwargs))
         try:
             result = program(*args, **kwargs)
         except BaseException as error:

@@ -64,7 +64,7 @@ def run(optimizer, operator, steps, gradient_norm=0.0):
         if found.gradient_norm <= gradient_norm or found.step is None:
             break
         operator.x = operator.x + found.step
-        optimizer.store(optimizer._pending)
+        optimizer.store(optimizer.now.pending)
     return found
 
 
@@ -216,7 +216,7 @@ def test_a_rejected_step_makes_the_matrix_the_identity():
     assert not optimizer.approximation().is_initial
     operator.fun = lambda x: (np.inf if np.any(x != operator.x) else 1.0, np.ones(2))
     assert optimizer.take_step(operator, None).reason == StepReason.REJECTED
-    optimizer.store(optimizer._pending)
+    optimizer.store(optimizer.now.pending)
     assert optimizer.approximation().is_initial
 
 

@@ -20,8 +20,8 @@ def starts(monkeypatch):
     """The starts of steps that were evaluated."""
     found, compute = [], Trials.start
 
-    def counted(self):
-        found.append(compute(self))
+    def counted(self, *args):
+        found.append(compute(self, *args))
         return found[-1]
 
     monkeypatch.setattr(Trials, "start", counted)

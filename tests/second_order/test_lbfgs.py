@@ -24,6 +24,11 @@ def values(pairs, places):
     return [rows_of(pairs.steps)[places], rows_of(pairs.changes)[places], array(pairs.products), array(pairs.place)]
 
 
+def used_places(pairs):
+    """Those of a memory of two that the next pair does not overwrite."""
+    return [i for i in range(3) if i != (pairs.current().newest + 1) % 3]
+
+
 @pytest.fixture(params=["blocks of two rows", "a block for each row"])
 def blocks(request, monkeypatch):
     most = {"blocks of two rows": 2 * 5, "a block for each row": 1}
@@ -103,24 +108,6 @@ def test_long_vectors(monkeypatch):
 
 
 class TestTheState:
-    @pytest.mark.usefixtures("blocks")
-    def test_that_of_earlier_versions(self):
-        # They saved a stack of steps and a stack of changes, the newest first, with rows of zeros for no pair.
-        steps, changes = pairs_of_a_quadratic(3, 5, "float32")
-        now, then = built(5, memory=4), built(5, memory=4)
-        for s, y in zip(steps, changes, strict=True):
-            store(now, s, y)
-        others = [array(v) for v in then.variables[: then._others]]
-        saved = [*others, *(np.concatenate([rows[::-1], np.zeros((1, 5), "float32")]) for rows in (steps, changes))]
-        then.load_own_variables({str(i): x for i, x in enumerate(saved)})
-        gradient = keras.ops.convert_to_tensor(RNG.normal(size=5).astype("float32"))
-        (first, *_), (second, *_) = (o.approximation().descent(gradient) for o in (now, then))
-        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (first, second)), rtol=1e-6)
-        store(then, steps[0], changes[0])
-        store(now, steps[0], changes[0])
-        (first, *_), (second, *_) = (o.approximation().descent(gradient) for o in (now, then))
-        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (first, second)), rtol=1e-6)
-
     def test_another_memory(self):
         steps, changes = pairs_of_a_quadratic(3, 5, "float32")
         first, second = built(5, memory=4), built(5, memory=2)
@@ -131,13 +118,39 @@ class TestTheState:
             second.load_own_variables({str(i): x for i, x in enumerate(map(array, first.variables))})
         assert second.approximation().is_initial and int(array(second.iterations)) == 7
 
+    def test_a_step_that_is_interrupted_at_its_end(self):
+        trainer, other = (trainer_of(network(), LBFGS(memory=2)) for _ in range(2))
+        fit(trainer, 4)
+        fit(other, 5)
+        optimizer, weights = trainer.optimizer, trainer.model.get_weights()
+        before = values(optimizer._pairs, used_places(optimizer._pairs))
+        ends, assigned = trainer._problem._ends, []
+
+        def interrupted(*args):
+            ends[1](*args)
+            assigned.append(int(array(optimizer.iterations)))
+            raise KeyboardInterrupt
+
+        trainer._problem._ends = [interrupted, interrupted]
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_on_batch(X, T)
+        trainer._problem._ends = ends
+        assert int(array(optimizer.iterations)) == 4 and assigned == [5]
+        assert_same_weights(trainer.model, weights)
+        for a, b in zip(before, values(optimizer._pairs, used_places(optimizer._pairs)), strict=True):
+            np.testing.assert_array_equal(a, b)
+        trainer.train_on_batch(X, T)
+        assert_same_weights(trainer.model, other.model.get_weights())
+
     @pytest.mark.parametrize("last", ["steps", "changes", "products", "place"])
     def test_an_interrupted_step_leaves_the_pairs_of_the_last_one(self, last, monkeypatch):
+        # With pairs that are stored one by one, as those of large models are.
+        monkeypatch.setattr("keras_gradtools.second_order.stored_pairs._MOST_COPIED", 1)
         trainer = trainer_of(network(), LBFGS(memory=2))
         fit(trainer, 4)
         optimizer, weights = trainer.optimizer, trainer.model.get_weights()
         pairs = optimizer._pairs
-        used = [i for i in range(3) if i != (pairs.current().newest + 1) % 3]
+        used = used_places(pairs)
         before = values(pairs, used)
         found = getattr(pairs, last)
         variables = {id(v) for v in getattr(found, "blocks", [found])}
@@ -159,6 +172,13 @@ class TestTheState:
 
 
 class TestFit:
+    def test_small_and_large_models_take_the_same_steps(self, monkeypatch):
+        # The direction of a small model is a part of the program of a trial.
+        small = fit(trainer_of(network(), LBFGS(memory=3)), 8)["loss"]
+        monkeypatch.setattr("keras_gradtools.second_order.stored_pairs._MOST_COPIED", 1)
+        large = fit(trainer_of(network(), LBFGS(memory=3)), 8)["loss"]
+        np.testing.assert_allclose(small, large, rtol=1e-4)
+
     def test_linear_least_squares(self):
         model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
         fit(trainer_of(model, LBFGS()), 25)

@@ -411,6 +411,32 @@ class TestAsAModel:
             taken[rank] = sum(history["cg_iterations"][1:])
         assert taken[None] < 0.75 * taken[0]
 
+    @pytest.mark.parametrize("metrics", [None, ["mae"]])
+    @pytest.mark.parametrize("return_dict", [False, True])
+    def test_train_on_batch_returns_what_keras_returns(self, metrics, return_dict, monkeypatch):
+        def logs():
+            trainer = trainer_of(linear(), LevenbergMarquardt(), metrics=metrics)
+            return [trainer.train_on_batch(X, T, return_dict=return_dict) for _ in range(3)]
+
+        direct = logs()
+        monkeypatch.setattr("keras_gradtools.backend.can_step_directly", lambda model: False)
+        by_keras = logs()
+        assert direct == by_keras
+        if return_dict:
+            assert list(direct[-1]) == list(by_keras[-1])
+
+    def test_train_on_batch_in_a_callback_of_fit(self):
+        class Extra(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                if epoch == 0:
+                    self.model.train_on_batch(X, T)
+
+        trainer, other = (trainer_of(small(), LevenbergMarquardt()) for _ in range(2))
+        fit(trainer, 3, callbacks=[Extra()])
+        fit(other, 4)
+        for a, b in zip(trainer.model.get_weights(), other.model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
     def test_train_on_batch_and_class_weights(self):
         trainer = trainer_of(small(outputs=2), NewtonCG(), CROSS_ENTROPY)
         first = trainer.train_on_batch(X, CLASSES, class_weight={0: 1.0, 1: 3.0}, return_dict=True)

@@ -57,9 +57,14 @@ class _Program:
 
     def _assign(self, assigned):
         before = [v._value for v in self._assigned]
+        in_scope = scopes.in_scope()
         try:
             for variable, value in zip(self._assigned, assigned, strict=True):
-                variable.assign(value)
+                if in_scope:
+                    variable.assign(value)
+                else:
+                    # Its shape and dtype are right, since it was assigned while the program was traced.
+                    variable._direct_assign(value)
         except BaseException:
             # All assignments of a step or, after an interrupt, none.
             for variable, value in zip(self._assigned, before, strict=True):
@@ -115,13 +120,16 @@ def jit(fun, compiler=None):
             return None
         # JAX itself compares structures and types fastest.
         arrays, given = jax.tree.flatten(args)
-        if given != structure or [x.aval if type(x) is ArrayImpl else None for x in arrays] != types:
+        if given != structure or [_type_of(x) for x in arrays] != types:
             return None
         return None if any(map(has_keras_mask, arrays)) else [program(arrays)]
 
     @functools.wraps(fun)
     def call(*args, **kwargs):
         nonlocal last
+        found = None if kwargs else repeat(args)
+        if found is not None:
+            return found[0]
         outline, flat = nesting.split((args, kwargs))
         # JAX flattens leaves further: a sparse array consists of several arrays.
         leaves, structure = jax.tree.flatten(flat, is_leaf=_is_none)
@@ -143,13 +151,22 @@ def jit(fun, compiler=None):
             if len(programs) > _MOST_PROGRAMS:
                 programs.popitem(last=False)
         result = program(arrays)
-        is_plain = not (kwargs or constants) and _is_plain(outline.node) and all(type(x) is ArrayImpl for x in arrays)
-        last = (program, jax.tree.structure(args), [x.aval for x in arrays]) if is_plain else (None, None, ())
+        # To JAX, None is a part of the structure.
+        types, is_constant = [_type_of(x) for x in arrays], any(x is not None for *_, x in constants)
+        is_plain = not (kwargs or is_constant) and _is_plain(outline.node) and None not in types
+        last = (program, jax.tree.structure(args), types) if is_plain else (None, None, ())
         return result
 
     jitted: Any = call
     jitted.repeat = repeat
     return jitted
+
+
+def _type_of(x):
+    """What the program of an array depends on. None if it is neither an array of JAX nor one of NumPy."""
+    if type(x) is ArrayImpl:
+        return x.aval
+    return (x.shape, x.dtype) if type(x) is np.ndarray else None
 
 
 def _is_plain(node):

@@ -63,9 +63,15 @@ class TensorFlowBackend(Backend):
     computed_bytes = staticmethod(memory.computed_bytes)
     containers = staticmethod(containers)
     train_function = staticmethod(replicas.train_function)
+    can_step_directly = staticmethod(replicas.can_step_directly)
     is_shared_by_replicas = staticmethod(replicas.is_shared_by_replicas)
     summed_over_replicas = staticmethod(replicas.summed_over_replicas)
     replica_results = staticmethod(replicas.replica_results)
+
+    def held(self, variable):
+        # What has been read from a variable does not change, so it need not be copied.
+        value = variable.value
+        return value.value() if isinstance(value, tf.Variable) else tf.convert_to_tensor(value)
 
     def alias(self, x):
         return tf.identity(x)

@@ -48,6 +48,10 @@ def _on_replicas(strategy, fun, batch):
     return strategy.run(on_replica)
 
 
+def can_step_directly(model):
+    return model.distribute_strategy.num_replicas_in_sync == 1
+
+
 def train_function(model, step):
     """Joins a batch that Keras has split between replicas, and passes it to `step`."""
     strategy = model.distribute_strategy

@@ -17,24 +17,22 @@ class LossState:
         (batch,) = sums.batches
         # Another operator may have another loss.
         self._reads, self._key = sums.reads, key
-        self._weights = _tensors(sums.parameters.variables)
+        self._weights = [backend.held(v) for v in sums.parameters.variables]
         self._others = _tensors([*(x for x in nesting.flatten(batch) if x is not None), *variables])
 
     def kept(self, former):
-        """A copy, if tensors can be overwritten. It shares what is the same in `former`."""
+        """A copy without the weights, if tensors can be overwritten. It shares what is the same in `former`."""
         if backend.HAS_IMMUTABLE_TENSORS:
             return self
         other = copy.copy(self)
         is_shared = former is not None and _are_equal(self._others, former._others)
         other._others = former._others if is_shared else _copies(self._others)
-        other._weights = _copies(self._weights)
         return other
 
     def with_weights(self, variables):
         """The same state with the current weights."""
         other = copy.copy(self)
-        weights = _tensors(variables)
-        other._weights = weights if backend.HAS_IMMUTABLE_TENSORS else _copies(weights)
+        other._weights = [backend.held(v) for v in variables]
         return other
 
     def is_same(self, former):

@@ -219,6 +219,10 @@ class CurvatureOperator(AlgebraicOperator):
             raise ValueError("move expects a vector as `offset`. Received: offset=None.")
         self._parameters.move(self._offset("move", offset))
 
+    def moved(self, offset: Any) -> list[Any]:
+        """The current values of the variables plus a flat vector, as a tensor for each."""
+        return self._parameters.moved(offset)
+
     def _offset(self, name, offset):
         if offset is None:
             return None
