@@ -296,6 +296,10 @@ class Backend(abc.ABC):
 
     # State and modes of the framework.
 
+    def has_values(self, tensor):
+        """Whether a tensor that was held still has its values. JAX deletes arrays that a compiled step takes over."""
+        return True
+
     def in_double_precision(self):
         """A block in which tensors can be cast to double precision, and operations keep it."""
         return contextlib.nullcontext()

@@ -136,3 +136,40 @@ class TestWhatChanges:
         steps(trainer, 3)
         moved = trainer.model.layers[1].get_weights()[2]
         assert np.any(moved != 0.0) and len(starts) in (1, 3)
+
+
+@pytest.mark.parametrize("optimizer", [LBFGS, BFGS])
+def test_an_evaluation_between_two_steps(optimizer):
+    """On JAX, Keras' `evaluate` deletes the arrays of the weights that it was given."""
+    losses = {}
+    for evaluates in (False, True):
+        trainer = trainer_of(optimizer=optimizer())
+        found = steps(trainer, 2)
+        if evaluates:
+            trainer.evaluate(X, T, verbose=0)
+        losses[evaluates] = found + steps(trainer, 2)
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)
+    data = {"batch_size": len(X), "shuffle": False, "epochs": 3, "verbose": 0}
+    history = trainer_of(optimizer=optimizer()).fit(X, T, validation_data=(X, T), **data)
+    np.testing.assert_allclose(history.history["val_loss"][0], history.history["loss"][1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [LBFGS, BFGS])
+def test_a_mask_of_keras_that_only_the_second_batch_has(optimizer):
+    x = np.random.default_rng(3).normal(size=(8, 4, 3)).astype("float32")
+    y = np.ones((8, 1), "float32")
+
+    def trained(first):
+        model = keras.Sequential([keras.Input((4, 3)), layers.GlobalAveragePooling1D(), layers.Dense(1)])
+        trainer = SecondOrder(model)
+        trainer.compile(optimizer(), "mse")
+        weights = [np.full(w.shape, 0.3, "float32") for w in model.get_weights()]
+        if first:
+            steps(trainer, 2, x, y)
+        model.set_weights(weights)
+        masked = ops.convert_to_tensor(x)
+        keras.src.backend.set_keras_mask(masked, ops.convert_to_tensor(np.arange(4) < 2 * np.ones((8, 1))))
+        logs = trainer.train_on_batch(masked, y, return_dict=True)
+        return logs["loss"], logs["gradient_norm"]
+
+    np.testing.assert_allclose(trained(True), trained(False), rtol=1e-6)

@@ -129,6 +129,9 @@ class JaxBackend(Backend):
         with enable_x64(True):
             return super().combination(factors, matrices)
 
+    def has_values(self, tensor):
+        return not tensor.is_deleted()
+
     def in_double_precision(self):
         return enable_x64(True)
 

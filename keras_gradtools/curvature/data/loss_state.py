@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradtools import backend, nesting
+from keras_gradtools.keras_state.layer_state import has_keras_mask
 from keras_gradtools.transforms import compiled
 from keras_gradtools.transforms.guards import Guards
 
@@ -66,6 +67,9 @@ def program_key(sums):
         return None
     (batch,) = sums.batches
     outline, leaves = nesting.split(batch)
+    if any(map(has_keras_mask, leaves)):
+        # A program does not see the mask of its arguments.
+        return None
     return captured, outline, [None if x is None else (tuple(x.shape), x.dtype) for x in leaves]
 
 
@@ -96,6 +100,8 @@ def _are_equal(values, others):
 
 
 def _is_equal(a, b):
+    if not backend.has_values(b):
+        return False
     if a is b and backend.HAS_IMMUTABLE_TENSORS:
         return True
     a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
