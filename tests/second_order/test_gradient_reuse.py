@@ -7,6 +7,7 @@ from keras import layers, ops
 
 from keras_gradtools.curvature.data.data_sums import DataSums
 from keras_gradtools.curvature.operators.trials import Trials
+from keras_gradtools.keras_state.layer_state import set_keras_mask
 from keras_gradtools.models import SecondOrder
 from keras_gradtools.optimizers import BFGS, LBFGS
 
@@ -168,7 +169,7 @@ def test_a_mask_of_keras_that_only_the_second_batch_has(optimizer):
             steps(trainer, 2, x, y)
         model.set_weights(weights)
         masked = ops.convert_to_tensor(x)
-        keras.src.backend.set_keras_mask(masked, ops.convert_to_tensor(np.arange(4) < 2 * np.ones((8, 1))))
+        set_keras_mask(masked, ops.convert_to_tensor(np.arange(4) < 2 * np.ones((8, 1))))
         logs = trainer.train_on_batch(masked, y, return_dict=True)
         return logs["loss"], logs["gradient_norm"]
 
