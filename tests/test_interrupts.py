@@ -188,7 +188,7 @@ def interrupt(name):
         if name in BY_KERAS_OPTIMIZERS and left_behind() == ["grad mode"]:
             switch_gradients_on()
         if left_behind() == [GRAPH_MODE]:
-            # Left by an interrupt while a `tf.function` is traced: by 2 to 3 of 400 also in plain TensorFlow.
+            # Left by an interrupt while a `tf.function` is traced, as in plain TensorFlow.
             leave_graph_mode()
         assert not left_behind(), f"signal {i}: {left_behind()}"
         if timer.broken:

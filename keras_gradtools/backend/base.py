@@ -163,7 +163,7 @@ class Backend(abc.ABC):
         return chunks.loop(fun, count, chunk_size)
 
     def hoisted(self, fun, like):
-        """`fun`, a function of a tensor like `like`, for a loop. The rest may be computed here."""
+        """`fun`, a function of a tensor like `like`, to be called in a loop. What does not depend on the tensor may be computed here, once."""
         return fun
 
     def slows_in_loops(self, fun):
@@ -247,7 +247,7 @@ class Backend(abc.ABC):
         stacked = ops.cast(ops.stack(vectors), "float64")
         found = ops.reshape(stacked @ ops.transpose(stacked), (-1,))
         chosen = np.array([places[id(a)] * len(vectors) + places[id(b)] for a, b in pairs], "int32")
-        return _in_two_parts(ops.take(found, ops.convert_to_tensor(chosen), axis=0), pairs[0][0].dtype)
+        return in_two_parts(ops.take(found, ops.convert_to_tensor(chosen), axis=0), pairs[0][0].dtype)
 
     def products(self, matrices, vectors):
         """As `dots`, for each row of some matrices with each vector, of shape `(2, rows, vectors)`."""
@@ -259,7 +259,7 @@ class Backend(abc.ABC):
     def _exact_products(self, matrices, vectors):
         right = ops.transpose(ops.cast(ops.stack(vectors), "float64"))
         found = [ops.cast(matrix, "float64") @ right for matrix in matrices]
-        return _in_two_parts(ops.concatenate(found), vectors[0].dtype)
+        return in_two_parts(ops.concatenate(found), vectors[0].dtype)
 
     def long_dot(self, a, b):
         """The dot product of two long vectors, in their precision. Parts of them are summed first."""
@@ -367,7 +367,7 @@ class Backend(abc.ABC):
         return totals, count
 
 
-def _in_two_parts(x, dtype):
+def in_two_parts(x, dtype):
     """Numbers in double precision as the sum of two tensors of a dtype, stacked."""
     if dtype == x.dtype:
         return ops.stack([x, ops.zeros_like(x)])

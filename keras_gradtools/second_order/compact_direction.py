@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_gradtools import backend
+from keras_gradtools.backend.base import in_two_parts
 
 
 def compact_direction(gradient, block, row, place, products, *rows):
@@ -66,14 +67,6 @@ def _factors(products, along, place):
     back = ops.mod(numbers - newest - 1, places)
     factors = ops.take(ops.stack([steps, -scale * changes]), back, axis=1)
     return ops.concatenate([ops.reshape(factors, (-1,)), scale[None]])
-
-
-def in_two_parts(x, dtype):
-    """A tensor in double precision as the sum of two tensors of a dtype, stacked."""
-    if dtype == x.dtype:
-        return ops.stack([x, ops.zeros_like(x)])
-    rounded = ops.cast(x, dtype)
-    return ops.stack([rounded, ops.cast(x - ops.cast(rounded, "float64"), dtype)])
 
 
 def _sum_of_parts(x):

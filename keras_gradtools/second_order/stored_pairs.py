@@ -60,7 +60,7 @@ class StoredPairs:
         self.place.assign(place)
 
     def added(self, pair, products):
-        """The arrays with which `assign` does the same, if `is_small`."""
+        """The arrays with which `assign` stores what `add` would store. Only if `is_small`."""
         following, place = self._following()
         return pair.step, pair.change, products, np.array(following, "int32"), place
 

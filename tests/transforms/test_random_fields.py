@@ -104,7 +104,7 @@ def test_programs(program, x):
     check(program, x)
 
 
-# Tracing the nested third derivatives of one program takes TensorFlow ten seconds.
+# TensorFlow takes long to trace the nested third derivatives of a program.
 @pytest.mark.slow
 @checked(60 if keras.config.backend() == "tensorflow" else 300)
 @hypothesis.given(programs, points)

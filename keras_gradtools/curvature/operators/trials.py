@@ -48,8 +48,8 @@ class Trials:
         size: The number of weights.
         dtype: The NumPy dtype of the vectors.
         along: A function of a `Direction` that returns a function of numbers t and a gradient. This returns the `Trial`
-            at t times the direction, and what else the direction computes, by one program if the framework rounds each
-            operation, and by two otherwise. None if there is no such program.
+            at t times the direction, and what else the direction computes. This is one program, or two if
+            `backend.CONTRACTS_PRODUCTS`. None if there is no such program.
     """
 
     def __init__(self, totals, size, dtype, along=None):
