@@ -163,7 +163,10 @@ class Backend(abc.ABC):
         return chunks.loop(fun, count, chunk_size)
 
     def hoisted(self, fun, like):
-        """`fun`, a function of a tensor like `like`, to be called in a loop. What does not depend on the tensor may be computed here, once."""
+        """`fun`, a function of a tensor like `like`, to be called in a loop.
+
+        What does not depend on the tensor may be computed here, once.
+        """
         return fun
 
     def slows_in_loops(self, fun):
